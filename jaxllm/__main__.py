@@ -1,0 +1,169 @@
+"""The command line: parses, calls, prints."""
+
+import dataclasses
+import difflib
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import tyro
+
+from jaxllm.config import InputError, load, parse_overrides, tyro_cli
+
+STAGE_HELP = {
+    "run": "all stages in order; a finished stage is skipped, a cut one resumes",
+    "tokenizer": "train the tokenizer",
+    "pretrain": "pre-train on documents",
+    "sft": "supervised fine-tuning on conversations",
+    "sample": "draw K responses to each prompt",
+    "rank": "rank them: a person, a file or a simulated annotator",
+    "reward": "train the reward model on the rankings",
+    "ppo": "reinforcement learning from the reward model",
+    "evaluate": "measure the models and write the report",
+}
+OTHER_HELP = {"generate": "complete a prompt with a stage's model", "chat": "talk to a stage's model"}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateArgs:
+    """Complete a prompt. Only the text goes to standard output."""
+
+    stage_dir: Annotated[str, tyro.conf.Positional]
+    """Directory of a stage that trained a model, for example runs/quickstart/ppo."""
+    prompt: str
+    """The text to complete."""
+    chat: bool = False
+    """Put the prompt through the chat template, as the user's message."""
+    num_samples: int = 1
+    """Completions to draw."""
+    max_new_tokens: int = 64
+    """Longest completion in tokens."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling."""
+    top_k: int = 0
+    """Most likely tokens drawn from; 0: all."""
+    seed: int = 0
+    """Seed of the draws."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatArgs:
+    """Talk to a model; it streams its answers and keeps the conversation. /reset starts anew, /quit ends."""
+
+    stage_dir: Annotated[str, tyro.conf.Positional]
+    """Directory of a stage that trained a model, for example runs/quickstart/ppo."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens."""
+    temperature: float = 0.7
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling."""
+    top_k: int = 0
+    """Most likely tokens drawn from; 0: all."""
+    seed: int = 0
+    """Seed of the draws."""
+    system: str = ""
+    """System message."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 training failed, 2 bad input, 3 stopped before the end on purpose."""
+    args = sys.argv[1:] if argv is None else argv
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax announces its options as warnings
+    try:
+        _dispatch(args)
+    except InputError as error:
+        _exit(f"jaxllm: {error}", 2)
+    except KeyboardInterrupt:
+        _exit("jaxllm: interrupted; run the same command again to go on", 130)
+
+
+def _dispatch(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help"):
+        return print(_usage())
+    command, *rest = args
+    if command in STAGE_HELP:
+        return _train(command, rest)
+    if command in OTHER_HELP:
+        return _talk(command, rest)
+    close = difflib.get_close_matches(command, [*STAGE_HELP, *OTHER_HELP], n=1)
+    raise InputError(f"unknown command {command!r}; {f'did you mean {close[0]}?' if close else 'see jaxllm --help'}")
+
+
+def _usage() -> str:
+    rows = [f"  jaxllm {name} CONFIG [--section.field VALUE ...]".ljust(56) + text for name, text in STAGE_HELP.items()]
+    rows += [f"  jaxllm {name} STAGE_DIR [options]".ljust(56) + text for name, text in OTHER_HELP.items()]
+    return "\n".join(
+        ["The whole life of a language model.\n", *rows, "\n`jaxllm COMMAND --help` explains every option."]
+    )
+
+
+def _train(command: str, args: list[str]) -> None:
+    from jaxllm.metrics import TrainingDiverged
+    from jaxllm.run import Config, run_stages
+    from jaxllm.workspace import STAGES, StageCut
+
+    prog = f"jaxllm {command} CONFIG"
+    if not args or args[0].startswith("-"):
+        if {"-h", "--help"} & {*args}:
+            parse_overrides(Config, Config(), ["--help"], prog)
+        raise InputError(f"jaxllm {command}: give a config file first, for example configs/tiny.yaml")
+    path, *flags = args
+    overrides = parse_overrides(Config, load(Config, path), flags, prog)
+    config = load(Config, path, overrides)
+    try:
+        run_stages(config, path, config.stages if command == "run" else [s for s in STAGES if s == command])
+    except TrainingDiverged as error:
+        _exit(f"jaxllm: {error}", 1)
+    except StageCut as cut:
+        _exit(f"jaxllm: {cut}", 3)
+
+
+def _talk(command: str, args: list[str]) -> None:
+    kinds: dict[str, tuple[type, Callable]] = {"generate": (GenerateArgs, _generate), "chat": (ChatArgs, _chat)}
+    kind, call = kinds[command]
+    call(tyro_cli(kind, args, f"jaxllm {command}"))
+
+
+def _generate(args: GenerateArgs) -> None:
+    from jaxllm import chat
+    from jaxllm.generate import SamplingConfig
+
+    with _field_errors():
+        sampling = SamplingConfig(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    if args.num_samples < 1:
+        raise InputError("--num-samples: must be at least 1")
+    for text in chat.answer_once(args.stage_dir, args.prompt, args.chat, sampling, args.num_samples, args.seed):
+        print(text, flush=True)
+
+
+def _chat(args: ChatArgs) -> None:
+    from jaxllm import chat
+    from jaxllm.generate import SamplingConfig
+
+    with _field_errors():
+        sampling = SamplingConfig(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    chat.converse(args.stage_dir, sampling, args.seed, args.system)
+
+
+class _field_errors:
+    """Turn a dataclass's ValueError("field: ...") into the flag's one line."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValueError):
+            field, text = str(error).split(": ", 1)
+            raise InputError(f"--{field.replace('_', '-')}: {text}") from None
+
+
+def _exit(text: str, code: int) -> None:
+    print(text, file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

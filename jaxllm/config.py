@@ -1,0 +1,213 @@
+"""Config mechanism: YAML (with `extends:`) -> frozen dataclasses -> command-line overrides -> JSON.
+
+Sections are frozen dataclasses that live beside the code that reads them; this file knows none of them.
+A section class may define `expand(tree) -> tree`, a static method that completes its raw YAML mapping before
+validation (model presets do). Every error is one line: where, what is wrong, how to mend it.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import io
+import json
+import os
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import tyro
+import yaml
+
+Tree = dict[str, Any]
+Where = dict[tuple[Any, ...], str]
+
+
+class InputError(Exception):
+    """Bad input from the user: config, data, checkpoint or command line. Its text is one complete line."""
+
+
+def load[T](cls: type[T], path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> T:
+    """Read a YAML config file into `cls`, `overrides` (a nested mapping) taking precedence.
+
+    Raises InputError: missing file, bad YAML, unknown key, wrong type, failed cross-field check.
+    """
+    tree, where = read_yaml(Path(path))
+    return build(cls, merge(tree, overrides or {}), where, str(path))
+
+
+def build[T](cls: type[T], tree: Mapping[str, Any], where: Where | None = None, name: str = "config") -> T:
+    """Validate a nested mapping into the frozen dataclass `cls`; `where` maps key paths to "file:line"."""
+    where = where or {}
+    try:
+        return _adapter(cls).validate_python(_expand(cls, tree, (), where, name))
+    except pydantic.ValidationError as error:
+        raise InputError(_one_line(error, where, name)) from None
+
+
+def to_tree(config: Any) -> Tree:
+    """The config as plain JSON types; `build(type(config), to_tree(config)) == config`."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Dotted paths at which two JSON trees differ, with both values, in the order of `old` then `new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))]
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
+    """Deep merge: mappings merge key by key, every other value of `over` replaces that of `base`."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merge(out[key], value) if both else value
+    return out
+
+
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> tuple[Tree, Where]:
+    """The mapping in a YAML file merged over the file it `extends:`, and where each key stands."""
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file; see configs/ for examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise InputError(f"{path}: a config file must hold a mapping of `key: value`")
+    where = dict(_locate(node, (), path))
+    tree = yaml.SafeLoader("").construct_document(node)
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree, where
+    parent_path = (path.parent / str(parent)).resolve()
+    if parent_path in (*seen, path.resolve()):
+        raise InputError(f"{where[('extends',)]}: extends: {parent} extends this file again; break the circle")
+    base, base_where = read_yaml(parent_path, (*seen, path.resolve()))
+    return merge(base, tree), base_where | where
+
+
+def parse_overrides(cls: type, default: Any, args: Sequence[str], prog: str) -> Tree:
+    """The fields given on the command line (`--section.field value`), as a nested mapping.
+
+    tyro parses and explains them (`--help`); the values then take the same road as those of the file.
+    """
+    parsed = tyro_cli(cls, args, prog, default)
+    tree: Tree = {}
+    for flag in (arg.split("=")[0] for arg in args if arg.startswith("--")):
+        _copy_field(flag[2:].replace("-", "_").split("."), parsed, tree)
+    return tree
+
+
+def tyro_cli(cls: Any, args: Sequence[str], prog: str, default: Any = None, description: str | None = None) -> Any:
+    """tyro.cli whose error is one line (an InputError) in place of a box."""
+    kwargs = {} if default is None else {"default": default}
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err):
+            return tyro.cli(cls, args=list(args), prog=prog, description=description, **kwargs)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        words = [w for w in err.getvalue().split() if w.strip("─│╭╮╰╯-")]
+        raise InputError(f"{prog}: {' '.join(words)}") from None
+
+
+def _copy_field(path: list[str], parsed: Any, tree: Tree) -> None:
+    if path[-1].startswith("no_") and not hasattr(_walk(parsed, path[:-1]), path[-1]):
+        path = [*path[:-1], path[-1][3:]]
+    for depth, name in enumerate(path):
+        if isinstance(parsed, tuple):  # an element of a list: the whole list is given
+            tree[path[depth - 1]] = [_plain(item) for item in parsed]
+            return
+        parsed = getattr(parsed, name)
+        if depth < len(path) - 1 and not isinstance(parsed, tuple):
+            tree = tree.setdefault(name, {})
+    tree[path[-1]] = _plain(parsed)
+
+
+def _walk(value: Any, path: Sequence[str]) -> Any:
+    return functools.reduce(lambda v, k: v[int(k)] if isinstance(v, tuple) else getattr(v, k), path, value)
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _locate(node: yaml.Node, path: tuple[Any, ...], file: Path) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Yield (key path, "file:line"); PyYAML keeps the last of two equal keys, here they are an error."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            here = f"{file}:{key.start_mark.line + 1}"
+            if key.value in seen:
+                raise InputError(f"{here}: {'.'.join((*path, key.value))} is given twice; keep one")
+            seen.add(key.value)
+            yield (*path, key.value), here
+            yield from _locate(value, (*path, key.value), file)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            yield (*path, i), f"{file}:{value.start_mark.line + 1}"
+            yield from _locate(value, (*path, i), file)
+
+
+@functools.cache
+def _adapter(cls: type) -> pydantic.TypeAdapter:
+    return pydantic.TypeAdapter(cls)
+
+
+def _expand(cls: type, tree: Any, path: tuple[Any, ...], where: Where, name: str) -> Any:
+    """Refuse unknown keys and let section classes complete themselves, from the outside in."""
+    if not isinstance(tree, Mapping):
+        return tree
+    if hasattr(cls, "expand"):
+        tree = _with_place(lambda: cls.expand(tree), path, where, name)  # type: ignore[attr-defined]
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    out = {}
+    for key, value in tree.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            mend = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+            raise InputError(f"{_place((*path, key), where, name)}: unknown key; {mend}")
+        out[key] = _expand_value(hints[key], value, (*path, key), where, name)
+    return out
+
+
+def _expand_value(hint: Any, value: Any, path: tuple[Any, ...], where: Where, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return {} if value is None else _expand(typing.cast(type, hint), value, path, where, name)
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(inner[0]) and isinstance(value, list | tuple):
+        return [_expand(typing.cast(type, inner[0]), v, (*path, i), where, name) for i, v in enumerate(value)]
+    return value
+
+
+def _with_place(call, path: tuple[Any, ...], where: Where, name: str) -> Any:
+    try:
+        return call()
+    except ValueError as error:
+        raise InputError(f"{_place(path, where, name)}: {error}") from None
+
+
+def _place(path: tuple[Any, ...], where: Where, name: str) -> str:
+    """ "file:line: dotted.path" of the deepest part of `path` that the file holds."""
+    known = next((where[path[:n]] for n in range(len(path), 0, -1) if path[:n] in where), name)
+    return f"{known}: {'.'.join(map(str, path))}" if path else known
+
+
+def _one_line(error: pydantic.ValidationError, where: Where, name: str) -> str:
+    first, *rest = error.errors()
+    path, text = tuple(first["loc"]), first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and ": " in text and " " not in text.split(": ")[0]:
+        field, text = text.split(": ", 1)  # a cross-field check names its field: "field: what is wrong"
+        path = (*path, *field.split("."))
+    given = "" if first["type"] in ("value_error", "missing") else f", not {first['input']!r}"
+    more = f" (and {len(rest)} more)" if rest else ""
+    return f"{_place(path, where, name)}: {text[:1].lower() + text[1:]}{given}{more}"

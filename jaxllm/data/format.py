@@ -1,0 +1,189 @@
+"""Records -> examples: documents, conversations, prompts, rankings; without duplicates, split by content.
+
+Which side of the split a content is on depends on its hash alone. For a text that is the text before any template:
+a review held out of pre-training is held out of every task made from it. Where a prompt is cut from a text, the
+prompt has a side of its own, and what would put a held-out prompt into training is left out of both.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jaxllm.config import InputError
+from jaxllm.data.sources import DataConfig, Record, Source, read_records
+
+KINDS = ("document", "chat", "prompt", "ranked")
+Messages = list[dict[str, str]]
+
+
+class Example(NamedTuple):
+    """One example. document: text; chat and prompt: messages; ranked: messages, responses, ranks (1 = best)."""
+
+    text: str
+    messages: Messages
+    responses: list[str]
+    ranks: list[int]
+    source: int  # index into DataConfig.sources
+    origin: str  # "path:line"
+
+    def content(self) -> str:
+        """What makes two examples the same one."""
+        return json.dumps([self.text, self.messages, self.responses, self.ranks], ensure_ascii=False)
+
+    def question(self) -> str:
+        """What the model is asked: one user message as it is, or all messages before the reply."""
+        asked = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
+        return asked[0]["content"] if len(asked) == 1 else json.dumps(asked, ensure_ascii=False)
+
+
+def examples(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
+    """The examples of one split ("train" or "held_out"), exact duplicates removed.
+
+    Raises InputError: no sources, a malformed record with its place, or a split without a single example.
+    """
+    if not data.sources:
+        raise InputError(f"data.sources: none given, and {kind} examples are needed; name at least one source")
+    # Two texts on different sides may give the same conversation: it stays held out.
+    seen = {_hash(e.content()) for e, side in _sided(data, kind) if side == "held_out"} if split == "train" else set()
+    before = len(seen)
+    for example, side in _sided(data, kind):
+        if side == split and (key := _hash(example.content())) not in seen:
+            seen.add(key)
+            yield example
+    if len(seen) == before:
+        where = ", ".join(source.path for source in data.sources)
+        mend = (
+            "raise data.held_out_fraction or give more text" if split == "held_out" else "give text that is not empty"
+        )
+        raise InputError(f"{where}: not a single {kind} example in the {split} split; {mend}")
+
+
+def shuffled(stream: Iterable[Example]) -> list[Example]:
+    """Examples in the order of their contents' hashes: a fixed shuffle, so that the first n are a sample of all."""
+    return sorted(stream, key=lambda example: _hash(example.content()))
+
+
+def load_texts(data: DataConfig, split: str) -> Iterator[str]:
+    """The texts of one split, for the tokenizer and for xz; a conversation gives its contents, a line each."""
+    chats = tuple(s for s in data.sources if _is_chat(s))
+    plain = tuple(s for s in data.sources if s not in chats)
+    for sources, kind in ((plain, "document"), (chats, "chat")):
+        part = DataConfig(sources, data.held_out_fraction, data.split_salt, data.too_long)
+        if sources or not data.sources:
+            for example in examples(part, kind, split):
+                yield example.text or "\n".join(m["content"] for m in example.messages)
+
+
+def _is_chat(source: Source) -> bool:
+    if source.prompt:
+        return True
+    first = next(iter(read_records(source)), None)
+    return first is not None and "text" not in first.fields and bool({"messages", "prompt"} & first.fields.keys())
+
+
+def _sided(data: DataConfig, kind: str) -> Iterator[tuple[Example, str | None]]:
+    """(example, its side of the split, None for neither) of every record."""
+    for index, source in enumerate(data.sources):
+        for record in read_records(source):
+            example = _make(kind, source, record, index)
+            yield example, record.fields.get("split") or _side(example, record, kind, data)
+
+
+def _side(example: Example, record: Record, kind: str, data: DataConfig) -> str | None:
+    """A prompt or ranking goes by its prompt; a document by its text; a conversation by its text, and to the
+    training side only if its prompt is there as well."""
+    prompt_held = kind != "document" and is_held_out(example.question(), data)
+    if kind in ("prompt", "ranked"):
+        return "held_out" if prompt_held else "train"
+    text = record.fields.get("text")
+    if is_held_out(text, data) if isinstance(text, str) else prompt_held:
+        return "held_out"
+    return None if prompt_held else "train"
+
+
+def is_held_out(content: str, data: DataConfig) -> bool:
+    """Whether a content belongs to the held-out split: sha256(salt + content), as a number in 0..1, is small."""
+    digest = hashlib.sha256((data.split_salt + content).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8]) < data.held_out_fraction * 2**64
+
+
+def _make(kind: str, source: Source, record: Record, index: int) -> Example:
+    fields, origin = record
+    if kind == "document":
+        text = fields.get("text")
+        if not isinstance(text, str):
+            raise InputError(
+                f"{origin}: a document needs the field {source.text_field!r} with a string; set text_field"
+            )
+        return Example(text, [], [], [], index, origin)
+    messages = _messages(source, fields, origin, with_reply=kind == "chat")
+    if kind != "ranked":
+        return Example("", messages, [], [], index, origin)
+    responses, ranks = fields.get("responses"), fields.get("ranks")
+    _check_ranking(responses, ranks, origin)
+    return Example("", messages, list(responses or ()), list(ranks or ()), index, origin)
+
+
+def _messages(source: Source, fields: Mapping[str, Any], origin: str, with_reply: bool) -> Messages:
+    """The conversation up to its last user message, or with the assistant's reply to it."""
+    if source.prompt:
+        messages = [{"role": r, "content": fill(t, fields, origin)} for r, t in _templates(source, with_reply) if t]
+    elif "messages" in fields:
+        messages = fields["messages"]
+    else:
+        names = {"system": "system", "user": "prompt", "assistant": "response"}
+        messages = [{"role": role, "content": fields[name]} for role, name in names.items() if name in fields]
+    _check_messages(messages, origin)
+    if not with_reply and messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    wanted = "assistant" if with_reply else "user"
+    if not messages or messages[-1]["role"] != wanted:
+        raise InputError(
+            f'{origin}: the conversation must end with the {wanted}; give "messages", or "prompt" and "response", '
+            "or templates in the source"
+        )
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _templates(source: Source, with_reply: bool) -> list[tuple[str, str]]:
+    reply = source.response if with_reply else ""
+    return [("system", source.system), ("user", source.prompt), ("assistant", reply)]
+
+
+def fill(template: str, fields: Mapping[str, Any], origin: str) -> str:
+    """Replace {field} by its value; other braces stay. Raises InputError on a field that is not there."""
+
+    def value(found: re.Match[str]) -> str:
+        if found[1] not in fields:
+            raise InputError(f"{origin}: the template's {{{found[1]}}} is not a field; known: {', '.join(fields)}")
+        return str(fields[found[1]])
+
+    return re.sub(r"\{(\w+)\}", value, template)
+
+
+def _check_messages(messages: Any, origin: str) -> None:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise InputError(f'{origin}: "messages" must be a list of objects with role and content')
+    for m in messages:
+        if m.get("role") not in ("system", "user", "assistant") or not isinstance(m.get("content"), str):
+            raise InputError(
+                f"{origin}: a message needs a role (system, user, assistant) and content (a string): {m!r:.80}"
+            )
+    if messages and messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
+        raise InputError(f"{origin}: the last reply is empty, so there is nothing to learn; remove the line")
+
+
+def _check_ranking(responses: Any, ranks: Any, origin: str) -> None:
+    if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(r, str) for r in responses):
+        raise InputError(f'{origin}: a ranking needs "responses", a list of at least 2 strings')
+    good = isinstance(ranks, list) and all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks)
+    if not good or len(ranks) != len(responses):
+        raise InputError(
+            f'{origin}: a ranking needs "ranks", one integer from 1 (best) for each of {len(responses)} responses'
+        )
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]

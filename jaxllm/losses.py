@@ -1,0 +1,217 @@
+"""Losses and estimators: pure functions of arrays that know no model.
+
+A loss returns (sum, weight, {name: (sum, weight)}), never a mean: sums are added over microbatches and devices
+in float32 and divided once. Shapes: B batch, T positions, R response positions, K responses of a prompt.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Pair = tuple[jax.Array, jax.Array]  # (sum, weight)
+Metrics = dict[str, Pair]
+Loss = tuple[jax.Array, jax.Array, Metrics]
+
+# Logits of one chunk, float32 elements over all devices: 256 MiB. Larger batches are scored in more chunks.
+_CHUNK_ELEMENTS = 1 << 26
+
+
+class TokenStats(NamedTuple):
+    """What the loss needs of the logits of every position, each float32[B, T]."""
+
+    logprob: jax.Array  # log p(target)
+    logsumexp: jax.Array  # log of the partition function
+    entropy: jax.Array  # nats
+
+
+def token_logprobs(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    temperature: float = 1.0,
+    chunk_elements: int = _CHUNK_ELEMENTS,
+) -> TokenStats:
+    """Log-probabilities of targets int32[B, T] under softmax(hidden @ head.T / temperature).
+
+    hidden: [B, T, D]; head: float32[V, D]. Scored in chunks of positions whose logits are recomputed in the
+    backward pass, so that [B, T, V] never exists. The only log-probability code: training, evaluation, the
+    reference's KL and PPO's ratio all come here.
+    """
+    B, T, D = hidden.shape
+    size = min(T, max(1, chunk_elements // (B * head.shape[0])))
+    chunks = -(-T // size)
+    size = -(-T // chunks)
+
+    def score(h: jax.Array, t: jax.Array) -> TokenStats:
+        return _score(h, head, t, temperature)
+
+    if chunks == 1:
+        return score(hidden, targets)
+    pad = chunks * size - T
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(B, chunks, size, D).swapaxes(0, 1)
+    targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(B, chunks, size).swapaxes(0, 1)
+    _, stats = jax.lax.scan(lambda _, xs: (None, jax.checkpoint(score)(*xs)), None, (hidden, targets))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, chunks * size)[:, :T], stats)
+
+
+def _score(hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float) -> TokenStats:
+    # The head is cast here, inside the chunk, so that its gradient is summed over chunks in float32.
+    weights = head.astype(hidden.dtype)
+    logits = jnp.einsum("btd,vd->btv", hidden, weights, preferred_element_type=jnp.float32) / temperature
+    top = jax.lax.stop_gradient(logits.max(-1))
+    exp = jnp.exp(logits - top[..., None])
+    total = exp.sum(-1)
+    logsumexp = jnp.log(total) + top
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    entropy = logsumexp - (exp * logits).sum(-1) / total
+    return TokenStats(chosen - logsumexp, logsumexp, entropy)
+
+
+def next_token_targets(tokens: jax.Array, segment_ids: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The one place where targets are shifted: position t predicts token t + 1 of the same segment.
+
+    tokens, segment_ids: int32[B, T]; loss_mask: bool[B, T], True where a token may be a target. Returns targets
+    int32[B, T] and mask bool[B, T]. Five places, two segments, everything may be learnt:
+
+        tokens   a b | c d e      targets  b c d e -      mask  1 . 1 1 .
+    """
+    shift = lambda x: jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
+    mask = (shift(segment_ids) == segment_ids) & (segment_ids > 0) & shift(loss_mask)
+    return shift(tokens), mask
+
+
+def language_model(stats: TokenStats, mask: jax.Array, z_loss_coef: float = 0.0) -> Loss:
+    """Next-token cross entropy, plus z_loss_coef * logsumexp^2 (PaLM, Chowdhery et al. 2022, section 5)."""
+    weight = mask.astype(jnp.float32)
+    nats, count = -(stats.logprob * weight).sum(), weight.sum()
+    z = (jnp.square(stats.logsumexp) * weight).sum()
+    metrics = {"loss": (nats, count)} | ({"z_loss": (z_loss_coef * z, count)} if z_loss_coef else {})
+    return nats + z_loss_coef * z, count, metrics
+
+
+def ranking(scores: jax.Array, ranks: jax.Array) -> Loss:
+    """Pairwise ranking loss, -1/pairs * sum log sigmoid(r_better - r_worse) (Ouyang et al. 2022, eq. 1).
+
+    scores: float32[B, K]; ranks: int32[B, K], 1 = best, equal = tie (dropped), 0 = no such response. A prompt
+    counts once, however many pairs it has; a prompt without a pair counts nothing.
+    """
+    better = _pairs(ranks).astype(jnp.float32)  # [B, K, K]
+    margin = scores[:, :, None] - scores[:, None, :]
+    pairs = better.sum((1, 2))
+    per_prompt = -(better * jax.nn.log_sigmoid(margin)).sum((1, 2)) / jnp.maximum(pairs, 1.0)
+    weight = (pairs > 0).astype(jnp.float32).sum()
+    right = (better * ((margin > 0).astype(jnp.float32) + 0.5 * (margin == 0).astype(jnp.float32))).sum()
+    best = (ranks == jnp.where(ranks > 0, ranks, jnp.iinfo(jnp.int32).max).min(1, keepdims=True)) & (pairs > 0)[:, None]
+    chosen = jnp.argmax(jnp.where(ranks > 0, scores, -jnp.inf), axis=1)
+    top = jnp.take_along_axis(best, chosen[:, None], axis=1).astype(jnp.float32).sum()
+    gap = ((better * margin).sum(), better.sum())
+    metrics = {
+        "loss": (per_prompt.sum(), weight),
+        "accuracy": (right, better.sum()),
+        "top1": (top, weight),
+        "margin": gap,
+    }
+    return per_prompt.sum(), weight, metrics
+
+
+def _pairs(ranks: jax.Array) -> jax.Array:
+    """bool[B, K, K]: response i is ranked strictly better than j, and both exist."""
+    exists = (ranks[:, :, None] > 0) & (ranks[:, None, :] > 0)
+    return exists & (ranks[:, :, None] < ranks[:, None, :])
+
+
+def token_rewards(
+    scores: jax.Array, logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array, kl_coef
+) -> jax.Array:
+    """Reward of every response token: -kl_coef * (logprob - ref_logprob), plus the score on the last one.
+
+    Ziegler et al. 2019, eq. 2, spread over tokens (Ouyang et al. 2022, eq. 2). scores: float32[B]; the others
+    [B, R], mask True up to and including the end token. With a response of three tokens of five, k = -coef * KL:
+
+        mask  1 1 1 . .      rewards  k k k+score 0 0
+    """
+    last = mask & ~jnp.concatenate([mask[:, 1:], jnp.zeros_like(mask[:, :1])], axis=1)
+    kl = jnp.where(mask, kl_k1(logprobs - ref_logprobs), 0.0)
+    return jnp.where(last, scores[:, None], 0.0) - kl_coef * kl
+
+
+def gae(
+    rewards: jax.Array, values: jax.Array, mask: jax.Array, *, discount: float, lam: float
+) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): (advantages, returns), each float32[B, R].
+
+    The value after a response's last token is 0; nothing beyond the mask is read.
+    """
+    rewards, values = (jnp.where(mask, x, 0.0) for x in (rewards, values))
+
+    def back(carry: tuple[jax.Array, jax.Array], now: tuple[jax.Array, jax.Array]):
+        next_value, next_advantage = carry
+        reward, value = now
+        advantage = reward + discount * next_value - value + discount * lam * next_advantage
+        return (value, advantage), advantage
+
+    zero = jnp.zeros_like(values[:, 0])
+    _, advantages = jax.lax.scan(back, (zero, zero), (rewards.T, values.T), reverse=True)
+    advantages = jnp.where(mask, advantages.T, 0.0)
+    return advantages, advantages + values
+
+
+def whiten(x: jax.Array, mask: jax.Array, eps: float = 1e-8) -> jax.Array:
+    """(x - mean) / std over the mask, with the population variance (as OpenAI's tf.nn.moments); 0 elsewhere."""
+    count = jnp.maximum(mask.astype(jnp.float32).sum(), 1.0)
+    mean = _sum(x, mask) / count
+    variance = _sum(jnp.square(x - mean), mask) / count
+    return jnp.where(mask, (x - mean) * jax.lax.rsqrt(variance + eps), 0.0)
+
+
+def policy(
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, *, clip: float
+) -> Loss:
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), summed over response tokens; all float32[B, R]."""
+    count = mask.astype(jnp.float32).sum()
+    # Beyond the mask everything is garbage, and 0 * inf in a gradient is NaN: it is cut off at the entrance.
+    log_ratio = jnp.where(mask, logprobs - old_logprobs, 0.0)
+    advantages = jnp.where(mask, advantages, 0.0)
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
+    loss = -_sum(jnp.minimum(ratio * advantages, clipped * advantages), mask)
+    outside = (jnp.abs(ratio - 1.0) > clip).astype(jnp.float32)
+    metrics = {
+        "policy_loss": (loss, count),
+        "clip_fraction": (_sum(outside, mask), count),
+        "approx_kl": (_sum(kl_k3(-log_ratio), mask), count),
+        "ratio": (_sum(ratio, mask), count),
+    }
+    return loss, count, metrics
+
+
+def value(values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, *, clip: float) -> Loss:
+    """Half squared error, the larger of clipped and not (as OpenAI baselines' ppo2); clip 0 turns clipping off."""
+    count = mask.astype(jnp.float32).sum()
+    values, old_values, returns = (jnp.where(mask, x, 0.0) for x in (values, old_values, returns))
+    error = jnp.square(values - returns)
+    near = old_values + jnp.clip(values - old_values, -clip, clip) if clip else values
+    clipped_error = jnp.square(near - returns)
+    loss = 0.5 * _sum(jnp.maximum(error, clipped_error), mask)
+    outside = _sum((clipped_error > error).astype(jnp.float32), mask)
+    return loss, count, {"value_loss": (loss, count), "value_clip_fraction": (outside, count)}
+
+
+def kl_k1(log_ratio: jax.Array) -> jax.Array:
+    """Unbiased estimate of KL(p || q) at samples of p, log_ratio = log p - log q (Schulman 2020, "k1").
+
+    The one for the reward: as a reward, k3's gradient is not that of the KL.
+    """
+    return log_ratio
+
+
+def kl_k3(log_ratio: jax.Array) -> jax.Array:
+    """Low-variance, non-negative estimate at samples of p, log_ratio = log p - log q (Schulman 2020, "k3")."""
+    return jnp.expm1(-log_ratio) + log_ratio
+
+
+def _sum(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Sum over the mask; what lies beyond it may be anything, inf and NaN included."""
+    return jnp.where(mask, x, 0.0).sum()

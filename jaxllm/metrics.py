@@ -1,0 +1,271 @@
+"""Metrics: summed over an interval, divided once, fetched one interval late; a live line, JSONL, TensorBoard, W&B."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tensorboardX
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jaxllm.losses import Metrics
+
+console = Console(stderr=True, highlight=False)
+
+# Dense bf16 FLOP/s of one device, from the vendors' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """Where metrics go besides the progress line and metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files into STAGE/tensorboard."""
+    wandb_project: str = ""
+    """Weights & Biases project; empty: off. Needs `pip install wandb`."""
+
+
+class Work(NamedTuple):
+    """What one step costs, for throughput."""
+
+    tokens: int  # tokens per step over all devices
+    flops: float = 0.0  # model FLOPs per step; 0: MFU is not shown
+    peak_flops: float = 0.0  # of all devices together
+
+
+class TrainingDiverged(Exception):
+    """The loss is not finite. The newest checkpoint is from before."""
+
+
+class MetricLog:
+    """Collects the metrics of every step and writes them each interval. Use as a hook with every=1.
+
+    log_every and save_every both end an interval: a run resumed from a checkpoint then logs the same intervals
+    as one never cut.
+    """
+
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        title: str,
+        num_steps: int,
+        *,
+        start: int,
+        log_every: int,
+        save_every: int,
+        work: Work,
+        config: LoggingConfig,
+        schedules: Mapping[str, Callable[[int], Any]] | None = None,
+        shown: tuple[str, ...] = ("loss",),
+    ):
+        self.directory, self.title, self.num_steps, self.work = epath.Path(directory), title, num_steps, work
+        self.every, self.schedules, self.shown = (log_every, save_every), schedules or {}, shown
+        self.latest: dict[str, float] = {}
+        self._steps: list[Metrics] = []
+        self._pending: tuple[int, list[Metrics], float] | None = None
+        self._began = self._interval_began = time.monotonic()
+        self._paused = 0.0
+        self._start = start
+        self._writers = [_jsonl(self.directory, start)] if jax.process_index() == 0 else []
+        if jax.process_index() == 0 and config.tensorboard:
+            self._writers.append(_tensorboard(self.directory, start))
+        if jax.process_index() == 0 and config.wandb_project:
+            self._writers.append(_wandb(self.directory, config.wandb_project))
+        self._bar = _progress(title, num_steps, start)
+
+    def __call__(self, step: int, state: Any, metrics: Metrics) -> None:
+        if self._steps:  # at most two steps in flight: the host stays ahead, and throughput is that of the device
+            jax.block_until_ready(self._steps[-1])
+        self._steps.append(metrics)
+        if step == self._start + 1:  # compilation is not throughput
+            jax.block_until_ready(metrics)
+            self._interval_began = time.monotonic()
+        if any(step % every == 0 for every in self.every) or step == self.num_steps:
+            self._flush()
+            now = time.monotonic()
+            self._pending = (step, self._steps, now - self._interval_began)
+            self._steps, self._interval_began = [], now
+        if step == self.num_steps:
+            self._flush()
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    @property
+    def _task(self) -> Any:
+        return self._bar.task_ids[0] if self._bar else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a point of its own, for example held-out numbers; the time until now is kept off throughput."""
+        self._flush()
+        self._emit(step, dict(values))
+        self._interval_began = time.monotonic()
+
+    def close(self) -> None:
+        self._flush()
+        if self._bar:
+            self._bar.stop()
+        for writer in self._writers:
+            writer(None, {})
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        (step, steps, seconds), self._pending = self._pending, None
+        values = reduce(jax.device_get(steps))
+        counted = len(steps) - (1 if step - len(steps) == self._start else 0)  # the first step only compiles
+        if counted > 0 and seconds > 0:
+            values["throughput/tokens_per_second"] = self.work.tokens * counted / seconds
+            if self.work.flops and self.work.peak_flops:
+                values["throughput/mfu"] = self.work.flops * counted / seconds / self.work.peak_flops
+        values |= {name: float(schedule(step - 1)) for name, schedule in self.schedules.items()}
+        self._emit(step, {k if "/" in k else f"train/{k}": v for k, v in values.items()})
+        if not math.isfinite(values.get("loss", 0.0)):
+            raise TrainingDiverged(
+                f"{self.title}: the loss is {values['loss']} at step {step}; lower the learning rate"
+            )
+
+    def _emit(self, step: int, values: dict[str, float]) -> None:
+        self.latest |= values
+        for writer in self._writers:
+            writer(step, values)
+        text = _line(self.latest, self.shown)
+        if self._bar:
+            self._bar.update(self._task, text=text)
+        elif jax.process_index() == 0:
+            console.print(f"{self.title} {step}/{self.num_steps} {text}", soft_wrap=True)
+
+
+def reduce(steps: list[Metrics]) -> dict[str, float]:
+    """Sums over steps divided by weights over steps; a metric without weight is left out."""
+    totals: dict[str, list[float]] = {}
+    for metrics in steps:
+        for name, (total, weight) in metrics.items():
+            pair = totals.setdefault(name, [0.0, 0.0])
+            pair[0], pair[1] = pair[0] + float(total), pair[1] + float(weight)
+    return {name: total / weight for name, (total, weight) in totals.items() if weight}
+
+
+def peak_flops(mesh: jax.sharding.Mesh) -> float:
+    """bf16 FLOP/s of all devices: from the data sheet, on a CPU measured by a matrix product; 0 if unknown."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return _measure_matmul(mesh)
+    known = [flops for kind, flops in PEAK_FLOPS.items() if device.device_kind.startswith(kind)]
+    return max(known, default=0.0) * mesh.size
+
+
+def _measure_matmul(mesh: jax.sharding.Mesh, size: int = 1024) -> float:
+    """The best of a few bf16 products, one on each device at once, in FLOP/s over all of them."""
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+    x = jax.device_put(jnp.ones((mesh.size, size, size), jnp.bfloat16), sharding)
+    product = jax.jit(lambda a: jnp.einsum("nij,njk->nik", a, a))
+    product(x).block_until_ready()
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * mesh.size * size**3 / best
+
+
+def _line(values: Mapping[str, float], shown: tuple[str, ...]) -> str:
+    parts = []
+    for name in shown:
+        full = name if "/" in name else f"train/{name}"
+        if full in values:
+            parts.append(f"{full.split('/')[-1]} {values[full]:.4g}")
+    if (rate := values.get("throughput/tokens_per_second")) is not None:
+        parts.append(f"{rate:,.0f} tokens/s")
+    if (mfu := values.get("throughput/mfu")) is not None:
+        parts.append(f"MFU {mfu:.0%}")
+    return " · ".join(parts)
+
+
+def _progress(title: str, num_steps: int, start: int) -> Progress | None:
+    if not console.is_terminal or jax.process_index() != 0:
+        return None
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    bar = Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console)
+    bar.add_task(title, total=num_steps, completed=start, text="compiling")
+    bar.start()
+    return bar
+
+
+Writer = Callable[[int | None, Mapping[str, float]], None]
+
+
+def _jsonl(directory: epath.Path, start: int) -> Writer:
+    """Append to metrics.jsonl; what a killed run wrote past the checkpoint it left is dropped first."""
+    path = directory / "metrics.jsonl"
+    kept = [line for line in read_metrics(path) if line["step"] <= start]
+    partial = directory / ".metrics.jsonl.partial"
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    partial.replace(path)
+    file = path.open("a")
+
+    def write(step: int | None, values: Mapping[str, float]) -> None:
+        if step is None:
+            return file.close()
+        file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        file.flush()
+
+    return write
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; none where there is no file. A last line without its newline is left out."""
+    path = epath.Path(path)
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text().split("\n")
+    return [json.loads(line) for line in lines]
+
+
+def _tensorboard(directory: epath.Path, start: int) -> Writer:
+    writer = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+
+    def write(step: int | None, values: Mapping[str, float]) -> None:
+        if step is None:
+            return writer.close()
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return write
+
+
+def _wandb(directory: epath.Path, project: str) -> Writer:
+    import wandb  # pyright: ignore[reportMissingImports] - an extra
+
+    name = f"{directory.parent.name}-{directory.name}"
+    run = wandb.init(project=project, name=name, id=name, dir=str(directory), resume="allow")
+
+    def write(step: int | None, values: Mapping[str, float]) -> None:
+        if step is None:
+            return run.finish()
+        run.log(dict(values), step=step)
+
+    return write

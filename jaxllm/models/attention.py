@@ -1,0 +1,42 @@
+"""Attention as a function of arrays. The mask is a specification (causal, segments), never a dense argument."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_segment_ids: jax.Array,
+    kv_segment_ids: jax.Array,
+    q_offset: jax.Array | int = 0,
+) -> jax.Array:
+    """Grouped-query attention, causal inside segments (Vaswani et al. 2017; Ainslie et al. 2023).
+
+    q: [B, T, N, H]; k, v: [B, S, K, H] with N a multiple of K; q_segment_ids: int32[B, T];
+    kv_segment_ids: int32[B, S]. Query t stands at place q_offset + t of the S key places. It sees key s when
+    s <= q_offset + t and their segments are equal. With segments 1 1 2 2 0 the five rows see
+
+        1 . . . .      a token sees itself and what came before it in its own segment;
+        1 1 . . .      padding (segment 0) sees only padding, so that no row is empty and
+        . . 1 . .      its softmax stays finite; the loss masks it.
+        . . 1 1 .
+        . . . . 1
+
+    Returns [B, T, N, H] in q's dtype. Scores and softmax are float32.
+    """
+    B, T, N, H = q.shape
+    S, K = k.shape[1], k.shape[2]
+    q = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(H)
+    place = q_offset + jnp.arange(T)[:, None]
+    causal = jnp.arange(S)[None, :] <= place  # [T, S]
+    same = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]  # [B, T, S]
+    allowed = (causal[None] & same)[:, None, None]
+    weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+    return out.reshape(B, T, N, H)

@@ -1,0 +1,42 @@
+"""A decoder with a scalar head in place of the vocabulary: the reward model and the critic."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.models import transformer
+from jaxllm.models.config import ModelConfig
+
+
+def init(trunk: Any, config: ModelConfig, key: jax.Array) -> Any:
+    """{"trunk", "head": {"kernel" [D], "bias" []}} on a copy of a decoder's parameters.
+
+    The kernel is drawn from N(0, 1 / (D + 1)), the bias is 0 (Stiennon et al. 2020; Huang et al. 2024, detail 8).
+    """
+    kernel = jax.random.normal(key, (config.embed_dim,)) / jnp.sqrt(config.embed_dim + 1.0)
+    return {"trunk": jax.tree.map(jnp.copy, trunk), "head": {"kernel": kernel, "bias": jnp.zeros(())}}
+
+
+def axes(config: ModelConfig) -> Any:
+    return {"trunk": transformer.axes(config), "head": {"kernel": ("norm",), "bias": ()}}
+
+
+def abstract(config: ModelConfig) -> Any:
+    return jax.eval_shape(lambda: init(transformer.init(config, jax.random.key(0)), config, jax.random.key(0)))
+
+
+def apply(params: Any, config: ModelConfig, tokens, segment_ids, positions=None) -> jax.Array:
+    """A value for every position: tokens, segment_ids int32[B, T] -> float32[B, T]."""
+    hidden = transformer.apply(params["trunk"], config, tokens, segment_ids, positions)
+    return hidden.astype(jnp.float32) @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def last_value(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """The value at each row's last real token: values float32[B, T], segment_ids int32[B, T] -> float32[B].
+
+    Padding may stand on either side: with segments 0 1 1 1 0 the fourth place is read.
+    """
+    places = jnp.arange(values.shape[1], dtype=jnp.int32)[None]
+    last = jnp.where(segment_ids > 0, places, -1).max(1, keepdims=True)
+    return jnp.take_along_axis(values, jnp.maximum(last, 0), axis=1)[:, 0]

@@ -1,0 +1,86 @@
+"""OptimConfig -> an Optax transformation: clipping, AdamW with decoupled decay, a schedule."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import optax
+
+# Whether weight decay applies, by the name of the leaf. Every parameter must be here: an unknown name is an error.
+DECAYED = {
+    **dict.fromkeys(("tokens", "positions", "q", "k", "v", "out", "gate", "up", "down", "kernel"), True),
+    **dict.fromkeys(
+        ("scale", "bias", "q_bias", "k_bias", "v_bias", "out_bias", "gate_bias", "up_bias", "down_bias"), False
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter 2019) and its learning-rate schedule."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """After warm-up: constant, linear or cosine decay, or warm-up-stable-decay (Hu et al. 2024)."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    final_fraction: float = 0.1
+    """Learning rate at the end, as a fraction of the peak."""
+    decay_fraction: float = 0.2
+    """wsd: the share of all steps spent decaying."""
+    b1: float = 0.9
+    """Decay of the gradient's running mean."""
+    b2: float = 0.95
+    """Decay of the squared gradient's running mean."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings; norms and biases have none."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate < 0:
+            raise ValueError("learning_rate: must not be negative")
+        if self.warmup_steps < 0:
+            raise ValueError("warmup_steps: must not be negative")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError("final_fraction: must be between 0 and 1")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError("decay_fraction: must be above 0 and at most 1")
+
+
+def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
+    """Step number -> learning rate, over num_steps optimiser updates."""
+    peak, end, warmup = config.learning_rate, config.learning_rate * config.final_fraction, config.warmup_steps
+    rest = max(num_steps - warmup, 1)
+    decay = max(int(num_steps * config.decay_fraction), 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, end, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest, config.final_fraction),
+        "wsd": optax.linear_schedule(peak, end, decay, transition_begin=max(rest - decay, 0)),
+    }[config.schedule]
+    if not warmup:
+        return after
+    # (step + 1) / warmup: the first update is not lost to a learning rate of 0.
+    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    adamw = optax.adamw(
+        learning_rate(config, num_steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def decay_mask(params: Any) -> Any:
+    """A tree of bools like `params`: True where weight decay applies. Raises KeyError on an unknown leaf name."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: DECAYED[path[-1].key], params)

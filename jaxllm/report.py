@@ -1,0 +1,449 @@
+"""The report of a run directory: every stage's numbers and curves, and its models' answers side by side.
+
+report.json has all numbers, report.md the tables and answers, report.html also the curves; it is one file that loads
+nothing from elsewhere. They are made from result.json, provenance.json and metrics.jsonl alone.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from jaxllm.config import InputError
+from jaxllm.metrics import read_metrics
+from jaxllm.workspace import read_json, write_json
+
+SIMULATED = "simulated annotator"
+
+# Metric names by their last part, in the order of the panels; what is not here follows by name.
+PANELS = {
+    "loss": "Loss",
+    "bits_per_byte": "Bits per byte",
+    "bpb": "Bits per byte",
+    "accuracy": "Pairwise accuracy",
+    "top1": "Top-1 accuracy",
+    "top1_accuracy": "Top-1 accuracy",
+    "calibration_error": "Calibration error",
+    "score": "Score",
+    "kl": "KL to the reference, nats per response",
+    "entropy": "Entropy, nats per token",
+    "clip_fraction": "Clip fraction",
+    "response_length": "Response length, tokens",
+    "learning_rate": "Learning rate",
+    "tokens_per_second": "Tokens per second",
+    "mfu": "Model FLOP utilisation",
+}
+KEY_NUMBERS = ("bits_per_byte", "accuracy", "score", "kl", "train_loss", "loss", "vocab_size", "parameters", "tokens")
+# Numbers that depend on the annotator: by a part of their name anywhere, and by name in the reward stage.
+OF_ANNOTATOR = ("annotator", "win_rate", "tie_fraction")
+OF_RANKINGS = ("accuracy", "top1", "calibration", "loss")
+NAMES = ("annotator", "annotator_simulated")  # not numbers
+MODELS = {"pretrain": "Pre-trained", "sft": "Fine-tuned (SFT)", "ppo": "PPO"}
+LINES = {"light": ("#2563b8", "#d9601a", "#16876a", "#8a4fbf"), "dark": ("#6aa9f4", "#f49a5c", "#4fc7a3", "#c79af0")}
+INK = {"light": ("#4b5563", "#d8dce2"), "dark": ("#aab2bf", "#373d48")}  # text, grid
+
+Series = dict[str, list[tuple[int, float | None]]]
+
+
+class Table(NamedTuple):
+    """A titled table of formatted cells; the first column names the row."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def write_report(run_dir: epath.PathLike, stages: Sequence[str]) -> dict[str, Any]:
+    """Write report.json, report.md and report.html into a run directory; returns what report.json holds.
+
+    Stages that are absent or unfinished are shown as such. A number that is not finite is null in report.json. Raises
+    InputError where result.json, provenance.json or metrics.jsonl is damaged; a half-written last line is left out.
+    """
+    run_dir = epath.Path(run_dir)
+    report = _collect(run_dir, stages)
+    write_json(run_dir / "report.json", report)
+    _write_text(run_dir / "report.md", _markdown(report))
+    _write_text(run_dir / "report.html", _html(report))
+    return report
+
+
+def _collect(run_dir: epath.Path, stages: Sequence[str]) -> dict[str, Any]:
+    read = {stage: _read_stage(run_dir / stage) for stage in stages if (run_dir / stage).exists()}
+    origins = [p for stage in read.values() if isinstance(p := stage.pop("provenance"), dict)]
+    simulated = _simulated_stages(read)
+    for name, stage in read.items():
+        stage["annotator_simulated"] = name in simulated
+    seconds = [
+        s for stage in read.values() if isinstance(s := (stage["result"] or {}).get("wall_seconds"), int | float)
+    ]
+    return {
+        "name": run_dir.name or str(run_dir),
+        "date": max((str(p.get("time", "")) for p in origins), default="")[:16].replace("T", " "),
+        "device": ", ".join(dict.fromkeys(str(p["devices"]) for p in origins if "devices" in p)),
+        "code": ", ".join(dict.fromkeys(str(p["code"]) for p in origins if "code" in p)),
+        "wall_seconds": sum(seconds),
+        "stages": read,
+        "absent": [stage for stage in stages if stage not in read],
+        "order": list(stages),
+    }
+
+
+def _read_stage(directory: epath.Path) -> dict[str, Any]:
+    result = read_json(directory / "result.json")
+    if result is not None and not isinstance(result, dict):
+        raise InputError(f"{directory / 'result.json'}: must hold a JSON object; remove the file to redo the stage")
+    try:
+        lines = read_metrics(directory / "metrics.jsonl")
+        series = _series(lines)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{directory / 'metrics.jsonl'}: a line is damaged ({error}); remove that line") from None
+    return {"result": _finite(result), "series": series, "provenance": read_json(directory / "provenance.json")}
+
+
+def _series(lines: Iterable[Mapping[str, Any]]) -> Series:
+    series: Series = {}
+    for line in lines:
+        for name, value in line.items():
+            if name not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool):
+                series.setdefault(name, []).append((int(line["step"]), _finite(value)))
+    return series
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _simulated_stages(read: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Stages with numbers of a simulated annotator: their own flag decides, without one that of the rank stage."""
+
+    def flag(stage: str) -> Any:
+        result = read.get(stage, {}).get("result") or {}
+        return result.get("annotator_simulated", result.get("simulated"))
+
+    return {stage for stage in read if (flag("rank") if flag(stage) is None else flag(stage))}
+
+
+def _note(report: Mapping[str, Any], stage: str, name: str) -> str:
+    """The words " (simulated annotator)" where this number of this stage comes from one."""
+    last = name.split("/")[-1]
+    parts = OF_ANNOTATOR + (OF_RANKINGS if stage == "reward" and last != "train_loss" else ())
+    of_annotator = last not in NAMES and any(part in last for part in parts)
+    return f" ({SIMULATED})" if of_annotator and report["stages"][stage]["annotator_simulated"] else ""
+
+
+def _label(report: Mapping[str, Any], stage: str, name: str) -> str:
+    return name.replace("_", " ") + _note(report, stage, name)
+
+
+# numbers as text
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if value.is_integer() and abs(value) < 1e15:
+            return f"{value:,.0f}"
+        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _duration(seconds: Any) -> str:
+    if not isinstance(seconds, int | float):
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _quantity(name: str, value: Any) -> str:
+    if name.endswith("_bytes") and isinstance(value, int | float):
+        return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+    return _duration(value) if name.endswith("_seconds") else _number(value)
+
+
+def _scalars(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Key numbers first, then the others in their own order; wall time has its own column."""
+    names = [n for n, v in result.items() if not isinstance(v, dict | list) and n != "wall_seconds"]
+    names.sort(key=lambda n: KEY_NUMBERS.index(n) if n in KEY_NUMBERS else len(KEY_NUMBERS))
+    return {name: result[name] for name in names}
+
+
+def _tables(report: Mapping[str, Any], stage: str) -> list[Table]:
+    """Every nested value of a stage's result as a table, but for the answers shown side by side."""
+    result, tables = report["stages"][stage]["result"] or {}, []
+    for name, value in result.items():
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value) and name != "samples":
+            value = {str(i): row for i, row in enumerate(value, 1)}
+        if isinstance(value, dict) and value:
+            tables.append(_table(report, stage, name, value))
+    return tables
+
+
+def _table(report: Mapping[str, Any], stage: str, name: str, value: Mapping[str, Any]) -> Table:
+    title = _label(report, stage, name)
+    if not all(isinstance(row, dict) for row in value.values()):
+        return Table(title, ["", "value"], [[_label(report, stage, k), _quantity(k, v)] for k, v in value.items()])
+    columns = list(dict.fromkeys(column for row in value.values() for column in row))
+    rows = [[MODELS.get(k, k), *(_quantity(c, row.get(c)) for c in columns)] for k, row in value.items()]
+    return Table(title, ["", *(_label(report, stage, c) for c in columns)], rows)
+
+
+def _samples(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """(prompt, {model: answer}) of every stage whose result has samples."""
+    found = []
+    for stage in report["stages"].values():
+        samples = (stage["result"] or {}).get("samples")
+        for sample in samples if isinstance(samples, list) else ():
+            if isinstance(sample, dict) and isinstance(sample.get("answers"), dict):
+                found.append(
+                    (
+                        str(sample.get("prompt", "")),
+                        {MODELS.get(k, k): _number(v) for k, v in sample["answers"].items()},
+                    )
+                )
+    return found
+
+
+def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    facts = [("Date", report["date"]), ("Device", report["device"]), ("Code", report["code"])]
+    return [(k, v) for k, v in [*facts, ("Total wall time", _duration(report["wall_seconds"]))] if v]
+
+
+def _warning(report: Mapping[str, Any]) -> str:
+    stages = [name for name, stage in report["stages"].items() if stage["annotator_simulated"]]
+    who = {(report["stages"][s]["result"] or {}).get("annotator") for s in stages} - {None, ""}
+    names = f" ({', '.join(sorted(map(str, who)))})" if who else ""
+    return f"The annotator is simulated{names}: a program scored the responses, no person did." if stages else ""
+
+
+# Markdown
+
+
+def _markdown(report: Mapping[str, Any]) -> str:
+    lines = [f"# {_cell(report['name'])}", "", *(f"- {k}: {_cell(v)}" for k, v in _facts(report)), ""]
+    lines += [f"**{_cell(_warning(report))}**", ""] if _warning(report) else []
+    rows = [_markdown_stage(report, name) for name in report["order"]]
+    lines += _markdown_table(Table("Stages", ["stage", "wall time", "numbers"], rows))
+    for name, stage in report["stages"].items():
+        for table in _tables(report, name):
+            lines += _markdown_table(table._replace(title=f"{name}: {table.title}"))
+        if stage["series"]:
+            curves = [_curve_row(report, name, metric, points) for metric, points in stage["series"].items()]
+            lines += _markdown_table(
+                Table(f"{name}: curves", ["metric", "points", "first", "last", "least", "most"], curves)
+            )
+    for i, (prompt, answers) in enumerate(_samples(report), 1):
+        lines += [f"## Answers {i}", "", "Prompt:", "", *_indented(prompt)]
+        for model, answer in answers.items():
+            lines += [f"{_cell(model)}:", "", *_indented(answer)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_stage(report: Mapping[str, Any], name: str) -> list[str]:
+    if name in report["absent"]:
+        return [name, "–", "not run"]
+    if (result := report["stages"][name]["result"]) is None:
+        return [name, "–", "not finished"]
+    numbers = (f"{_label(report, name, k)} {_quantity(k, v)}" for k, v in _scalars(result).items())
+    return [name, _duration(result.get("wall_seconds")), ", ".join(numbers)]
+
+
+def _markdown_table(table: Table) -> list[str]:
+    rows = [table.header, ["---"] * len(table.header), *table.rows]
+    return [f"## {_cell(table.title)}", "", *(f"| {' | '.join(map(_cell, row))} |" for row in rows), ""]
+
+
+def _cell(text: str) -> str:
+    """Text that neither ends its table cell nor acts as HTML."""
+    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", "<br>")
+
+
+def _indented(text: str) -> list[str]:
+    """A code block, in which no character has a meaning."""
+    return [*(f"    {line}" for line in (text or "(empty)").splitlines()), ""]
+
+
+def _curve_row(
+    report: Mapping[str, Any], stage: str, name: str, points: Sequence[tuple[int, float | None]]
+) -> list[str]:
+    values = [v for _, v in points if v is not None] or [math.nan]
+    return [
+        name + _note(report, stage, name),
+        str(len(points)),
+        *map(_number, (values[0], values[-1], min(values), max(values))),
+    ]
+
+
+# HTML
+
+
+def _html(report: Mapping[str, Any]) -> str:
+    name, warning = _e(report["name"]), _warning(report)
+    facts = "".join(f"<div><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>" for k, v in _facts(report))
+    parts = [f"<header><p class=kicker>jaxllm run</p><h1>{name}</h1><dl class=facts>{facts}</dl></header>"]
+    parts += [f"<p class=warning>{_e(warning)}</p>"] if warning else []
+    parts += ["<h2>Stages</h2>", _html_stages(report)]
+    for stage in report["stages"]:
+        if tables := _tables(report, stage):
+            parts += [f"<h2>{_e(stage.capitalize())}</h2>", *map(_html_table, tables)]
+    if samples := _samples(report):
+        parts += ["<h2>The same prompts, answered by each model</h2>", *(_html_sample(*s) for s in samples)]
+    for stage, content in report["stages"].items():
+        if panels := _panels(report, stage, content["series"]):
+            parts += [f"<h2>Curves: {_e(stage)}</h2><div class=panels>{''.join(panels)}</div>"]
+    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+    head += '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    head += '<meta name="color-scheme" content="light dark">'
+    return f"{head}<style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
+
+
+def _e(text: str) -> str:
+    return html.escape(text)
+
+
+def _html_stages(report: Mapping[str, Any]) -> str:
+    rows = "".join(_html_stage(report, name) for name in report["order"])
+    head = "<thead><tr><th>Stage</th><th>Wall time</th><th>Numbers</th></tr></thead>"
+    return f"<div class=scroll><table class=stages>{head}<tbody>{rows}</tbody></table></div>"
+
+
+def _html_stage(report: Mapping[str, Any], name: str) -> str:
+    if name in report["absent"]:
+        return f"<tr class=absent><th>{_e(name)}</th><td>–</td><td><em>not run</em></td></tr>"
+    result = report["stages"][name]["result"]
+    seconds = (result or {}).get("wall_seconds")
+    width = 100 * seconds / (report["wall_seconds"] or 1) if isinstance(seconds, int | float) else 0
+    bar = f'<span class=bar><i style="width:{width:.1f}%"></i></span>'
+    numbers = ((_label(report, name, k), _quantity(k, v)) for k, v in _scalars(result or {}).items())
+    chips = "".join(f"<li><span>{_e(label)}</span> <b>{_e(text)}</b></li>" for label, text in numbers)
+    cell = "<em>not finished</em>" if result is None else f"<ul class=chips>{chips}</ul>"
+    return f"<tr><th>{_e(name)}</th><td class=time>{_duration(seconds)}{bar}</td><td>{cell}</td></tr>"
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f"<th>{_e(cell)}</th>" for cell in table.header)
+    rows = "".join(
+        f"<tr><th>{_e(row[0])}</th>{''.join(f'<td>{_e(c)}</td>' for c in row[1:])}</tr>" for row in table.rows
+    )
+    body = f"<table class=numbers><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"<h3>{_e(table.title)}</h3><div class='scroll fit'>{body}</div>"
+
+
+def _html_sample(prompt: str, answers: Mapping[str, str]) -> str:
+    columns = "".join(
+        f"<div><h4>{_e(model)}</h4><p class=text>{_e(answer) or '<em>empty</em>'}</p></div>"
+        for model, answer in answers.items()
+    )
+    return f'<section class=sample><p class="prompt text">{_e(prompt)}</p><div class=answers>{columns}</div></section>'
+
+
+def _panels(report: Mapping[str, Any], stage: str, series: Series) -> list[str]:
+    """A picture for each kind of metric, with one line for each series of that kind."""
+    groups: dict[str, Series] = {}
+    for name, points in series.items():
+        if any(value is not None for _, value in points):
+            last = name.split("/")[-1]
+            groups.setdefault(PANELS.get(last, last[:1].upper() + last[1:].replace("_", " ")), {})[name] = points
+    order = list(dict.fromkeys(PANELS.values()))
+    figures = []
+    for title in sorted(groups, key=lambda t: (order.index(t) if t in order else len(order), t)):
+        text = title + next((n for name in groups[title] if (n := _note(report, stage, name))), "")
+        dark, light = (_picture(groups[title], theme) for theme in ("dark", "light"))
+        source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        picture = f'<picture>{source}<img src="{light}" alt="{_e(stage)}: {_e(text)}"></picture>'
+        figures.append(f"<figure><figcaption>{_e(text)}</figcaption>{picture}</figure>")
+    return figures
+
+
+def _picture(series: Series, theme: str) -> str:
+    """A data: URL of a PNG with one line for each series over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    text, grid = INK[theme]
+    figure = Figure(figsize=(4.6, 2.6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for (name, points), color in zip(sorted(series.items(), reverse=True), LINES[theme] * len(series), strict=False):
+        values = [math.nan if v is None else v for _, v in points]
+        marker = "o" if len(points) < 25 else ""
+        label = (name.rpartition("/")[0] or name).encode("ascii", "replace").decode().replace("$", r"\$").lstrip("_")
+        axes.plot([step for step, _ in points], values, color=color, lw=1.5, marker=marker, ms=3, label=label)
+    axes.grid(color=grid, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(colors=text, labelsize=8, length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.get_offset_text().set(color=text, size=8)
+    axes.set_xlabel("step", color=text, size=8)
+    if len(series) > 1:
+        axes.legend(frameon=False, labelcolor=text, fontsize=8)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", transparent=True, metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _write_text(path: epath.Path, text: str) -> None:
+    partial = path.parent / f".{path.name}.partial"
+    partial.write_bytes(text.encode("utf-8", "replace"))
+    partial.replace(path)
+
+
+STYLE = """
+:root{--ink:#1b2027;--soft:#5d6673;--line:#e2e5ea;--page:#fafaf8;--card:#fff;--accent:#2563b8;--warn:#8a4b08;--warnbg:#fdf3e1}
+@media (prefers-color-scheme:dark){:root{--ink:#e6e8ec;--soft:#9aa3b0;--line:#323843;--page:#14171c;--card:#1b1f26;
+--accent:#6aa9f4;--warn:#f3c27a;--warnbg:#33270f}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI","PingFang SC",
+"Microsoft YaHei","Noto Sans CJK SC","Noto Sans SC",sans-serif;font-variant-numeric:tabular-nums}
+main{max-width:1120px;margin:0 auto;padding:48px 28px 96px}
+.kicker{margin:0;color:var(--accent);font-size:12px;font-weight:600;letter-spacing:.09em;text-transform:uppercase}
+h1{margin:2px 0 18px;font-size:34px;line-height:1.2;letter-spacing:-.015em;overflow-wrap:anywhere}
+h2{margin:52px 0 14px;font-size:20px;letter-spacing:-.01em}
+h3{margin:22px 0 8px;font-size:14px;color:var(--soft);font-weight:600}
+.facts{display:flex;flex-wrap:wrap;gap:12px 36px;margin:0;padding-top:16px;border-top:1px solid var(--line)}
+dt{color:var(--soft);font-size:12px}dd{margin:0;font-weight:500}
+.warning{margin:22px 0 0;padding:10px 16px;border-radius:8px;background:var(--warnbg);color:var(--warn);font-weight:500}
+.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px}
+table{border-collapse:collapse;width:100%}
+th,td{padding:9px 16px;text-align:left;vertical-align:top}
+tbody tr+tr>*{border-top:1px solid var(--line)}
+thead th{color:var(--soft);font-size:12px;font-weight:600;border-bottom:1px solid var(--line);vertical-align:bottom}
+tbody th{font-weight:600}
+.fit{width:fit-content;max-width:100%}
+tbody th{white-space:nowrap}.numbers td,.numbers thead th:not(:first-child){text-align:right}
+.time{white-space:nowrap;width:130px}
+.bar{display:block;height:3px;margin-top:6px;border-radius:2px;background:var(--line)}
+.bar i{display:block;height:100%;min-width:1px;border-radius:2px;background:var(--accent)}
+.chips{display:flex;flex-wrap:wrap;gap:3px 22px;margin:0;padding:0;list-style:none}
+.chips span{color:var(--soft);font-size:13px}.chips b{font-weight:600;overflow-wrap:anywhere}
+.absent,em{color:var(--soft)}
+.sample{margin:0 0 18px;background:var(--card);border:1px solid var(--line);border-radius:10px;overflow:hidden}
+.text{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
+.prompt{padding:12px 16px;border-bottom:1px solid var(--line);font-weight:600}
+.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(240px,1fr))}
+.answers>div{padding:12px 16px 16px}.answers>div+div{border-left:1px solid var(--line)}
+h4{margin:0 0 4px;color:var(--accent);font-size:12px;font-weight:600}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:16px}
+figure{margin:0;padding:12px 14px 8px;background:var(--card);border:1px solid var(--line);border-radius:10px}
+figcaption{margin-bottom:4px;font-size:13px;font-weight:600}
+img{display:block;width:100%;height:auto}
+@media print{.sample,figure{break-inside:avoid}}
+"""

@@ -1,0 +1,212 @@
+"""Composition root: config -> processes, devices, run directory -> stages in order."""
+
+import dataclasses
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from rich.table import Table
+
+from jaxllm.config import InputError, to_tree
+from jaxllm.metrics import LoggingConfig, console
+from jaxllm.models.config import ModelConfig
+from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.stages import evaluate, ppo, pretrain, rank, reward, sample, sft, tokenizer
+from jaxllm.stages.evaluate import EvaluateConfig
+from jaxllm.stages.language_model import LanguageModelConfig
+from jaxllm.stages.ppo import PPOConfig
+from jaxllm.stages.rank import RankConfig
+from jaxllm.stages.reward import RewardConfig
+from jaxllm.stages.sample import SampleConfig
+from jaxllm.stages.tokenizer import TokenizerConfig
+from jaxllm.workspace import STAGES, Workspace
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One model's life."""
+
+    name: str = "run"
+    """Name of the run; its directory is runs/NAME."""
+    run_dir: str = ""
+    """Run directory, in place of runs/NAME."""
+    seed: int = 0
+    """Seed of every random choice."""
+    stages: tuple[str, ...] = STAGES
+    """Stages of `jaxllm run`, in order."""
+    cpu_devices: int = 0
+    """Virtual devices on a CPU; 0: one per core, the fastest."""
+    distributed: bool = False
+    """Join the other processes of the job (jax.distributed): pod slices, Slurm, several processes."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices are laid out."""
+    model: ModelConfig = ModelConfig()
+    """The decoder."""
+    logging: LoggingConfig = LoggingConfig()
+    """Where metrics go."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """Stage 1; without data of its own it reads pretrain.data."""
+    pretrain: LanguageModelConfig = LanguageModelConfig()
+    """Stage 2."""
+    sft: LanguageModelConfig = LanguageModelConfig()
+    """Stage 3."""
+    sample: SampleConfig = SampleConfig()
+    """Stage 4."""
+    rank: RankConfig = RankConfig()
+    """Stage 5."""
+    reward: RewardConfig = RewardConfig()
+    """Stage 6."""
+    ppo: PPOConfig = PPOConfig()
+    """Stage 7."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Stage 8."""
+
+    def __post_init__(self) -> None:
+        if unknown := [stage for stage in self.stages if stage not in STAGES]:
+            raise ValueError(f"stages: {unknown[0]!r} is unknown; known: {', '.join(STAGES)}")
+        if self.cpu_devices < 0:
+            raise ValueError("cpu_devices: must not be negative")
+
+
+# The parts of the config that decide a stage's outcome: changing one of them makes another run.
+SECTIONS = {
+    "tokenizer": ("seed", "tokenizer"),
+    "pretrain": ("seed", "model", "pretrain"),
+    "sft": ("seed", "model", "sft"),
+    "sample": ("seed", "sample"),
+    "rank": ("seed", "rank"),
+    "reward": ("seed", "reward"),
+    "ppo": ("seed", "ppo"),
+    "evaluate": ("seed", "evaluate"),
+}
+
+
+def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
+    """Run these stages in order: a finished one is skipped, a cut one resumes."""
+    config = with_defaults(config)
+    mesh = start_devices(config)
+    run_dir = epath.Path(config.run_dir or f"runs/{config.name}")
+    moved = f" --run-dir {config.run_dir}" if config.run_dir else ""
+    workspace = Workspace(run_dir, mesh, config.seed, to_tree(config), f"jaxllm STAGE {config_path}{moved}")
+    worked = False
+    with jax.set_mesh(mesh):
+        for stage in stages:
+            workspace.begin(stage, SECTIONS[stage])
+            if workspace.result(stage) is not None:
+                console.print(f"{stage}: finished already, in {workspace.stage_dir(stage)}")
+                continue
+            _run_stage(workspace, config, stage, config_path + moved)
+            worked = True
+    if not worked:
+        console.print(f"Nothing to do: {'all stages are' if len(stages) > 1 else 'it is'} finished in {run_dir}")
+    if worked and jax.process_index() == 0 and stages[-1] == "evaluate":
+        from jaxllm.report import write_report  # matplotlib takes seconds to import
+
+        write_report(run_dir, STAGES)
+        console.print(
+            f"Report: {run_dir}/report.html and report.md; talk to it: jaxllm chat {run_dir}/{_last_policy(workspace)}"
+        )
+
+
+def with_defaults(config: Config) -> Config:
+    """Fill in the data a section takes from another one."""
+    fill = dataclasses.replace
+    prompts = config.sample.data
+    if not config.tokenizer.data.sources:
+        config = fill(config, tokenizer=fill(config.tokenizer, data=config.pretrain.data))
+    if not config.ppo.data.sources:
+        config = fill(config, ppo=fill(config.ppo, data=prompts))
+    if not config.evaluate.prompts.sources:
+        config = fill(config, evaluate=fill(config.evaluate, prompts=prompts))
+    return config
+
+
+def set_cpu_devices(count: int) -> None:
+    """Make `count` virtual CPU devices (0: one per core); must come before the first use of a device."""
+    count = count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count or os.cpu_count() or 1
+    # Several executions in flight on virtual devices can starve each other of threads inside a collective.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # the backend runs already: we are inside somebody's process, and take what there is
+        if len(jax.devices()) != count and jax.devices()[0].platform == "cpu":
+            console.print(f"note: {len(jax.devices())} CPU devices exist already, {count} wanted")
+
+
+def start_devices(config: Config) -> jax.sharding.Mesh:
+    set_cpu_devices(config.cpu_devices)
+    if config.distributed:
+        jax.distributed.initialize()
+    return make_mesh(config.mesh)
+
+
+def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: str) -> None:
+    began = time.monotonic()
+    console.rule(f"[bold]{stage}")
+    model = None
+    if stage in ("pretrain", "sft"):
+        workspace.require("tokenizer", stage)
+        workspace.share_tokenizer(stage)
+        model = resolve_model(config.model, workspace.tokenizer().vocab_size)
+    elif stage in ("reward", "ppo"):
+        workspace.share_tokenizer(stage)
+    result = _call(workspace, config, stage, model)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    result = {**result, "wall_seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": peak}
+    if jax.process_index() == 0:
+        workspace.finish(stage, result)
+        print_result(stage, result)
+        if stage != STAGES[-1]:
+            console.print(f"next: jaxllm {STAGES[STAGES.index(stage) + 1]} {config_path}")
+
+
+def _call(workspace: Workspace, config: Config, stage: str, model: Any) -> dict[str, Any]:
+    calls: dict[str, Callable[[], dict[str, Any]]] = {
+        "tokenizer": lambda: tokenizer.run(workspace, config.tokenizer),
+        "pretrain": lambda: pretrain.run(workspace, config.pretrain, model, config.logging),
+        "sft": lambda: sft.run(workspace, config.sft, model, config.logging),
+        "sample": lambda: sample.run(workspace, config.sample),
+        "rank": lambda: rank.run(workspace, config.rank),
+        "reward": lambda: reward.run(workspace, config.reward, config.logging),
+        "ppo": lambda: ppo.run(workspace, config.ppo, config.logging),
+        "evaluate": lambda: evaluate.run(workspace, config.evaluate, config.pretrain.data),
+    }
+    return calls[stage]()
+
+
+def resolve_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    """The model with the tokenizer's vocabulary; a larger one given in the config is padding and stays."""
+    if model.vocab_size and model.vocab_size < vocab_size:
+        raise InputError(
+            f"model.vocab_size: {model.vocab_size} is below the tokenizer's {vocab_size}; set it to 0 to take the tokenizer's"
+        )
+    return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
+
+
+def print_result(stage: str, result: dict[str, Any]) -> None:
+    """The stage's numbers as a table; nested ones a row each."""
+    simulated = any(result.get(flag) for flag in ("simulated", "annotator_simulated"))
+    note = " (annotator's numbers: SIMULATED)" if simulated else ""
+    table = Table(title=f"{stage}: result{note}", show_header=False)
+    for name, value in _flat(result):
+        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows = []
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            rows.append((prefix + name, value))
+    return rows
+
+
+def _last_policy(workspace: Workspace) -> str:
+    return [stage for stage in ("pretrain", "sft", "ppo") if workspace.result(stage) is not None][-1]

@@ -1,0 +1,163 @@
+"""Mesh axes, the mesh, and the one table that says where every array dimension goes.
+
+Arrays name *logical* axes where they are made ("embed", "heads", "batch"); PARAM_RULES and ACT_RULES map them
+to mesh axes. There is no catch-all: an unknown name raises, since a typo would otherwise replicate silently.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.config import InputError
+
+MESH_AXES = ("data", "fsdp", "context", "expert", "tensor")  # slowest network first
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+PARAM_RULES: Rules = {
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    # The embedding table is split by rows only: split over its embed dimension, XLA's gather falls back to
+    # "involuntary full rematerialization" of the whole table.
+    "vocab_rows": ("fsdp", "tensor"),
+    "positions": ("fsdp", "tensor"),  # rows, for the same reason
+    "norm": None,
+}
+ACT_RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "seq": "context",
+    "embed": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "cache": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; their product is the number of devices. One of them may be -1: what is left."""
+
+    data: int = -1
+    """Replicas of the parameters, each with its share of the batch."""
+    fsdp: int = 1
+    """Shards of parameters and optimiser state, each with its share of the batch (ZeRO-3)."""
+    context: int = 1
+    """Shards of the sequence dimension."""
+    expert: int = 1
+    """Shards of the experts."""
+    tensor: int = 1
+    """Shards of heads, MLP and vocabulary."""
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        if bad := [name for name, size in sizes.items() if size < 1 and size != -1]:
+            raise ValueError(f"{bad[0]}: must be positive, or -1 for the devices that are left")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError("data: only one axis can be -1")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all devices, with Auto axes. Raises InputError where the sizes do not fit their number."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    given = math.prod(size for size in sizes if size != -1)
+    if len(devices) % given or (-1 not in sizes and given != len(devices)):
+        shape = ", ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size != 1)
+        raise InputError(
+            f"mesh: {shape} does not divide the {len(devices)} devices; "
+            "set one axis to -1 or make the product equal to the number of devices"
+        )
+    sizes = [len(devices) // given if size == -1 else size for size in sizes]
+    return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes (None: never sharded).
+
+    Raises KeyError on an unknown name and ValueError where two dimensions would share a mesh axis.
+    """
+    mapped = [None if axis is None else rules[axis] for axis in axes]
+    used = [name for part in mapped if part for name in ((part,) if isinstance(part, str) else part)]
+    if len(set(used)) != len(used):
+        raise ValueError(f"axes {tuple(axes)} use a mesh axis twice: {used}")
+    return PartitionSpec(*mapped)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation to its place on the current mesh (`jax.set_mesh`); without one, return it as it is."""
+    if len(axes) != x.ndim:
+        raise ValueError(f"{len(axes)} axis names for an array of {x.ndim} dimensions")
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, ACT_RULES))
+
+
+def activation(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    return NamedSharding(mesh, spec(axes, ACT_RULES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+# The config field that sets the size of a logical axis, for error messages.
+_FIELDS = {
+    "embed": "model.embed_dim",
+    "heads": "model.num_heads",
+    "kv_heads": "model.num_kv_heads",
+    "mlp": "model.mlp_dim",
+    "positions": "model.max_length",
+    "vocab": "model.vocab_size",
+    "vocab_rows": "model.vocab_size",
+}
+
+
+def param_shardings(mesh: Mesh, params: Any, axes: Any) -> Any:
+    """NamedShardings for a tree of (abstract) parameters whose logical axes are in the like tree `axes`.
+
+    Raises InputError naming the parameter and the config field where a size does not divide.
+    """
+
+    def one(path, leaf, names: tuple[str | None, ...]) -> NamedSharding:
+        where = spec(names, PARAM_RULES)
+        for size, name, part in zip(leaf.shape, names, where, strict=True):
+            shards = math.prod(mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ()))
+            if size % shards:
+                raise InputError(
+                    f"{_FIELDS.get(name or '', name)}: {size} does not divide over {shards} shards "
+                    f"(mesh {part}) in parameter {jax.tree_util.keystr(path)}; change the size or the mesh"
+                )
+        return NamedSharding(mesh, where)
+
+    return jax.tree_util.tree_map_with_path(one, params, axes)
+
+
+def check_batch(mesh: Mesh, size: int, field: str) -> None:
+    """Raise InputError where `size` rows do not divide over the devices that share the batch."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if size % shards:
+        raise InputError(f"{field}: {size} does not divide over the {shards} shards of the batch (data x fsdp)")
+
+
+def bytes_table(tree: Any, top: int = 12) -> list[tuple[str, str, int, int]]:
+    """(path, spec, bytes in all, bytes on one device) of the largest leaves of a tree of sharded arrays."""
+    rows = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        size = np.dtype(leaf.dtype).itemsize
+        name, where = jax.tree_util.keystr(path), str(getattr(leaf.sharding, "spec", ""))
+        rows.append((name, where, size * math.prod(leaf.shape), size * math.prod(shard)))
+    return sorted(rows, key=lambda row: -row[2])[:top]

@@ -1,0 +1,153 @@
+"""Evaluate: the stages' models side by side on held-out data."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm import evaluate
+from jaxllm.annotators import resolve, score_all
+from jaxllm.config import InputError
+from jaxllm.data import DataConfig, examples, load_prompts, load_texts, shuffled
+from jaxllm.generate import SamplingConfig, complete, completions, response_logprobs, roll_out
+from jaxllm.metrics import console
+from jaxllm.models.config import ModelConfig
+from jaxllm.tokenizer import Tokenizer
+from jaxllm.workspace import Workspace, load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured on held-out data, and on which stages' models."""
+
+    stages: tuple[str, ...] = ("pretrain", "sft", "ppo")
+    """Stages whose models are measured; the ones that have not run are left out."""
+    accuracy: DataConfig = DataConfig()
+    """Conversations whose last reply is a label, answered greedily; no sources: not measured."""
+    max_accuracy_examples: int = 1000
+    """At most this many of them."""
+    prompts: DataConfig = DataConfig()
+    """Prompts for open answers; without sources those of the sample stage."""
+    num_prompts: int = 200
+    """At most this many held-out prompts."""
+    annotator: str = ""
+    """module:function scoring (prompt, response): a SIMULATED annotator; empty: none."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How open answers are drawn."""
+    label_tokens: int = 8
+    """Longest label in tokens."""
+    num_shown: int = 8
+    """Prompts whose answers are shown side by side."""
+    batch_size: int = 64
+    """Prompts per batch."""
+    compare_xz: bool = True
+    """Also compress the held-out documents with xz -9 behind the training documents."""
+
+
+def run(workspace: Workspace, config: EvaluateConfig, documents: DataConfig) -> dict[str, Any]:
+    """Measure every stage's model; returns {"stages": {stage: numbers}, "samples": [...], ...}."""
+    present = [stage for stage in config.stages if workspace.result(stage) is not None]
+    if not present:
+        raise InputError(
+            f"{workspace.run_dir}: none of the stages {', '.join(config.stages)} has finished; run them first"
+        )
+    tokenizer = workspace.tokenizer()
+    result: dict[str, Any] = {"stages": {stage: _training_numbers(workspace, stage) for stage in present}}
+    answers: dict[str, list[str]] = {}
+    scores: dict[str, np.ndarray] = {}
+    reference = load_model(workspace.stage_dir("sft"), workspace.mesh) if "sft" in present else None
+    for stage in present:
+        console.print(f"evaluate: {stage}")
+        params, model = load_model(workspace.stage_dir(stage), workspace.mesh)
+        numbers = result["stages"][stage]
+        if config.accuracy.sources and stage != "pretrain":
+            numbers |= label_accuracy(workspace, config, tokenizer, params, model)
+        if config.prompts.sources:
+            ref_params = reference[0] if reference and stage not in ("pretrain", "sft") else None
+            open_numbers, answers[stage], prompts = open_answers(
+                workspace, config, tokenizer, params, model, ref_params
+            )
+            numbers |= open_numbers
+            if config.annotator:
+                scores[stage] = score_all(resolve(config.annotator), prompts, answers[stage])
+                mean, error = evaluate.mean_and_error(scores[stage])
+                numbers |= {"annotator_score": mean, "annotator_score_error": error}
+            result["samples"] = _side_by_side(prompts, answers, config.num_shown)
+    if {"sft", "ppo"} <= scores.keys():
+        gain, error = evaluate.mean_and_error(scores["ppo"] - scores["sft"])
+        result |= {"annotator_gain": gain, "annotator_gain_error": error}
+        result["win_rate"] = evaluate.win_rate(scores["ppo"], scores["sft"])
+    if config.annotator:
+        result |= {"annotator": config.annotator, "annotator_simulated": True}
+    if config.compare_xz and "pretrain" in present:
+        texts = (load_texts(documents, split) for split in ("train", "held_out"))
+        result["xz_bits_per_byte"] = evaluate.xz_bits_per_byte(*texts)
+    return result
+
+
+def _training_numbers(workspace: Workspace, stage: str) -> dict[str, Any]:
+    recorded = workspace.result(stage) or {}
+    return {name: recorded[name] for name in ("bits_per_byte",) if name in recorded and stage == "pretrain"}
+
+
+def _settings(workspace: Workspace, config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    stops = {"stop_ids": (tokenizer.end_id, tokenizer.eos_id), "pad_id": tokenizer.pad_id}
+    return {**stops, "mesh": workspace.mesh, "seed": workspace.seed, "batch_size": config.batch_size}
+
+
+def label_accuracy(
+    workspace, config: EvaluateConfig, tokenizer: Tokenizer, params: Any, model: ModelConfig
+) -> dict[str, float]:
+    """Greedy answers against the labels: a match is the whole answer, not a likelier label."""
+    sampling = SamplingConfig(max_new_tokens=config.label_tokens, temperature=0.0)
+    limit = model.max_length - config.label_tokens
+    prompts, labels = [], []
+    for example in shuffled(examples(config.accuracy, "chat", "held_out")):
+        ids, _ = tokenizer.encode_chat(list(example.messages[:-1]), reply=True)
+        if len(ids) <= limit and len(prompts) < config.max_accuracy_examples:
+            prompts.append(ids)
+            labels.append(example.messages[-1]["content"])
+    if not prompts:
+        raise InputError(
+            "evaluate.accuracy: no held-out example fits the context; give more data or raise model.max_length"
+        )
+    drawn = complete(params, model, prompts, sampling=sampling, **_settings(workspace, config, tokenizer))
+    return evaluate.accuracy([tokenizer.decode(c[0].ids) for c in drawn], labels)
+
+
+def open_answers(
+    workspace, config: EvaluateConfig, tokenizer: Tokenizer, params: Any, model: ModelConfig, reference: Any
+):
+    """(numbers, answers, prompts) on held-out prompts; KL to the reference's parameters where they are given."""
+    limit = model.max_length - config.sampling.max_new_tokens
+    held_out = load_prompts(config.prompts, "held_out", tokenizer, limit)[: config.num_prompts]
+    temperature = config.sampling.temperature or 1.0
+
+    @jax.jit
+    def kl(rollout):
+        ours, theirs = (
+            response_logprobs(p, rollout, config=model, temperature=temperature) for p in (params, reference)
+        )
+        return jnp.where(rollout.mask, ours.logprob - theirs.logprob, 0.0).sum(1)
+
+    kls, drawn = [], []
+    settings = {"sampling": config.sampling, **_settings(workspace, config, tokenizer)}
+    for rollout, count in roll_out(params, model, [p.ids for p in held_out], **settings):
+        kls += np.asarray(kl(rollout))[:count].tolist() if reference is not None else []
+        drawn += completions(jax.device_get(rollout))[:count]
+    numbers = {
+        **{"prompts": float(len(drawn)), "distinct_2": evaluate.distinct(c.ids for c in drawn)},
+        **{"response_tokens": float(np.mean([len(c.ids) for c in drawn]))},
+        **{"finished": float(np.mean([c.finished for c in drawn]))},
+        **({"kl_to_sft": float(np.mean(kls))} if kls else {}),
+    }
+    return numbers, [tokenizer.decode(c.ids) for c in drawn], [p.messages[-1]["content"] for p in held_out]
+
+
+def _side_by_side(prompts: list[str], answers: dict[str, list[str]], count: int) -> list[dict[str, Any]]:
+    return [
+        {"prompt": prompt, "answers": {stage: texts[i] for stage, texts in answers.items()}}
+        for i, prompt in enumerate(prompts[:count])
+    ]

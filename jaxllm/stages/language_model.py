@@ -1,0 +1,153 @@
+"""What pre-training and supervised fine-tuning share: the next-token loss over packed rows."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from jaxllm import evaluate, losses, train
+from jaxllm.checkpoint import CheckpointConfig
+from jaxllm.data import DataConfig, Rows, epoch_batches, load_rows, make_batch_at
+from jaxllm.metrics import LoggingConfig, Work, console, peak_flops
+from jaxllm.models import transformer
+from jaxllm.models.config import ModelConfig
+from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
+from jaxllm.sharding import activation, check_batch
+from jaxllm.workspace import Workspace, describe_model
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """Training on next tokens."""
+
+    data: DataConfig = DataConfig()
+    """What to train on; a share of it is held out."""
+    init_from: str = ""
+    """Stage directory to start from; empty: the stage before (pre-training: fresh parameters)."""
+    num_steps: int = 0
+    """Optimiser updates; 0: as many as num_epochs takes."""
+    num_epochs: float = 1.0
+    """Passes over the data, where num_steps is 0."""
+    batch_size: int = 16
+    """Rows per update, over all devices and microbatches."""
+    num_micro: int = 1
+    """Microbatches per update (gradient accumulation)."""
+    length: int = 0
+    """Tokens per row; 0: model.max_length."""
+    z_loss_coef: float = 0.0
+    """Coefficient of logsumexp^2 (PaLM)."""
+    log_every: int = 10
+    """Steps per logged interval."""
+    eval_every: int = 200
+    """Steps between evaluations on the held-out split."""
+    eval_batches: int = 16
+    """Batches of an evaluation during training; the final one takes all of the held-out split."""
+    optim: OptimConfig = OptimConfig()
+    """Optimiser and schedule."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_micro", "log_every", "eval_every", "eval_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1")
+        if self.batch_size % self.num_micro:
+            raise ValueError(f"num_micro: {self.num_micro} does not divide batch_size {self.batch_size}")
+        if self.num_steps < 0 or (self.num_steps == 0 and self.num_epochs <= 0):
+            raise ValueError("num_steps: must be positive, or 0 with num_epochs above 0")
+
+
+def train_language_model(
+    workspace: Workspace,
+    stage: str,
+    kind: str,
+    config: LanguageModelConfig,
+    model: ModelConfig,
+    logging: LoggingConfig,
+    init_params: Callable[[Any], Any],
+) -> dict[str, float]:
+    """Train on packed rows and return the held-out numbers. init_params(shardings) makes the first parameters."""
+    mesh, directory = workspace.mesh, workspace.stage_dir(stage)
+    check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
+    tokenizer, length = workspace.tokenizer(), config.length or model.max_length
+    cache = workspace.run_dir / "cache"
+    rows = {split: load_rows(config.data, kind, split, tokenizer, length, cache) for split in ("train", "held_out")}
+    num_steps = config.num_steps or math.ceil(config.num_epochs * _num_rows(rows["train"]) / config.batch_size)
+    describe(stage, rows, model, num_steps, config.batch_size)
+    tx = make_optimizer(config.optim, num_steps)
+    placed = train.place_state(mesh, transformer.abstract(model), transformer.axes(model), tx)
+    seed, sharding = workspace.seed, activation(mesh, "batch", None)
+    measure = jax.jit(lambda params, batch: loss(params, batch, None, model=model, z_loss_coef=0.0)[2])
+
+    def evaluation(step: int, state: train.TrainState) -> dict[str, float]:
+        limit = 0 if step >= num_steps else config.eval_batches
+        batches = epoch_batches(rows["held_out"], batch_size=config.batch_size, sharding=sharding, max_batches=limit)
+        nats = evaluate.run(measure, state.params, batches)["loss"]
+        return {"eval/loss": nats, "eval/bits_per_byte": _bits_per_byte(nats, rows["held_out"])}
+
+    describe_model(directory, model, "policy", ("params",))
+    tokens = config.batch_size * length
+    state, metrics = train.run_stage(
+        directory,
+        stage,
+        init=lambda: placed.init(init_params(placed.shardings.params)),
+        abstract=placed.abstract,
+        step=train.make_step(
+            lambda params, batch, key: loss(params, batch, key, model=model, z_loss_coef=config.z_loss_coef),
+            tx,
+            num_micro=config.num_micro,
+            seed=seed,
+            state_shardings=placed.shardings,
+        ),
+        batch_at=make_batch_at(rows["train"], batch_size=config.batch_size, seed=seed, sharding=sharding),
+        num_steps=num_steps,
+        settings=config,
+        logging=logging,
+        work=Work(tokens, transformer.flops_per_token(model, length) * tokens, peak_flops(mesh)),
+        evaluate=evaluation,
+        best="eval/bits_per_byte",
+        schedules={"train/learning_rate": learning_rate(config.optim, num_steps)},
+        shown=("loss", "eval/bits_per_byte"),
+    )
+    numbers = {k.removeprefix("eval/"): v for k, v in metrics.items() if k.startswith("eval/")}
+    return {
+        **{"parameters": transformer.num_params(model), "steps": num_steps, "tokens": num_steps * tokens},
+        **{"train_loss": metrics.get("train/loss", float("nan")), **numbers},
+        **{"tokens_per_second": metrics.get("throughput/tokens_per_second", 0.0)},
+        **{"mfu": metrics.get("throughput/mfu", 0.0), "norm": float(optax.tree.norm(state.params))},
+    }
+
+
+def loss(params: Any, batch: Any, key: Any, *, model: ModelConfig, z_loss_coef: float) -> losses.Loss:
+    """Next-token loss of packed rows {tokens, segment_ids, positions, loss_mask}, each [B, T]."""
+    del key  # no dropout
+    hidden = transformer.apply(params, model, batch["tokens"], batch["segment_ids"], batch["positions"])
+    targets, mask = losses.next_token_targets(batch["tokens"], batch["segment_ids"], batch["loss_mask"])
+    stats = losses.token_logprobs(hidden, transformer.head(params), targets)
+    return losses.language_model(stats, mask, z_loss_coef)
+
+
+def describe(
+    stage: str, rows: Mapping[str, Sequence[tuple[Rows, float]]], model: ModelConfig, num_steps: int, batch: int
+):
+    """Say what is about to happen, before the first compilation."""
+    train_rows = _num_rows(rows["train"])
+    dropped = sum(r.num_dropped for split in rows.values() for r, _ in split)
+    examples = {split: sum(r.num_examples for r, _ in rows[split]) for split in rows}
+    console.print(
+        f"{stage}: {examples['train']:,} training and {examples['held_out']:,} held-out examples in {train_rows:,} rows"
+        f"{f', {dropped} too long and dropped' if dropped else ''}; {transformer.num_params(model):,} parameters, "
+        f"{num_steps} steps = {num_steps * batch / max(train_rows, 1):.2f} epochs"
+    )
+
+
+def _num_rows(rows: Sequence[tuple[Rows, float]]) -> int:
+    return sum(r.num_rows for r, _ in rows)
+
+
+def _bits_per_byte(nats: float, rows: Sequence[tuple[Rows, float]]) -> float:
+    tokens, num_bytes = (sum(getattr(r, name) for r, _ in rows) for name in ("num_tokens", "num_bytes"))
+    return evaluate.bits_per_byte(nats, tokens, num_bytes)

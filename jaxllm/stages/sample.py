@@ -1,0 +1,112 @@
+"""Sample: K responses to each prompt, drawn from the fine-tuned model for ranking."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from jaxllm.config import InputError
+from jaxllm.data import DataConfig, PromptExample, load_prompts
+from jaxllm.evaluate import distinct
+from jaxllm.generate import SamplingConfig, complete
+from jaxllm.metrics import console
+from jaxllm.workspace import Workspace, load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Which prompts, and how many responses to each."""
+
+    data: DataConfig = DataConfig()
+    """Prompts."""
+    init_from: str = ""
+    """Stage directory of the model to sample from; empty: sft."""
+    num_prompts: int = 1000
+    """Prompts of the training split to sample; fewer if there are fewer."""
+    num_held_out: int = 200
+    """Prompts of the held-out split, for measuring the reward model."""
+    num_responses: int = 4
+    """Responses drawn to each prompt (K)."""
+    batch_size: int = 32
+    """Prompts per batch."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How responses are drawn."""
+
+    def __post_init__(self) -> None:
+        if self.num_responses < 2:
+            raise ValueError("num_responses: at least 2 responses are needed to rank them")
+        if self.num_prompts < 1 or self.num_held_out < 0 or self.batch_size < 1:
+            raise ValueError("num_prompts: num_prompts and batch_size must be positive, num_held_out not negative")
+
+
+def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
+    """Write samples.jsonl, a line per prompt; a killed run goes on after its last whole batch."""
+    source = config.init_from or str(workspace.stage_dir("sft"))
+    if not config.init_from:
+        workspace.require("sft", "sample")
+    params, model = load_model(source, workspace.mesh)
+    tokenizer, path = workspace.tokenizer(), workspace.stage_dir("sample") / "samples.jsonl"
+    limit = model.max_length - config.sampling.max_new_tokens
+    if limit < 1:
+        raise InputError(
+            f"sample.sampling.max_new_tokens: leaves no room for a prompt in model.max_length {model.max_length}"
+        )
+    prompts: list[tuple[str, PromptExample]] = []
+    for split, count in (("train", config.num_prompts), ("held_out", config.num_held_out)):
+        prompts += [(split, p) for p in load_prompts(config.data, split, tokenizer, limit)[:count]] if count else []
+    done = _keep_whole_batches(path, config.batch_size)
+    drawn = complete(
+        params,
+        model,
+        [p.ids for _, p in prompts[done:]],
+        sampling=config.sampling,
+        stop_ids=(tokenizer.end_id, tokenizer.eos_id),
+        pad_id=tokenizer.pad_id,
+        mesh=workspace.mesh,
+        seed=workspace.seed,
+        num_samples=config.num_responses,
+        batch_size=config.batch_size,
+        first_index=done,
+    )
+    with path.open("a") as file:
+        for i, completions in enumerate(drawn if prompts[done:] else (), start=done):
+            split, prompt = prompts[i]
+            line = {
+                "messages": prompt.messages,
+                "responses": [tokenizer.decode(c.ids) for c in completions],
+                "finished": [c.finished for c in completions],
+                **{"split": split, "source": source, "seed": workspace.seed},
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if (i + 1) % config.batch_size == 0:
+                file.flush()
+                console.print(f"sample {i + 1}/{len(prompts)} prompts, {config.num_responses} responses each")
+    lines = list(read_samples(path))
+    responses = [r for line in lines for r in line["responses"]]
+    return {
+        **{"prompts": len(lines), "responses": len(responses), "responses_per_prompt": config.num_responses},
+        "finished": sum(f for line in lines for f in line["finished"]) / len(responses),
+        **{"mean_characters": sum(map(len, responses)) / len(responses), "distinct_2": distinct(responses)},
+    }
+
+
+def read_samples(path: epath.Path) -> Iterator[dict[str, Any]]:
+    with path.open() as file:
+        yield from map(json.loads, file)
+
+
+def _keep_whole_batches(path: epath.Path, batch_size: int) -> int:
+    """Drop what a killed run wrote past its last whole batch; the number of lines kept.
+
+    Batches then have the same rows as in a run never cut, and so the same bits.
+    """
+    if not path.exists():
+        return 0
+    lines = path.read_text().split("\n")[:-1]
+    keep = len(lines) // batch_size * batch_size
+    partial = path.parent / ".samples.jsonl.partial"
+    partial.write_text("".join(line + "\n" for line in lines[:keep]))
+    partial.replace(path)
+    return keep

@@ -1,0 +1,93 @@
+"""The tokenizer stage: train SentencePiece on the training split, measure compression on the held-out one."""
+
+import dataclasses
+import os
+import random
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from rich.table import Table
+
+from jaxllm.data import DataConfig, load_texts
+from jaxllm.metrics import console
+from jaxllm.tokenizer import MAX_VOCAB_SIZE, RULE_OF_THUMB, compression, train
+from jaxllm.workspace import Workspace
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """A SentencePiece vocabulary with byte fallback: every Unicode string survives encoding and decoding."""
+
+    data: DataConfig = DataConfig()
+    """Text to train on; without sources that of pretrain."""
+    vocab_size: int = 4096
+    """Tokens, with the special ones and the 256 bytes."""
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """Byte-pair encoding or a unigram language model."""
+    character_coverage: float = 0.9995
+    """Share of the characters that get a token of their own; the rest is spelled in bytes."""
+    sample_bytes: int = 100_000_000
+    """Train on a random sample of at most this many bytes."""
+    sample_seed: int = 0
+    """Seed of that sample."""
+    num_threads: int = 0
+    """Training threads; 0: one per core."""
+
+    def __post_init__(self) -> None:
+        if not 300 <= self.vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(f"vocab_size: must be between 300 and {MAX_VOCAB_SIZE}")
+        if not 0.9 <= self.character_coverage <= 1:
+            raise ValueError("character_coverage: must be between 0.9 and 1")
+        if self.sample_bytes < 1:
+            raise ValueError("sample_bytes: must be positive")
+
+
+def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
+    """Train, save and measure; the result records the sample's size and seed."""
+    texts, corpus_bytes = sample_texts(load_texts(config.data, "train"), config.sample_bytes, config.sample_seed)
+    console.print(
+        f"tokenizer: {len(texts):,} of the texts ({sum(len(t.encode()) for t in texts):,} of {corpus_bytes:,} bytes)"
+    )
+    tokenizer = train(
+        iter(texts),
+        vocab_size=config.vocab_size,
+        model_type=config.model_type,
+        character_coverage=config.character_coverage,
+        num_threads=config.num_threads or os.cpu_count() or 1,
+    )
+    sample = {"sample_bytes": sum(len(t.encode()) for t in texts), "sample_documents": len(texts)}
+    sample |= {"sample_seed": config.sample_seed, "corpus_bytes": corpus_bytes}
+    tokenizer.save(workspace.stage_dir("tokenizer") / "tokenizer", {"model_type": config.model_type, **sample})
+    measured = compression(tokenizer, load_texts(config.data, "held_out"))
+    print_compression(measured)
+    return {"vocab_size": tokenizer.vocab_size, "model_type": config.model_type, **sample, **measured}
+
+
+def sample_texts(texts: Iterator[str], max_bytes: int, seed: int) -> tuple[list[str], int]:
+    """(a uniform sample of at most max_bytes, bytes of the whole corpus); memory stays near max_bytes.
+
+    Every text gets a random number, and those below a falling threshold stay: the same sample in one pass as by
+    sorting all of them. The sample keeps the corpus's order.
+    """
+    draw, threshold = random.Random(seed), 1.0
+    kept: list[tuple[float, str, int]] = []
+    total = kept_bytes = 0
+    for text in texts:
+        size = len(text.encode("utf-8", "surrogatepass"))
+        total += size
+        if (number := draw.random()) < threshold:
+            kept.append((number, text, size))
+            kept_bytes += size
+        while kept_bytes > max_bytes and len(kept) > 1:
+            threshold *= 0.9
+            kept = [item for item in kept if item[0] < threshold] or [min(kept)]
+            kept_bytes = sum(item[2] for item in kept)
+    return [text for _, text, _ in kept], total
+
+
+def print_compression(measured: dict[str, float | None]) -> None:
+    table = Table("held-out text", "measured", "rule of thumb", title="tokenizer: compression")
+    for name, value in measured.items():
+        thumb = f"{RULE_OF_THUMB:,}" if name.startswith("tokens_per") else ""
+        table.add_row(name.replace("_", " "), "no such text" if value is None else f"{value:,.2f}", thumb)
+    console.print(table)

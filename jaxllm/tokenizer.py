@@ -1,0 +1,243 @@
+"""Tokenizers: SentencePiece training, an exact round trip, the chat template and its loss mask."""
+
+import codecs
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from jaxllm.config import InputError
+
+PAD, BOS, EOS, UNK = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
+SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+MAX_VOCAB_SIZE = 262_144
+
+# The publishers' rule of thumb: 1,000 tokens are about 750 English words or 500 Chinese characters.
+RULE_OF_THUMB = 1000
+
+_SPACE = "\u2581"  # SentencePiece writes a space as this character, and would read it back as one
+_MAX_SENTENCE_BYTES = 4096
+
+
+class Tokenizer:
+    """A trained SentencePiece model.
+
+    Special tokens are control symbols: no text encodes to them, whatever it spells. Decoding joins bytes, so that
+    decode(encode(text)) == text for every Unicode string (unknown characters are spelled in byte tokens).
+    """
+
+    def __init__(self, model: bytes):
+        self.model = model
+        self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self._sp.vocab_size()
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        ids = {piece: self._sp.piece_to_id(piece) for piece in (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END)}
+        self.pad_id, self.bos_id, self.eos_id, self.end_id = (ids[p] for p in (PAD, BOS, EOS, END))
+        self.role_ids = {"system": ids[SYSTEM], "user": ids[USER], "assistant": ids[ASSISTANT]}
+        self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
+        self._space = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, never a special one. Raises InputError on a lone surrogate."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
+        """`encode` of many texts, in as many threads (-1: all cores)."""
+        try:
+            plain = [text.replace(_SPACE, "") if _SPACE in text else text for text in texts]
+            encoded = self._sp.encode(plain, num_threads=num_threads)
+        except (UnicodeEncodeError, TypeError) as error:  # the latter from SentencePiece, for lists
+            raise InputError(f"text: not valid Unicode ({error}); repair the source's encoding") from None
+        for i, text in enumerate(texts):
+            if _SPACE in text:
+                parts = [self._sp.encode(part) for part in text.split(_SPACE)]
+                encoded[i] = parts[0] + [t for part in parts[1:] for t in (*self._space, *part)]
+        return encoded
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; special ones are skipped, invalid UTF-8 becomes U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes one token stands for; none for special tokens and for the padding of a model's vocabulary."""
+        return self._bytes[token] if 0 <= token < self.vocab_size else b""
+
+    def encode_document(self, text: str) -> list[int]:
+        return [self.bos_id, *self.encode(text), self.eos_id]
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, reply: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids of a conversation, and where the assistant speaks (its end of turn included).
+
+        With reply=True the conversation ends in an open assistant turn. One question and its answer "ok":
+
+            ids   <|bos|> <|user|> hi <|end|> <|assistant|> ok <|end|>
+            mask     .       .     .     .         .        1     1
+
+        Raises InputError on an unknown role or a message without text.
+        """
+        ids, mask = [self.bos_id], [False]
+        for number, message in enumerate(messages, start=1):
+            role, content = message.get("role"), message.get("content")
+            if role not in self.role_ids or not isinstance(content, str):
+                known = ", ".join(self.role_ids)
+                raise InputError(
+                    f"message {number}: needs a role ({known}) and content (a string), not {message!r:.80}"
+                )
+            body = [*self.encode(content), self.end_id]
+            ids += [self.role_ids[role], *body]
+            mask += [False, *[role == "assistant"] * len(body)]
+        if reply:
+            ids, mask = [*ids, self.role_ids["assistant"]], [*mask, False]
+        return ids, mask
+
+    def save(self, directory: Any, settings: Mapping[str, Any] | None = None) -> None:
+        """Write tokenizer.model and tokenizer.json into a new directory, all at once."""
+        target = Path(directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tokenizer-") as partial:
+            (Path(partial) / "tokenizer.model").write_bytes(self.model)
+            record = {"type": "sentencepiece", "vocab_size": self.vocab_size, "sha256": self.fingerprint}
+            (Path(partial) / "tokenizer.json").write_text(json.dumps({**record, **(settings or {})}, indent=1) + "\n")
+            (Path(partial) / "placed").mkdir()
+            for name in ("tokenizer.model", "tokenizer.json"):
+                os.replace(Path(partial) / name, Path(partial) / "placed" / name)
+            if target.exists():  # an older one
+                os.replace(target, Path(partial) / "old")
+            os.replace(Path(partial) / "placed", target)
+
+    @classmethod
+    def load(cls, directory: Any) -> "Tokenizer":
+        """Raises InputError where the files are missing, damaged or not those that were saved."""
+        path = Path(directory) / "tokenizer.model"
+        try:
+            tokenizer = cls(path.read_bytes())
+            recorded = json.loads((Path(directory) / "tokenizer.json").read_text())["sha256"]
+        except FileNotFoundError as error:
+            raise InputError(f"{error.filename}: no such tokenizer; run the tokenizer stage first") from None
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(f"{path}: damaged tokenizer ({reason}); run the tokenizer stage again") from None
+        if tokenizer.fingerprint != recorded:
+            raise InputError(f"{path}: is not the file that was saved (sha256 differs); run the tokenizer stage again")
+        return tokenizer
+
+    def _piece_bytes(self, token: int) -> bytes:
+        if self._sp.is_control(token) or self._sp.is_unknown(token):
+            return b""
+        piece = self._sp.id_to_piece(token)
+        return bytes([int(piece[3:5], 16)]) if self._sp.is_byte(token) else piece.replace(_SPACE, " ").encode()
+
+
+class StreamDecoder:
+    """Decode ids as they come: a character split over byte tokens is held back until it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """The text that has become certain with this token; joined, all of them are decode(ids)."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+def train(
+    texts: Iterator[str], *, vocab_size: int, model_type: str, character_coverage: float, num_threads: int
+) -> Tokenizer:
+    """Train a SentencePiece BPE or unigram model (Kudo and Richardson 2018); deterministic in texts and settings.
+
+    Raises InputError: no text, or a vocabulary larger (for unigram also smaller) than the texts support.
+    """
+    sentences = itertools.chain.from_iterable(map(_sentences, texts))
+    if (first := next(sentences, None)) is None:
+        raise InputError("tokenizer.data: the corpus is empty; name sources that hold text")
+    out = io.BytesIO()
+    specials = {"pad": PAD, "bos": BOS, "eos": EOS, "unk": UNK}
+    ids: dict[str, Any] = {f"{name}_id": i for i, name in enumerate(specials)} | {
+        f"{k}_piece": v for k, v in specials.items()
+    }
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain([first], sentences),
+            model_writer=out,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            character_coverage=character_coverage,
+            num_threads=num_threads,
+            byte_fallback=True,
+            control_symbols=[SYSTEM, USER, ASSISTANT, END],
+            # Identity: what goes in comes out. Digits apart, as numbers are then spelled one way only.
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            max_sentence_length=2 * _MAX_SENTENCE_BYTES,
+            train_extremely_large_corpus=True,
+            minloglevel=2,
+            **ids,
+        )
+    except RuntimeError as error:
+        raise InputError(_train_error(str(error), vocab_size)) from None
+    return Tokenizer(out.getvalue())
+
+
+def _train_error(text: str, vocab_size: int) -> str:
+    if limit := re.search(r"too high.*<= (\d+)", text):
+        return (
+            f"tokenizer.vocab_size: {vocab_size} is larger than the corpus supports; "
+            f"set it to at most {limit[1]} or give more text"
+        )
+    if "smaller than required_chars" in text or "too small" in text:
+        return (
+            f"tokenizer.vocab_size: {vocab_size} is too small for the characters of the corpus and the 256 bytes; "
+            "raise it or lower tokenizer.character_coverage"
+        )
+    return f"tokenizer: SentencePiece refused the corpus: {' '.join(text.split())[:200]}"
+
+
+def _sentences(text: str) -> Iterator[str]:
+    """Pieces of a text for training, cut at line ends and at a length, since the trainer drops longer ones."""
+    size = _MAX_SENTENCE_BYTES // 4  # a character has at most 4 bytes
+    for line in text.replace("\0", "\n").replace(_SPACE, "\n").split("\n"):
+        for start in range(0, len(line), size):
+            yield line[start : start + size]
+
+
+def compression(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, float | None]:
+    """How much text a token holds: bytes, characters and words per token, and the rule of thumb's two counts.
+
+    Words are whitespace-separated runs with an ASCII letter. tokens_per_750_english_words is measured on texts
+    whose letters are mostly ASCII, tokens_per_500_chinese_characters on texts mostly of Chinese characters; None
+    where there is no such text.
+    """
+    total: dict[str, float] = dict.fromkeys(("bytes", "characters", "words", "tokens"), 0.0)
+    english, chinese = [0.0, 0.0], [0.0, 0.0]
+    for text in texts:
+        tokens, words = len(tokenizer.encode(text)), len(_WORD.findall(text))
+        han, letters = len(_HAN.findall(text)), len(_LETTER.findall(text))
+        for name, value in zip(total, (len(text.encode()), len(text), words, tokens), strict=True):
+            total[name] += value
+        if letters > 4 * han and words:
+            english = [english[0] + tokens, english[1] + words]
+        elif han > letters:
+            chinese = [chinese[0] + tokens, chinese[1] + han]
+    per_token: dict[str, float | None] = {f"{n}_per_token": total[n] / max(total["tokens"], 1) for n in list(total)[:3]}
+    per_token["tokens_per_750_english_words"] = 750 * english[0] / english[1] if english[1] else None
+    per_token["tokens_per_500_chinese_characters"] = 500 * chinese[0] / chinese[1] if chinese[1] else None
+    return per_token
+
+
+_WORD, _LETTER = re.compile(r"\S*[A-Za-z]\S*"), re.compile(r"[A-Za-z]")
+_HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af]")

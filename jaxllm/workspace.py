@@ -1,0 +1,173 @@
+"""The run directory: the only contract between stages.
+
+runs/NAME/STAGE/{config.json, provenance.json, tokenizer/, checkpoints/, metrics.jsonl, tensorboard/, result.json}
+
+`result.json` is written last, by an atomic rename: a stage is finished when it is there.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from jaxllm import checkpoint
+from jaxllm.config import InputError, build, differences, to_tree
+from jaxllm.models import scalar, transformer
+from jaxllm.models.config import ModelConfig
+from jaxllm.sharding import param_shardings
+from jaxllm.tokenizer import Tokenizer
+
+STAGES = ("tokenizer", "pretrain", "sft", "sample", "rank", "reward", "ppo", "evaluate")
+
+
+class StageCut(Exception):
+    """A stage stopped before its end on purpose; running it again goes on from there. Exit code 3."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """What every stage gets: where it writes, the mesh it runs on, the seed, and the whole config as JSON."""
+
+    run_dir: epath.Path
+    mesh: jax.sharding.Mesh
+    seed: int
+    config: Mapping[str, Any]
+    """The whole config as plain JSON types, recorded beside every stage's results."""
+    command: str = "jaxllm STAGE CONFIG"
+    """How the user would run a stage by hand, for hints."""
+
+    def stage_dir(self, stage: str) -> epath.Path:
+        return self.run_dir / stage
+
+    def begin(self, stage: str, sections: tuple[str, ...]) -> None:
+        """Record config and provenance; refuse to go on where another config left off.
+
+        sections: the parts of the config that decide the stage's outcome. Raises InputError with the first
+        field that differs from the recorded one.
+        """
+        directory = self.stage_dir(stage)
+        directory.mkdir(parents=True, exist_ok=True)
+        mine = {name: self.config[name] for name in sections}
+        if _has_progress(directory) and (old := read_json(directory / "config.json")) is not None:
+            changed = differences({name: old.get(name) for name in sections}, mine)
+            if changed:
+                raise InputError(
+                    f"{directory}: was started with another config: {changed[0]}"
+                    f"{f' (and {len(changed) - 1} more)' if len(changed) > 1 else ''}; "
+                    "remove that directory or choose another --run-dir"
+                )
+        write_json(directory / "config.json", dict(self.config))
+        write_json(directory / "provenance.json", provenance(self.mesh))
+
+    def finish(self, stage: str, result: Mapping[str, Any]) -> None:
+        write_json(self.stage_dir(stage) / "result.json", dict(result))
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        """The result of a finished stage, else None."""
+        return read_json(self.stage_dir(stage) / "result.json")
+
+    def require(self, stage: str, needed_by: str) -> dict[str, Any]:
+        """The result of a stage that must be finished. Raises InputError with the command to run."""
+        if (result := self.result(stage)) is None:
+            hint = self.command.replace("STAGE", stage)
+            raise InputError(f"{self.stage_dir(stage)}: {needed_by} needs the {stage} stage; run: {hint}")
+        return result
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.run_dir / "tokenizer" / "tokenizer")
+
+    def share_tokenizer(self, stage: str) -> None:
+        """Copy the tokenizer into a stage's directory, which is thereby complete by itself."""
+        target = Path(self.stage_dir(stage) / "tokenizer")
+        if not target.exists():
+            partial = target.with_name("tokenizer.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(Path(self.run_dir / "tokenizer" / "tokenizer"), partial)
+            os.replace(partial, target)
+
+
+def _has_progress(directory: epath.Path) -> bool:
+    """Whether the stage has produced anything that a changed config would be mixed into."""
+    if any((directory / name).exists() for name in ("result.json", "samples.jsonl", "rankings.jsonl")):
+        return True
+    saved = directory / "checkpoints"
+    return saved.exists() and any(entry.name.isdigit() for entry in saved.iterdir())
+
+
+def describe_model(stage_dir: epath.Path, model: ModelConfig, kind: str, path: tuple[str, ...]) -> None:
+    """Write model.json, by which a stage directory can be used as a model without its config.
+
+    kind: "policy" or "reward"; path: where the parameters are in the checkpoint.
+    """
+    write_json(stage_dir / "model.json", {"kind": kind, "path": list(path), "model": to_tree(model)})
+
+
+def load_model(stage_dir: epath.PathLike, mesh: jax.sharding.Mesh, kind: str = "policy") -> tuple[Any, ModelConfig]:
+    """(parameters, config) of the model in a stage directory, sharded over the mesh.
+
+    Raises InputError where the directory holds no model, or one of another kind.
+    """
+    stage_dir = epath.Path(stage_dir)
+    if (record := read_json(stage_dir / "model.json")) is None:
+        raise InputError(f"{stage_dir}: is not the directory of a trained stage (no model.json); give runs/NAME/STAGE")
+    if record["kind"] != kind:
+        raise InputError(f"{stage_dir}: holds a {record['kind']} model where a {kind} model is needed")
+    model = build(ModelConfig, record["model"], name=f"{stage_dir}/model.json")
+    family = {"policy": transformer, "reward": scalar}[kind]
+    shapes = family.abstract(model)
+    shardings = param_shardings(mesh, shapes, family.axes(model))
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return checkpoint.load_params(stage_dir, abstract, record["path"]), model
+
+
+def read_json(path: epath.PathLike) -> Any | None:
+    """The JSON value in a file, None where there is no file. Raises InputError where it is damaged."""
+    try:
+        return json.loads(epath.Path(path).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); remove the file to redo what wrote it") from None
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Write a JSON file at once: a reader sees the old or the new one, never a half."""
+    path = epath.Path(path)
+    partial = path.parent / f".{path.name}.partial"
+    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def provenance(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Where and with what a stage ran: time, command, code version, packages, devices."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "code": _git_version(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "processes": jax.process_count(),
+        "mesh": dict(mesh.shape),
+    }
+
+
+def _git_version() -> str:
+    where = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "installed package, no git checkout"

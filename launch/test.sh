@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Lint, types and tests, from an empty machine with Python 3.12.
+#   bash launch/test.sh [any option of pytest]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/venv.sh
+source launch/venv.sh
+make_venv demo,dev
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/pyright
+exec .venv/bin/python -m pytest "$@"

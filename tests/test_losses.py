@@ -1,0 +1,186 @@
+"""Every loss and estimator against a plain-loop NumPy float64 oracle, with garbage beyond the mask."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import losses
+
+
+def random_mask(rng, B, R):
+    return np.arange(R)[None] < rng.integers(1, R + 1, size=B)[:, None]
+
+
+def with_garbage(rng, x, mask):
+    """x where the mask is True, NaN, inf and large numbers elsewhere."""
+    return np.where(mask, x, rng.choice([np.nan, np.inf, -1e30, 7.0], size=x.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("chunk_elements", [1 << 26, 400, 37])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_equal_log_softmax_whatever_the_chunk(chunk_elements, temperature):
+    rng = np.random.default_rng(0)
+    B, T, D, V = 3, 7, 5, 11
+    hidden, head = rng.normal(size=(B, T, D)), rng.normal(size=(V, D))
+    targets = rng.integers(0, V, size=(B, T))
+    logits = hidden @ head.T / temperature
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    h, w, t = jnp.array(hidden, jnp.float32), jnp.array(head, jnp.float32), jnp.array(targets, jnp.int32)
+    stats = losses.token_logprobs(h, w, t, temperature=temperature, chunk_elements=chunk_elements)
+    want = np.take_along_axis(logp, targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(stats.logprob, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(stats.entropy, -(np.exp(logp) * logp).sum(-1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(stats.logsumexp, np.log(np.exp(logits).sum(-1)), rtol=1e-5, atol=1e-6)
+
+
+def test_chunked_gradient_equals_whole():
+    rng = np.random.default_rng(1)
+    h = jnp.array(rng.normal(size=(2, 9, 4)), jnp.float32)
+    w = jnp.array(rng.normal(size=(13, 4)), jnp.float32)
+    t = jnp.array(rng.integers(0, 13, size=(2, 9)), jnp.int32)
+    grads = [
+        jax.grad(lambda h, w, n=n: losses.token_logprobs(h, w, t, chunk_elements=n).logprob.sum(), (0, 1))(h, w)
+        for n in (1 << 26, 60)
+    ]
+    for whole, chunked in zip(*grads, strict=True):
+        np.testing.assert_allclose(whole, chunked, rtol=1e-5, atol=1e-6)
+
+
+def test_targets_stay_inside_their_segment():
+    tokens = jnp.array([[10, 11, 20, 21, 22, 0]], jnp.int32)
+    segments = jnp.array([[1, 1, 2, 2, 2, 0]], jnp.int32)
+    mask = jnp.array([[False, True, False, True, True, False]])
+    targets, on = losses.next_token_targets(tokens, segments, mask)
+    assert on.tolist() == [[True, False, True, True, False, False]]
+    assert targets[on].tolist() == [11, 21, 22]
+
+
+def test_fully_masked_batch_gives_zero_not_nan():
+    stats = losses.TokenStats(*(jnp.full((2, 3), 5.0) for _ in range(3)))
+    total, weight, _ = losses.language_model(stats, jnp.zeros((2, 3), bool), 1e-4)
+    assert (float(total), float(weight)) == (0.0, 0.0)
+    nan = jnp.full((2, 3), jnp.nan)
+    off = jnp.zeros((2, 3), bool)
+    assert not jnp.isnan(losses.policy(nan, nan, nan, off, clip=0.2)[0])
+    grad = jax.grad(lambda v: losses.value(v, nan, nan, off, clip=0.2)[0])(jnp.ones((2, 3)))
+    assert not jnp.isnan(losses.whiten(nan, off)).any()
+    del grad
+
+
+def ranking_oracle(scores, ranks):
+    total = weight = right = pairs_seen = 0.0
+    for row, rank in zip(scores, ranks, strict=True):
+        pairs = [(i, j) for i in range(len(row)) for j in range(len(row)) if 0 < rank[i] < rank[j]]
+        if pairs:
+            total += np.mean([np.log1p(np.exp(-(row[i] - row[j]))) for i, j in pairs])
+            weight += 1
+            right += sum(row[i] > row[j] for i, j in pairs)
+            pairs_seen += len(pairs)
+    return total, weight, right / max(pairs_seen, 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranking_loss_is_the_mean_over_pairs_of_each_prompt(seed):
+    rng = np.random.default_rng(seed)
+    scores, ranks = rng.normal(size=(6, 5)) * 2, rng.integers(0, 4, size=(6, 5))
+    total, weight, metrics = losses.ranking(jnp.array(scores, jnp.float32), jnp.array(ranks, jnp.int32))
+    want = ranking_oracle(scores, ranks)
+    np.testing.assert_allclose((total, weight), want[:2], rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"][0] / metrics["accuracy"][1], want[2], rtol=1e-6)
+
+
+def test_ranking_gradient_sums_to_zero_and_ties_have_none():
+    grad = jax.grad(lambda s: losses.ranking(s, jnp.array([[1, 2, 2, 0]], jnp.int32))[0])(
+        jnp.array([[0.3, 0.1, 0.1, 9.0]])
+    )
+    np.testing.assert_allclose(grad.sum(), 0.0, atol=1e-7)
+    assert grad[0, 3] == 0 and np.isclose(grad[0, 1], grad[0, 2])
+    tied = jax.grad(lambda s: losses.ranking(s, jnp.array([[1, 1]], jnp.int32))[0])(jnp.array([[0.3, 0.1]]))
+    assert not tied.any()
+
+
+def rewards_oracle(scores, logp, ref, mask, coef):
+    out = np.zeros(mask.shape)
+    for b in range(len(mask)):
+        for t in range(mask[b].sum()):
+            out[b, t] = -coef * (logp[b, t] - ref[b, t])
+        out[b, mask[b].sum() - 1] += scores[b]
+    return out
+
+
+def gae_oracle(rewards, values, mask, discount, lam):
+    adv = np.zeros(mask.shape)
+    for b in range(len(mask)):
+        n, running = mask[b].sum(), 0.0
+        for t in reversed(range(n)):
+            after = values[b, t + 1] if t + 1 < n else 0.0
+            running = rewards[b, t] + discount * after - values[b, t] + discount * lam * running
+            adv[b, t] = running
+    return adv, np.where(mask, adv + values, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rewards_gae_and_whitening_equal_the_oracle_with_garbage_beyond_the_mask(seed):
+    rng = np.random.default_rng(seed)
+    B, R = 4, 9
+    mask = random_mask(rng, B, R)
+    scores = rng.normal(size=B)
+    logp, ref, values = (rng.normal(size=(B, R)) for _ in range(3))
+    dirty = [jnp.array(with_garbage(rng, x, mask)) for x in (logp, ref, values)]
+    rewards = losses.token_rewards(jnp.array(scores, jnp.float32), *dirty[:2], jnp.array(mask), 0.13)
+    want = rewards_oracle(scores, logp, ref, mask, 0.13)
+    np.testing.assert_allclose(rewards, want, rtol=1e-5, atol=1e-6)
+    advantages, returns = losses.gae(jnp.array(want, jnp.float32), dirty[2], jnp.array(mask), discount=0.97, lam=0.9)
+    adv, ret = gae_oracle(want, values, mask, 0.97, 0.9)
+    np.testing.assert_allclose(advantages, adv, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jnp.where(mask, returns, 0.0), ret, rtol=1e-5, atol=1e-5)
+    white = losses.whiten(jnp.array(with_garbage(rng, adv, mask)), jnp.array(mask))
+    flat = adv[mask]
+    np.testing.assert_allclose(white[mask], (flat - flat.mean()) / flat.std(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_score_lands_on_the_last_token_of_the_response_and_fractions_survive():
+    mask = jnp.array([[True, True, True, False, False], [True, False, False, False, False]])
+    zero = jnp.zeros((2, 5))
+    rewards = losses.token_rewards(jnp.array([0.7, -1.9]), zero, zero, mask, 0.05)
+    np.testing.assert_allclose(rewards, [[0, 0, 0.7, 0, 0], [-1.9, 0, 0, 0, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_policy_and_value_losses_equal_the_oracle(seed):
+    rng = np.random.default_rng(seed)
+    mask = random_mask(rng, 3, 6)
+    new, old, adv, values, old_values, returns = (rng.normal(size=mask.shape) for _ in range(6))
+    policy = value = 0.0
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        ratio = np.exp(new[b, t] - old[b, t])
+        policy -= min(ratio * adv[b, t], np.clip(ratio, 0.8, 1.2) * adv[b, t])
+        near = old_values[b, t] + np.clip(values[b, t] - old_values[b, t], -0.3, 0.3)
+        value += 0.5 * max((values[b, t] - returns[b, t]) ** 2, (near - returns[b, t]) ** 2)
+    dirty = [jnp.array(with_garbage(rng, x, mask)) for x in (new, old, adv)]
+    total, weight, _ = losses.policy(*dirty, jnp.array(mask), clip=0.2)
+    np.testing.assert_allclose((total, weight), (policy, mask.sum()), rtol=1e-5, atol=1e-5)
+    dirty = [jnp.array(with_garbage(rng, x, mask)) for x in (values, old_values, returns)]
+    total, weight, _ = losses.value(*dirty, jnp.array(mask), clip=0.3)
+    np.testing.assert_allclose((total, weight), (value, mask.sum()), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_ignore_garbage_beyond_the_mask():
+    mask = jnp.array([[True, True, False]])
+    dirty = jnp.array([[0.1, 0.2, jnp.nan]])
+    for loss in (
+        lambda x: losses.policy(x, dirty, dirty, mask, clip=0.5)[0],
+        lambda x: losses.value(x, dirty, dirty, mask, clip=0.5)[0],
+    ):
+        grad = jax.grad(loss)(jnp.array([[0.3, 0.4, jnp.inf]]))
+        assert jnp.isfinite(grad).all() and grad[0, 2] == 0 and (grad[0, :2] != 0).any()
+
+
+def test_kl_estimators_at_samples_of_p_average_to_the_kl():
+    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
+    ratio = jnp.array(np.log(p / q), jnp.float32)
+    kl = float((p * np.log(p / q)).sum())
+    for estimator in (losses.kl_k1, losses.kl_k3):
+        np.testing.assert_allclose((p * np.asarray(estimator(ratio))).sum(), kl, rtol=1e-5)
+    assert (losses.kl_k3(ratio) >= 0).all()
