@@ -52,7 +52,8 @@ class Source:
         groups: set[str] = {"text"}
         for name, pattern in [("match", self.match), *(("replace", p) for p, _ in self.replace)]:
             try:
-                groups |= set(re.compile(pattern).groupindex) if name == "match" else set()
+                compiled = re.compile(pattern)
+                groups |= set(compiled.groupindex) if name == "match" else set()
             except re.error as error:
                 raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
         for name in ("system", "prompt", "response"):
@@ -215,8 +216,9 @@ def _read_text(file: str, unit: str) -> Iterator[Record]:
             if block:
                 yield Record({"text": "".join(block).strip("\r\n")}, f"{file}:{first}")
             block = []
-        else:
-            first, block = (number if not block else first), [*block, text] if unit == "file" else [*block, text]
+            continue
+        first = first if block else number
+        block.append(text)
     if block:
         yield Record({"text": "".join(block).strip("\r\n")}, f"{file}:{first}")
 
