@@ -1,10 +1,11 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: `make_venv EXTRAS` makes .venv and installs jaxllm with these extras into it.
-# Does nothing where pyproject.toml has not changed since the last time.
+# Does nothing where pyproject.toml has not changed since the last time; takes up an install that was cut.
 
 find_python() {
   local candidate
   for candidate in python3.12 python3.13 python3.14 python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2> /dev/null; then
       echo "$candidate"
       return
     fi
@@ -13,18 +14,31 @@ find_python() {
   return 1
 }
 
+# Names each package as pip gets to it, on one line that is rewritten; nothing where nobody watches.
+show_progress() {
+  if [ -t 2 ]; then
+    awk '/^(Collecting|Installing|Building|Preparing)/ { printf "\r\033[K%.70s", $0 > "/dev/stderr" }
+         END { printf "\r\033[K" > "/dev/stderr" }'
+  else
+    cat > /dev/null
+  fi
+}
+
 make_venv() {
   local extras=$1 stamp python
   stamp=".venv/.jaxllm-$extras-$(cksum < pyproject.toml | tr -d ' ')"
   [ -e "$stamp" ] && return
-  echo "Installing jaxllm[$extras] into $PWD/.venv" >&2
+  echo "Installing jaxllm[$extras] into $PWD/.venv (1 to 3 minutes)" >&2
   if command -v uv > /dev/null; then
-    [ -x .venv/bin/python ] || uv venv --quiet --python 3.12 .venv
+    [ -x .venv/bin/python ] || uv venv --quiet --allow-existing --python 3.12 .venv
     uv pip install --quiet --python .venv/bin/python -e ".[$extras]"
   else
-    python=$(find_python)
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$extras]"
+    # A .venv that uv made, or that was cut while it was made, has no pip: making it again mends it.
+    if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
+      python=$(find_python)
+      "$python" -m venv .venv
+    fi
+    .venv/bin/python -m pip install --disable-pip-version-check -e ".[$extras]" | show_progress
   fi
   touch "$stamp"
 }

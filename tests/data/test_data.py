@@ -67,7 +67,11 @@ def test_duplicates_and_excluded_texts_are_dropped(tmp_path):
     a = write(tmp_path / "a.txt", "p\nq\np\nr")
     b = write(tmp_path / "b.txt", "r\ns")
     config = data(Source(a, exclude=(b,)), Source(b, exclude=(a,)))
-    every = [e.text for split in ("train", "held_out") for e in examples(data(*config.sources, held_out_fraction=0.5), "document", split)]
+    every = [
+        e.text
+        for split in ("train", "held_out")
+        for e in examples(data(*config.sources, held_out_fraction=0.5), "document", split)
+    ]
     assert sorted(every) == ["p", "q", "s"]
 
 
@@ -89,7 +93,9 @@ def test_a_text_is_on_the_same_side_in_every_task(tmp_path):
 
 def test_prompts_and_replies_never_cross_the_split(tmp_path):
     """Prompts cut from texts, 7 texts to a prompt: held-out prompts are unknown to SFT, held-out replies too."""
-    cut = Source(review_file(tmp_path), match=r"(?P<start>review \d number \d)(?P<rest>.*)", prompt="{start}", response="{rest}")
+    cut = Source(
+        review_file(tmp_path), match=r"(?P<start>review \d number \d)(?P<rest>.*)", prompt="{start}", response="{rest}"
+    )
     config = data(cut, held_out_fraction=0.5)
     prompts = {s: {e.question() for e in examples(config, "prompt", s)} for s in ("train", "held_out")}
     chats = {s: list(examples(config, "chat", s)) for s in ("train", "held_out")}
@@ -106,7 +112,9 @@ def test_the_split_is_a_function_of_the_content_and_the_salt(tmp_path):
     shares = [sum(is_held_out(f"{i}", config) for i in range(4000)) / 4000]
     assert abs(shares[0] - 0.3) < 0.03
     salted = data(*config.sources, split_salt="x")
-    assert [e.text for e in examples(config, "document", "train")] != [e.text for e in examples(salted, "document", "train")]
+    assert [e.text for e in examples(config, "document", "train")] != [
+        e.text for e in examples(salted, "document", "train")
+    ]
 
 
 def test_conversations_rankings_and_given_splits(tmp_path):
@@ -119,7 +127,9 @@ def test_conversations_rankings_and_given_splits(tmp_path):
     (train,), (held,) = (list(examples(config, "chat", s)) for s in ("train", "held_out"))
     assert [m["role"] for m in train.messages] == ["system", "user", "assistant"]
     assert held.messages[1]["content"] == "b"
-    assert [e.messages[-1]["role"] for s in ("train", "held_out") for e in examples(config, "prompt", s)] == ["user"] * 2
+    assert [e.messages[-1]["role"] for s in ("train", "held_out") for e in examples(config, "prompt", s)] == [
+        "user"
+    ] * 2
     ranking = {"prompt": "q", "responses": ["x", "y", "z"], "ranks": [1, 2, 2]}
     path = write(tmp_path / "r.jsonl", json.dumps(ranking))
     (ranked,) = examples(data(Source(path), held_out_fraction=0.0), "ranked", "train")

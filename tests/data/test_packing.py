@@ -214,7 +214,10 @@ def chats_as_prompts(config, tmp_path):
 
 
 def test_rankings_keep_their_responses_together(tokenizer, tmp_path):
-    lines = [{"prompt": f"q{i}", "responses": ["a", "bb", "ccc"][: 2 + i % 2], "ranks": [2, 1, 1][: 2 + i % 2]} for i in range(5)]
+    lines = [
+        {"prompt": f"q{i}", "responses": ["a", "bb", "ccc"][: 2 + i % 2], "ranks": [2, 1, 1][: 2 + i % 2]}
+        for i in range(5)
+    ]
     path = tmp_path / "r.jsonl"
     path.write_text("\n".join(json.dumps({**line, "split": "train"}) for line in lines))
     config = d.DataConfig((d.Source(str(path)),))

