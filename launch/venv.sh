@@ -16,12 +16,13 @@ find_python() {
 
 # Names each package as pip gets to it, on one line that is rewritten; nothing where nobody watches.
 show_progress() {
-  if [ -t 2 ]; then
-    awk '/^(Collecting|Installing|Building|Preparing)/ { printf "\r\033[K%.70s", $0 > "/dev/stderr" }
-         END { printf "\r\033[K" > "/dev/stderr" }'
-  else
-    cat > /dev/null
-  fi
+  local line
+  while IFS= read -r line; do
+    case $line in
+      Collecting* | Installing* | Building*) [ ! -t 2 ] || printf '\r\033[K%.70s' "$line" >&2 ;;
+    esac
+  done
+  [ ! -t 2 ] || printf '\r\033[K' >&2
 }
 
 make_venv() {
