@@ -34,10 +34,10 @@ make_venv() {
     [ -x .venv/bin/python ] || uv venv --quiet --allow-existing --python 3.12 .venv
     uv pip install --quiet --python .venv/bin/python -e ".[$extras]"
   else
-    # A .venv that uv made, or that was cut while it was made, has no pip: making it again mends it.
+    # A .venv that uv made, or that was cut while it was made, has no working pip: it is made anew.
     if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
       python=$(find_python)
-      "$python" -m venv .venv
+      "$python" -m venv --clear .venv
     fi
     .venv/bin/python -m pip install --disable-pip-version-check -e ".[$extras]" | show_progress
   fi

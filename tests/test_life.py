@@ -1,5 +1,6 @@
 """The whole program: a life from text to PPO, run twice, killed in every stage, and used."""
 
+import itertools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from tests.conftest import ROOT, jaxllm
 
 def test_every_stage_leaves_its_result_and_says_what_is_next(tiny_run):
     log = (tiny_run / "log.txt").read_text()
-    for stage, following in zip(STAGES, STAGES[1:], strict=False):
+    for stage, following in itertools.pairwise(STAGES):
         assert (tiny_run / stage / "result.json").exists() and (tiny_run / stage / "config.json").exists()
         assert f"next: jaxllm {following} configs/tiny.yaml" in " ".join(log.split())
     for name in ("report.html", "report.md", "report.json"):
@@ -76,11 +77,15 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(tiny_run, tmp_path):
     for stage in ("pretrain", "sft", "reward", "ppo"):
         same_checkpoint(tiny_run / stage, directory / stage)
     for name in ("sample/samples.jsonl", "rank/rankings.jsonl"):
-        rows = [[json.loads(line) for line in open(d / name)] for d in (tiny_run, directory)]
+        rows = [json_lines(d / name) for d in (tiny_run, directory)]
         assert [strip(r) for r in rows[0]] == [strip(r) for r in rows[1]]
     for stage in ("pretrain", "ppo"):
-        series = [[json.loads(line) for line in open(d / stage / "metrics.jsonl")] for d in (tiny_run, directory)]
+        series = [json_lines(d / stage / "metrics.jsonl") for d in (tiny_run, directory)]
         assert [metrics(line) for line in series[0]] == [metrics(line) for line in series[1]]
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def strip(record):

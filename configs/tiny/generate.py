@@ -63,7 +63,11 @@ def prose(rng: random.Random) -> list[str]:
 
 def main() -> None:
     rng, here = random.Random(0), Path(__file__).parent
-    texts = {"positive": rng.sample(reviews("+"), 1500), "negative": rng.sample(reviews("-"), 1500), "prose": prose(rng)}
+    texts = {
+        "positive": rng.sample(reviews("+"), 1500),
+        "negative": rng.sample(reviews("-"), 1500),
+        "prose": prose(rng),
+    }
     for name, lines in texts.items():
         (here / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -90,7 +90,7 @@ def load_rows(
             mixture.append((_rows(data, kind, arrays, mine, meta["origins"], length, tokenizer.pad_id), source.weight))
     if not any(rows.num_rows for rows, _ in mixture):
         raise InputError(f"data.sources: every {kind} example of the {split} split is too long for {length} tokens")
-    return [(rows, weight) for rows, weight in mixture if rows.num_rows]
+    return [(rows, weight or float(rows.num_rows)) for rows, weight in mixture if rows.num_rows]
 
 
 def _rows(

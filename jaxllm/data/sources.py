@@ -21,8 +21,8 @@ class Source:
 
     path: str = ""
     """File, glob, pkg://PACKAGE/path/in/package, or py://module:function (a function yielding records)."""
-    weight: float = 1.0
-    """Share of the rows in a mixture, relative to the other sources."""
+    weight: float = 0.0
+    """Share of the rows in a mixture, relative to the other sources; 0 for all of them: by their sizes."""
     record: Literal["line", "paragraph", "file"] = "line"
     """What one record of a plain text file is; paragraphs are separated by blank lines."""
     text_field: str = "text"
@@ -82,6 +82,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError("held_out_fraction: must be at least 0 and below 1")
+        if len({source.weight > 0 for source in self.sources}) > 1:
+            raise ValueError("sources: give every source a weight, or none")
 
 
 class Record(NamedTuple):

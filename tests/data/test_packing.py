@@ -1,5 +1,6 @@
 """Packing loses and repeats nothing; batches are a pure function of the step, the same on any sharding."""
 
+import itertools
 import json
 
 import jax
@@ -29,7 +30,7 @@ def store(lengths):
 def rows_of(plan, lengths, length):
     tokens, mask, offsets = store(lengths)
     starts = packing.row_starts(plan)
-    pieces = [plan[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    pieces = [plan[a:b] for a, b in itertools.pairwise(starts)]
     return [packing.materialise(p, tokens, mask, offsets, length, 0) for p in pieces]
 
 
