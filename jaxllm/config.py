@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import os
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -115,8 +116,13 @@ def tyro_cli(cls: Any, args: Sequence[str], prog: str, default: Any = None, desc
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        words = [w for w in err.getvalue().split() if w.strip("─│╭╮╰╯-")]
-        raise InputError(f"{prog}: {' '.join(words)}") from None
+        raise InputError(f"{prog}: {_without_box(err.getvalue())}") from None
+
+
+def _without_box(text: str) -> str:
+    """tyro's message as one line, a section's own complaint with its full path."""
+    line = " ".join(word for word in text.split() if word.strip("─│╭╮╰╯-")).split(" For full helptext")[0]
+    return re.sub(r"^Value error Error parsing (\S+): (\w+): ", r"\1.\2: ", line)
 
 
 def _copy_field(path: list[str], parsed: Any, tree: Tree) -> None:
