@@ -5,10 +5,9 @@ attribute `batch`, itself a function (prompts, responses) -> scores, to score ma
 """
 
 import functools
-import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -37,29 +36,6 @@ _WORDS = re.compile(
     r"[a-z']+|" + "|".join(sorted((w for w in POSITIVE | NEGATIVE if not w.isascii()), key=lambda w: (-len(w), w)))
 )
 _CHINESE_NEGATION = re.compile("[不没未别非].?$|没有.?$")
-
-
-def resolve(spec: str) -> Annotator:
-    """The function named by "module:function".
-
-    Raises InputError where there is no such module or function.
-    """
-    module_name, _, name = spec.partition(":")
-    if not (module_name and name):
-        raise InputError(f"annotator {spec!r}: write it as module:function, as in jaxllm.annotators:keyword_sentiment")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(
-            f"annotator {spec!r}: {error}; install that package or add its directory to PYTHONPATH"
-        ) from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = ", ".join(
-            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name
-        )
-        raise InputError(f"annotator {spec!r}: {module_name} has no function {name}; it has: {known or 'none'}")
-    return cast(Annotator, function)
 
 
 def score_all(function: Annotator, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:

@@ -9,12 +9,13 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib
 import io
 import json
 import os
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,28 @@ def _without_box(text: str) -> str:
     """tyro's message as one line, a section's own complaint with its full path."""
     line = " ".join(word for word in text.split() if word.strip("─│╭╮╰╯-")).split(" For full helptext")[0]
     return re.sub(r"^Value error Error parsing (\S+): (\w+): ", r"\1.\2: ", line)
+
+
+def resolve_function(spec: str, field: str) -> Callable[..., Any]:
+    """The function named by "module:function"; `field` is what named it.
+
+    Raises InputError where there is no such module or function.
+    """
+    module_name, _, name = spec.partition(":")
+    if not (module_name and name):
+        raise InputError(f"{field} {spec!r}: write it as module:function, as in jaxllm.annotators:keyword_sentiment")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        mend = "install that package (demos: pip install 'jaxllm[demo]') or add its directory to PYTHONPATH"
+        raise InputError(f"{field} {spec!r}: {error}; {mend}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
+        raise InputError(
+            f"{field} {spec!r}: {module_name} has no function {name!r}; it has: {', '.join(known) or 'none'}"
+        )
+    return function
 
 
 def _copy_field(path: list[str], parsed: Any, tree: Tree) -> None:

@@ -138,9 +138,10 @@ class MetricLog:
                 values["throughput/mfu"] = self.work.flops * counted / seconds / self.work.peak_flops
         values |= {name: float(schedule(step - 1)) for name, schedule in self.schedules.items()}
         self._emit(step, {k if "/" in k else f"train/{k}": v for k, v in values.items()})
-        if not math.isfinite(values.get("loss", 0.0)):
+        if bad := [name for name, value in values.items() if not math.isfinite(value)]:
             raise TrainingDiverged(
-                f"{self.title}: the loss is {values['loss']} at step {step}; lower the learning rate"
+                f"{self.title}: {bad[0]} is {values[bad[0]]} at step {step}; lower the learning rate and run again: "
+                "it goes on from the newest checkpoint"
             )
 
     def _emit(self, step: int, values: dict[str, float]) -> None:

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm import annotators
-from jaxllm.config import InputError
+from jaxllm.config import InputError, resolve_function
 
 BUILT_IN = ["keyword_sentiment", "snownlp_sentiment", "vader_sentiment"]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_any_text_scores_between_0_and_1_and_empty_is_neutral(name):
-    function = annotators.resolve(f"jaxllm.annotators:{name}")
+    function = resolve_function(f"jaxllm.annotators:{name}", "annotator")
 
     @settings(max_examples=60, deadline=None)
     @given(st.text(max_size=40))
@@ -64,7 +64,7 @@ def test_no_word_is_both_positive_and_negative():
 )
 def test_resolve_says_how_to_mend(spec, word):
     with pytest.raises(InputError, match=word) as caught:
-        annotators.resolve(spec)
+        resolve_function(spec, "annotator")
     assert "\n" not in str(caught.value)
 
 

@@ -4,15 +4,14 @@ import dataclasses
 import glob
 import hashlib
 import heapq
-import importlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jaxllm.config import InputError
+from jaxllm.config import InputError, resolve_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,17 +111,6 @@ def files(source: Source) -> list[str]:
     return [] if source.path.startswith("py://") else _resolve(source.path)
 
 
-def resolve_function(spec: str) -> Callable[..., Any]:
-    """The function named "module:function". Raises InputError where there is none."""
-    module, _, name = spec.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise InputError(f"{spec}: {error}; install what it needs, for example pip install 'jaxllm[demo]'") from None
-    except AttributeError:
-        raise InputError(f"{spec}: module {module} has no function {name!r}") from None
-
-
 def _excluded(source: Source, path: str) -> Iterator[Record]:
     return _raw_records(dataclasses.replace(source, path=path, exclude=(), match="", max_records=0))
 
@@ -144,7 +132,7 @@ def _keep(source: Source, record: Record, excluded: set[bytes]) -> bool:
 
 def _raw_records(source: Source) -> Iterator[Record]:
     if source.path.startswith("py://"):
-        function = resolve_function(source.path.removeprefix("py://"))
+        function = resolve_function(source.path.removeprefix("py://"), "data.sources: path py://")
         records = (Record(dict(r), f"{source.path}:{n}") for n, r in enumerate(function(), start=1))
     else:
         records = (record for file in _resolve(source.path) for record in _read_file(file, source))

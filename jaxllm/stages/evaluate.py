@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import evaluate
-from jaxllm.annotators import resolve, score_all
-from jaxllm.config import InputError
+from jaxllm.annotators import score_all
+from jaxllm.config import InputError, resolve_function
 from jaxllm.data import DataConfig, examples, load_prompts, load_texts, shuffled
 from jaxllm.generate import SamplingConfig, complete, completions, response_logprobs, roll_out
 from jaxllm.metrics import console
@@ -71,7 +71,7 @@ def run(workspace: Workspace, config: EvaluateConfig, documents: DataConfig) -> 
             )
             numbers |= open_numbers
             if config.annotator:
-                scores[stage] = score_all(resolve(config.annotator), prompts, answers[stage])
+                scores[stage] = score_all(resolve_function(config.annotator, "annotator"), prompts, answers[stage])
                 mean, error = evaluate.mean_and_error(scores[stage])
                 numbers |= {"annotator_score": mean, "annotator_score_error": error}
             result["samples"] = _side_by_side(prompts, answers, config.num_shown)

@@ -135,112 +135,150 @@ class Experience(NamedTuple):
     returns: jax.Array
 
 
+class Roles(NamedTuple):
+    """The frozen models and their configs; policy and critic start as copies of them."""
+
+    ref: Any
+    model: ModelConfig
+    reward: Any
+    reward_model: ModelConfig
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+
 def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig) -> dict[str, float]:
     """Train the policy; the result has score and KL on held-out prompts under the reward model."""
     mesh, directory = workspace.mesh, workspace.stage_dir("ppo")
-    for stage, given in (("sft", config.init_from), ("reward", config.reward_from)):
-        if not given:
-            workspace.require(stage, "ppo")
-    check_batch(
-        mesh,
-        config.batch_size // config.num_minibatches // config.num_micro,
-        "ppo.batch_size / num_minibatches / num_micro",
-    )
-    ref, model = load_model(config.init_from or str(workspace.stage_dir("sft")), mesh)
-    reward, reward_model = load_model(config.reward_from or str(workspace.stage_dir("reward")), mesh, "reward")
-    tokenizer = workspace.tokenizer()
-    stop_ids, pad_id = (tokenizer.end_id, tokenizer.eos_id), tokenizer.pad_id
-    P, R = config.max_prompt_length, config.sampling.max_new_tokens
-    if min(model.max_length, reward_model.max_length) < P + R:
-        raise InputError(f"ppo.max_prompt_length: {P} + max_new_tokens {R} exceed model.max_length {model.max_length}")
-    prompts = {split: load_prompts(config.data, split, tokenizer, P) for split in ("train", "held_out")}
-    held_out = prompts["held_out"][: config.eval_prompts]
-    console.print(f"ppo: {len(prompts['train'])} training prompts, {len(held_out)} held-out prompts for evaluation")
+    size = config.batch_size // config.num_minibatches // config.num_micro
+    check_batch(mesh, size, "ppo.batch_size / num_minibatches / num_micro")
+    roles = load_roles(workspace, config)
+    prompts = load_all_prompts(workspace, config)
     updates = config.num_steps * config.num_epochs * config.num_minibatches
     actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)
+    model, reward_model = roles.model, roles.reward_model
     actor = train.place_state(mesh, transformer.abstract(model), transformer.axes(model), actor_tx)
     critic = train.place_state(mesh, scalar.abstract(reward_model), scalar.axes(reward_model), critic_tx)
-    rest = replicated(mesh)
-    abstract = PPOState(
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=rest),
-        actor.abstract,
-        critic.abstract,
-        jax.ShapeDtypeStruct((), jnp.float32, sharding=rest),
-    )
-
-    def init() -> PPOState:
-        copy = functools.partial(jax.tree.map, jnp.copy)  # init donates; reference and reward model stay
-        kl_coef = jax.device_put(jnp.float32(config.kl_coef), rest)
-        return PPOState(jax.device_put(jnp.int32(0), rest), actor.init(copy(ref)), critic.init(copy(reward)), kl_coef)
-
-    def rollout(params: Any, batch: Any, key: jax.Array) -> Rollout:
-        settings: dict[str, Any] = {"sampling": config.sampling, "stop_ids": stop_ids, "pad_id": pad_id}
-        return generate(params, model, batch["tokens"], batch["mask"], key, index=batch["index"], **settings)
-
     score = jax.jit(functools.partial(reward_scores, model=reward_model, missing_end_score=config.missing_end_score))
-    logprobs = jax.jit(functools.partial(response_logprobs, config=model, temperature=config.sampling.temperature))
-
-    def measure(params: Any, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
-        log_ratio = logprobs(params, rollout).logprob - logprobs(ref, rollout).logprob
-        return score(reward, rollout), jnp.where(rollout.mask, losses.kl_k1(log_ratio), 0.0).sum(1)
-
-    def evaluation(step: int, state: PPOState) -> dict[str, float]:
-        del step
-        settings = {"sampling": config.sampling, "stop_ids": stop_ids, "pad_id": pad_id, "mesh": mesh}
-        return held_out_numbers(state.actor.params, model, held_out, workspace.seed, settings, measure)
-
-    actor_step = train.make_step(
-        functools.partial(actor_loss, model=model, temperature=config.sampling.temperature, clip=config.clip),
-        actor_tx,
-        num_micro=config.num_micro,
-        state_shardings=actor.shardings,
-    )
-    critic_step = train.make_step(
-        functools.partial(critic_loss, model=reward_model, value_clip=config.value_clip),
-        critic_tx,
-        num_micro=config.num_micro,
-        state_shardings=critic.shardings,
-    )
-    step = make_ppo_step(
-        config,
-        rollout=jax.jit(rollout),
-        score=score,
-        experience=jax.jit(functools.partial(make_experience, config=config, model=model, reward_model=reward_model)),
-        actor_step=actor_step,
-        critic_step=critic_step,
-        seed=workspace.seed,
-        ref=ref,
-        reward=reward,
-    )
     describe_model(directory, model, "policy", ("actor", "params"))
-    batches = {"batch_size": config.batch_size, "seed": workspace.seed, "length": P, "pad_id": pad_id}
-    state, metrics = train.run_stage(
+    _, metrics = train.run_stage(
         directory,
         "ppo",
-        init=init,
-        abstract=abstract,
-        step=step,
-        batch_at=make_prompt_batch_at(prompts["train"], sharding=activation(mesh, "batch", None), **batches),
+        init=lambda: first_state(config, roles, mesh, actor, critic),
+        abstract=abstract_state(mesh, actor, critic),
+        step=build_step(config, roles, score, (actor_tx, actor), (critic_tx, critic), workspace.seed),
+        batch_at=make_prompt_batch_at(
+            prompts["train"],
+            batch_size=config.batch_size,
+            seed=workspace.seed,
+            length=config.max_prompt_length,
+            pad_id=roles.pad_id,
+            sharding=activation(mesh, "batch", None),
+        ),
         num_steps=config.num_steps,
         settings=config,
         logging=logging,
-        work=Work(config.batch_size * R),
-        evaluate=evaluation,
+        work=Work(config.batch_size * config.sampling.max_new_tokens),
+        evaluate=make_evaluation(workspace, config, roles, score, prompts["held_out"]),
         best="eval/score",
         lower_is_better=False,
         schedules={
-            "ppo/learning_rate": lambda n: learning_rate(config.actor, updates)(
-                n * config.num_epochs * config.num_minibatches
-            )
+            "ppo/learning_rate": lambda n: learning_rate(config.actor, updates)(n * (updates // config.num_steps))
         },
         shown=("ppo/score", "ppo/kl", "ppo/entropy", "ppo/response_length", "eval/score", "eval/kl"),
     )
-    del state
     return {
         "steps": config.num_steps,
         **{k.removeprefix("eval/"): v for k, v in metrics.items() if k.startswith("eval/")},
         **{k.removeprefix("ppo/"): v for k, v in metrics.items() if k in ("ppo/entropy", "ppo/clip_fraction")},
     }
+
+
+def load_roles(workspace: Workspace, config: PPOConfig) -> Roles:
+    """Reference and reward model, each from its stage or from the directory the config names."""
+    for stage, given in (("sft", config.init_from), ("reward", config.reward_from)):
+        if not given:
+            workspace.require(stage, "ppo")
+    ref, model = load_model(config.init_from or str(workspace.stage_dir("sft")), workspace.mesh)
+    reward, reward_model = load_model(
+        config.reward_from or str(workspace.stage_dir("reward")), workspace.mesh, "reward"
+    )
+    length = config.max_prompt_length + config.sampling.max_new_tokens
+    if length > (limit := min(model.max_length, reward_model.max_length)):
+        raise InputError(
+            f"ppo.max_prompt_length: {config.max_prompt_length} + max_new_tokens {config.sampling.max_new_tokens} "
+            f"exceed model.max_length {limit}; lower one of them"
+        )
+    tokenizer = workspace.tokenizer()
+    return Roles(ref, model, reward, reward_model, (tokenizer.end_id, tokenizer.eos_id), tokenizer.pad_id)
+
+
+def load_all_prompts(workspace: Workspace, config: PPOConfig) -> dict[str, list[PromptExample]]:
+    tokenizer = workspace.tokenizer()
+    prompts = {s: load_prompts(config.data, s, tokenizer, config.max_prompt_length) for s in ("train", "held_out")}
+    prompts["held_out"] = prompts["held_out"][: config.eval_prompts]
+    counts = f"{len(prompts['train'])} training prompts, {len(prompts['held_out'])} held-out prompts for evaluation"
+    console.print(f"ppo: {counts}")
+    return prompts
+
+
+def first_state(config: PPOConfig, roles: Roles, mesh, actor: train.Placed, critic: train.Placed) -> PPOState:
+    copy = functools.partial(jax.tree.map, jnp.copy)  # making a state donates; reference and reward model stay
+    step, kl_coef = (jax.device_put(x, replicated(mesh)) for x in (jnp.int32(0), jnp.float32(config.kl_coef)))
+    return PPOState(step, actor.init(copy(roles.ref)), critic.init(copy(roles.reward)), kl_coef)
+
+
+def abstract_state(mesh: jax.sharding.Mesh, actor: train.Placed, critic: train.Placed) -> PPOState:
+    scalar_of = functools.partial(jax.ShapeDtypeStruct, (), sharding=replicated(mesh))
+    return PPOState(scalar_of(jnp.int32), actor.abstract, critic.abstract, scalar_of(jnp.float32))
+
+
+def build_step(config: PPOConfig, roles: Roles, score, actor: tuple[Any, Any], critic: tuple[Any, Any], seed: int):
+    """Compile-ready parts of the PPO step; actor and critic are (optimiser, placement) each."""
+    model, temperature = roles.model, config.sampling.temperature
+    settings: dict[str, Any] = {"sampling": config.sampling, "stop_ids": roles.stop_ids, "pad_id": roles.pad_id}
+
+    def rollout(params: Any, batch: Any, key: jax.Array) -> Rollout:
+        return generate(params, model, batch["tokens"], batch["mask"], key, index=batch["index"], **settings)
+
+    def update(loss, tx: Any, placed: train.Placed):
+        return train.make_step(loss, tx, num_micro=config.num_micro, state_shardings=placed.shardings)
+
+    return make_ppo_step(
+        config,
+        rollout=jax.jit(rollout),
+        score=score,
+        experience=jax.jit(
+            functools.partial(make_experience, config=config, model=model, reward_model=roles.reward_model)
+        ),
+        actor_step=update(
+            functools.partial(actor_loss, model=model, temperature=temperature, clip=config.clip), *actor
+        ),
+        critic_step=update(
+            functools.partial(critic_loss, model=roles.reward_model, value_clip=config.value_clip), *critic
+        ),
+        seed=seed,
+        ref=roles.ref,
+        reward=roles.reward,
+    )
+
+
+def make_evaluation(workspace: Workspace, config: PPOConfig, roles: Roles, score, prompts: list[PromptExample]):
+    """(step, state) -> held-out numbers under the reward model."""
+    logprobs = jax.jit(
+        functools.partial(response_logprobs, config=roles.model, temperature=config.sampling.temperature)
+    )
+    settings: dict[str, Any] = {"sampling": config.sampling, "stop_ids": roles.stop_ids, "pad_id": roles.pad_id}
+
+    def measure(params: Any, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
+        log_ratio = logprobs(params, rollout).logprob - logprobs(roles.ref, rollout).logprob
+        return score(roles.reward, rollout), jnp.where(rollout.mask, losses.kl_k1(log_ratio), 0.0).sum(1)
+
+    def evaluation(step: int, state: PPOState) -> dict[str, float]:
+        del step
+        more = {**settings, "mesh": workspace.mesh}
+        return held_out_numbers(state.actor.params, roles.model, prompts, workspace.seed, more, measure)
+
+    return evaluation
 
 
 def make_ppo_step(

@@ -25,8 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from jaxllm.annotators import Annotator, prompt_text, resolve, score_all
-from jaxllm.config import InputError
+from jaxllm.annotators import Annotator, prompt_text, score_all
+from jaxllm.config import InputError, resolve_function
 from jaxllm.data import DataConfig, is_held_out
 from jaxllm.metrics import console
 from jaxllm.workspace import StageCut, Workspace
@@ -361,7 +361,7 @@ def _printable(text: str) -> str:
 
 
 def _simulate(answers: _Answers, config: RankConfig, seed: int) -> None:
-    function, name = resolve(config.annotator), config.annotator_name or config.annotator
+    function, name = resolve_function(config.annotator, "annotator"), config.annotator_name or config.annotator
     left = len(answers.samples) - answers.done
     console.print(f"rank: SIMULATED annotator {config.annotator}, no person: {left} prompts to rank", soft_wrap=True)
     columns = (TextColumn("[bold]rank (SIMULATED)"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -334,7 +334,7 @@ def test_scores_within_the_margin_of_the_best_of_their_group_tie(scores, margin)
 
 
 @pytest.mark.parametrize(
-    "spec", ["no_such_module_here:score", "jaxllm.annotators:nothing", "jaxllm.annotators:resolve.x"]
+    "spec", ["no_such_module_here:score", "jaxllm.annotators:nothing", "jaxllm.annotators:score_all.x"]
 )
 def test_missing_annotator_is_refused(workspace, spec):
     with pytest.raises((InputError, ValueError), match="annotator"):

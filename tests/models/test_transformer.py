@@ -1,0 +1,177 @@
+"""Attention == a plain loop, packed == unpacked, remat and unrolling change nothing, published parameter counts."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.models import scalar, transformer
+from jaxllm.models.attention import attention
+from jaxllm.models.config import PRESETS, ModelConfig, preset
+from jaxllm.models.layers import rope
+
+LLAMA = ModelConfig(
+    vocab_size=40, max_length=32, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48, dtype="float32",
+    init_std=0.2,
+)  # fmt: skip
+GPT = dataclasses.replace(
+    LLAMA, norm="layernorm", position="learned", mlp="gelu", bias=True, tie_embeddings=False, num_kv_heads=4
+)
+BOTH = pytest.mark.parametrize("model", [LLAMA, GPT], ids=["llama", "gpt"])
+
+
+def attention_oracle(q, k, v, q_segments, kv_segments, offset):
+    out = np.zeros(q.shape)
+    group = q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        for t in range(q.shape[1]):
+            seen = [s for s in range(min(offset + t + 1, k.shape[1])) if kv_segments[b, s] == q_segments[b, t]]
+            for n in range(q.shape[2]):
+                scores = np.array([q[b, t, n] @ k[b, s, n // group] for s in seen]) / np.sqrt(q.shape[-1])
+                weights = np.exp(scores - scores.max())
+                values = np.stack([v[b, s, n // group] for s in seen])
+                out[b, t, n] = weights @ values / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+def test_attention_equals_a_plain_loop(offset):
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 5, 4, 8))
+    k, v = (rng.normal(size=(2, 5 + offset, 2, 8)) for _ in range(2))
+    kv_segments = np.array([[1, 1, 2, 2, 2, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1]])[:, : 5 + offset]
+    q_segments = kv_segments[:, offset:]
+    arrays = [jnp.array(x, jnp.float32) for x in (q, k, v)]
+    segments = {"q_segment_ids": jnp.array(q_segments), "kv_segment_ids": jnp.array(kv_segments)}
+    got = attention(*arrays, **segments, q_offset=offset)
+    np.testing.assert_allclose(got, attention_oracle(q, k, v, q_segments, kv_segments, offset), atol=1e-5)
+
+
+def test_rope_keeps_lengths_and_depends_on_distance_alone():
+    x, y = (jax.random.normal(jax.random.key(i), (1, 1, 1, 16)) for i in range(2))
+    at = lambda z, p: rope(z, jnp.array([[p]], jnp.int32), 10_000.0)
+    np.testing.assert_allclose(jnp.linalg.norm(at(x, 7)), jnp.linalg.norm(x), rtol=1e-5)
+    np.testing.assert_allclose((at(x, 9) * at(y, 4)).sum(), (at(x, 25) * at(y, 20)).sum(), rtol=1e-4)
+    assert abs(float((at(x, 9) * at(y, 4)).sum() - (at(x, 9) * at(y, 5)).sum())) > 1e-3
+
+
+@BOTH
+def test_packed_rows_equal_single_documents_forward_and_gradient(model):
+    params = transformer.init(model, jax.random.key(0))
+    documents = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
+    row = jnp.array([[*itertools.chain(*documents), 0, 0]], jnp.int32)
+    segments = jnp.array([[1] * 4 + [2] * 3 + [3] * 5 + [0] * 2], jnp.int32)
+    positions = jnp.array([[*range(4), *range(3), *range(5), 0, 0]], jnp.int32)
+
+    def packed(p):
+        return transformer.apply(p, model, row, segments, positions)[0, :12]
+
+    def single(p):
+        return jnp.concatenate([transformer.apply(p, model, jnp.array([d], jnp.int32))[0] for d in documents])
+
+    np.testing.assert_allclose(jax.jit(packed)(params), jax.jit(single)(params), atol=2e-5)
+    weight = jax.random.normal(jax.random.key(1), (12, 32))
+    grads = [jax.jit(jax.grad(lambda p, f=f: (f(p) * weight).sum()))(params) for f in (packed, single)]
+    for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max() + 1))
+
+
+@BOTH
+def test_the_future_and_other_segments_do_not_leak(model):
+    params = transformer.init(model, jax.random.key(0))
+    row = jnp.array([[5, 6, 7, 8, 9, 10]], jnp.int32)
+    segments, positions = jnp.array([[1, 1, 1, 2, 2, 2]], jnp.int32), jnp.array([[0, 1, 2, 0, 1, 2]], jnp.int32)
+    before = transformer.apply(params, model, row, segments, positions)
+    other_first = transformer.apply(params, model, row.at[0, 1].set(30), segments, positions)
+    np.testing.assert_array_equal(before[0, 3:], other_first[0, 3:])
+    np.testing.assert_array_equal(before[0, 0], other_first[0, 0])
+    assert (before[0, 1:3] != other_first[0, 1:3]).any()
+
+
+@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}], ids=str)
+def test_remat_and_unrolling_change_nothing(change):
+    params = transformer.init(LLAMA, jax.random.key(0))
+    tokens = jnp.array([[5, 6, 7, 8]], jnp.int32)
+    loss = lambda p, model: jnp.square(transformer.apply(p, model, tokens)).sum()
+    one, two = (jax.grad(loss)(params, m) for m in (LLAMA, dataclasses.replace(LLAMA, **change)))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(model):
+    params = transformer.init(model, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    low = transformer.apply(params, dataclasses.replace(model, dtype="bfloat16"), jnp.array([[5, 6, 7]], jnp.int32))
+    high = transformer.apply(params, model, jnp.array([[5, 6, 7]], jnp.int32))
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low.astype(jnp.float32), high, atol=0.15)
+
+
+# Published parameter counts: OpenAI's and Meta's model cards and the sizes of the published weights.
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+}
+# GPT-3's paper (table 2.1) rounds to these.
+ROUNDED = {
+    "gpt3-125m": 125e6, "gpt3-350m": 350e6, "gpt3-760m": 760e6, "gpt3-1.3b": 1.3e9, "gpt3-2.7b": 2.7e9,
+    "gpt3-6.7b": 6.7e9, "gpt3-13b": 13e9,
+}  # fmt: skip
+
+
+def test_presets_have_the_published_number_of_parameters():
+    for name, count in PUBLISHED.items():
+        assert transformer.num_params(preset(name)) == count, name
+    for name, count in ROUNDED.items():
+        assert abs(transformer.num_params(preset(name)) / count - 1) < 0.025, name
+    assert {"tiny-1m", "small-5m", "small-14m", *PUBLISHED, *ROUNDED} == PRESETS.keys()
+    sizes = {n: transformer.num_params(preset(n, vocab_size=4096)) for n in ("tiny-1m", "small-5m", "small-14m")}
+    assert 0.8e6 < sizes["tiny-1m"] < 1.4e6 < 4e6 < sizes["small-5m"] < 7e6 < 1e7 < sizes["small-14m"] < 1.5e7
+
+
+def test_flops_agree_with_six_per_matrix_parameter():
+    model = preset("llama3-8b")
+    matrices = transformer.num_params(model) - model.vocab_size * model.embed_dim
+    assert abs(transformer.flops_per_token(model, 1) / (6 * matrices) - 1) < 0.001
+
+
+def test_last_value_reads_the_last_real_token():
+    values = jnp.arange(10.0).reshape(2, 5)
+    segments = jnp.array([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]], jnp.int32)
+    np.testing.assert_array_equal(scalar.last_value(values, segments), [4.0, 6.0])
+
+
+def test_the_scalar_head_starts_small_and_copies_the_trunk():
+    trunk = transformer.init(LLAMA, jax.random.key(0))
+    params = scalar.init(trunk, LLAMA, jax.random.key(1))
+    assert float(params["head"]["bias"]) == 0
+    np.testing.assert_allclose(params["head"]["kernel"].std(), 1 / np.sqrt(33), rtol=0.4)
+    jax.tree.map(np.testing.assert_array_equal, params["trunk"], trunk)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_heads": 3}, "num_heads: 3 does not divide"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads: 3 does not divide"),
+        ({"embed_dim": 12, "num_heads": 4}, "head_dim: rotary"),
+        ({"num_layers": 0}, "num_layers: must be"),
+    ],
+)
+def test_a_shape_that_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**fields)
