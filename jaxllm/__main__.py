@@ -77,6 +77,9 @@ def main(argv: list[str] | None = None) -> None:
         _dispatch(args)
     except InputError as error:
         _exit(f"jaxllm: {error}", 2)
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        sys.stderr.close()
+        sys.exit(141)
     except KeyboardInterrupt:
         _exit("jaxllm: interrupted; run the same command again to go on", 130)
 

@@ -14,6 +14,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxllm.config import InputError
 from jaxllm.losses import Metrics
 
 console = Console(stderr=True, highlight=False)
@@ -259,7 +260,10 @@ def _tensorboard(directory: epath.Path, start: int) -> Writer:
 
 
 def _wandb(directory: epath.Path, project: str) -> Writer:
-    import wandb  # pyright: ignore[reportMissingImports] - an extra
+    try:
+        import wandb  # pyright: ignore[reportMissingImports] - an extra
+    except ImportError:
+        raise InputError("logging.wandb_project: needs wandb; pip install 'jaxllm[wandb]', or leave it empty") from None
 
     name = f"{directory.parent.name}-{directory.name}"
     run = wandb.init(project=project, name=name, id=name, dir=str(directory), resume="allow")

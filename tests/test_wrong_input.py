@@ -90,7 +90,7 @@ def test_malformed_jsonl_line(capsys, config, tmp_path):
 def test_empty_corpus(capsys, config, tmp_path):
     data = with_source(tmp_path, "\n\n", "empty.txt")
     path = config(**{r"configs/tiny/\w+.txt": str(data)})
-    assert "not a single document example" in refused(capsys, "tokenizer", path, "--run-dir", tmp_path / "r")
+    assert "not a single text example" in refused(capsys, "tokenizer", path, "--run-dir", tmp_path / "r")
 
 
 def test_vocabulary_larger_than_the_corpus_supports(capsys, config, tmp_path):

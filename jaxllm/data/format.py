@@ -5,6 +5,7 @@ a review held out of pre-training is held out of every task made from it. Where 
 prompt has a side of its own, and what would put a held-out prompt into training is left out of both.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -45,18 +46,28 @@ def examples(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
     """
     if not data.sources:
         raise InputError(f"data.sources: none given, and {kind} examples are needed; name at least one source")
-    # Two texts on different sides may give the same conversation: it stays held out.
-    seen = {_hash(e.content()) for e, side in _sided(data, kind) if side == "held_out"} if split == "train" else set()
-    before = len(seen)
+    yield from _not_empty(_stream(data, kind, split), data, kind, split)
+
+
+def _stream(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
+    # Two texts on different sides may give the same conversation: it stays held out. So does a ranked prompt.
+    held_out = {_leak(e, kind) for e, side in _sided(data, kind) if side == "held_out"} if split == "train" else set()
+    seen: set[bytes] = set()
     for example, side in _sided(data, kind):
-        if side == split and (key := _hash(example.content())) not in seen:
+        if side == split and _leak(example, kind) not in held_out and (key := _hash(example.content())) not in seen:
             seen.add(key)
             yield example
-    if len(seen) == before:
+
+
+def _not_empty[T](stream: Iterator[T], data: DataConfig, kind: str, split: str) -> Iterator[T]:
+    empty = True
+    for item in stream:
+        empty = False
+        yield item
+    if empty:
         where = ", ".join(source.path for source in data.sources)
-        mend = (
-            "raise data.held_out_fraction or give more text" if split == "held_out" else "give text that is not empty"
-        )
+        more, text = "raise data.held_out_fraction or give more text", "give text that is not empty"
+        mend = more if split == "held_out" else text
         raise InputError(f"{where}: not a single {kind} example in the {split} split; {mend}")
 
 
@@ -67,13 +78,17 @@ def shuffled(stream: Iterable[Example]) -> list[Example]:
 
 def load_texts(data: DataConfig, split: str) -> Iterator[str]:
     """The texts of one split, for the tokenizer and for xz; a conversation gives its contents, a line each."""
+    if not data.sources:
+        raise InputError("data.sources: none given, and texts are needed; name at least one source")
+    yield from _not_empty(_texts(data, split), data, "text", split)
+
+
+def _texts(data: DataConfig, split: str) -> Iterator[str]:
     chats = tuple(s for s in data.sources if _is_chat(s))
     plain = tuple(s for s in data.sources if s not in chats)
     for sources, kind in ((plain, "document"), (chats, "chat")):
-        part = DataConfig(sources, data.held_out_fraction, data.split_salt, data.too_long)
-        if sources or not data.sources:
-            for example in examples(part, kind, split):
-                yield example.text or "\n".join(m["content"] for m in example.messages)
+        for example in _stream(dataclasses.replace(data, sources=sources), kind, split):
+            yield example.text or "\n".join(m["content"] for m in example.messages)
 
 
 def _is_chat(source: Source) -> bool:
@@ -83,12 +98,19 @@ def _is_chat(source: Source) -> bool:
     return first is not None and "text" not in first.fields and bool({"messages", "prompt"} & first.fields.keys())
 
 
+def _leak(example: Example, kind: str) -> bytes:
+    """What must not be in both splits: of a ranking its prompt, whatever the responses; else the whole content."""
+    return _hash(example.question() if kind == "ranked" else example.content())
+
+
 def _sided(data: DataConfig, kind: str) -> Iterator[tuple[Example, str | None]]:
     """(example, its side of the split, None for neither) of every record."""
     for index, source in enumerate(data.sources):
         for record in read_records(source):
-            example = _make(kind, source, record, index)
-            yield example, record.fields.get("split") or _side(example, record, kind, data)
+            example, given = _make(kind, source, record, index), record.fields.get("split")
+            if given not in (None, "", "train", "held_out"):
+                raise InputError(f"{record.origin}: split must be train or held_out, not {given!r:.40}; rename it")
+            yield example, given or _side(example, record, kind, data)
 
 
 def _side(example: Example, record: Record, kind: str, data: DataConfig) -> str | None:

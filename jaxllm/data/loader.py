@@ -22,7 +22,7 @@ import numpy as np
 from jaxllm.config import InputError
 from jaxllm.data.format import Example, examples, shuffled
 from jaxllm.data.packing import Row, best_fit, concat_and_split, materialise, row_starts
-from jaxllm.data.sources import DataConfig, files, read_records
+from jaxllm.data.sources import DataConfig, Source, canonical, files, read_records
 from jaxllm.tokenizer import Tokenizer
 
 Batch = dict[str, jax.Array]
@@ -78,6 +78,8 @@ def load_rows(
     Tokenised examples are kept in cache_dir, by a key of everything they depend on. Raises InputError: an example
     that does not fit (data.too_long: error), one without a target, a split without examples.
     """
+    if length < 2:
+        raise InputError(f"length: rows of {length} tokens hold no target; set it to at least 2")
     store = _store(data, kind, split, tokenizer, Path(cache_dir))
     meta = json.loads((store / "meta.json").read_text())
     arrays = {
@@ -87,7 +89,7 @@ def load_rows(
     for index, source in enumerate(data.sources):
         mine = np.flatnonzero(arrays["source"] == index)
         if len(mine):
-            mixture.append((_rows(data, kind, arrays, mine, meta["origins"], length, tokenizer.pad_id), source.weight))
+            mixture.append((_rows(data, kind, arrays, mine, meta["origins"], length, tokenizer), source.weight))
     if not any(rows.num_rows for rows, _ in mixture):
         raise InputError(f"data.sources: every {kind} example of the {split} split is too long for {length} tokens")
     return [(rows, weight or float(rows.num_rows)) for rows, weight in mixture if rows.num_rows]
@@ -100,7 +102,7 @@ def _rows(
     mine: np.ndarray,
     origins: list[str],
     length: int,
-    pad_id: int,
+    tokenizer: Tokenizer,
 ) -> Rows:
     offsets, mask = arrays["offsets"], arrays["mask"]
     sizes = np.diff(offsets)[mine]
@@ -113,8 +115,12 @@ def _rows(
     plan[:, 1] = kept[plan[:, 1]]
     targets = sum(int(mask[offsets[e] + 1 : offsets[e] + n].sum()) for e, n in zip(kept, stops, strict=True))
     counts = {"num_examples": len(kept), "num_dropped": len(mine) - len(kept), "num_tokens": targets}
-    num_bytes = int(arrays["bytes"][kept].sum())
-    return Rows(plan, row_starts(plan), arrays["tokens"], mask, offsets, length, pad_id, **counts, num_bytes=num_bytes)
+    sizes, cut = np.diff(offsets)[kept], arrays["bytes"][kept]
+    for i in np.flatnonzero(stops < sizes):  # truncated: only the bytes of the targets that are left
+        part = slice(offsets[kept[i]], offsets[kept[i]] + stops[i])
+        cut[i] = sum(len(tokenizer.token_bytes(int(t))) for t in arrays["tokens"][part][mask[part]])
+    counts["num_bytes"] = int(cut.sum())
+    return Rows(plan, row_starts(plan), arrays["tokens"], mask, offsets, length, tokenizer.pad_id, **counts)
 
 
 def _fit(
@@ -159,18 +165,28 @@ def _store(data: DataConfig, kind: str, split: str, tokenizer: Tokenizer, cache_
 
 
 def _identity(data: DataConfig, kind: str, split: str, tokenizer: Tokenizer) -> list[Any]:
-    prints = []
-    for source in data.sources:
-        names = [*files(source), *(f for path in source.exclude for f in files(dataclasses.replace(source, path=path)))]
-        stats = [(name, os.stat(name)) for name in names]
-        prints.append([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-        if not names:  # a function: what it yields is what it is
-            digest = hashlib.sha256()
-            for record in read_records(source):
-                digest.update(json.dumps(record.fields, sort_keys=True).encode())
-            prints.append([digest.hexdigest()])
+    prints = [
+        _fingerprint(dataclasses.replace(source, path=path, exclude=()))
+        for source in data.sources
+        for path in (source.path, *source.exclude)
+    ]
     config = dataclasses.asdict(data) | {"too_long": ""}  # decided later, from the lengths
     return ["v1", config, prints, kind, split, tokenizer.fingerprint]
+
+
+def _fingerprint(source: Source) -> list[Any]:
+    """(name, sha256) of each file; of a function, what it yields. Not the time: a copied file is the same data."""
+    if names := files(source):
+        return [(name, _sha256(name)) for name in names]
+    digest = hashlib.sha256()
+    for record in read_records(dataclasses.replace(source, match="", min_chars=0, max_chars=0, max_records=0)):
+        digest.update(canonical(record.fields).encode() + b"\n")
+    return [(source.path, digest.hexdigest())]
+
+
+def _sha256(name: str) -> str:
+    with open(name, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_store(folder: Path, stream: Iterator[Example], kind: str, tokenizer: Tokenizer) -> None:
@@ -289,15 +305,21 @@ def load_ranked(data: DataConfig, split: str, tokenizer: Tokenizer, length: int)
     ranked = []
     for example in examples(data, "ranked", split):
         replies = [[*example.messages, {"role": "assistant", "content": r}] for r in example.responses]
-        rows = [tokenizer.encode_chat(messages)[0] for messages in replies]
-        longest = max(map(len, rows))
+        encoded = [tokenizer.encode_chat(messages) for messages in replies]
+        longest = max(len(ids) for ids, _ in encoded)
         if longest > length and data.too_long == "error":
             raise InputError(
                 f"{example.origin}: prompt and response take {longest} tokens and the limit is {length}; "
                 "raise the length, or set data.too_long to drop or truncate"
             )
-        if longest <= length or data.too_long == "truncate":
-            ranked.append(RankedExample([row[:length] for row in rows], example.ranks))
+        if longest > length and data.too_long == "drop":
+            continue
+        if not all(any(mask[:length]) for _, mask in encoded):
+            raise InputError(
+                f"{example.origin}: no token of a response is left in {length} tokens, so nothing tells them apart; "
+                "raise the length, or set data.too_long to drop"
+            )
+        ranked.append(RankedExample([ids[:length] for ids, _ in encoded], example.ranks))
     if not ranked:
         raise InputError(f"data.sources: every ranking of the {split} split is longer than {length} tokens")
     return ranked

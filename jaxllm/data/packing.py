@@ -3,6 +3,7 @@
 A plan is int64[pieces, 4]: (row, example, start, stop), sorted by row; it is computed once, ahead of training.
 """
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,11 @@ def concat_and_split(lengths: Sequence[int], length: int) -> np.ndarray:
     of 5 and 3 tokens in rows of 4 (lower case: not a target):
 
         a B C D | d E f G | g H .        rows  [a B C D] [d E f G] [g H . .]
+
+    Raises ValueError on rows of fewer than 2 tokens: they hold no target.
     """
+    if length < 2:
+        raise ValueError(f"rows of {length} tokens hold no target; at least 2 are needed")
     plan, row, used = [], 0, 0
     for example, total in enumerate(lengths):
         start = 0
@@ -39,7 +44,7 @@ def best_fit(lengths: Sequence[int], length: int) -> np.ndarray:
     Ties go to the lower index, so that the plan depends on the lengths alone. Raises ValueError on an example
     longer than a row. Lengths 3 2 4 1 in rows of 5:  [0 0 0 1 1] [2 2 2 2 3].
     """
-    rows_with_free: list[list[int]] = [[] for _ in range(length + 1)]
+    rows_with_free: list[collections.deque[int]] = [collections.deque() for _ in range(length + 1)]
     plan, rows = [], 0
     for example in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         size = lengths[example]
@@ -49,7 +54,7 @@ def best_fit(lengths: Sequence[int], length: int) -> np.ndarray:
         if free is None:
             row, free, rows = rows, length, rows + 1
         else:
-            row = rows_with_free[free].pop(0)
+            row = rows_with_free[free].popleft()
         rows_with_free[free - size].append(row)
         plan.append((row, example, 0, size))
     return np.array(sorted(plan), np.int64).reshape(-1, 4)

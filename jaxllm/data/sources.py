@@ -1,12 +1,14 @@
 """Sources of text: files of lines, JSON and Parquet records, and data shipped inside installed packages."""
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import heapq
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -49,12 +51,16 @@ class Source:
         if self.weight < 0:
             raise ValueError("weight: must not be negative")
         groups: set[str] = {"text"}
-        for name, pattern in [("match", self.match), *(("replace", p) for p, _ in self.replace)]:
+        for name, pattern, replacement in [("match", self.match, ""), *(("replace", p, r) for p, r in self.replace)]:
             try:
                 compiled = re.compile(pattern)
-                groups |= set(compiled.groupindex) if name == "match" else set()
-            except re.error as error:
-                raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+                compiled.sub(replacement, "")  # refuses references to groups that are not there
+            except (re.error, IndexError) as error:
+                wrong = f"{pattern!r} with replacement {replacement!r}" if name == "replace" else repr(pattern)
+                raise ValueError(f"{name}: {wrong} is not a valid regular expression: {error}") from None
+            if name == "match" and "text" in compiled.groupindex:
+                raise ValueError("match: a group cannot be called text, the whole text that decides the split")
+            groups |= set(compiled.groupindex) if name == "match" else set()
         for name in ("system", "prompt", "response"):
             wanted = {field for field in re.findall(r"\{(\w+)\}", getattr(self, name))}
             if self.match and (unknown := wanted - groups):
@@ -98,12 +104,16 @@ def read_records(source: Source) -> Iterator[Record]:
     A text record has the field "text"; JSON records keep all their fields. Raises InputError: nothing at the
     path, an unreadable or malformed record (with its line), a function that is not there.
     """
-    excluded = {_digest(r.fields["text"]) for path in source.exclude for r in _excluded(source, path)}
+    excluded = {_digest(text) for path in source.exclude for text in _excluded(source, path)}
     kept = (r for r in _raw_records(source) if _keep(source, r, excluded))
     if not source.max_records:
         return kept
-    smallest = heapq.nsmallest(source.max_records, kept, key=lambda r: _digest(json.dumps(r.fields, sort_keys=True)))
-    return iter(smallest)
+    return iter(heapq.nsmallest(source.max_records, kept, key=lambda r: _digest(canonical(r.fields))))
+
+
+def canonical(fields: dict[str, Any]) -> str:
+    """One spelling of a record's fields, for hashing; Parquet values that JSON lacks are spelled by str."""
+    return json.dumps(fields, sort_keys=True, default=str)
 
 
 def files(source: Source) -> list[str]:
@@ -111,8 +121,12 @@ def files(source: Source) -> list[str]:
     return [] if source.path.startswith("py://") else _resolve(source.path)
 
 
-def _excluded(source: Source, path: str) -> Iterator[Record]:
-    return _raw_records(dataclasses.replace(source, path=path, exclude=(), match="", max_records=0))
+def _excluded(source: Source, path: str) -> Iterator[str]:
+    for record in _raw_records(dataclasses.replace(source, path=path, exclude=(), match="", max_records=0)):
+        text = record.fields.get("text")
+        if not isinstance(text, str):
+            raise InputError(f"{record.origin}: `exclude` compares texts, and this has none; exclude files of texts")
+        yield text
 
 
 def _keep(source: Source, record: Record, excluded: set[bytes]) -> bool:
@@ -133,7 +147,8 @@ def _keep(source: Source, record: Record, excluded: set[bytes]) -> bool:
 def _raw_records(source: Source) -> Iterator[Record]:
     if source.path.startswith("py://"):
         function = resolve_function(source.path.removeprefix("py://"), "data.sources: path py://")
-        records = (Record(dict(r), f"{source.path}:{n}") for n, r in enumerate(function(), start=1))
+        _announce(source.path)
+        records = (_function_record(r, f"{source.path}:{n}") for n, r in enumerate(function(), start=1))
     else:
         records = (record for file in _resolve(source.path) for record in _read_file(file, source))
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in source.replace]
@@ -143,7 +158,21 @@ def _raw_records(source: Source) -> Iterator[Record]:
             for pattern, replacement in patterns:
                 text = pattern.sub(replacement, text)
             record.fields["text"] = text
+        elif source.text_field != "text":
+            record.fields.pop("text", None)  # another field was asked for
         yield record
+
+
+@functools.cache
+def _announce(path: str) -> None:
+    """Say once that a config makes code run."""
+    print(f"data: running {path} to read its records", file=sys.stderr, flush=True)
+
+
+def _function_record(value: Any, origin: str) -> Record:
+    if not isinstance(value, dict):
+        raise InputError(f"{origin}: the function must yield dicts, not {type(value).__name__}")
+    return Record(dict(value), origin)
 
 
 def _resolve(path: str) -> list[str]:
@@ -161,7 +190,10 @@ def _resolve(path: str) -> list[str]:
 def _package_path(path: str) -> str:
     """Find a package's folder without importing it: its code is not run to read its data."""
     package, _, inside = path.removeprefix("pkg://").partition("/")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # of the package above it
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"{path}: package {package} is not installed; pip install {package} (demos: 'jaxllm[demo]')")
     root = Path(spec.submodule_search_locations[0]).resolve()

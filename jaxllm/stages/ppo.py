@@ -36,7 +36,7 @@ from jaxllm.metrics import LoggingConfig, Work, console
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
-from jaxllm.sharding import activation, check_batch, replicated
+from jaxllm.sharding import activation, check_batch, constrain, replicated
 from jaxllm.train import TrainState
 from jaxllm.workspace import Workspace, describe_model, load_model
 
@@ -289,7 +289,8 @@ def make_ppo_step(
     Every random choice is a function of (seed, state.step): rollouts, and a fresh permutation for each epoch.
     """
     size = config.batch_size // config.num_minibatches
-    take = jax.jit(lambda tree, rows: jax.tree.map(lambda x: x[rows], tree))
+    place = lambda x: constrain(x, "batch", *[None] * (x.ndim - 1))
+    take = jax.jit(lambda tree, rows: jax.tree.map(lambda x: place(x[rows]), tree))
 
     def step(state: PPOState, prompts: Any) -> tuple[PPOState, Metrics]:
         number = int(state.step)

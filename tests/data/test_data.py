@@ -224,3 +224,11 @@ def test_a_function_can_be_a_source(tmp_path, monkeypatch):
 def test_a_source_that_makes_no_sense_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Source("x", **fields)
+
+
+def test_texts_need_only_one_kind_of_source_to_have_some_held_out(tmp_path):
+    few = write(tmp_path / "c.jsonl", '{"prompt": "a", "response": "b", "split": "train"}')
+    config = data(Source(review_file(tmp_path)), Source(few))
+    assert len(list(load_texts(config, "held_out"))) > 10
+    with pytest.raises(InputError, match="not a single text example in the held_out split"):
+        list(load_texts(data(Source(few)), "held_out"))

@@ -1,0 +1,77 @@
+"""Sums over an interval divided once; a resumed log has no line twice; a loss that is not finite stops the run."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from jaxllm import metrics as m
+
+
+def make(directory, start=0, num_steps=10, **more):
+    settings = {"log_every": 4, "save_every": 5, "work": m.Work(tokens=8), "config": m.LoggingConfig(tensorboard=False)}
+    return m.MetricLog(directory, "test", num_steps, start=start, **{**settings, **more})
+
+
+def pair(total, weight):
+    return (jnp.float32(total), jnp.float32(weight))
+
+
+def drive(log, steps):
+    for step in steps:
+        log(step, None, {"loss": pair(step * step, step), "never": pair(0, 0)})
+    log.close()
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_interval_is_the_sum_over_the_weight_not_a_mean_of_means(tmp_path):
+    drive(make(tmp_path), range(1, 11))
+    found = {line["step"]: line["train/loss"] for line in lines(tmp_path)}
+    assert found.keys() == {4, 5, 8, 10}  # log_every, save_every and the end
+    assert found[4] == pytest.approx((1 + 4 + 9 + 16) / (1 + 2 + 3 + 4))
+    assert found[5] == pytest.approx(5.0)
+    assert all("train/never" not in line for line in lines(tmp_path))
+
+
+def test_a_resumed_log_is_that_of_a_run_never_cut(tmp_path):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    drive(make(tmp_path / "whole"), range(1, 11))
+    drive(make(tmp_path / "cut"), range(1, 9))  # killed after step 8, the newest checkpoint is of step 5
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "tra')
+    drive(make(tmp_path / "cut", start=5), range(6, 11))
+    series = [[(x["step"], x["train/loss"]) for x in lines(tmp_path / name)] for name in ("whole", "cut")]
+    assert series[0] == series[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    log = make(tmp_path, num_steps=4)
+    for step in range(1, 4):
+        log(step, None, {"loss": pair(1, 1)})
+    with pytest.raises(m.TrainingDiverged, match="loss is nan at step 4"):
+        log(4, None, {"loss": pair(float("nan"), 1)})
+
+
+def test_points_of_their_own_are_written_and_shown(tmp_path):
+    log = make(tmp_path, shown=("loss", "eval/loss"))
+    drive(log, range(1, 5))
+    log = make(tmp_path, start=4)
+    log.write(5, {"eval/loss": 2.5})
+    log.close()
+    assert lines(tmp_path)[-1]["eval/loss"] == 2.5
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    log = make(tmp_path, config=m.LoggingConfig(tensorboard=True))
+    drive(log, range(1, 5))
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_the_peak_of_a_cpu_is_measured():
+    from jaxllm.sharding import MeshConfig, make_mesh
+
+    assert m.peak_flops(make_mesh(MeshConfig())) > 1e9
