@@ -206,23 +206,29 @@ def roll_out(
     seed: int,
     num_samples: int = 1,
     batch_size: int = 64,
-    first_index: int = 0,
+    start: int = 0,
 ) -> Iterator[tuple[Rollout, int]]:
     """Rollouts of a list of prompts (token ids), batch by batch, each with its number of real prompts.
 
-    The last batch is filled up with copies of its first prompt. One compilation serves all batches.
+    The last batch is filled up with copies of its first prompt. One compilation serves all batches. start: where
+    to go on in the list, a multiple of `whole_batch(...)`; the batches are then those of a run from 0.
     """
     check_lengths(config, max(map(len, prompts), default=1), sampling)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch_size = -(-min(batch_size, len(prompts)) // shards) * shards
+    batch_size = whole_batch(mesh, min(batch_size, len(prompts)))
     P = min(-(-max(map(len, prompts), default=1) // 16) * 16, config.max_length - sampling.max_new_tokens)
     run = jitted(config, sampling, tuple(stop_ids), pad_id, num_samples)
-    for begin in range(0, len(prompts), batch_size):
+    for begin in range(start, len(prompts), batch_size):
         rows = [*prompts[begin : begin + batch_size]]
         tokens, mask = left_pad([*rows, *[rows[0]] * (batch_size - len(rows))], P, pad_id)
-        index = first_index + begin + np.arange(batch_size, dtype=np.int32)
+        index = begin + np.arange(batch_size, dtype=np.int32)
         placed = [jax.device_put(x, activation(mesh, "batch", *[None] * (x.ndim - 1))) for x in (tokens, mask, index)]
         yield run(params, placed[0], placed[1], jax.random.key(seed), placed[2]), len(rows)
+
+
+def whole_batch(mesh: jax.sharding.Mesh, batch_size: int) -> int:
+    """batch_size rounded up to what the devices can share."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-batch_size // shards) * shards
 
 
 def complete(

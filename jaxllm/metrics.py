@@ -80,13 +80,14 @@ class MetricLog:
     ):
         self.directory, self.title, self.num_steps, self.work = epath.Path(directory), title, num_steps, work
         self.every, self.schedules, self.shown = (log_every, save_every), schedules or {}, shown
-        self.latest: dict[str, float] = {}
+        kept = [line for line in read_metrics(self.directory / "metrics.jsonl") if line["step"] <= start]
+        self.latest: dict[str, float] = {k: v for line in kept for k, v in line.items() if "/" in k}
         self._steps: list[Metrics] = []
         self._pending: tuple[int, list[Metrics], float] | None = None
         self._began = self._interval_began = time.monotonic()
         self._paused = 0.0
         self._start = start
-        self._writers = [_jsonl(self.directory, start)] if jax.process_index() == 0 else []
+        self._writers = [_jsonl(self.directory, kept)] if jax.process_index() == 0 else []
         if jax.process_index() == 0 and config.tensorboard:
             self._writers.append(_tensorboard(self.directory, start))
         if jax.process_index() == 0 and config.wandb_project:
@@ -220,10 +221,9 @@ def _progress(title: str, num_steps: int, start: int) -> Progress | None:
 Writer = Callable[[int | None, Mapping[str, float]], None]
 
 
-def _jsonl(directory: epath.Path, start: int) -> Writer:
+def _jsonl(directory: epath.Path, kept: list[dict[str, Any]]) -> Writer:
     """Append to metrics.jsonl; what a killed run wrote past the checkpoint it left is dropped first."""
     path = directory / "metrics.jsonl"
-    kept = [line for line in read_metrics(path) if line["step"] <= start]
     partial = directory / ".metrics.jsonl.partial"
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
     partial.replace(path)

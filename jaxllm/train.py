@@ -194,16 +194,15 @@ def run_stage(
 
     def save_hook(number: int, state: Any, metrics: Metrics) -> None:
         del metrics
-        checkpoint.save(manager, number, state, held_out if number % settings.eval_every == 0 else None)
+        measured = number % settings.eval_every == 0 or number == num_steps
+        checkpoint.save(manager, number, state, held_out if measured else None)
 
     hooks = ((1, log), (settings.eval_every, evaluate_hook), (saving.save_every, save_hook))
     try:
-        if start > num_steps:  # finalized, and killed before the stage was marked as finished
-            return state, dict(evaluate(start, state))
+        # From num_steps on, the run was killed after its last step and before the stage was marked as finished:
+        # its numbers are in the log.
         state = fit(Run(state, step, batch_at, num_steps, hooks))
-        if start == num_steps:  # nothing was left to run, so no hook has measured the final state
-            held_out.update(evaluate(num_steps, state))
-        if finalize:
+        if finalize and int(state.step) == num_steps:
             state = finalize(state)._replace(step=jnp.int32(num_steps + 1))
             checkpoint.save(manager, num_steps + 1, state, held_out)
     finally:

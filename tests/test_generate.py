@@ -148,3 +148,14 @@ def test_the_sampler_draws_from_the_softmax():
 def test_prompt_longer_than_the_context_is_one_clear_line():
     with pytest.raises(InputError, match=r"prompt: 30 tokens and max_new_tokens 10 do not fit the context of 32"):
         g.check_lengths(LLAMA, 30, g.SamplingConfig(10))
+
+
+def test_going_on_in_the_middle_gives_the_same_completions():
+    params = transformer.init(LLAMA, jax.random.key(0))
+    mesh = make_mesh(MeshConfig())
+    settings = {"sampling": g.SamplingConfig(5), "stop_ids": STOP, "pad_id": PAD, "mesh": mesh, "seed": 0}
+    prompts = [PROMPTS[i % 8] for i in range(19)]
+    with jax.set_mesh(mesh):
+        whole = list(g.complete(params, LLAMA, prompts, batch_size=8, **settings))
+        rest = list(g.complete(params, LLAMA, prompts, batch_size=8, start=16, **settings))
+    assert rest == whole[16:]

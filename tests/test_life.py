@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 
@@ -86,6 +87,21 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(tiny_run, tmp_path):
 
 def json_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_killed_between_the_last_step_and_the_result_it_only_writes_the_result(tiny_run, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(tiny_run, directory)
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        (directory / stage / "result.json").unlink()
+    process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(directory))
+    _, log = process.communicate(timeout=200)
+    assert process.returncode == 0, log
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        same_checkpoint(tiny_run / stage, directory / stage)
+        ours, theirs = (json.loads((d / stage / "result.json").read_text()) for d in (directory, tiny_run))
+        own = {"wall_seconds", "peak_memory_bytes"}
+        assert {k: v for k, v in ours.items() if k not in own} == {k: v for k, v in theirs.items() if k not in own}
 
 
 def strip(record):

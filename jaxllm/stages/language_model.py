@@ -115,7 +115,7 @@ def train_language_model(
     numbers = {k.removeprefix("eval/"): v for k, v in metrics.items() if k.startswith("eval/")}
     return {
         **{"parameters": transformer.num_params(model), "steps": num_steps, "tokens": num_steps * tokens},
-        **{"train_loss": metrics.get("train/loss", float("nan")), **numbers},
+        **{"train_loss": metrics["train/loss"], **numbers},
         **{"tokens_per_second": metrics.get("throughput/tokens_per_second", 0.0)},
         **{"mfu": metrics.get("throughput/mfu", 0.0), "norm": float(optax.tree.norm(state.params))},
     }

@@ -10,7 +10,7 @@ from etils import epath
 from jaxllm.config import InputError
 from jaxllm.data import DataConfig, PromptExample, load_prompts
 from jaxllm.evaluate import distinct
-from jaxllm.generate import SamplingConfig, complete
+from jaxllm.generate import SamplingConfig, complete, whole_batch
 from jaxllm.metrics import console
 from jaxllm.workspace import Workspace, load_model
 
@@ -56,22 +56,23 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
     prompts: list[tuple[str, PromptExample]] = []
     for split, count in (("train", config.num_prompts), ("held_out", config.num_held_out)):
         prompts += [(split, p) for p in load_prompts(config.data, split, tokenizer, limit)[:count]] if count else []
-    done = _keep_whole_batches(path, config.batch_size)
+    batch_size = whole_batch(workspace.mesh, min(config.batch_size, len(prompts)))
+    done = _keep_whole_batches(path, batch_size)
     drawn = complete(
         params,
         model,
-        [p.ids for _, p in prompts[done:]],
+        [p.ids for _, p in prompts],
         sampling=config.sampling,
         stop_ids=(tokenizer.end_id, tokenizer.eos_id),
         pad_id=tokenizer.pad_id,
         mesh=workspace.mesh,
         seed=workspace.seed,
         num_samples=config.num_responses,
-        batch_size=config.batch_size,
-        first_index=done,
+        batch_size=batch_size,
+        start=done,
     )
     with path.open("a") as file:
-        for i, completions in enumerate(drawn if prompts[done:] else (), start=done):
+        for i, completions in enumerate(drawn, start=done):
             split, prompt = prompts[i]
             line = {
                 "messages": prompt.messages,
@@ -80,7 +81,7 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
                 **{"split": split, "source": source, "seed": workspace.seed},
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            if (i + 1) % config.batch_size == 0:
+            if (i + 1) % batch_size == 0:
                 file.flush()
                 console.print(f"sample {i + 1}/{len(prompts)} prompts, {config.num_responses} responses each")
     lines = list(read_samples(path))
