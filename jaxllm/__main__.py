@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -71,6 +72,8 @@ class ChatArgs:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 training failed, 2 bad input, 3 stopped before the end on purpose."""
+    if argv is None:
+        _use_huge_pages()
     args = sys.argv[1:] if argv is None else argv
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax announces its options as warnings
     try:
@@ -82,6 +85,17 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(141)
     except KeyboardInterrupt:
         _exit("jaxllm: interrupted; run the same command again to go on", 130)
+
+
+def _use_huge_pages() -> None:
+    """Start over with glibc's huge pages, unless its tunables are set: a training step on a CPU is 1.4x faster.
+
+    XLA's buffers are mapped anew in every step, and a page fault for each 4 KiB costs a third of it. The C library
+    reads this setting only when a process starts; other C libraries ignore it.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _dispatch(args: list[str]) -> None:

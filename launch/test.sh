@@ -9,4 +9,5 @@ make_venv demo,dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyright
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1  # what the program sets for itself on a CPU
 exec .venv/bin/python -m pytest "$@"
