@@ -1,16 +1,14 @@
 """Every test runs on 8 virtual CPU devices with strict dtype and rank promotion."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The same small programs are compiled in many processes: a cache of this session's compilations halves the suite.
-_COMPILED = tempfile.TemporaryDirectory(prefix="jaxllm-compiled-")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest
@@ -20,12 +18,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
+# The same small programs are compiled in many processes: a cache of this session's compilations halves the suite.
+COMPILED = {"jax_compilation_cache_dir": tempfile.mkdtemp(), "jax_persistent_cache_min_compile_time_secs": 0.1}
+for name, value in COMPILED.items():
+    jax.config.update(name, value)
+atexit.register(shutil.rmtree, COMPILED["jax_compilation_cache_dir"], ignore_errors=True)
+
 ROOT = Path(__file__).parent.parent
 
 
 def jaxllm(*args: str, **kwargs) -> subprocess.Popen:
     """Start `jaxllm ARGS` in a process of its own, from the repository's root."""
-    env = {**os.environ, "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+    cache = {name.upper(): str(value) for name, value in COMPILED.items()}
+    env = {**os.environ, **cache, "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     return subprocess.Popen([sys.executable, "-m", "jaxllm", *args], env=env, **{**pipes, **kwargs})
 
