@@ -20,6 +20,9 @@ STAGE_HELP = {
     "sample": "draw K responses to each prompt",
     "rank": "rank them: a person, a file or a simulated annotator",
     "reward": "train the reward model on the rankings",
+    "dpo": "a policy straight from the rankings",
+    "rloo": "reinforcement learning without a critic: REINFORCE, leave-one-out",
+    "grpo": "reinforcement learning without a critic: scores normalised in groups",
     "ppo": "reinforcement learning from the reward model",
     "evaluate": "measure the models and write the report",
 }

@@ -45,16 +45,19 @@ def score_all(function: Annotator, prompts: Sequence[str], responses: Sequence[s
     """
     batch = getattr(function, "batch", None)
     pairs = zip(prompts, responses, strict=True)
-    scores = np.asarray(batch(prompts, responses) if batch else [function(p, r) for p, r in pairs], np.float64)
-    name = getattr(function, "__name__", repr(function))
-    if scores.shape != (len(responses),):
-        raise InputError(f"annotator {name}: gave scores of shape {scores.shape} for {len(responses)} responses")
-    if not np.isfinite(scores).all():
-        first = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise InputError(
-            f"annotator {name}: scored {scores[first]} for the response {responses[first][:60]!r}; must be finite"
-        )
-    return scores
+    scores = batch(prompts, responses) if batch else [function(p, r) for p, r in pairs]
+    return check_scores(scores, responses, f"annotator {getattr(function, '__name__', repr(function))}")
+
+
+def check_scores(scores: Sequence[float], responses: Sequence[str], name: str) -> np.ndarray:
+    """The scores as float64[N]. Raises InputError where one is not a finite number, or their count is another."""
+    array = np.asarray(scores, np.float64)
+    if array.shape != (len(responses),):
+        raise InputError(f"{name}: gave scores of shape {array.shape} for {len(responses)} responses")
+    if not np.isfinite(array).all():
+        first = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise InputError(f"{name}: scored {array[first]} for the response {responses[first][:60]!r}; must be finite")
+    return array
 
 
 def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -198,15 +198,23 @@ def _expand(cls: type, tree: Any, path: tuple[Any, ...], where: Where, name: str
     if hasattr(cls, "expand"):
         tree = _with_place(lambda: cls.expand(tree), path, where, name)  # type: ignore[attr-defined]
     hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]
-    out = {}
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    known, out = [*defaults], {}
     for key, value in tree.items():
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             mend = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
             raise InputError(f"{_place((*path, key), where, name)}: unknown key; {mend}")
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(default := defaults[key]):
+            value = merge(_own_defaults(default), value)
         out[key] = _expand_value(hints[key], value, (*path, key), where, name)
     return out
+
+
+def _own_defaults(default: Any) -> Tree:
+    """What a section's default sets otherwise than its class does: it stands where the file is silent."""
+    own = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+    return {f.name: _plain(own[f.name]) for f in dataclasses.fields(default) if own[f.name] != f.default}
 
 
 def _expand_value(hint: Any, value: Any, path: tuple[Any, ...], where: Where, name: str) -> Any:

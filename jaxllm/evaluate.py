@@ -1,5 +1,6 @@
 """Measures of a model: pure functions of numbers and texts, and the runner that sums a loss over held-out batches."""
 
+import itertools
 import lzma
 import math
 from collections import Counter
@@ -61,8 +62,35 @@ def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def pair_margins(scores: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     """r_better - r_worse of every pair that is not tied: scores float[B, K], ranks int[B, K] (0 = absent)."""
-    better = (ranks[:, :, None] > 0) & (ranks[:, None, :] > 0) & (ranks[:, :, None] < ranks[:, None, :])
-    return (scores[:, :, None] - scores[:, None, :])[better]
+    return (scores[:, :, None] - scores[:, None, :])[_better(ranks)]
+
+
+def accuracy_by(scores: np.ndarray, ranks: np.ndarray, what: str) -> dict[str, float]:
+    """Pairwise accuracy for each K ("k": responses of the prompt) or difference in rank ("distance")."""
+    better = _better(ranks)
+    by_k = np.broadcast_to((ranks > 0).sum(1)[:, None, None], better.shape)
+    key = (by_k if what == "k" else ranks[:, None, :] - ranks[:, :, None])[better]
+    margins = pair_margins(scores, ranks)
+    right = (margins > 0) + 0.5 * (margins == 0)
+    return {str(value): float(right[key == value].mean()) for value in np.unique(key)}
+
+
+def annotator_agreement(examples: Iterable[Any]) -> tuple[float, int] | None:
+    """(share, pairs): how often two annotators of the same responses order a pair alike, ties of either left out.
+
+    examples: things with rows, ranks and annotator. The ceiling of a reward model's accuracy; None where no prompt
+    was ranked by two.
+    """
+    by_rows: dict[str, list[np.ndarray]] = {}
+    for example in examples:
+        by_rows.setdefault(str(example.rows), []).append(np.asarray(example.ranks))
+    alike = total = 0
+    for ranks in by_rows.values():
+        for one, other in itertools.combinations(ranks, 2):
+            first, second = (np.sign(r[:, None] - r[None, :]) for r in (one, other))
+            both = np.triu((first != 0) & (second != 0))
+            alike, total = alike + int((both & (first == second)).sum()), total + int(both.sum())
+    return (alike / total, total) if total else None
 
 
 def calibration_error(margins: np.ndarray, num_bins: int = 10) -> float:
@@ -70,8 +98,20 @@ def calibration_error(margins: np.ndarray, num_bins: int = 10) -> float:
 
     margins: r_better - r_worse of each pair; the prediction is right where it is positive.
     """
-    confidence = 1.0 / (1.0 + np.exp(-np.abs(margins)))
+    bins = reliability(margins, num_bins)
+    return sum(abs(right - confidence) * count for confidence, right, count in bins) / max(len(margins), 1)
+
+
+def reliability(margins: np.ndarray, num_bins: int = 10) -> list[tuple[float, float, int]]:
+    """(mean confidence, share right, pairs) of each bin of confidence from 0.5 to 1 that holds a pair."""
+    confidence = 1.0 / (1.0 + np.exp(-np.abs(margins.astype(np.float64))))
     right = (margins > 0) + 0.5 * (margins == 0)
     bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
-    gaps = [abs(right[bins == b].sum() - confidence[bins == b].sum()) for b in range(num_bins)]
-    return float(sum(gaps) / max(len(margins), 1))
+    parts = ((confidence[bins == b], right[bins == b]) for b in range(num_bins))
+    return [(float(c.mean()), float(r.mean()), len(c)) for c, r in parts if len(c)]
+
+
+def _better(ranks: np.ndarray) -> np.ndarray:
+    """bool[B, K, K]: i is ranked strictly better than j, and both exist."""
+    exists = (ranks[:, :, None] > 0) & (ranks[:, None, :] > 0)
+    return exists & (ranks[:, :, None] < ranks[:, None, :])

@@ -237,16 +237,32 @@ def complete(
     """For each prompt, in order, its num_samples completions; settings as for `roll_out`."""
     num_samples = settings.get("num_samples", 1)
     for rollout, count in roll_out(params, config, prompts, **settings):
-        done = completions(jax.device_get(rollout))
+        done = completions(jax.device_get(rollout), settings["stop_ids"])
         for i in range(count):
             yield done[i * num_samples : (i + 1) * num_samples]
 
 
-def completions(rollout: Rollout) -> list[Completion]:
-    """The rows of a fetched rollout as lists of ids."""
-    lengths = np.asarray(rollout.mask).sum(1) - np.asarray(rollout.finished)
-    responses = np.asarray(rollout.tokens)[:, rollout.prompt_mask.shape[1] :]
-    return [Completion(r[:n].tolist(), bool(f)) for r, n, f in zip(responses, lengths, rollout.finished, strict=True)]
+def completions(rollout: Rollout, stop_ids: Sequence[int]) -> list[Completion]:
+    """The rows of a fetched rollout as lists of ids, the stop token left out."""
+    done = []
+    for row, mask, finished in zip(rollout.tokens, rollout.mask, rollout.finished, strict=True):
+        ids = np.asarray(row)[-len(mask) :][: int(mask.sum())].tolist()
+        done.append(Completion(ids[:-1] if ids and ids[-1] in stop_ids else ids, bool(finished)))
+    return done
+
+
+def cut_at_strings(rollout: Rollout, strings: Sequence[str], decode: Callable[[list[int]], str]) -> Rollout:
+    """End each response with the token that completes the first of `strings` in it; a fetched rollout.
+
+    What follows is masked, and the response counts as finished.
+    """
+    mask, finished = np.array(rollout.mask), np.array(rollout.finished)
+    for b, row in enumerate(np.asarray(rollout.tokens)[:, -mask.shape[1] :]):
+        ids = row[: mask[b].sum()].tolist()
+        if any(s in decode(ids) for s in strings):
+            length = next(n for n in range(1, len(ids) + 1) if any(s in decode(ids[:n]) for s in strings))
+            mask[b, length:], finished[b] = False, True
+    return rollout._replace(mask=mask, finished=finished)
 
 
 def row_inputs(rollout: Any) -> tuple[jax.Array, jax.Array]:
@@ -262,10 +278,15 @@ def row_inputs(rollout: Any) -> tuple[jax.Array, jax.Array]:
     return segments, jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
 
 
+def response_hidden(params: Any, rollout: Any, config: ModelConfig) -> jax.Array:
+    """Hidden states [B, R, D] of the states the response tokens were chosen in: each at the place before its token."""
+    R = rollout.mask.shape[1]
+    return transformer.apply(params, config, rollout.tokens, *row_inputs(rollout))[:, -R - 1 : -1]
+
+
 def response_logprobs(params: Any, rollout: Any, *, config: ModelConfig, temperature: float) -> losses.TokenStats:
     """Log-probabilities and entropies float32[B, R] of the response tokens under softmax(logits / temperature)."""
-    R = rollout.mask.shape[1]
-    hidden = transformer.apply(params, config, rollout.tokens, *row_inputs(rollout))[:, -R - 1 : -1]
+    R, hidden = rollout.mask.shape[1], response_hidden(params, rollout, config)
     return losses.token_logprobs(hidden, transformer.head(params), rollout.tokens[:, -R:], temperature=temperature)
 
 

@@ -4,7 +4,7 @@ A loss returns (sum, weight, {name: (sum, weight)}), never a mean: sums are adde
 in float32 and divided once. Shapes: B batch, T positions, R response positions, K responses of a prompt.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,29 +91,72 @@ def language_model(stats: TokenStats, mask: jax.Array, z_loss_coef: float = 0.0)
     return nats + z_loss_coef * z, count, metrics
 
 
-def ranking(scores: jax.Array, ranks: jax.Array) -> Loss:
-    """Pairwise ranking loss, -1/pairs * sum log sigmoid(r_better - r_worse) (Ouyang et al. 2022, eq. 1).
+def pairwise(
+    scores: jax.Array,
+    ranks: jax.Array,
+    *,
+    margins: jax.Array | None = None,
+    label_smoothing: float = 0.0,
+    per_prompt: bool = True,
+) -> Loss:
+    """Bradley-Terry loss over all pairs, -mean log sigmoid(r_better - r_worse - margin) (Ouyang et al. 2022, eq. 1).
 
-    scores: float32[B, K]; ranks: int32[B, K], 1 = best, equal = tie (dropped), 0 = no such response. A prompt
-    counts once, however many pairs it has; a prompt without a pair counts nothing.
+    scores: float32[B, K]; ranks: int32[B, K], 1 = best, equal = tie (dropped), 0 = no such response. margins:
+    float32[B, K, K], how far i should lie above j (Touvron et al. 2023, eq. 2). label_smoothing: the chance that a
+    label is wrong (Mitchell 2023). per_prompt: a prompt counts once, however many pairs it has, and one without a
+    pair counts nothing; otherwise every pair counts once.
     """
     better = _pairs(ranks).astype(jnp.float32)  # [B, K, K]
-    margin = scores[:, :, None] - scores[:, None, :]
-    pairs = better.sum((1, 2))
-    per_prompt = -(better * jax.nn.log_sigmoid(margin)).sum((1, 2)) / jnp.maximum(pairs, 1.0)
-    weight = (pairs > 0).astype(jnp.float32).sum()
-    right = (better * ((margin > 0).astype(jnp.float32) + 0.5 * (margin == 0).astype(jnp.float32))).sum()
-    best = (ranks == jnp.where(ranks > 0, ranks, jnp.iinfo(jnp.int32).max).min(1, keepdims=True)) & (pairs > 0)[:, None]
+    gap = scores[:, :, None] - scores[:, None, :] - (0.0 if margins is None else margins)
+    right, wrong = jax.nn.log_sigmoid(gap), jax.nn.log_sigmoid(-gap)
+    nats = -better * ((1.0 - label_smoothing) * right + label_smoothing * wrong)
+    return _per_prompt(nats.sum((1, 2)), better.sum((1, 2)), per_prompt, ranking_metrics(scores, ranks))
+
+
+def plackett_luce(scores: jax.Array, ranks: jax.Array, *, per_prompt: bool = True) -> Loss:
+    """Minus log-likelihood of the whole ranking under Plackett-Luce (Luce 1959; Plackett 1975), a mean over choices.
+
+    The best is chosen among all by a softmax of scores, the next among the rest, and so on. A response is set
+    against those ranked strictly worse, so that with K = 2 this is `pairwise`, ties dropped. Shapes as there.
+    """
+    worse = _pairs(ranks)  # [B, K, K]: j is worse than i
+    itself = jnp.eye(ranks.shape[1], dtype=bool)[None]
+    rivals = jnp.where(worse | itself, scores[:, None, :], -jnp.inf)
+    choices = worse.any(2)
+    nats = jnp.where(choices, jax.nn.logsumexp(rivals, axis=2) - scores, 0.0)
+    count = choices.astype(jnp.float32).sum(1)
+    return _per_prompt(nats.sum(1), count, per_prompt, ranking_metrics(scores, ranks))
+
+
+def score_regression(scores: jax.Array, targets: jax.Array, ranks: jax.Array, *, per_prompt: bool = True) -> Loss:
+    """Half squared error to given scores float32[B, K]; ranks as in `pairwise`, 0 where there is no response."""
+    exists = (ranks > 0).astype(jnp.float32)
+    error = 0.5 * exists * jnp.square(jnp.where(ranks > 0, scores - targets, 0.0))
+    return _per_prompt(error.sum(1), exists.sum(1), per_prompt, ranking_metrics(scores, ranks))
+
+
+def _per_prompt(sums: jax.Array, counts: jax.Array, per_prompt: bool, metrics: Metrics) -> Loss:
+    """Sums and counts float32[B] of prompts -> the loss: prompts or their parts weigh the same."""
+    if per_prompt:
+        sums, counts = sums / jnp.maximum(counts, 1.0), (counts > 0).astype(jnp.float32)
+    total, weight = sums.sum(), counts.sum()
+    return total, weight, {"loss": (total, weight), **metrics}
+
+
+def ranking_metrics(scores: jax.Array, ranks: jax.Array) -> Metrics:
+    """Pairwise accuracy (equal scores are half right), top-1 accuracy and the mean margin r_better - r_worse."""
+    better = _pairs(ranks).astype(jnp.float32)
+    gap = scores[:, :, None] - scores[:, None, :]
+    right = better * ((gap > 0).astype(jnp.float32) + 0.5 * (gap == 0).astype(jnp.float32))
+    has_pair = better.sum((1, 2)) > 0
+    best = (ranks == jnp.where(ranks > 0, ranks, jnp.iinfo(jnp.int32).max).min(1, keepdims=True)) & has_pair[:, None]
     chosen = jnp.argmax(jnp.where(ranks > 0, scores, -jnp.inf), axis=1)
-    top = jnp.take_along_axis(best, chosen[:, None], axis=1).astype(jnp.float32).sum()
-    gap = ((better * margin).sum(), better.sum())
-    metrics = {
-        "loss": (per_prompt.sum(), weight),
-        "accuracy": (right, better.sum()),
-        "top1": (top, weight),
-        "margin": gap,
+    top = jnp.take_along_axis(best, chosen[:, None], axis=1).astype(jnp.float32)
+    return {
+        "accuracy": (right.sum(), better.sum()),
+        "top1": (top.sum(), has_pair.astype(jnp.float32).sum()),
+        "margin": ((better * gap).sum(), better.sum()),
     }
-    return per_prompt.sum(), weight, metrics
 
 
 def _pairs(ranks: jax.Array) -> jax.Array:
@@ -158,26 +201,56 @@ def gae(
     return advantages, advantages + values
 
 
-def whiten(x: jax.Array, mask: jax.Array, eps: float = 1e-8) -> jax.Array:
-    """(x - mean) / std over the mask, with the population variance (as OpenAI's tf.nn.moments); 0 elsewhere."""
+def group_advantages(scores: jax.Array, kind: str) -> jax.Array:
+    """Advantages float32[B, K] of K responses to each prompt, from their scores alone.
+
+    "rloo": the score minus the mean of the other responses' (Kool et al. 2019, eq. 4; Ahmadian et al. 2024, eq. 8).
+    "grpo": minus the mean of all, over their population standard deviation (Shao et al. 2024, section 4.1.2).
+    """
+    K = scores.shape[1]
+    centred = scores - scores.mean(1, keepdims=True)
+    if kind == "rloo":
+        return centred * (K / (K - 1))
+    return centred / (scores.std(1, keepdims=True) + 1e-6)
+
+
+def whiten(x: jax.Array, mask: jax.Array, eps: float = 1e-8, *, centre: bool = True) -> jax.Array:
+    """(x - mean) / std over the mask, with the population variance (as OpenAI's tf.nn.moments); 0 elsewhere.
+
+    centre=False leaves the mean where it is, for rewards (Ziegler et al. 2019; Huang et al., detail 17).
+    """
     count = jnp.maximum(mask.astype(jnp.float32).sum(), 1.0)
     mean = _sum(x, mask) / count
     variance = _sum(jnp.square(x - mean), mask) / count
-    return jnp.where(mask, (x - mean) * jax.lax.rsqrt(variance + eps), 0.0)
+    white = (x - mean) * jax.lax.rsqrt(variance + eps)
+    return jnp.where(mask, white if centre else white + mean, 0.0)
 
 
 def policy(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, *, clip: float
+    logprobs: jax.Array,
+    old_logprobs: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float = 0.0,
 ) -> Loss:
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), summed over response tokens; all float32[B, R]."""
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), summed over response tokens; all float32[B, R].
+
+    The ratio is clipped to 1 - clip_low .. 1 + clip_high (two limits: Yu et al. 2025, section 3.1). dual_clip > 1
+    also bounds the loss of a token with a negative advantage by dual_clip * |advantage| (Ye et al. 2020, eq. 5).
+    """
     count = mask.astype(jnp.float32).sum()
     # Beyond the mask everything is garbage, and 0 * inf in a gradient is NaN: it is cut off at the entrance.
     log_ratio = jnp.where(mask, logprobs - old_logprobs, 0.0)
     advantages = jnp.where(mask, advantages, 0.0)
     ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
-    loss = -_sum(jnp.minimum(ratio * advantages, clipped * advantages), mask)
-    outside = (jnp.abs(ratio - 1.0) > clip).astype(jnp.float32)
+    gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages)
+    if dual_clip:
+        gain = jnp.where(advantages < 0, jnp.maximum(gain, dual_clip * advantages), gain)
+    loss = -_sum(gain, mask)
+    outside = ((ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)).astype(jnp.float32)
     metrics = {
         "policy_loss": (loss, count),
         "clip_fraction": (_sum(outside, mask), count),
@@ -210,6 +283,34 @@ def kl_k1(log_ratio: jax.Array) -> jax.Array:
 def kl_k3(log_ratio: jax.Array) -> jax.Array:
     """Low-variance, non-negative estimate at samples of p, log_ratio = log p - log q (Schulman 2020, "k3")."""
     return jnp.expm1(-log_ratio) + log_ratio
+
+
+def adapt_kl_coef(kl_coef: jax.Array, kl: jax.Array, *, target: float, horizon: float, batch_size: int) -> jax.Array:
+    """Ziegler's controller (Ziegler et al. 2019, section 2.2): the coefficient follows the KL to its target.
+
+    kl: the mean over responses of the KL summed over their tokens, nats. The error (kl / target - 1), clipped to
+    +-0.2, moves the coefficient by that share of batch_size / horizon (horizon: in responses).
+    """
+    error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+    return kl_coef * (1.0 + error * batch_size / horizon)
+
+
+class Moments(NamedTuple):
+    """Running count, mean and sum of squared deviations, each float32[]."""
+
+    count: Any
+    mean: Any
+    m2: Any
+
+
+def update_moments(moments: Moments, x: jax.Array, mask: jax.Array) -> Moments:
+    """Take in x where mask is True, exactly as if all had been seen at once (Chan et al. 1979, eq. 2.1)."""
+    n = mask.astype(jnp.float32).sum()
+    mean = _sum(x, mask) / jnp.maximum(n, 1.0)
+    total, delta = moments.count + n, mean - moments.mean
+    share = n / jnp.maximum(total, 1.0)
+    m2 = moments.m2 + _sum(jnp.square(x - mean), mask) + jnp.square(delta) * moments.count * share
+    return Moments(total, moments.mean + delta * share, m2)
 
 
 def _sum(x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -183,7 +183,7 @@ def _measure_matmul(mesh: jax.sharding.Mesh, size: int = 1024) -> float:
     product = jax.jit(lambda a: jnp.einsum("nij,njk->nik", a, a))
     product(x).block_until_ready()
     best = math.inf
-    for _ in range(5):
+    for _ in range(20):
         began = time.perf_counter()
         product(x).block_until_ready()
         best = min(best, time.perf_counter() - began)

@@ -8,7 +8,7 @@ import optax
 
 # Whether weight decay applies, by the name of the leaf. Every parameter must be here: an unknown name is an error.
 DECAYED = {
-    **dict.fromkeys(("tokens", "positions", "q", "k", "v", "out", "gate", "up", "down", "kernel"), True),
+    **dict.fromkeys(("tokens", "positions", "q", "k", "v", "out", "gate", "up", "down", "kernel", "a", "b"), True),
     **dict.fromkeys(
         ("scale", "bias", "q_bias", "k_bias", "v_bias", "out_bias", "gate_bias", "up_bias", "down_bias"), False
     ),

@@ -43,7 +43,7 @@ KEY_NUMBERS = ("bits_per_byte", "accuracy", "score", "kl", "train_loss", "loss",
 OF_ANNOTATOR = ("annotator", "win_rate", "tie_fraction")
 OF_RANKINGS = ("accuracy", "top1", "calibration", "loss")
 NAMES = ("annotator", "annotator_simulated")  # not numbers
-MODELS = {"pretrain": "Pre-trained", "sft": "Fine-tuned (SFT)", "ppo": "PPO"}
+MODELS = {"pretrain": "Pre-trained", "sft": "Fine-tuned (SFT)"} | {s: s.upper() for s in ("dpo", "rloo", "grpo", "ppo")}
 LINES = {"light": ("#2563b8", "#d9601a", "#16876a", "#8a4fbf"), "dark": ("#6aa9f4", "#f49a5c", "#4fc7a3", "#c79af0")}
 INK = {"light": ("#4b5563", "#d8dce2"), "dark": ("#aab2bf", "#373d48")}  # text, grid
 

@@ -15,16 +15,17 @@ from rich.table import Table
 from jaxllm.config import InputError, to_tree
 from jaxllm.metrics import LoggingConfig, console
 from jaxllm.models.config import ModelConfig
+from jaxllm.optim import OptimConfig
 from jaxllm.sharding import MeshConfig, make_mesh
-from jaxllm.stages import evaluate, ppo, pretrain, rank, reward, sample, sft, tokenizer
+from jaxllm.stages import dpo, evaluate, ppo, pretrain, rank, reward, sample, sft, tokenizer
 from jaxllm.stages.evaluate import EvaluateConfig
 from jaxllm.stages.language_model import LanguageModelConfig
-from jaxllm.stages.ppo import PPOConfig
+from jaxllm.stages.ppo import GRPO, RLOO, PPOConfig
+from jaxllm.stages.preference import PreferenceConfig
 from jaxllm.stages.rank import RankConfig
-from jaxllm.stages.reward import RewardConfig
 from jaxllm.stages.sample import SampleConfig
 from jaxllm.stages.tokenizer import TokenizerConfig
-from jaxllm.workspace import STAGES, Workspace
+from jaxllm.workspace import POLICIES, STAGES, Workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Config:
     """Run directory, in place of runs/NAME."""
     seed: int = 0
     """Seed of every random choice."""
-    stages: tuple[str, ...] = STAGES
-    """Stages of `jaxllm run`, in order."""
+    stages: tuple[str, ...] = tuple(stage for stage in STAGES if stage not in ("dpo", "rloo", "grpo"))
+    """Stages of `jaxllm run`, in order; dpo, rloo and grpo are others that may stand in ppo's place or beside it."""
     cpu_devices: int = 0
     """Virtual devices on a CPU; 0: one per core, the fastest."""
     distributed: bool = False
@@ -59,8 +60,14 @@ class Config:
     """Stage 4."""
     rank: RankConfig = RankConfig()
     """Stage 5."""
-    reward: RewardConfig = RewardConfig()
+    reward: PreferenceConfig = PreferenceConfig()
     """Stage 6."""
+    dpo: PreferenceConfig = PreferenceConfig(optim=OptimConfig(learning_rate=1e-5, weight_decay=0.0))
+    """A policy from the rankings, without reward model or rollouts."""
+    rloo: PPOConfig = RLOO
+    """As ppo, with advantages from a prompt's other responses in place of a critic."""
+    grpo: PPOConfig = GRPO
+    """As ppo, with scores normalised within a prompt's responses in place of a critic."""
     ppo: PPOConfig = PPOConfig()
     """Stage 7."""
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -81,7 +88,7 @@ SECTIONS = {
     "sample": ("seed", "sample"),
     "rank": ("seed", "rank"),
     "reward": ("seed", "reward"),
-    "ppo": ("seed", "ppo"),
+    **{stage: ("seed", stage) for stage in ("dpo", "rloo", "grpo", "ppo")},
     "evaluate": ("seed", "evaluate"),
 }
 
@@ -107,7 +114,7 @@ def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
     if worked and jax.process_index() == 0 and stages[-1] == "evaluate":
         from jaxllm.report import write_report  # matplotlib takes seconds to import
 
-        write_report(run_dir, STAGES)
+        write_report(run_dir, [s for s in STAGES if s in config.stages or workspace.result(s) is not None])
         console.print(
             f"Report: {run_dir}/report.html and report.md; talk to it: jaxllm chat {run_dir}/{_last_policy(workspace)}"
         )
@@ -119,8 +126,10 @@ def with_defaults(config: Config) -> Config:
     prompts = config.sample.data
     if not config.tokenizer.data.sources:
         config = fill(config, tokenizer=fill(config.tokenizer, data=config.pretrain.data))
-    if not config.ppo.data.sources:
-        config = fill(config, ppo=fill(config.ppo, data=prompts))
+    for stage in ("rloo", "grpo", "ppo"):
+        section = getattr(config, stage)
+        ptx = section.ptx if section.ptx.data.sources else fill(section.ptx, data=config.pretrain.data)
+        config = fill(config, **{stage: fill(section, data=section.data if section.data.sources else prompts, ptx=ptx)})
     if not config.evaluate.prompts.sources:
         config = fill(config, evaluate=fill(config.evaluate, prompts=prompts))
     return config
@@ -153,7 +162,7 @@ def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: st
         workspace.require("tokenizer", stage)
         workspace.share_tokenizer(stage)
         model = resolve_model(config.model, workspace.tokenizer().vocab_size)
-    elif stage in ("reward", "ppo"):
+    elif stage in ("reward", *POLICIES):
         workspace.share_tokenizer(stage)
     result = _call(workspace, config, stage, model)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -161,8 +170,8 @@ def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: st
     if jax.process_index() == 0:
         workspace.finish(stage, result)
         print_result(stage, result)
-        if stage != STAGES[-1]:
-            console.print(f"next: jaxllm {STAGES[STAGES.index(stage) + 1]} {config_path}")
+        if following := config.stages[config.stages.index(stage) + 1 :] if stage in config.stages else STAGES[-1:]:
+            console.print(f"next: jaxllm {following[0]} {config_path}")
 
 
 def _call(workspace: Workspace, config: Config, stage: str, model: Any) -> dict[str, Any]:
@@ -173,6 +182,9 @@ def _call(workspace: Workspace, config: Config, stage: str, model: Any) -> dict[
         "sample": lambda: sample.run(workspace, config.sample),
         "rank": lambda: rank.run(workspace, config.rank),
         "reward": lambda: reward.run(workspace, config.reward, config.logging),
+        "dpo": lambda: dpo.run(workspace, config.dpo, config.logging),
+        "rloo": lambda: ppo.run(workspace, config.rloo, config.logging, "rloo"),
+        "grpo": lambda: ppo.run(workspace, config.grpo, config.logging, "grpo"),
         "ppo": lambda: ppo.run(workspace, config.ppo, config.logging),
         "evaluate": lambda: evaluate.run(workspace, config.evaluate, config.pretrain.data),
     }
@@ -209,4 +221,4 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _last_policy(workspace: Workspace) -> str:
-    return [stage for stage in ("pretrain", "sft", "ppo") if workspace.result(stage) is not None][-1]
+    return [stage for stage in POLICIES if workspace.result(stage) is not None][-1]

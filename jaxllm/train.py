@@ -49,6 +49,7 @@ def make_step(
     num_micro: int = 1,
     seed: int = 0,
     state_shardings: Any = None,
+    mixed: tuple[LossFunction, float] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """(state, batch, **frozen) -> (state, metrics), jitted; the state is donated.
 
@@ -56,12 +57,18 @@ def make_step(
     dimension is cut into num_micro microbatches whose sums are added in float32 and divided once, by the weight
     of all of them. The key of step n is fold_in(seed, n): the step number is the whole random state.
     state_shardings pins the new state where the old one was (without it XLA may drop a gradient's fsdp axis).
+    mixed: another loss and its coefficient; a batch is then a pair, and the gradients of the two means are added.
     """
 
     def step(state: TrainState, batch: Batch, **frozen: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, weight, metrics = accumulate(loss, state.params, batch, key, num_micro, frozen)
-        grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1.0), grads)
+        batch, other = batch if mixed is not None else (batch, None)
+        grads, metrics = mean_gradient(loss, state.params, batch, key, num_micro, frozen)
+        if mixed is not None:
+            other_loss, coef = mixed
+            extra, more = mean_gradient(other_loss, state.params, other, key, num_micro, frozen)
+            grads = jax.tree.map(lambda g, e: g + coef * e, grads, extra)
+            metrics |= {f"mixed_{name}": pair for name, pair in more.items()}
         if state_shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power
@@ -71,6 +78,14 @@ def make_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def mean_gradient(
+    loss: LossFunction, params: Any, batch: Batch, key: jax.Array, num_micro: int, frozen: dict[str, Any]
+):
+    """(gradient of the loss's mean, metrics): sums over microbatches, divided once; 0 where nothing has weight."""
+    grads, weight, metrics = accumulate(loss, params, batch, key, num_micro, frozen)
+    return jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1.0), grads), metrics
 
 
 def accumulate(loss: LossFunction, params: Any, batch: Batch, key: jax.Array, num_micro: int, frozen: dict[str, Any]):

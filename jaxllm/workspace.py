@@ -23,12 +23,15 @@ from etils import epath
 
 from jaxllm import checkpoint
 from jaxllm.config import InputError, build, differences, to_tree
-from jaxllm.models import scalar, transformer
+from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.lora import LoRAConfig
 from jaxllm.sharding import param_shardings
 from jaxllm.tokenizer import Tokenizer
 
-STAGES = ("tokenizer", "pretrain", "sft", "sample", "rank", "reward", "ppo", "evaluate")
+# Every stage, in the order of a life; POLICIES are those that leave a model to talk to.
+STAGES = ("tokenizer", "pretrain", "sft", "sample", "rank", "reward", "dpo", "rloo", "grpo", "ppo", "evaluate")
+POLICIES = ("pretrain", "sft", "dpo", "rloo", "grpo", "ppo")
 
 
 class StageCut(Exception):
@@ -105,18 +108,34 @@ def _has_progress(directory: epath.Path) -> bool:
     return saved.exists() and any(entry.name.isdigit() for entry in saved.iterdir())
 
 
-def describe_model(stage_dir: epath.Path, model: ModelConfig, kind: str, path: tuple[str, ...]) -> None:
+def describe_model(
+    stage_dir: epath.Path,
+    model: ModelConfig,
+    kind: str,
+    path: tuple[str, ...],
+    adapters: LoRAConfig | None = None,
+    base: str = "",
+) -> None:
     """Write model.json, by which a stage directory can be used as a model without its config.
 
-    kind: "policy" or "reward"; path: where the parameters are in the checkpoint.
+    kind: "policy" or "reward"; path: where the parameters are in the checkpoint. With adapters of a rank above 0
+    they are all the checkpoint holds, and base is the stage directory of the policy they belong to.
     """
-    write_json(stage_dir / "model.json", {"kind": kind, "path": list(path), "model": to_tree(model)})
+    record: dict[str, Any] = {"kind": kind, "path": list(path), "model": to_tree(model)}
+    if adapters and adapters.rank:
+        near = base if "://" in base else os.path.relpath(base, stage_dir)  # the run directory may be moved
+        record |= {"adapters": to_tree(adapters), "base": near}
+    write_json(stage_dir / "model.json", record)
 
 
-def load_model(stage_dir: epath.PathLike, mesh: jax.sharding.Mesh, kind: str = "policy") -> tuple[Any, ModelConfig]:
+def load_model(
+    stage_dir: epath.PathLike, mesh: jax.sharding.Mesh, kind: str = "policy", bases: dict[str, Any] | None = None
+) -> tuple[Any, ModelConfig]:
     """(parameters, config) of the model in a stage directory, sharded over the mesh.
 
-    Raises InputError where the directory holds no model, or one of another kind.
+    A model that was trained as adapters comes as its base's parameters with the adapters beside them, which
+    `transformer.apply` takes as they are and `lora.merge` makes one of; bases {stage directory: parameters} are then
+    not loaded again. Raises InputError where the directory holds no model, or one of another kind.
     """
     stage_dir = epath.Path(stage_dir)
     if (record := read_json(stage_dir / "model.json")) is None:
@@ -124,11 +143,22 @@ def load_model(stage_dir: epath.PathLike, mesh: jax.sharding.Mesh, kind: str = "
     if record["kind"] != kind:
         raise InputError(f"{stage_dir}: holds a {record['kind']} model where a {kind} model is needed")
     model = build(ModelConfig, record["model"], name=f"{stage_dir}/model.json")
+    adapters = build(LoRAConfig, record.get("adapters", {}), name=f"{stage_dir}/model.json")
     family = {"policy": transformer, "reward": scalar}[kind]
-    shapes = family.abstract(model)
-    shardings = param_shardings(mesh, shapes, family.axes(model))
+    shapes, axes = lora.trained(adapters, family.abstract(model), family.axes(model))
+    shardings = param_shardings(mesh, shapes, axes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return checkpoint.load_params(stage_dir, abstract, record["path"]), model
+    params = checkpoint.load_params(stage_dir, abstract, record["path"])
+    if adapters.rank:
+        policy = _load_base(stage_dir, record["base"], mesh, bases or {})
+        params = lora.join(lora.frozen(adapters, policy if kind == "policy" else {"trunk": policy}), params)
+    return params, model
+
+
+def _load_base(stage_dir: epath.Path, base: str, mesh: jax.sharding.Mesh, bases: dict[str, Any]) -> Any:
+    source = base if "://" in base else os.path.normpath(stage_dir / base)
+    known = next((params for path, params in bases.items() if os.path.normpath(path) == source), None)
+    return lora.merge(load_model(source, mesh)[0]) if known is None else known
 
 
 def read_json(path: epath.PathLike) -> Any | None:

@@ -10,7 +10,7 @@ from jaxllm.run import Config
 PACKAGE = Path(__file__).parent.parent / "jaxllm"
 LEVELS = [
     {"config", "sharding"},
-    {"tokenizer", "losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora"},
+    {"tokenizer", "losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"},
     {"data", "generate", "train", "workspace"},
     {"evaluate"},
     {"stages", "report", "chat"},
@@ -24,8 +24,9 @@ WITHIN = [
     ("losses", "generate"),
     ("config", "sharding"),
     ("models", "generate"),
+    ("annotators", "rewards"),
 ]
-STAGES = {"tokenizer", "pretrain", "sft", "sample", "rank", "reward", "ppo", "evaluate"}
+STAGES = {"tokenizer", "pretrain", "sft", "sample", "rank", "reward", "dpo", "ppo", "evaluate"}
 EXTRAS = {
     "torch",
     "tensorflow",

@@ -12,13 +12,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxllm.workspace import STAGES
+from jaxllm.run import Config
 from tests.conftest import ROOT, jaxllm
+
+LIFE = Config().stages
 
 
 def test_every_stage_leaves_its_result_and_says_what_is_next(tiny_run):
     log = (tiny_run / "log.txt").read_text()
-    for stage, following in itertools.pairwise(STAGES):
+    for stage, following in itertools.pairwise(LIFE):
         assert (tiny_run / stage / "result.json").exists() and (tiny_run / stage / "config.json").exists()
         assert f"next: jaxllm {following} configs/tiny.yaml" in " ".join(log.split())
     for name in ("report.html", "report.md", "report.json"):
@@ -41,7 +43,7 @@ def test_a_second_run_does_nothing_and_says_so(tiny_run):
     process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(tiny_run))
     _, log = process.communicate(timeout=60)
     assert process.returncode == 0 and "Nothing to do" in log, log
-    assert log.count("finished already") == len(STAGES)
+    assert log.count("finished already") == len(LIFE)
     after = {p: p.stat().st_mtime_ns for p in before}
     assert {p for p in before if p.is_file() and before[p] != after[p]} == set()
 
@@ -61,7 +63,7 @@ MIDDLE = {
 
 def test_killed_in_every_stage_it_ends_with_the_same_bits(tiny_run, tmp_path):
     directory, log = tmp_path / "run", ""
-    for stage in STAGES:
+    for stage in LIFE:
         process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(directory), stdout=subprocess.DEVNULL)
         assert process.stderr is not None
         for line in process.stderr:

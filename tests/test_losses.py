@@ -62,7 +62,7 @@ def test_fully_masked_batch_gives_zero_not_nan():
     assert (float(total), float(weight)) == (0.0, 0.0)
     nan = jnp.full((2, 3), jnp.nan)
     off = jnp.zeros((2, 3), bool)
-    assert not jnp.isnan(losses.policy(nan, nan, nan, off, clip=0.2)[0])
+    assert not jnp.isnan(losses.policy(nan, nan, nan, off)[0])
     grad = jax.grad(lambda v: losses.value(v, nan, nan, off, clip=0.2)[0])(jnp.ones((2, 3)))
     assert not jnp.isnan(losses.whiten(nan, off)).any()
     del grad
@@ -84,19 +84,19 @@ def ranking_oracle(scores, ranks):
 def test_ranking_loss_is_the_mean_over_pairs_of_each_prompt(seed):
     rng = np.random.default_rng(seed)
     scores, ranks = rng.normal(size=(6, 5)) * 2, rng.integers(0, 4, size=(6, 5))
-    total, weight, metrics = losses.ranking(jnp.array(scores, jnp.float32), jnp.array(ranks, jnp.int32))
+    total, weight, metrics = losses.pairwise(jnp.array(scores, jnp.float32), jnp.array(ranks, jnp.int32))
     want = ranking_oracle(scores, ranks)
     np.testing.assert_allclose((total, weight), want[:2], rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"][0] / metrics["accuracy"][1], want[2], rtol=1e-6)
 
 
 def test_ranking_gradient_sums_to_zero_and_ties_have_none():
-    grad = jax.grad(lambda s: losses.ranking(s, jnp.array([[1, 2, 2, 0]], jnp.int32))[0])(
+    grad = jax.grad(lambda s: losses.pairwise(s, jnp.array([[1, 2, 2, 0]], jnp.int32))[0])(
         jnp.array([[0.3, 0.1, 0.1, 9.0]])
     )
     np.testing.assert_allclose(grad.sum(), 0.0, atol=1e-7)
     assert grad[0, 3] == 0 and np.isclose(grad[0, 1], grad[0, 2])
-    tied = jax.grad(lambda s: losses.ranking(s, jnp.array([[1, 1]], jnp.int32))[0])(jnp.array([[0.3, 0.1]]))
+    tied = jax.grad(lambda s: losses.pairwise(s, jnp.array([[1, 1]], jnp.int32))[0])(jnp.array([[0.3, 0.1]]))
     assert not tied.any()
 
 
@@ -159,7 +159,7 @@ def test_policy_and_value_losses_equal_the_oracle(seed):
         near = old_values[b, t] + np.clip(values[b, t] - old_values[b, t], -0.3, 0.3)
         value += 0.5 * max((values[b, t] - returns[b, t]) ** 2, (near - returns[b, t]) ** 2)
     dirty = [jnp.array(with_garbage(rng, x, mask)) for x in (new, old, adv)]
-    total, weight, _ = losses.policy(*dirty, jnp.array(mask), clip=0.2)
+    total, weight, _ = losses.policy(*dirty, jnp.array(mask))
     np.testing.assert_allclose((total, weight), (policy, mask.sum()), rtol=1e-5, atol=1e-5)
     dirty = [jnp.array(with_garbage(rng, x, mask)) for x in (values, old_values, returns)]
     total, weight, _ = losses.value(*dirty, jnp.array(mask), clip=0.3)
@@ -170,7 +170,7 @@ def test_gradients_ignore_garbage_beyond_the_mask():
     mask = jnp.array([[True, True, False]])
     dirty = jnp.array([[0.1, 0.2, jnp.nan]])
     for loss in (
-        lambda x: losses.policy(x, dirty, dirty, mask, clip=0.5)[0],
+        lambda x: losses.policy(x, dirty, dirty, mask, clip_low=0.5, clip_high=0.5)[0],
         lambda x: losses.value(x, dirty, dirty, mask, clip=0.5)[0],
     ):
         grad = jax.grad(loss)(jnp.array([[0.3, 0.4, jnp.inf]]))
@@ -184,3 +184,117 @@ def test_kl_estimators_at_samples_of_p_average_to_the_kl():
     for estimator in (losses.kl_k1, losses.kl_k3):
         np.testing.assert_allclose((p * np.asarray(estimator(ratio))).sum(), kl, rtol=1e-5)
     assert (losses.kl_k3(ratio) >= 0).all()
+
+
+def plackett_luce_oracle(scores, ranks):
+    total = weight = 0.0
+    for row, rank in zip(scores, ranks, strict=True):
+        terms = []
+        for i in range(len(row)):
+            worse = [j for j in range(len(row)) if 0 < rank[i] < rank[j]]
+            if worse:
+                terms.append(np.log(sum(np.exp(row[j]) for j in [i, *worse])) - row[i])
+        if terms:
+            total, weight = total + np.mean(terms), weight + 1
+    return total, weight
+
+
+def numeric_gradient(f, x, eps=1e-5):
+    grad = np.zeros_like(x)
+    for index in np.ndindex(*x.shape):
+        step = np.zeros_like(x)
+        step[index] = eps
+        grad[index] = (f(x + step) - f(x - step)) / (2 * eps)
+    return grad
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("K", [2, 5, 16])
+def test_plackett_luce_and_pairwise_equal_the_oracle_with_gradients(seed, K):
+    rng = np.random.default_rng(seed)
+    scores, ranks = rng.normal(size=(4, K)) * 2, rng.integers(0, K, size=(4, K))
+    s, r = jnp.array(scores, jnp.float32), jnp.array(ranks, jnp.int32)
+    for loss, oracle in ((losses.plackett_luce, plackett_luce_oracle), (losses.pairwise, ranking_oracle)):
+        total, weight, _ = loss(s, r)
+        np.testing.assert_allclose((total, weight), oracle(scores, ranks)[:2], rtol=1e-5, atol=1e-6)
+        grad = jax.grad(lambda s, f=loss: f(s, r)[0])(s)
+        want = numeric_gradient(lambda x, f=oracle: f(x, ranks)[0], scores)
+        np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-5)
+
+
+def test_with_two_responses_plackett_luce_is_bradley_terry():
+    rng = np.random.default_rng(0)
+    scores = jnp.array(rng.normal(size=(8, 2)), jnp.float32)
+    ranks = jnp.array(rng.integers(1, 3, size=(8, 2)), jnp.int32)
+    one, other = losses.plackett_luce(scores, ranks), losses.pairwise(scores, ranks)
+    np.testing.assert_allclose(one[:2], other[:2], rtol=1e-5)
+
+
+def test_a_prompt_with_nine_responses_weighs_as_much_as_one_with_four():
+    rng = np.random.default_rng(0)
+    ranks = np.zeros((2, 9), np.int32)
+    ranks[0], ranks[1, :4] = rng.permutation(9) + 1, rng.permutation(4) + 1
+    scores = jnp.array(rng.normal(size=(2, 9)), jnp.float32)
+    for loss in (losses.pairwise, losses.plackett_luce):
+        alone = [loss(scores[i : i + 1], jnp.array(ranks[i : i + 1]))[0] for i in range(2)]
+        total, weight, _ = loss(scores, jnp.array(ranks))
+        np.testing.assert_allclose(total / weight, sum(alone) / 2, rtol=1e-5)
+        assert float(loss(scores, jnp.array(ranks), per_prompt=False)[1]) == (42 if loss is losses.pairwise else 11)
+
+
+def test_margins_and_smoothing_equal_the_oracle():
+    rng = np.random.default_rng(0)
+    scores, ranks = rng.normal(size=(3, 4)), rng.integers(0, 4, size=(3, 4))
+    margins = rng.normal(size=(3, 4, 4))
+    total = 0.0
+    for row, rank, margin in zip(scores, ranks, margins, strict=True):
+        terms = []
+        for i, j in np.ndindex(4, 4):
+            if 0 < rank[i] < rank[j]:
+                gap = row[i] - row[j] - margin[i, j]
+                terms.append(0.9 * np.log1p(np.exp(-gap)) + 0.1 * np.log1p(np.exp(gap)))
+        total += np.mean(terms) if terms else 0.0
+    got = losses.pairwise(
+        jnp.array(scores, jnp.float32),
+        jnp.array(ranks, jnp.int32),
+        margins=jnp.array(margins, jnp.float32),
+        label_smoothing=0.1,
+    )
+    np.testing.assert_allclose(got[0], total, rtol=1e-5)
+
+
+def test_regression_is_half_the_squared_error_of_what_exists():
+    scores, targets = jnp.array([[1.0, 2.0, 99.0]]), jnp.array([[0.0, 4.0, 0.0]])
+    total, weight, _ = losses.score_regression(scores, targets, jnp.array([[2, 1, 0]], jnp.int32))
+    assert (float(total), float(weight)) == (1.25, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_limits_and_dual_clip_equal_the_oracle(seed):
+    rng = np.random.default_rng(seed)
+    mask = random_mask(rng, 3, 6)
+    new, old, adv = (rng.normal(size=mask.shape) for _ in range(3))
+    want = 0.0
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        ratio = np.exp(new[b, t] - old[b, t])
+        gain = min(ratio * adv[b, t], np.clip(ratio, 0.9, 1.3) * adv[b, t])
+        want -= max(gain, 1.5 * adv[b, t]) if adv[b, t] < 0 else gain
+    dirty = [jnp.array(with_garbage(rng, x, mask)) for x in (new, old, adv)]
+    total, _, _ = losses.policy(*dirty, jnp.array(mask), clip_low=0.1, clip_high=0.3, dual_clip=1.5)
+    np.testing.assert_allclose(total, want, rtol=1e-5, atol=1e-5)
+
+
+def test_moments_in_parts_are_those_of_the_whole():
+    rng = np.random.default_rng(0)
+    x, mask = rng.normal(5.0, 3.0, size=(6, 20)), rng.random((6, 20)) < 0.6
+    moments = losses.Moments(*(jnp.float32(0) for _ in range(3)))
+    for row, on in zip(x, mask, strict=True):
+        moments = losses.update_moments(moments, jnp.array(row, jnp.float32), jnp.array(on))
+    np.testing.assert_allclose(moments.mean, x[mask].mean(), rtol=1e-5)
+    np.testing.assert_allclose(moments.m2 / moments.count, x[mask].var(), rtol=1e-4)
+
+
+def test_whitening_without_centring_keeps_the_mean():
+    x, mask = jnp.array([[1.0, 2.0, 3.0, 99.0]]), jnp.array([[True, True, True, False]])
+    white = losses.whiten(x, mask, centre=False)[0, :3]
+    np.testing.assert_allclose([white.mean(), white.std()], [2.0, 1.0], rtol=1e-5)

@@ -9,7 +9,9 @@ import pytest
 
 from jaxllm import report
 from jaxllm.config import InputError
-from jaxllm.workspace import STAGES
+from jaxllm.run import Config
+
+LIFE = Config().stages
 
 EVIL = "<script>alert('x')</script> & \"q\" | `b`\n你好,世界"
 
@@ -92,7 +94,7 @@ def parse(path):
 def run_dir(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("report") / "tiny & co"
     make_run(run_dir)
-    report.write_report(run_dir, STAGES)
+    report.write_report(run_dir, LIFE)
     return run_dir
 
 
@@ -160,7 +162,7 @@ def test_markdown_tables_are_whole(run_dir):
 @pytest.mark.parametrize(("simulated", "expected"), [(True, True), (False, False)])
 def test_simulated_annotator_stands_by_each_of_its_numbers(tmp_path, simulated, expected):
     make_run(tmp_path / "run", simulated)
-    report.write_report(tmp_path / "run", STAGES)
+    report.write_report(tmp_path / "run", LIFE)
     for name in ("report.html", "report.md"):
         text = (tmp_path / "run" / name).read_text(encoding="utf-8")
         assert (report.SIMULATED in text) is expected
@@ -173,7 +175,7 @@ def test_simulated_annotator_stands_by_each_of_its_numbers(tmp_path, simulated, 
 def test_a_person_ranks_but_a_program_evaluates(tmp_path):
     make_stage(tmp_path / "run", "rank", {"tie_fraction": 0.5, "simulated": False, "annotator": "person"})
     make_stage(tmp_path / "run", "evaluate", {"annotator_score": 0.25, "annotator_simulated": True})
-    report.write_report(tmp_path / "run", STAGES)
+    report.write_report(tmp_path / "run", LIFE)
     text = (tmp_path / "run" / "report.md").read_text()
     assert "tie fraction 0.5" in text
     assert "annotator score (simulated annotator) 0.25" in text
@@ -181,7 +183,7 @@ def test_a_person_ranks_but_a_program_evaluates(tmp_path):
 
 def test_no_stage_at_all_and_odd_values_do_not_crash(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert report.write_report(tmp_path / "empty", STAGES)["stages"] == {}
+    assert report.write_report(tmp_path / "empty", LIFE)["stages"] == {}
     parse(tmp_path / "empty" / "report.html")
     odd = {
         "a": [],
@@ -207,7 +209,7 @@ def test_no_stage_at_all_and_odd_values_do_not_crash(tmp_path):
         [{"step": 1, "time": 0, "$x_$/_y$^": 1.0, "名/字": 2, "flag": True, "word": "w", "nan": math.nan}],
     )
     make_stage(tmp_path / "odd", "ppo", None, [], "{")
-    report.write_report(tmp_path / "odd", STAGES)
+    report.write_report(tmp_path / "odd", LIFE)
     assert EVIL in parse(tmp_path / "odd" / "report.html").text
 
 
@@ -219,13 +221,13 @@ def test_damaged_files_are_named(tmp_path, file, text):
     make_stage(tmp_path / "run", "sft")
     (tmp_path / "run" / "sft" / file).write_text(text)
     with pytest.raises(InputError, match=file) as caught:
-        report.write_report(tmp_path / "run", STAGES)
+        report.write_report(tmp_path / "run", LIFE)
     assert "\n" not in str(caught.value)
 
 
 def test_writing_twice_gives_the_same_bytes_and_leaves_nothing_behind(run_dir):
     names = ("report.json", "report.md", "report.html")
     before = [(run_dir / name).read_bytes() for name in names]
-    report.write_report(run_dir, STAGES)
+    report.write_report(run_dir, LIFE)
     assert [(run_dir / name).read_bytes() for name in names] == before
     assert not list(run_dir.glob(".*"))

@@ -8,8 +8,9 @@ prompt has a side of its own, and what would put a held-out prompt into training
 import dataclasses
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxllm.config import InputError
@@ -20,18 +21,22 @@ Messages = list[dict[str, str]]
 
 
 class Example(NamedTuple):
-    """One example. document: text; chat and prompt: messages; ranked: messages, responses, ranks (1 = best)."""
+    """One example. document: text; chat: messages; prompt: messages, answer; ranked: messages, responses, ranks."""
 
     text: str
     messages: Messages
     responses: list[str]
-    ranks: list[int]
+    ranks: list[int]  # 1 = best, equal = tie
     source: int  # index into DataConfig.sources
     origin: str  # "path:line"
+    scores: tuple[float, ...] = ()  # of the responses, where the record has them
+    answer: str = ""  # what a verifiable reward compares with
+    annotator: str = ""  # who ranked
 
     def content(self) -> str:
         """What makes two examples the same one."""
-        return json.dumps([self.text, self.messages, self.responses, self.ranks], ensure_ascii=False)
+        ranking = [self.responses, self.ranks, self.scores, self.annotator] if self.responses else []
+        return json.dumps([self.text, self.messages, *ranking], ensure_ascii=False)
 
     def question(self) -> str:
         """What the model is asked: one user message as it is, or all messages before the reply."""
@@ -141,11 +146,33 @@ def _make(kind: str, source: Source, record: Record, index: int) -> Example:
             )
         return Example(text, [], [], [], index, origin)
     messages = _messages(source, fields, origin, with_reply=kind == "chat")
-    if kind != "ranked":
+    if kind == "prompt":
+        return Example("", messages, [], [], index, origin, answer=_answer(source, fields, origin))
+    if kind == "chat":
         return Example("", messages, [], [], index, origin)
-    responses, ranks = fields.get("responses"), fields.get("ranks")
-    _check_ranking(responses, ranks, origin)
-    return Example("", messages, list(responses or ()), list(ranks or ()), index, origin)
+    responses, scores = _responses(fields, origin), fields.get("scores")
+    ranks = fields.get("ranks") or (_ranks_of(scores, responses, origin) if scores is not None else None)
+    who = str(fields.get("annotator", ""))
+    checked = _checked_ranks(ranks, responses, origin)
+    return Example("", messages, responses, checked, index, origin, tuple(scores or ()), annotator=who)
+
+
+def _answer(source: Source, fields: Mapping[str, Any], origin: str) -> str:
+    """The right answer of a prompt's record: its `answer`, else its reply, else nothing."""
+    if "answer" in fields:
+        return str(fields["answer"])
+    if source.prompt:
+        return fill(source.response, fields, origin)
+    messages = fields.get("messages") or [{}]
+    return messages[-1]["content"] if messages[-1].get("role") == "assistant" else str(fields.get("response", ""))
+
+
+def _ranks_of(scores: Any, responses: Sequence[str], origin: str) -> list[int]:
+    """1 + the number of better scores: equal scores are a tie."""
+    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    if not isinstance(scores, list) or len(scores) != len(responses) or not all(map(number, scores)):
+        raise InputError(f'{origin}: "scores" must be one finite number for each of {len(responses)} responses')
+    return [1 + sum(other > score for other in scores) for score in scores]
 
 
 def _messages(source: Source, fields: Mapping[str, Any], origin: str, with_reply: bool) -> Messages:
@@ -197,14 +224,21 @@ def _check_messages(messages: Any, origin: str) -> None:
         raise InputError(f"{origin}: the last reply is empty, so there is nothing to learn; remove the line")
 
 
-def _check_ranking(responses: Any, ranks: Any, origin: str) -> None:
+def _responses(fields: Mapping[str, Any], origin: str) -> list[str]:
+    responses = fields.get("responses")
     if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(r, str) for r in responses):
         raise InputError(f'{origin}: a ranking needs "responses", a list of at least 2 strings')
+    return responses
+
+
+def _checked_ranks(ranks: Any, responses: Sequence[str], origin: str) -> list[int]:
     good = isinstance(ranks, list) and all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks)
     if not good or len(ranks) != len(responses):
         raise InputError(
-            f'{origin}: a ranking needs "ranks", one integer from 1 (best) for each of {len(responses)} responses'
+            f'{origin}: a ranking needs "ranks", one integer from 1 (best) for each of {len(responses)} responses, '
+            'or "scores", one number for each'
         )
+    return ranks
 
 
 def _hash(text: str) -> bytes:

@@ -58,6 +58,7 @@ class PromptExample(NamedTuple):
 
     messages: list[dict[str, str]]
     ids: list[int]
+    answer: str = ""  # what a verifiable reward compares with
 
 
 class RankedExample(NamedTuple):
@@ -65,6 +66,9 @@ class RankedExample(NamedTuple):
 
     rows: list[list[int]]
     ranks: list[int]
+    prompt_length: int  # tokens that all rows begin with
+    scores: tuple[float, ...] = ()  # empty: only ranked
+    annotator: str = ""
 
 
 Mixture = Sequence[tuple[Rows, float]]
@@ -265,7 +269,7 @@ def load_prompts(data: DataConfig, split: str, tokenizer: Tokenizer, max_length:
     for example in shuffled(examples(data, "prompt", split)):
         ids, _ = tokenizer.encode_chat(example.messages, reply=True)
         if len(ids) <= max_length:
-            prompts.append(PromptExample(example.messages, ids))
+            prompts.append(PromptExample(example.messages, ids, example.answer))
         elif data.too_long != "drop":
             raise InputError(
                 f"{example.origin}: the prompt takes {len(ids)} tokens and {max_length} fit beside the response; "
@@ -285,15 +289,19 @@ def make_prompt_batch_at(
     pad_id: int,
     sharding: jax.sharding.Sharding,
 ) -> BatchAt:
-    """step -> {tokens int32[B, P], mask bool[B, P] (left-padded), index int32[B]}; index tells the prompts of a batch apart."""
+    """step -> {tokens int32[B, P], mask bool[B, P] (left-padded), index, prompt int32[B]}.
+
+    index tells the prompts of a batch apart, for their random numbers; prompt is the place in `prompts`.
+    """
     order = _order([len(prompts)], [1.0], seed)
 
     def batch_at(step: int) -> Batch:
         def row(i: int) -> Row:
-            ids = prompts[order[step * batch_size + i][1]].ids
+            prompt = order[step * batch_size + i][1]
+            ids = prompts[prompt].ids
             tokens, mask = np.full(length, pad_id, np.int32), np.zeros(length, bool)
             tokens[length - len(ids) :], mask[length - len(ids) :] = ids, True
-            return {"tokens": tokens, "mask": mask, "index": np.int32(i)}
+            return {"tokens": tokens, "mask": mask, "index": np.int32(i), "prompt": np.int32(prompt)}
 
         return _place(row, batch_size, sharding)
 
@@ -319,7 +327,9 @@ def load_ranked(data: DataConfig, split: str, tokenizer: Tokenizer, length: int)
                 f"{example.origin}: no token of a response is left in {length} tokens, so nothing tells them apart; "
                 "raise the length, or set data.too_long to drop"
             )
-        ranked.append(RankedExample([ids[:length] for ids, _ in encoded], example.ranks))
+        prompt, _ = tokenizer.encode_chat(example.messages, reply=True)
+        rows = [ids[:length] for ids, _ in encoded]
+        ranked.append(RankedExample(rows, example.ranks, len(prompt), example.scores, example.annotator))
     if not ranked:
         raise InputError(f"data.sources: every ranking of the {split} split is longer than {length} tokens")
     return ranked
@@ -328,7 +338,10 @@ def load_ranked(data: DataConfig, split: str, tokenizer: Tokenizer, length: int)
 def make_ranked_batch_at(
     ranked: Sequence[RankedExample], *, batch_size: int, seed: int, sharding: jax.sharding.Sharding
 ) -> BatchAt:
-    """step -> {tokens, segment_ids int32[B, K, T], ranks int32[B, K]}; B prompts, K the most responses of any."""
+    """step -> {tokens, segment_ids int32[B, K, T], loss_mask bool[B, K, T], ranks int32[B, K], scores float32[B, K]}.
+
+    B prompts, K the most responses of any; loss_mask is True on a reply's tokens, rank 0 is no response.
+    """
     order, shape = _order([len(ranked)], [1.0], seed), _ranked_shape(ranked)
 
     def batch_at(step: int) -> Batch:
@@ -341,7 +354,7 @@ def ranked_epoch(
     ranked: Sequence[RankedExample], *, batch_size: int, sharding: jax.sharding.Sharding
 ) -> Iterator[Batch]:
     """Every ranking once, in order; the last batch is filled up with prompts without responses (rank 0)."""
-    shape, nothing = _ranked_shape(ranked), RankedExample([], [])
+    shape, nothing = _ranked_shape(ranked), RankedExample([], [], 0)
     for start in range(0, len(ranked), batch_size):
         part = [*ranked[start : start + batch_size]]
         part += [nothing] * (batch_size - len(part))
@@ -356,10 +369,12 @@ def _ranked_shape(ranked: Sequence[RankedExample]) -> tuple[int, int]:
 
 def _ranked_row(example: RankedExample, num_responses: int, length: int) -> Row:
     tokens, segment_ids = (np.zeros((num_responses, length), np.int32) for _ in range(2))
-    ranks = np.zeros(num_responses, np.int32)
-    for k, (ids, rank) in enumerate(zip(example.rows, example.ranks, strict=True)):
-        tokens[k, : len(ids)], segment_ids[k, : len(ids)], ranks[k] = ids, 1, rank
-    return {"tokens": tokens, "segment_ids": segment_ids, "ranks": ranks}
+    ranks, scores = np.zeros(num_responses, np.int32), np.zeros(num_responses, np.float32)
+    ranks[: len(example.ranks)], scores[: len(example.scores)] = example.ranks, example.scores
+    for k, ids in enumerate(example.rows):
+        tokens[k, : len(ids)], segment_ids[k, : len(ids)] = ids, 1
+    loss_mask = (segment_ids > 0) & (np.arange(length)[None] >= example.prompt_length)
+    return {"tokens": tokens, "segment_ids": segment_ids, "loss_mask": loss_mask, "ranks": ranks, "scores": scores}
 
 
 def _order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Any:

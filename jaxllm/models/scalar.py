@@ -28,8 +28,12 @@ def abstract(config: ModelConfig) -> Any:
 
 def apply(params: Any, config: ModelConfig, tokens, segment_ids, positions=None) -> jax.Array:
     """A value for every position: tokens, segment_ids int32[B, T] -> float32[B, T]."""
-    hidden = transformer.apply(params["trunk"], config, tokens, segment_ids, positions)
-    return hidden.astype(jnp.float32) @ params["head"]["kernel"] + params["head"]["bias"]
+    return read(params["head"], transformer.apply(params["trunk"], config, tokens, segment_ids, positions))
+
+
+def read(head: Any, hidden: jax.Array) -> jax.Array:
+    """The head's value float32[B, T] of hidden states [B, T, D]."""
+    return hidden.astype(jnp.float32) @ head["kernel"] + head["bias"]
 
 
 def last_value(values: jax.Array, segment_ids: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxllm.models import lora
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Block, Norm, normal
 from jaxllm.sharding import constrain
@@ -68,17 +69,21 @@ def apply(
     """Token ids int32[B, T] -> hidden states [B, T, D] after the final norm, in config.dtype.
 
     segment_ids int32[B, T] (0 = padding) keep packed documents apart; positions int32[B, T] restart in each.
-    Without them a row is one document.
+    Without them a row is one document. Adapters in the parameters (`lora.join`) are added layer by layer.
     """
     segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
 
-    def body(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        return _merge(Block, config, layer)(x, positions, segment_ids), None
+    adapters = params.get("lora", {})
+
+    def body(x: jax.Array, layer: tuple[Params, Params]) -> tuple[jax.Array, None]:
+        weights = lora.add(*layer, adapters.get("scale"))
+        return _merge(Block, config, weights)(x, positions, segment_ids), None
 
     x = _embed(params, config, tokens, positions)
-    x, _ = jax.lax.scan(_remat(body, config), x, params["layers"], unroll=config.scan_unroll)
+    layers = (params["layers"], adapters.get("layers", {}))
+    x, _ = jax.lax.scan(_remat(body, config), x, layers, unroll=config.scan_unroll)
     return _merge(_FinalNorm, config, params["norm"]).norm(x)
 
 
@@ -98,6 +103,7 @@ def unstack(params: Params, config: ModelConfig) -> Params:
 
     Done once before a decode loop, so that no step slices or casts a weight again.
     """
+    params = lora.merge(params)
     cast = lambda x: x.astype(config.compute_dtype) if x.ndim > 1 else x
     layers = [jax.tree.map(lambda x, i=i: cast(x[i]), params["layers"]) for i in range(config.num_layers)]
     return {**jax.tree.map(cast, {k: v for k, v in params.items() if k != "layers"}), "layers": layers}

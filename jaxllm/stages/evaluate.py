@@ -15,14 +15,14 @@ from jaxllm.generate import SamplingConfig, complete, completions, response_logp
 from jaxllm.metrics import console
 from jaxllm.models.config import ModelConfig
 from jaxllm.tokenizer import Tokenizer
-from jaxllm.workspace import Workspace, load_model
+from jaxllm.workspace import POLICIES, Workspace, load_model
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     """What is measured on held-out data, and on which stages' models."""
 
-    stages: tuple[str, ...] = ("pretrain", "sft", "ppo")
+    stages: tuple[str, ...] = POLICIES
     """Stages whose models are measured; the ones that have not run are left out."""
     accuracy: DataConfig = DataConfig()
     """Conversations whose last reply is a label, answered greedily; no sources: not measured."""
@@ -75,10 +75,11 @@ def run(workspace: Workspace, config: EvaluateConfig, documents: DataConfig) -> 
                 mean, error = evaluate.mean_and_error(scores[stage])
                 numbers |= {"annotator_score": mean, "annotator_score_error": error}
             result["samples"] = _side_by_side(prompts, answers, config.num_shown)
-    if {"sft", "ppo"} <= scores.keys():
-        gain, error = evaluate.mean_and_error(scores["ppo"] - scores["sft"])
+    final = present[-1]
+    if {"sft", final} <= scores.keys() and final != "sft":
+        gain, error = evaluate.mean_and_error(scores[final] - scores["sft"])
         result |= {"annotator_gain": gain, "annotator_gain_error": error}
-        result["win_rate"] = evaluate.win_rate(scores["ppo"], scores["sft"])
+        result["win_rate"] = evaluate.win_rate(scores[final], scores["sft"])
     if config.annotator:
         result |= {"annotator": config.annotator, "annotator_simulated": True}
     if config.compare_xz and "pretrain" in present:
@@ -126,7 +127,7 @@ def open_answers(
     temperature = config.sampling.temperature or 1.0
 
     @jax.jit
-    def kl(rollout):
+    def kl(params, reference, rollout):
         ours, theirs = (
             response_logprobs(p, rollout, config=model, temperature=temperature) for p in (params, reference)
         )
@@ -135,8 +136,8 @@ def open_answers(
     kls, drawn = [], []
     settings = {"sampling": config.sampling, **_settings(workspace, config, tokenizer)}
     for rollout, count in roll_out(params, model, [p.ids for p in held_out], **settings):
-        kls += np.asarray(kl(rollout))[:count].tolist() if reference is not None else []
-        drawn += completions(jax.device_get(rollout))[:count]
+        kls += np.asarray(kl(params, reference, rollout))[:count].tolist() if reference is not None else []
+        drawn += completions(jax.device_get(rollout), settings["stop_ids"])[:count]
     numbers = {
         **{"prompts": float(len(drawn)), "distinct_2": evaluate.distinct(c.ids for c in drawn)},
         **{"response_tokens": float(np.mean([len(c.ids) for c in drawn]))},

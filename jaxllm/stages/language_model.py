@@ -1,6 +1,7 @@
 """What pre-training and supervised fine-tuning share: the next-token loss over packed rows."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,10 +13,11 @@ from jaxllm import evaluate, losses, train
 from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.data import DataConfig, Rows, epoch_batches, load_rows, make_batch_at
 from jaxllm.metrics import LoggingConfig, Work, console, peak_flops
-from jaxllm.models import transformer
+from jaxllm.models import lora, transformer
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
-from jaxllm.sharding import activation, check_batch
+from jaxllm.sharding import activation, check_batch, param_shardings
 from jaxllm.workspace import Workspace, describe_model
 
 
@@ -47,6 +49,8 @@ class LanguageModelConfig:
     """Batches of an evaluation during training; the final one takes all of the held-out split."""
     optim: OptimConfig = OptimConfig()
     """Optimiser and schedule."""
+    lora: LoRAConfig = LoRAConfig()
+    """Train adapters on the model started from, in place of all parameters."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
 
@@ -67,9 +71,13 @@ def train_language_model(
     config: LanguageModelConfig,
     model: ModelConfig,
     logging: LoggingConfig,
+    source: str,
     init_params: Callable[[Any], Any],
 ) -> dict[str, float]:
-    """Train on packed rows and return the held-out numbers. init_params(shardings) makes the first parameters."""
+    """Train on packed rows and return the held-out numbers.
+
+    init_params(shardings) makes the first parameters, those of the stage directory `source` where that is not empty.
+    """
     mesh, directory = workspace.mesh, workspace.stage_dir(stage)
     check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
     tokenizer, length = workspace.tokenizer(), config.length or model.max_length
@@ -78,30 +86,39 @@ def train_language_model(
     num_steps = config.num_steps or math.ceil(config.num_epochs * _num_rows(rows["train"]) / config.batch_size)
     describe(stage, rows, model, num_steps, config.batch_size)
     tx = make_optimizer(config.optim, num_steps)
-    placed = train.place_state(mesh, transformer.abstract(model), transformer.axes(model), tx)
+    whole, axes = transformer.abstract(model), transformer.axes(model)
+    placed = train.place_state(mesh, *lora.trained(config.lora, whole, axes), tx)
+    first = functools.partial(init_params, param_shardings(mesh, whole, axes))
+    base = lora.frozen(config.lora, first()) if config.lora.rank else {}
     seed, sharding = workspace.seed, activation(mesh, "batch", None)
-    measure = jax.jit(lambda params, batch: loss(params, batch, None, model=model, z_loss_coef=0.0)[2])
+    measure = jax.jit(lambda params, batch, base: loss(params, batch, None, base, model=model, z_loss_coef=0.0)[2])
 
     def evaluation(step: int, state: train.TrainState) -> dict[str, float]:
         limit = 0 if step >= num_steps else config.eval_batches
         batches = epoch_batches(rows["held_out"], batch_size=config.batch_size, sharding=sharding, max_batches=limit)
-        nats = evaluate.run(measure, state.params, batches)["loss"]
+        nats = evaluate.run(functools.partial(measure, base=base), state.params, batches)["loss"]
         return {"eval/loss": nats, "eval/bits_per_byte": _bits_per_byte(nats, rows["held_out"])}
 
-    describe_model(directory, model, "policy", ("params",))
+    def start() -> train.TrainState:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        make = jax.jit(functools.partial(lora.init, config.lora), out_shardings=placed.shardings.params)
+        return placed.init(make(base, key) if base else first())
+
+    describe_model(directory, model, "policy", ("params",), config.lora, source)
     tokens = config.batch_size * length
+    step = train.make_step(
+        functools.partial(loss, model=model, z_loss_coef=config.z_loss_coef),
+        tx,
+        num_micro=config.num_micro,
+        seed=seed,
+        state_shardings=placed.shardings,
+    )
     state, metrics = train.run_stage(
         directory,
         stage,
-        init=lambda: placed.init(init_params(placed.shardings.params)),
+        init=start,
         abstract=placed.abstract,
-        step=train.make_step(
-            lambda params, batch, key: loss(params, batch, key, model=model, z_loss_coef=config.z_loss_coef),
-            tx,
-            num_micro=config.num_micro,
-            seed=seed,
-            state_shardings=placed.shardings,
-        ),
+        step=functools.partial(step, base=base),
         batch_at=make_batch_at(rows["train"], batch_size=config.batch_size, seed=seed, sharding=sharding),
         num_steps=num_steps,
         settings=config,
@@ -121,9 +138,13 @@ def train_language_model(
     }
 
 
-def loss(params: Any, batch: Any, key: Any, *, model: ModelConfig, z_loss_coef: float) -> losses.Loss:
-    """Next-token loss of packed rows {tokens, segment_ids, positions, loss_mask}, each [B, T]."""
+def loss(params: Any, batch: Any, key: Any, base: Any, *, model: ModelConfig, z_loss_coef: float) -> losses.Loss:
+    """Next-token loss of packed rows {tokens, segment_ids, positions, loss_mask}, each [B, T].
+
+    base: the frozen parameters under adapters, {} where `params` are all (`lora.join`).
+    """
     del key  # no dropout
+    params = lora.join(base, params)
     hidden = transformer.apply(params, model, batch["tokens"], batch["segment_ids"], batch["positions"])
     targets, mask = losses.next_token_targets(batch["tokens"], batch["segment_ids"], batch["loss_mask"])
     stats = losses.token_logprobs(hidden, transformer.head(params), targets)

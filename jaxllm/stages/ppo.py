@@ -1,42 +1,74 @@
-"""PPO (Schulman et al. 2017) from a reward model, as InstructGPT: four trees, two of them trained.
+"""PPO (Schulman et al. 2017) as InstructGPT; RLOO and GRPO are the same loop with other advantages and no critic.
 
-Defaults and where they come from:
+Defaults and where they come from (RLOO and GRPO differ where `RLOO` and `GRPO` below say):
 
     field                  default  source
     num_epochs             4        Ziegler et al. 2019; Stiennon et al. 2020; Huang et al. 2024 (InstructGPT: 1)
     num_minibatches        4        ours, small batches (InstructGPT: 8 of 64)
     kl_coef                0.05     Huang et al. 2024 (InstructGPT 0.02; Ziegler 0.15 adaptive)
+    kl_target, kl_horizon  off, 10000   Ziegler (target 6 nats)
     discount               1.0      InstructGPT, appendix C.4; Ziegler
     gae_lambda             0.95     Ziegler; Huang (InstructGPT does not say)
-    clip, value_clip       0.2      Schulman; Ziegler; InstructGPT (ratio clip)
+    clip_low, clip_high    0.2      Schulman; InstructGPT (two limits: Yu et al. 2025)
+    value_clip             0.2      Ziegler; Huang
+    value_coef             0.1      Ziegler; Huang (used with a shared trunk only: a separate critic has its own step)
     whiten_advantages      true     Ziegler; Huang (population variance)
+    whiten_rewards         false    Huang et al. 2024 (Ziegler: true)
     missing_end_score      -1.0     Ziegler; Huang, detail 13 ("EOS trick")
     sampling.temperature   1.0      InstructGPT, appendix C.4 (Ziegler and Huang 0.7)
     critic                 reward   started from the reward model: InstructGPT, Stiennon
+    critic_head            copy     InstructGPT (zero: Huang, detail 11)
     actor.learning_rate    1e-5     Ziegler (InstructGPT about 9e-6; Huang 3e-6); small models take more
     critic.learning_rate   1e-5     InstructGPT 9e-6
     Adam b2, eps           0.95, 1e-5   InstructGPT; Huang, detail 21
+    ema_decay              off      InstructGPT 0.992 an update
+    ptx.coef               off      InstructGPT 27.8, on sums over sequences; ours weighs means per token
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from jaxllm import evaluate, losses, train
+from jaxllm import evaluate, losses, rewards, train
+from jaxllm.annotators import prompt_text
 from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import InputError
-from jaxllm.data import DataConfig, PromptExample, load_prompts, make_prompt_batch_at
-from jaxllm.generate import Rollout, SamplingConfig, completions, generate, response_logprobs, roll_out, row_inputs
-from jaxllm.losses import Metrics
-from jaxllm.metrics import LoggingConfig, Work, console
-from jaxllm.models import scalar, transformer
+from jaxllm.data import (
+    DataConfig,
+    PromptExample,
+    load_prompts,
+    load_rows,
+    make_batch_at,
+    make_prompt_batch_at,
+)
+from jaxllm.generate import (
+    Rollout,
+    SamplingConfig,
+    completions,
+    cut_at_strings,
+    generate,
+    response_hidden,
+    response_logprobs,
+    roll_out,
+    row_inputs,
+)
+from jaxllm.losses import Metrics, Moments
+from jaxllm.metrics import LoggingConfig, Work, console, read_metrics
+from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
+from jaxllm.rewards import RewardSource
 from jaxllm.sharding import activation, check_batch, constrain, replicated
+from jaxllm.stages import language_model
+from jaxllm.tokenizer import Tokenizer
 from jaxllm.train import TrainState
 from jaxllm.workspace import Workspace, describe_model, load_model
 
@@ -44,8 +76,26 @@ _OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0, 
 
 
 @dataclasses.dataclass(frozen=True)
+class PtxConfig:
+    """PPO-ptx: the pre-training gradient mixed into the policy's (Ouyang et al. 2022, eq. 2)."""
+
+    coef: float = 0.0
+    """Weight of the next-token loss (mean per token) beside the policy loss (mean per token); 0: off."""
+    data: DataConfig = DataConfig()
+    """Documents; without sources those of pretrain."""
+    batch_size: int = 16
+    """Rows of documents per minibatch of rollouts."""
+    length: int = 0
+    """Tokens per row; 0: model.max_length."""
+
+    def __post_init__(self) -> None:
+        if self.coef < 0 or self.batch_size < 1:
+            raise ValueError("coef: coef must not be negative, and batch_size must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class PPOConfig:
-    """Reinforcement learning from the reward model's scores. Sources of the defaults: the head of stages/ppo.py."""
+    """Reinforcement learning from a reward. Sources of the defaults: the head of stages/ppo.py."""
 
     data: DataConfig = DataConfig()
     """Prompts; without sources those of the sample stage."""
@@ -53,10 +103,16 @@ class PPOConfig:
     """Stage directory of the policy to start from, which is also the reference; empty: sft."""
     reward_from: str = ""
     """Stage directory of the reward model; empty: reward."""
+    rewards: tuple[RewardSource, ...] = (RewardSource(),)
+    """Terms of the score: the reward model, functions, patterns, length."""
+    advantages: Literal["gae", "rloo", "grpo"] = "gae"
+    """gae: a critic's (PPO); rloo, grpo: from the scores of a prompt's responses alone, without a critic."""
+    num_responses: int = 1
+    """Responses drawn to each prompt."""
     num_steps: int = 100
     """Updates: a batch of rollouts and num_epochs passes over it each."""
     batch_size: int = 64
-    """Prompts, and so rollouts, per update."""
+    """Responses per update, num_responses to each prompt."""
     num_epochs: int = 4
     """Passes over a batch of rollouts."""
     num_minibatches: int = 4
@@ -65,24 +121,60 @@ class PPOConfig:
     """Microbatches per minibatch."""
     kl_coef: float = 0.05
     """Weight of the per-token KL to the reference in the reward."""
+    kl_target: float = 0.0
+    """KL in nats per response that kl_coef is adapted to (Ziegler et al. 2019, section 2.2); 0: kl_coef is fixed."""
+    kl_horizon: float = 10_000.0
+    """Responses over which kl_coef adapts; with the error clipped to 0.2, it takes five times as many to double."""
+    kl_loss_coef: float = 0.0
+    """Weight of the k3 estimate in the loss, as in GRPO; beside kl_coef or in its place."""
+    max_approx_kl: float = 0.0
+    """An update ends early once a minibatch's approximate KL to the old policy, nats per token, passes this; 0: never."""
     discount: float = 1.0
     """Discount of later rewards."""
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation."""
-    clip: float = 0.2
-    """The probability ratio is clipped to 1 - clip .. 1 + clip."""
+    clip_low: float = 0.2
+    """The probability ratio is clipped from below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """And from above at 1 + clip_high."""
+    dual_clip: float = 0.0
+    """Where the advantage is negative, the loss is at most this times it (above 1; Ye et al. 2020); 0: off."""
     value_clip: float = 0.2
     """A new value may move this far from the old one; 0: no limit."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus per token."""
     whiten_advantages: bool = True
-    """Normalise advantages over the batch."""
+    """Normalise advantages over the batch (population variance)."""
+    whiten_rewards: bool = False
+    """Scale per-token rewards to variance one over the batch, their mean kept."""
+    normalise_scores: bool = False
+    """Scale scores by the running mean and standard deviation of all scores so far."""
+    score_clip: float = 0.0
+    """Scores are clipped to +-this, after normalising; 0: not."""
     missing_end_score: float = -1.0
-    """Score of a response that never ends, in place of the reward model's."""
+    """Score of a response that never ends, in place of all terms."""
+    stop_strings: tuple[str, ...] = ()
+    """A response ends with the token that completes one of these, and counts as finished."""
     max_prompt_length: int = 64
     """Prompts longer than this many tokens are refused (or dropped: data.too_long)."""
     sampling: SamplingConfig = SamplingConfig()
     """How responses are drawn; top_k and top_p stay off, the loss knows only the temperature."""
+    critic_trunk: Literal["separate", "shared"] = "separate"
+    """A critic of its own, started from the reward model, or a value head on the policy's trunk."""
+    critic_head: Literal["copy", "zero"] = "copy"
+    """The critic's head at the start: the reward model's, or zero; without a reward model it is zero."""
+    value_coef: float = 0.1
+    """Weight of the value loss where the trunk is shared."""
+    ema_decay: float = 0.0
+    """Decay per update of the running mean of the policy, which is then the stage's model; 0: off."""
+    lora: LoRAConfig = LoRAConfig()
+    """Train adapters of policy and critic; the reference is the policy without them."""
+    ptx: PtxConfig = PtxConfig()
+    """Pre-training gradients mixed in (PPO-ptx)."""
     log_every: int = 1
     """Updates per logged interval."""
+    num_logged: int = 4
+    """Rollouts of each update written to rollouts.jsonl."""
     eval_every: int = 10
     """Updates between evaluations on held-out prompts."""
     eval_prompts: int = 64
@@ -95,23 +187,40 @@ class PPOConfig:
     """Saving."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_steps",
-            "batch_size",
-            "num_epochs",
-            "num_minibatches",
-            "num_micro",
-            "log_every",
-            "eval_every",
-        ):
+        counts = ("num_steps", "batch_size", "num_responses", "num_epochs", "num_minibatches", "num_micro")
+        for name in (*counts, "log_every", "eval_every", "eval_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1")
         if self.batch_size % (self.num_minibatches * self.num_micro):
             raise ValueError("num_minibatches: num_minibatches x num_micro must divide batch_size")
+        if self.batch_size % self.num_responses:
+            raise ValueError(f"num_responses: {self.num_responses} does not divide batch_size {self.batch_size}")
+        if self.advantages != "gae" and self.num_responses < 2:
+            raise ValueError(f"num_responses: {self.advantages} needs at least 2 responses to each prompt")
         if self.sampling.temperature <= 0:
-            raise ValueError("sampling.temperature: PPO needs a temperature above 0")
+            raise ValueError("sampling.temperature: a policy gradient needs a temperature above 0")
         if self.sampling.top_k or self.sampling.top_p < 1:
             raise ValueError("sampling.top_k: top_k and top_p must be off: the loss would not know the distribution")
+        if not self.rewards:
+            raise ValueError("rewards: name at least one source")
+        if self.dual_clip and self.dual_clip <= 1:
+            raise ValueError("dual_clip: must be above 1, or 0 for off")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError("ema_decay: must be at least 0 and below 1")
+
+
+# Ahmadian et al. 2024: the whole response is one action, its KL in the reward, one step per batch.
+RLOO = PPOConfig(advantages="rloo", num_responses=4, num_epochs=1, num_minibatches=1, whiten_advantages=False)
+# Shao et al. 2024: scores normalised within the prompt's responses, the k3 estimate in the loss.
+GRPO = PPOConfig(
+    advantages="grpo",
+    num_responses=8,
+    num_epochs=1,
+    num_minibatches=1,
+    kl_coef=0.0,
+    kl_loss_coef=0.04,
+    whiten_advantages=False,
+)
 
 
 class PPOState(NamedTuple):
@@ -119,8 +228,10 @@ class PPOState(NamedTuple):
 
     step: Any  # int32[]: updates done
     actor: TrainState
-    critic: TrainState
+    critic: Any  # TrainState, or {} without a critic of its own
     kl_coef: Any  # float32[]
+    ema: Any  # the policy's running mean, or {}
+    moments: Moments  # of the scores so far
 
 
 class Experience(NamedTuple):
@@ -130,287 +241,553 @@ class Experience(NamedTuple):
     prompt_mask: jax.Array  # [B, P]
     mask: jax.Array  # [B, R]
     old_logprobs: jax.Array
+    ref_logprobs: jax.Array
     old_values: jax.Array
     advantages: jax.Array
     returns: jax.Array
 
 
 class Roles(NamedTuple):
-    """The frozen models and their configs; policy and critic start as copies of them."""
+    """The models that do not move, by role; with adapters also what lies under them (`lora.join`)."""
 
     ref: Any
-    model: ModelConfig
-    reward: Any
-    reward_model: ModelConfig
-    stop_ids: tuple[int, ...]
-    pad_id: int
+    actor_base: Any
+    critic_base: Any
+    reward: Any  # {} where no source is a reward model
 
 
-def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig) -> dict[str, float]:
-    """Train the policy; the result has score and KL on held-out prompts under the reward model."""
-    mesh, directory = workspace.mesh, workspace.stage_dir("ppo")
-    size = config.batch_size // config.num_minibatches // config.num_micro
-    check_batch(mesh, size, "ppo.batch_size / num_minibatches / num_micro")
-    roles = load_roles(workspace, config)
-    prompts = load_all_prompts(workspace, config)
+class Setup(NamedTuple):
+    """What a run of the stage is made from, besides its config."""
+
+    config: PPOConfig
+    model: ModelConfig  # of policy and reference
+    reward_model: ModelConfig  # of reward model and critic
+    tokenizer: Tokenizer
+    seed: int
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.tokenizer.end_id, self.tokenizer.eos_id
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the critic is a model of its own."""
+        return self.config.advantages == "gae" and self.config.critic_trunk == "separate"
+
+    @property
+    def shares_trunk(self) -> bool:
+        return self.config.advantages == "gae" and self.config.critic_trunk == "shared"
+
+    def policy(self, params: Any, base: Any) -> Any:
+        """The decoder's parameters in what the actor trains."""
+        whole = lora.join(base, params)
+        return whole["trunk"] if self.shares_trunk else whole
+
+
+# (fetchable rollout, its prompts) -> scores float32[B] before anything is done to them, and each term's mean
+Score = Callable[[Rollout, Sequence[PromptExample]], tuple[jax.Array, Metrics]]
+
+
+def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: str = "ppo") -> dict[str, float]:
+    """Train the policy; the result has score and KL on held-out prompts under the same reward."""
+    mesh, directory = workspace.mesh, workspace.stage_dir(stage)
+    check_batch(mesh, config.batch_size // config.num_minibatches // config.num_micro, f"{stage} minibatch")
+    check_batch(mesh, config.batch_size // config.num_responses, f"{stage}.batch_size / {stage}.num_responses")
+    tokenizer = workspace.tokenizer()
+    setup, roles, first_actor, first_critic = load_roles(workspace, config, stage, tokenizer)
+    prompts = load_all_prompts(stage, config, tokenizer)
+    score, parts = make_score(setup, roles, mesh, f"{stage}.rewards"), build(setup, mesh)
+    path = ("ema",) if config.ema_decay else ("actor", "params")
+    shared = ("trunk",) if setup.shares_trunk else ()
+    source = config.init_from or str(workspace.stage_dir("sft"))
+    describe_model(directory, setup.model, "policy", (*path, *shared), config.lora, source)
+    table, ptx_at = SampleTable(directory / "rollouts.jsonl", setup), ptx_batches(workspace, setup, stage)
     updates = config.num_steps * config.num_epochs * config.num_minibatches
-    actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)
-    model, reward_model = roles.model, roles.reward_model
-    actor = train.place_state(mesh, transformer.abstract(model), transformer.axes(model), actor_tx)
-    critic = train.place_state(mesh, scalar.abstract(reward_model), scalar.axes(reward_model), critic_tx)
-    score = jax.jit(functools.partial(reward_scores, model=reward_model, missing_end_score=config.missing_end_score))
-    describe_model(directory, model, "policy", ("actor", "params"))
     _, metrics = train.run_stage(
         directory,
-        "ppo",
-        init=lambda: first_state(config, roles, mesh, actor, critic),
-        abstract=abstract_state(mesh, actor, critic),
-        step=build_step(config, roles, score, (actor_tx, actor), (critic_tx, critic), workspace.seed),
+        stage,
+        init=lambda: first_state(parts, config, mesh, first_actor(), first_critic()),
+        abstract=abstract_state(parts, config, mesh),
+        step=make_step(setup, parts, roles, score, prompts["train"], stage, ptx_at, table),
         batch_at=make_prompt_batch_at(
             prompts["train"],
-            batch_size=config.batch_size,
+            batch_size=config.batch_size // config.num_responses,
             seed=workspace.seed,
             length=config.max_prompt_length,
-            pad_id=roles.pad_id,
+            pad_id=tokenizer.pad_id,
             sharding=activation(mesh, "batch", None),
         ),
         num_steps=config.num_steps,
         settings=config,
         logging=logging,
         work=Work(config.batch_size * config.sampling.max_new_tokens),
-        evaluate=make_evaluation(workspace, config, roles, score, prompts["held_out"]),
+        evaluate=make_evaluation(setup, roles, score, prompts["held_out"], mesh),
         best="eval/score",
         lower_is_better=False,
         schedules={
-            "ppo/learning_rate": lambda n: learning_rate(config.actor, updates)(n * (updates // config.num_steps))
+            f"{stage}/learning_rate": lambda n: learning_rate(config.actor, updates)(n * (updates // config.num_steps))
         },
-        shown=("ppo/score", "ppo/kl", "ppo/entropy", "ppo/response_length", "eval/score", "eval/kl"),
+        shown=(*(f"{stage}/{n}" for n in ("score", "kl", "entropy", "response_length")), "eval/score", "eval/kl"),
     )
-    return {
-        "steps": config.num_steps,
-        **{k.removeprefix("eval/"): v for k, v in metrics.items() if k.startswith("eval/")},
-        **{k.removeprefix("ppo/"): v for k, v in metrics.items() if k in ("ppo/entropy", "ppo/clip_fraction")},
-    }
+    numbers = {k.removeprefix("eval/"): v for k, v in metrics.items() if k.startswith("eval/")}
+    more = {name: metrics[f"{stage}/{name}"] for name in ("entropy", "clip_fraction", "sampler_drift")}
+    return {"steps": config.num_steps, **numbers, **more}
 
 
-def load_roles(workspace: Workspace, config: PPOConfig) -> Roles:
-    """Reference and reward model, each from its stage or from the directory the config names."""
-    for stage, given in (("sft", config.init_from), ("reward", config.reward_from)):
+def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: Tokenizer):
+    """(setup, roles, and the actor's and the critic's first parameters as functions).
+
+    The reference is the policy's start; the critic starts from the reward model, without one from the policy.
+    """
+    mesh, has_reward = workspace.mesh, any(source.source == "model" for source in config.rewards)
+    for needed, given in [("sft", config.init_from), *([("reward", config.reward_from)] if has_reward else [])]:
         if not given:
-            workspace.require(stage, "ppo")
-    ref, model = load_model(config.init_from or str(workspace.stage_dir("sft")), workspace.mesh)
-    reward, reward_model = load_model(
-        config.reward_from or str(workspace.stage_dir("reward")), workspace.mesh, "reward"
-    )
+            workspace.require(needed, stage)
+    source = config.init_from or str(workspace.stage_dir("sft"))
+    ref, model = load_model(source, mesh)
+    ref, reward, reward_model = lora.merge(ref), {}, model
+    if has_reward:
+        where = config.reward_from or str(workspace.stage_dir("reward"))
+        reward, reward_model = load_model(where, mesh, "reward", {source: ref})
     length = config.max_prompt_length + config.sampling.max_new_tokens
     if length > (limit := min(model.max_length, reward_model.max_length)):
         raise InputError(
-            f"ppo.max_prompt_length: {config.max_prompt_length} + max_new_tokens {config.sampling.max_new_tokens} "
+            f"{stage}.max_prompt_length: {config.max_prompt_length} + max_new_tokens {config.sampling.max_new_tokens} "
             f"exceed model.max_length {limit}; lower one of them"
         )
-    tokenizer = workspace.tokenizer()
-    return Roles(ref, model, reward, reward_model, (tokenizer.end_id, tokenizer.eos_id), tokenizer.pad_id)
+    setup = Setup(config, model, reward_model, tokenizer, workspace.seed)
+    actor, actor_base = split(config.lora, first_scalar(ref, model, reward, config) if setup.shares_trunk else ref)
+    critic, critic_base = {}, {}
+    if setup.has_critic:
+        critic, critic_base = split(config.lora, first_scalar(ref, model, reward, config, of_reward=True))
+    copy = lambda params: jax.tree.map(jnp.copy, params)  # making a state donates; reference and reward model stay
+    return setup, Roles(ref, actor_base, critic_base, reward), lambda: copy(actor), lambda: copy(critic)
 
 
-def load_all_prompts(workspace: Workspace, config: PPOConfig) -> dict[str, list[PromptExample]]:
-    tokenizer = workspace.tokenizer()
+def first_scalar(ref: Any, model: ModelConfig, reward: Any, config: PPOConfig, of_reward: bool = False) -> Any:
+    """A critic's parameters at the start: the reward model's trunk and head, or the policy's trunk with a head."""
+    zero = {"kernel": jnp.zeros(model.embed_dim), "bias": jnp.zeros(())}
+    head = reward["head"] if reward and of_reward and config.critic_head == "copy" else zero
+    return {"trunk": reward["trunk"] if reward and of_reward else ref, "head": head}
+
+
+def split(config: LoRAConfig, params: Any) -> tuple[Any, Any]:
+    """(trained, frozen). Adapters of the same kind that are there already are what is trained."""
+    trunk = params.get("trunk", {})
+    if config.rank and "lora" in trunk:
+        fresh = jax.eval_shape(lambda: lora.init(config, lora.merge(params), jax.random.key(0)))
+        own = {**params, "trunk": {"lora": {"layers": trunk["lora"]["layers"]}}}
+        if jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, own):
+            return own, {"trunk": {**trunk, "lora": {"scale": trunk["lora"]["scale"]}}}
+    merged = lora.merge(params)
+    return lora.init(config, merged, jax.random.key(0)), lora.frozen(config, merged)
+
+
+def load_all_prompts(stage: str, config: PPOConfig, tokenizer: Tokenizer) -> dict[str, list[PromptExample]]:
     prompts = {s: load_prompts(config.data, s, tokenizer, config.max_prompt_length) for s in ("train", "held_out")}
     prompts["held_out"] = prompts["held_out"][: config.eval_prompts]
     counts = f"{len(prompts['train'])} training prompts, {len(prompts['held_out'])} held-out prompts for evaluation"
-    console.print(f"ppo: {counts}")
+    console.print(f"{stage}: {counts}")
     return prompts
 
 
-def first_state(config: PPOConfig, roles: Roles, mesh, actor: train.Placed, critic: train.Placed) -> PPOState:
-    copy = functools.partial(jax.tree.map, jnp.copy)  # making a state donates; reference and reward model stay
-    step, kl_coef = (jax.device_put(x, replicated(mesh)) for x in (jnp.int32(0), jnp.float32(config.kl_coef)))
-    return PPOState(step, actor.init(copy(roles.ref)), critic.init(copy(roles.reward)), kl_coef)
+def make_score(setup: Setup, roles: Roles, mesh: jax.sharding.Mesh, field: str) -> Score:
+    """The weighted sum of the configured sources, and the mean of each."""
+    sources = setup.config.rewards
+    on_texts = {s: rewards.resolve(s, field) for s in sources if s.source not in ("model", "length")}
+    model_score = jax.jit(functools.partial(reward_scores, model=setup.reward_model))
+    length = jax.jit(lambda mask: mask.astype(jnp.float32).mean(1))
+    rows = activation(mesh, "batch")
+
+    def score(rollout: Rollout, prompts: Sequence[PromptExample]) -> tuple[jax.Array, Metrics]:
+        texts: list[str] = []
+        if on_texts:
+            texts = [setup.tokenizer.decode(c.ids) for c in completions(jax.device_get(rollout), setup.stop_ids)]
+        asked, answers = [prompt_text(p.messages) for p in prompts], [p.answer for p in prompts]
+        total, metrics = jnp.zeros(()), {}
+        for source in sources:
+            if source.source == "model":
+                term = model_score(roles.reward, rollout)
+            elif source.source == "length":
+                term = length(rollout.mask)
+            else:
+                term = jax.device_put(on_texts[source](asked, texts, answers).astype(np.float32), rows)
+            total = total + source.weight * term
+            metrics[f"reward_{source.name}"] = (term.sum(), jnp.float32(len(prompts)))
+        return total, metrics
+
+    return score
 
 
-def abstract_state(mesh: jax.sharding.Mesh, actor: train.Placed, critic: train.Placed) -> PPOState:
-    scalar_of = functools.partial(jax.ShapeDtypeStruct, (), sharding=replicated(mesh))
-    return PPOState(scalar_of(jnp.int32), actor.abstract, critic.abstract, scalar_of(jnp.float32))
+class Parts(NamedTuple):
+    """The compiled parts of an update, and where its states live."""
+
+    rollout: Callable[..., Rollout]
+    shape_scores: Callable[..., Any]
+    experience: Callable[..., tuple[Experience, Metrics]]
+    actor_step: Callable[..., tuple[TrainState, Metrics]]
+    critic_step: Callable[..., tuple[TrainState, Metrics]]
+    actor: train.Placed
+    critic: train.Placed | None
 
 
-def build_step(config: PPOConfig, roles: Roles, score, actor: tuple[Any, Any], critic: tuple[Any, Any], seed: int):
-    """Compile-ready parts of the PPO step; actor and critic are (optimiser, placement) each."""
-    model, temperature = roles.model, config.sampling.temperature
-    settings: dict[str, Any] = {"sampling": config.sampling, "stop_ids": roles.stop_ids, "pad_id": roles.pad_id}
+def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
+    """Compile-ready parts of an update."""
+    config, model = setup.config, setup.model
+    updates = config.num_steps * config.num_epochs * config.num_minibatches
+    actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)
+    decoder = (transformer.abstract(model), transformer.axes(model))
+    with_head = (scalar.abstract(setup.reward_model), scalar.axes(setup.reward_model))
+    actor = train.place_state(
+        mesh, *lora.trained(config.lora, *(with_head if setup.shares_trunk else decoder)), actor_tx
+    )
+    critic = train.place_state(mesh, *lora.trained(config.lora, *with_head), critic_tx) if setup.has_critic else None
 
-    def rollout(params: Any, batch: Any, key: jax.Array) -> Rollout:
-        return generate(params, model, batch["tokens"], batch["mask"], key, index=batch["index"], **settings)
+    def rollout(params: Any, base: Any, batch: Any, key: jax.Array) -> Rollout:
+        return generate(
+            setup.policy(params, base),
+            model,
+            batch["tokens"],
+            batch["mask"],
+            key,
+            index=batch["index"],
+            sampling=config.sampling,
+            stop_ids=setup.stop_ids,
+            pad_id=setup.tokenizer.pad_id,
+            num_samples=config.num_responses,
+        )
 
-    def update(loss, tx: Any, placed: train.Placed):
-        return train.make_step(loss, tx, num_micro=config.num_micro, state_shardings=placed.shardings)
-
-    return make_ppo_step(
-        config,
+    update = functools.partial(train.make_step, num_micro=config.num_micro)
+    return Parts(
         rollout=jax.jit(rollout),
-        score=score,
-        experience=jax.jit(
-            functools.partial(make_experience, config=config, model=model, reward_model=roles.reward_model)
-        ),
+        shape_scores=jax.jit(functools.partial(shape_scores, config=config)),
+        experience=jax.jit(functools.partial(make_experience, setup=setup)),
         actor_step=update(
-            functools.partial(actor_loss, model=model, temperature=temperature, clip=config.clip), *actor
+            functools.partial(actor_loss, setup=setup),
+            actor_tx,
+            state_shardings=actor.shardings,
+            mixed=(functools.partial(ptx_loss, setup=setup), config.ptx.coef) if config.ptx.coef else None,
         ),
         critic_step=update(
-            functools.partial(critic_loss, model=roles.reward_model, value_clip=config.value_clip), *critic
+            functools.partial(critic_loss, setup=setup),
+            critic_tx,
+            state_shardings=critic.shardings if critic else None,
         ),
-        seed=seed,
-        ref=roles.ref,
-        reward=roles.reward,
+        actor=actor,
+        critic=critic,
     )
 
 
-def make_evaluation(workspace: Workspace, config: PPOConfig, roles: Roles, score, prompts: list[PromptExample]):
-    """(step, state) -> held-out numbers under the reward model."""
-    logprobs = jax.jit(
-        functools.partial(response_logprobs, config=roles.model, temperature=config.sampling.temperature)
+def first_state(parts: Parts, config: PPOConfig, mesh: jax.sharding.Mesh, actor: Any, critic: Any) -> PPOState:
+    place = functools.partial(jax.device_put, device=replicated(mesh))
+    ema = jax.tree.map(jnp.copy, actor) if config.ema_decay else {}
+    return PPOState(
+        place(jnp.int32(0)),
+        parts.actor.init(actor),
+        parts.critic.init(critic) if parts.critic else {},
+        place(jnp.float32(config.kl_coef)),
+        jax.device_put(ema, parts.actor.shardings.params) if config.ema_decay else {},
+        Moments(*(place(jnp.float32(0)) for _ in range(3))),
     )
-    settings: dict[str, Any] = {"sampling": config.sampling, "stop_ids": roles.stop_ids, "pad_id": roles.pad_id}
-
-    def measure(params: Any, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
-        log_ratio = logprobs(params, rollout).logprob - logprobs(roles.ref, rollout).logprob
-        return score(roles.reward, rollout), jnp.where(rollout.mask, losses.kl_k1(log_ratio), 0.0).sum(1)
-
-    def evaluation(step: int, state: PPOState) -> dict[str, float]:
-        del step
-        more = {**settings, "mesh": workspace.mesh}
-        return held_out_numbers(state.actor.params, roles.model, prompts, workspace.seed, more, measure)
-
-    return evaluation
 
 
-def make_ppo_step(
-    config: PPOConfig, *, rollout, score, experience, actor_step, critic_step, seed: int, ref: Any, reward: Any
+def abstract_state(parts: Parts, config: PPOConfig, mesh: jax.sharding.Mesh) -> PPOState:
+    number = functools.partial(jax.ShapeDtypeStruct, (), sharding=replicated(mesh))
+    return PPOState(
+        number(jnp.int32),
+        parts.actor.abstract,
+        parts.critic.abstract if parts.critic else {},
+        number(jnp.float32),
+        parts.actor.abstract.params if config.ema_decay else {},
+        Moments(*(number(jnp.float32) for _ in range(3))),
+    )
+
+
+def ptx_batches(workspace: Workspace, setup: Setup, stage: str) -> Callable[[int], Any] | None:
+    """Optimiser update number -> rows of documents; None without PPO-ptx."""
+    config = setup.config.ptx
+    if not config.coef:
+        return None
+    check_batch(workspace.mesh, config.batch_size // setup.config.num_micro, f"{stage}.ptx.batch_size / num_micro")
+    length, cache = config.length or setup.model.max_length, workspace.run_dir / "cache"
+    rows = load_rows(config.data, "document", "train", setup.tokenizer, length, cache)
+    sharding = activation(workspace.mesh, "batch", None)
+    return make_batch_at(rows, batch_size=config.batch_size, seed=workspace.seed, sharding=sharding)
+
+
+def make_step(
+    setup: Setup,
+    parts: Parts,
+    roles: Roles,
+    score: Score,
+    prompts: Sequence[PromptExample],
+    stage: str,
+    ptx_at: Callable[[int], Any] | None = None,
+    table: Callable[..., None] | None = None,
 ):
-    """(state, prompts) -> (state, metrics): one batch of rollouts, then num_epochs x num_minibatches updates.
+    """(state, batch of prompts) -> (state, metrics): one batch of rollouts, then num_epochs x num_minibatches updates.
 
     Every random choice is a function of (seed, state.step): rollouts, and a fresh permutation for each epoch.
     """
-    size = config.batch_size // config.num_minibatches
-    place = lambda x: constrain(x, "batch", *[None] * (x.ndim - 1))
-    take = jax.jit(lambda tree, rows: jax.tree.map(lambda x: place(x[rows]), tree))
+    config = setup.config
+    take = jax.jit(lambda tree, rows: jax.tree.map(lambda x: constrain(x[rows], "batch", *[None] * (x.ndim - 1)), tree))
 
-    def step(state: PPOState, prompts: Any) -> tuple[PPOState, Metrics]:
-        number = int(state.step)
-        roll = rollout(state.actor.params, prompts, jax.random.fold_in(jax.random.key(seed), number))
-        scores = score(reward, roll)
-        batch, metrics = experience(state.actor.params, state.critic.params, ref, roll, scores, state.kl_coef)
-        actor, critic, collected = state.actor, state.critic, []
-        for epoch in range(config.num_epochs):
-            order = np.random.default_rng([seed, number, epoch]).permutation(config.batch_size).astype(np.int32)
-            for rows in order.reshape(config.num_minibatches, size):
-                minibatch = take(batch, rows)
-                actor, of_actor = actor_step(actor, minibatch)
-                critic, of_critic = critic_step(critic, minibatch)
-                collected.append({**of_actor, **_rename(of_critic, "critic_")})
-        metrics = metrics | _total(collected)
-        new = PPOState(state.step + 1, actor, critic, state.kl_coef)
-        return new, {f"ppo/{name}": pair for name, pair in metrics.items()}
+    def step(state: PPOState, batch: Any) -> tuple[PPOState, Metrics]:
+        number, actor, critic = int(state.step), state.actor, state.critic
+        key = jax.random.fold_in(jax.random.key(setup.seed), number)
+        roll = end_at_strings(parts.rollout(actor.params, roles.actor_base, batch, key), setup)
+        asked = [prompts[i] for i in np.repeat(np.asarray(batch["prompt"]), config.num_responses)]
+        raw, terms = score(roll, asked)
+        scores, moments, shaped = parts.shape_scores(raw, roll.finished, state.moments)
+        values = critic.params if setup.has_critic else {}
+        experience, metrics = parts.experience(actor.params, values, roles, roll, scores, state.kl_coef)
+        metrics |= terms | shaped | {"kl_coef": (state.kl_coef, jnp.ones(()))}
+        if table:
+            table(number + 1, roll, asked, scores)
+        actor, critic, collected = update(number, actor, critic, experience)
+        kl_coef = state.kl_coef
+        if config.kl_target:
+            kl = metrics["kl"][0] / metrics["kl"][1]
+            control = {"target": config.kl_target, "horizon": config.kl_horizon, "batch_size": config.batch_size}
+            kl_coef = losses.adapt_kl_coef(kl_coef, kl, **control)
+        ema = move(state.ema, actor.params, config.ema_decay) if config.ema_decay else {}
+        metrics |= total(collected) | {"minibatches": (jnp.float32(len(collected)), jnp.ones(()))}
+        state = PPOState(state.step + 1, actor, critic, kl_coef, ema, moments)
+        return state, {f"{stage}/{name}": pair for name, pair in metrics.items()}
+
+    def update(number: int, actor: TrainState, critic: Any, experience: Experience):
+        collected: list[Metrics] = []
+        for rows in minibatches(setup, number):
+            minibatch = take(experience, rows)
+            mixed = (minibatch, ptx_at(int(actor.step))) if ptx_at else minibatch
+            actor, metrics = parts.actor_step(actor, mixed, base=roles.actor_base)
+            if setup.has_critic:
+                critic, more = parts.critic_step(critic, minibatch, base=roles.critic_base)
+                metrics |= {name if name.startswith("value") else f"critic_{name}": pair for name, pair in more.items()}
+            collected.append(metrics)
+            if config.max_approx_kl and _mean(metrics["approx_kl"]) > config.max_approx_kl:
+                break
+        return actor, critic, collected
 
     return step
 
 
+def minibatches(setup: Setup, number: int) -> np.ndarray:
+    """Rows int32[updates, size] of the minibatches of update `number`: a fresh permutation for each epoch."""
+    config = setup.config
+    orders = (
+        np.random.default_rng([setup.seed, number, epoch]).permutation(config.batch_size)
+        for epoch in range(config.num_epochs)
+    )
+    size = config.batch_size // config.num_minibatches
+    return np.concatenate([*orders]).reshape(-1, size).astype(np.int32)
+
+
+def end_at_strings(rollout: Rollout, setup: Setup) -> Rollout:
+    """Cut responses at the configured stop strings; without any the rollout stays on its devices."""
+    if not setup.config.stop_strings:
+        return rollout
+    cut = cut_at_strings(jax.device_get(rollout), setup.config.stop_strings, setup.tokenizer.decode)
+    mask, finished = (jax.device_put(getattr(cut, n), getattr(rollout, n).sharding) for n in ("mask", "finished"))
+    return rollout._replace(mask=mask, finished=finished)
+
+
+@jax.jit
+def move(ema: Any, params: Any, decay: float) -> Any:
+    """The running mean, one update on."""
+    return jax.tree.map(lambda e, p: e * decay + p * (1.0 - decay), ema, params)
+
+
+def total(collected: list[Metrics]) -> Metrics:
+    return jax.tree.map(lambda *xs: functools.reduce(jnp.add, xs), *collected)
+
+
+def _mean(pair: losses.Pair) -> float:
+    return float(pair[0]) / max(float(pair[1]), 1.0)
+
+
+def shape_scores(scores: jax.Array, finished: jax.Array, moments: Moments, *, config: PPOConfig):
+    """(scores the update learns from, moments, metrics): normalised, clipped, and set where the response never ended."""
+    ended = jnp.where(finished, scores, config.missing_end_score)
+    rows = jnp.float32(scores.shape[0])
+    metrics = {"score": (ended.sum(), rows), "score_std": (ended.std(), jnp.ones(()))}
+    if config.normalise_scores:
+        moments = losses.update_moments(moments, scores, finished)
+        std = jnp.sqrt(moments.m2 / jnp.maximum(moments.count, 1.0))
+        scores = (scores - moments.mean) / jnp.maximum(std, 1e-6)
+    if config.score_clip:
+        scores = jnp.clip(scores, -config.score_clip, config.score_clip)
+    return jnp.where(finished, scores, config.missing_end_score), moments, metrics
+
+
 def make_experience(
-    actor: Any,
-    critic: Any,
-    ref: Any,
-    rollout: Rollout,
-    scores: jax.Array,
-    kl_coef: jax.Array,
-    *,
-    config,
-    model,
-    reward_model,
+    actor: Any, critic: Any, roles: Roles, rollout: Rollout, scores: jax.Array, kl_coef: jax.Array, *, setup: Setup
 ) -> tuple[Experience, Metrics]:
     """Per-token rewards and advantages of a batch of rollouts; scores float32[B] is per sequence."""
-    temperature, mask = config.sampling.temperature, rollout.mask
-    policy = response_logprobs(actor, rollout, config=model, temperature=temperature)
-    ref_logprobs = response_logprobs(ref, rollout, config=model, temperature=temperature).logprob
-    values = response_values(critic, rollout, model=reward_model)
-    rewards = losses.token_rewards(scores, policy.logprob, ref_logprobs, mask, kl_coef)
-    advantages, returns = losses.gae(rewards, values, mask, discount=config.discount, lam=config.gae_lambda)
-    metrics = _rollout_metrics(rollout, scores, policy, ref_logprobs, values, returns)
+    config, mask = setup.config, rollout.mask
+    logprobs = functools.partial(response_logprobs, config=setup.model, temperature=config.sampling.temperature)
+    policy, ref_logprobs = (
+        logprobs(setup.policy(actor, roles.actor_base), rollout),
+        logprobs(roles.ref, rollout).logprob,
+    )
+    rewards_ = losses.token_rewards(scores, policy.logprob, ref_logprobs, mask, kl_coef)
+    if config.whiten_rewards:
+        rewards_ = losses.whiten(rewards_, mask, centre=False)
+    if config.advantages == "gae":
+        values = response_values(old_critic(actor, critic, roles, setup), rollout, model=setup.reward_model)
+        advantages, returns = losses.gae(rewards_, values, mask, discount=config.discount, lam=config.gae_lambda)
+    else:
+        values = returns = jnp.zeros_like(rewards_)
+        by_prompt = rewards_.sum(1).reshape(-1, config.num_responses)
+        each = losses.group_advantages(by_prompt, config.advantages).reshape(-1, 1)
+        advantages = jnp.where(mask, each, 0.0)
+    metrics = rollout_metrics(rollout, policy, ref_logprobs, advantages)
+    if config.advantages == "gae":
+        metrics |= value_metrics(values, returns, mask)
     if config.whiten_advantages:
         advantages = losses.whiten(advantages, mask)
-    fields = (rollout.tokens, rollout.prompt_mask, mask, policy.logprob, values, advantages, returns)
-    return Experience(*fields), metrics
+    fields = (policy.logprob, ref_logprobs, values, advantages, returns)
+    return Experience(rollout.tokens, rollout.prompt_mask, mask, *fields), metrics
 
 
-def _rollout_metrics(rollout: Rollout, scores, policy: losses.TokenStats, ref_logprobs, values, returns) -> Metrics:
+def old_critic(actor: Any, critic: Any, roles: Roles, setup: Setup) -> Any:
+    """The critic's whole tree: trunk and head, its own or with the policy's trunk."""
+    return lora.join(roles.actor_base, actor) if setup.shares_trunk else lora.join(roles.critic_base, critic)
+
+
+def rollout_metrics(rollout: Rollout, policy: losses.TokenStats, ref_logprobs: jax.Array, advantages) -> Metrics:
     mask = rollout.mask
     total = lambda x: jnp.where(mask, x, 0.0).sum()
     log_ratio = policy.logprob - ref_logprobs
     rows, tokens = jnp.float32(mask.shape[0]), mask.astype(jnp.float32).sum()
-    mean = total(returns) / tokens
-    unexplained = total(jnp.square(returns - values)) / jnp.maximum(total(jnp.square(returns - mean)), 1e-8)
     return {
-        "score": (scores.sum(), rows),
-        "score_std": (scores.std(), jnp.ones(())),
         "kl": (total(losses.kl_k1(log_ratio)), rows),  # nats per response
         "kl_k3": (total(losses.kl_k3(log_ratio)), rows),
         "entropy": (total(policy.entropy), tokens),
-        "value": (total(values), tokens),
-        "explained_variance": (1.0 - unexplained, jnp.ones(())),
+        "advantage_size": (total(jnp.abs(advantages)), tokens),
         "response_length": (tokens, rows),
         "finished": (rollout.finished.astype(jnp.float32).sum(), rows),
         "sampler_drift": (total(jnp.abs(policy.logprob - rollout.logprobs)), tokens),
     }
 
 
-def actor_loss(
-    params: Any, batch: Experience, key: Any, *, model: ModelConfig, temperature: float, clip: float
-) -> losses.Loss:
+def value_metrics(values: jax.Array, returns: jax.Array, mask: jax.Array) -> Metrics:
+    total = lambda x: jnp.where(mask, x, 0.0).sum()
+    tokens = mask.astype(jnp.float32).sum()
+    spread = total(jnp.square(returns - total(returns) / tokens))
+    unexplained = total(jnp.square(returns - values)) / jnp.maximum(spread, 1e-8)
+    return {"value": (total(values), tokens), "explained_variance": (1.0 - unexplained, jnp.ones(()))}
+
+
+def actor_loss(params: Any, batch: Experience, key: Any, base: Any, *, setup: Setup) -> losses.Loss:
+    """The clipped surrogate, with the entropy bonus, the KL in the loss and a shared trunk's value loss if they are on."""
     del key  # no dropout: the ratio of the first minibatch is exactly 1
-    logprobs = response_logprobs(params, batch, config=model, temperature=temperature).logprob
-    return losses.policy(logprobs, batch.old_logprobs, batch.advantages, batch.mask, clip=clip)
+    config, mask = setup.config, batch.mask
+    policy = setup.policy(params, base)
+    hidden = response_hidden(policy, batch, setup.model)
+    targets, head = batch.tokens[:, -mask.shape[1] :], transformer.head(policy)
+    stats = losses.token_logprobs(hidden, head, targets, temperature=config.sampling.temperature)
+    clips = {"clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": config.dual_clip}
+    loss, count, metrics = losses.policy(stats.logprob, batch.old_logprobs, batch.advantages, mask, **clips)
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * jnp.where(mask, stats.entropy, 0.0).sum()
+    if config.kl_loss_coef:
+        log_ratio = jnp.where(mask, stats.logprob - batch.ref_logprobs, 0.0)
+        loss = loss + config.kl_loss_coef * losses.kl_k3(log_ratio).sum()
+    if setup.shares_trunk:
+        values = scalar.read(lora.join(base, params)["head"], hidden)
+        of_values, _, more = losses.value(values, batch.old_values, batch.returns, mask, clip=config.value_clip)
+        loss, metrics = loss + config.value_coef * of_values, metrics | more
+    return loss, count, metrics
 
 
-def critic_loss(params: Any, batch: Experience, key: Any, *, model: ModelConfig, value_clip: float) -> losses.Loss:
+def critic_loss(params: Any, batch: Experience, key: Any, base: Any, *, setup: Setup) -> losses.Loss:
     del key
-    values = response_values(params, batch, model=model)
-    return losses.value(values, batch.old_values, batch.returns, batch.mask, clip=value_clip)
+    values = response_values(lora.join(base, params), batch, model=setup.reward_model)
+    return losses.value(values, batch.old_values, batch.returns, batch.mask, clip=setup.config.value_clip)
+
+
+def ptx_loss(params: Any, batch: Any, key: Any, base: Any, *, setup: Setup) -> losses.Loss:
+    """Next-token loss of the policy on documents."""
+    return language_model.loss(setup.policy(params, base), batch, key, {}, model=setup.model, z_loss_coef=0.0)
 
 
 def response_values(params: Any, batch: Rollout | Experience, *, model: ModelConfig) -> jax.Array:
     """The critic's value float32[B, R] of the state each response token was chosen in (the place before it)."""
-    R = batch.mask.shape[1]
-    return scalar.apply(params, model, batch.tokens, *row_inputs(batch))[:, -R - 1 : -1]
+    return scalar.read(params["head"], response_hidden(params["trunk"], batch, model))
 
 
-def reward_scores(params: Any, rollout: Rollout, *, model: ModelConfig, missing_end_score: float) -> jax.Array:
-    """The reward model's score float32[B] of each response; missing_end_score where it never ended."""
+def reward_scores(params: Any, rollout: Rollout, *, model: ModelConfig) -> jax.Array:
+    """The reward model's score float32[B] of each response, read at its last token."""
     segments, positions = row_inputs(rollout)
-    values = scalar.apply(params, model, rollout.tokens, segments, positions)
-    return jnp.where(rollout.finished, scalar.last_value(values, segments), missing_end_score)
+    return scalar.last_value(scalar.apply(params, model, rollout.tokens, segments, positions), segments)
 
 
-def held_out_numbers(
-    params: Any, model: ModelConfig, prompts: list[PromptExample], seed: int, settings: dict[str, Any], measure
-) -> dict[str, float]:
-    """Score, KL to the reference in nats per response, length and distinct-2 on held-out prompts.
+def make_evaluation(
+    setup: Setup, roles: Roles, score: Score, prompts: list[PromptExample], mesh: jax.sharding.Mesh
+) -> Callable[[int, PPOState], dict[str, float]]:
+    """(step, state) -> score, KL to the reference in nats per response, length and distinct-2 on held-out prompts."""
+    config, tokenizer = setup.config, setup.tokenizer
+    logprobs = jax.jit(
+        functools.partial(response_logprobs, config=setup.model, temperature=config.sampling.temperature)
+    )
+    settings: dict[str, Any] = {"sampling": config.sampling, "stop_ids": setup.stop_ids, "pad_id": tokenizer.pad_id}
 
-    measure(params, rollout) -> (scores [B], k1 KL summed over the response [B]).
+    def kl(params: Any, rollout: Rollout) -> np.ndarray:
+        log_ratio = logprobs(params, rollout).logprob - logprobs(roles.ref, rollout).logprob
+        return np.asarray(jnp.where(rollout.mask, losses.kl_k1(log_ratio), 0.0).sum(1))
+
+    def evaluation(step: int, state: PPOState) -> dict[str, float]:
+        del step
+        params = setup.policy(state.ema if config.ema_decay else state.actor.params, roles.actor_base)
+        scores, kls, responses = [], [], []
+        drawn = roll_out(params, setup.model, [p.ids for p in prompts], seed=setup.seed, mesh=mesh, **settings)
+        for rollout, count in drawn:
+            rollout, begin = end_at_strings(rollout, setup), len(scores)
+            asked = [*prompts[begin : begin + count], *[prompts[begin]] * (rollout.mask.shape[0] - count)]
+            raw = np.asarray(score(rollout, asked)[0])
+            ended = np.where(np.asarray(rollout.finished), raw, config.missing_end_score)
+            scores, kls = [*scores, *ended[:count].tolist()], [*kls, *kl(params, rollout)[:count].tolist()]
+            responses += completions(jax.device_get(rollout), setup.stop_ids)[:count]
+        numbers = {
+            "score": float(np.mean(scores)),
+            "kl": float(np.mean(kls)),
+            "response_length": float(np.mean([len(r.ids) for r in responses])),
+            "finished": float(np.mean([r.finished for r in responses])),
+            "distinct_2": evaluate.distinct(r.ids for r in responses),
+        }
+        return {f"eval/{name}": value for name, value in numbers.items()}
+
+    return evaluation
+
+
+class SampleTable:
+    """rollouts.jsonl: a few rollouts of each update, with prompt, response and score.
+
+    Lines of updates past the checkpoint a run goes on from are dropped, so that it ends as a run never cut.
     """
-    scores, kls, responses = [], [], []
-    for rollout, count in roll_out(params, model, [p.ids for p in prompts], seed=seed, **settings):
-        score, kl = jax.device_get(measure(params, rollout))
-        scores, kls = [*scores, *score[:count].tolist()], [*kls, *kl[:count].tolist()]
-        responses += completions(jax.device_get(rollout))[:count]
-    numbers = {"score": float(np.mean(scores)), "kl": float(np.mean(kls))}
-    numbers |= {"response_length": float(np.mean([len(r.ids) for r in responses]))}
-    numbers |= {
-        "finished": float(np.mean([r.finished for r in responses])),
-        "distinct_2": evaluate.distinct(r.ids for r in responses),
-    }
-    return {f"eval/{name}": value for name, value in numbers.items()}
+
+    def __init__(self, path: epath.Path, setup: Setup):
+        self.path, self.setup, self._file = path, setup, None
+
+    def __call__(self, step: int, rollout: Rollout, prompts: Sequence[PromptExample], scores: jax.Array) -> None:
+        count = min(self.setup.config.num_logged, len(prompts))
+        if jax.process_index() or not count:
+            return
+        if self._file is None:
+            kept = [line for line in read_metrics(self.path) if line["step"] < step]
+            partial = self.path.parent / f".{self.path.name}.partial"
+            partial.write_text("".join(map(_json_line, kept)))
+            partial.replace(self.path)
+            self._file = self.path.open("a")
+        first = jax.device_get(jax.tree.map(lambda x: x[:count], rollout))
+        rows = zip(prompts, completions(first, self.setup.stop_ids), np.asarray(scores), strict=False)
+        for prompt, response, score in rows:
+            text = {"prompt": prompt_text(prompt.messages), "response": self.setup.tokenizer.decode(response.ids)}
+            more = {"finished": response.finished, "score": round(float(score), 4)}
+            self._file.write(_json_line({"step": step, **text, **more}))
+        self._file.flush()
 
 
-def _rename(metrics: Metrics, prefix: str) -> Metrics:
-    return {name if name.startswith("value") else prefix + name: pair for name, pair in metrics.items()}
-
-
-def _total(collected: list[Metrics]) -> Metrics:
-    add = lambda *xs: functools.reduce(jnp.add, xs)
-    return jax.tree.map(add, *collected)
+def _json_line(line: Any) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"

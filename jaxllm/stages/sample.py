@@ -9,7 +9,6 @@ from etils import epath
 
 from jaxllm.config import InputError
 from jaxllm.data import DataConfig, PromptExample, load_prompts
-from jaxllm.evaluate import distinct
 from jaxllm.generate import SamplingConfig, complete, whole_batch
 from jaxllm.metrics import console
 from jaxllm.workspace import Workspace, load_model
@@ -89,7 +88,7 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
     return {
         **{"prompts": len(lines), "responses": len(responses), "responses_per_prompt": config.num_responses},
         "finished": sum(f for line in lines for f in line["finished"]) / len(responses),
-        **{"mean_characters": sum(map(len, responses)) / len(responses), "distinct_2": distinct(responses)},
+        "mean_characters": sum(map(len, responses)) / len(responses),
     }
 
 

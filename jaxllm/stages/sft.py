@@ -2,7 +2,7 @@
 
 from jaxllm.checkpoint import compare
 from jaxllm.metrics import LoggingConfig
-from jaxllm.models import transformer
+from jaxllm.models import lora, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.stages.language_model import LanguageModelConfig, train_language_model
 from jaxllm.workspace import Workspace, load_model
@@ -18,8 +18,8 @@ def run(
 
     def init_params(shardings):
         del shardings  # load_model places them the same way
-        params, _ = load_model(start, workspace.mesh)
+        params = lora.merge(load_model(start, workspace.mesh)[0])
         compare(params, transformer.abstract(model), start)
         return params
 
-    return train_language_model(workspace, "sft", "chat", config, model, logging, init_params)
+    return train_language_model(workspace, "sft", "chat", config, model, logging, start, init_params)

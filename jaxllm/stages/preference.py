@@ -1,0 +1,214 @@
+"""What the reward model and DPO share: K responses to a prompt as one example, and a loss over their scores."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm import evaluate, losses, train
+from jaxllm.checkpoint import CheckpointConfig
+from jaxllm.config import InputError
+from jaxllm.data import DataConfig, RankedExample, Source, load_ranked, make_ranked_batch_at, ranked_epoch
+from jaxllm.metrics import LoggingConfig, Work, console, peak_flops
+from jaxllm.models import transformer
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.lora import LoRAConfig
+from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
+from jaxllm.sharding import activation, check_batch
+from jaxllm.workspace import Workspace, read_json, write_json
+
+Scores = Callable[..., jax.Array]  # (params, batch, **frozen) -> float32[B, K]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """Training on rankings. One prompt with all its responses is one example (Ouyang et al. 2022, section 3.5)."""
+
+    data: DataConfig = DataConfig()
+    """Rankings; without sources those of the rank stage."""
+    init_from: str = ""
+    """Stage directory to start from; empty: sft."""
+    loss: Literal["pairwise", "plackett_luce", "regression"] = "pairwise"
+    """All pairs (Bradley-Terry), the whole order (Plackett-Luce), or the records' own scores by squared error."""
+    margin_coef: float = 0.0
+    """pairwise: the better score must lead by this times the difference in given scores, or in rank."""
+    label_smoothing: float = 0.0
+    """pairwise: the chance that a label is wrong."""
+    weighting: Literal["prompt", "pair"] = "prompt"
+    """What counts once: a prompt, however many responses it has, or each of its pairs."""
+    beta: float = 0.1
+    """dpo: the implicit reward is beta * log(policy / reference)."""
+    normalise: Literal["centre", "unit", "none"] = "centre"
+    """reward: scores of the training responses are shifted to mean 0, also scaled to variance 1, or left alone."""
+    num_epochs: float = 1.0
+    """Passes over the rankings; more than one overfits soon."""
+    num_steps: int = 0
+    """Updates; 0: as many as num_epochs takes."""
+    batch_size: int = 16
+    """Prompts per update, over all devices and microbatches."""
+    num_micro: int = 1
+    """Microbatches per update."""
+    length: int = 0
+    """Longest prompt and response in tokens; 0: model.max_length."""
+    log_every: int = 5
+    """Steps per logged interval."""
+    eval_every: int = 20
+    """Steps between evaluations on held-out rankings."""
+    optim: OptimConfig = OptimConfig(learning_rate=1e-4, weight_decay=0.0)
+    """Optimiser and schedule."""
+    lora: LoRAConfig = LoRAConfig()
+    """Train adapters in place of all parameters."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_micro", "log_every", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1")
+        if self.batch_size % self.num_micro:
+            raise ValueError(f"num_micro: {self.num_micro} does not divide batch_size {self.batch_size}")
+        if self.num_steps < 0 or (self.num_steps == 0 and self.num_epochs <= 0):
+            raise ValueError("num_steps: must be positive, or 0 with num_epochs above 0")
+        if self.margin_coef < 0 or self.beta <= 0:
+            raise ValueError("margin_coef: margin_coef must not be negative, and beta must be above 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError("label_smoothing: must be at least 0 and below 0.5")
+        if self.loss != "pairwise" and (self.margin_coef or self.label_smoothing):
+            raise ValueError("loss: margin_coef and label_smoothing belong to the pairwise loss")
+
+
+def load_rankings(
+    workspace: Workspace, stage: str, config: PreferenceConfig, model: ModelConfig
+) -> dict[str, list[RankedExample]]:
+    """Both splits. Raises InputError for too long a conversation, or scores that are missing where they are needed."""
+    data = config.data
+    if not data.sources:
+        workspace.require("rank", stage)
+        data = dataclasses.replace(data, sources=(Source(str(workspace.stage_dir("rank") / "rankings.jsonl")),))
+    tokenizer, length = workspace.tokenizer(), config.length or model.max_length
+    rankings = {s: load_ranked(data, s, tokenizer, length) for s in ("train", "held_out")}
+    if config.loss == "regression":
+        for example in (e for split in rankings.values() for e in split if not e.scores):
+            raise InputError(
+                f'{stage}.loss: regression needs "scores" in every record, and one of {len(example.rows)} responses '
+                f"has only ranks; give scores, or set {stage}.loss to pairwise"
+            )
+    console.print(f"{stage}: {len(rankings['train'])} training and {len(rankings['held_out'])} held-out prompts")
+    return rankings
+
+
+def ranking_loss(config: PreferenceConfig, scores: jax.Array, batch: Any) -> losses.Loss:
+    """The configured loss of scores float32[B, K] on a batch of rankings."""
+    per_prompt, ranks = config.weighting == "prompt", batch["ranks"]
+    if config.loss == "regression":
+        return losses.score_regression(scores, batch["scores"], ranks, per_prompt=per_prompt)
+    if config.loss == "plackett_luce":
+        return losses.plackett_luce(scores, ranks, per_prompt=per_prompt)
+    margins = config.margin_coef * _distance(batch) if config.margin_coef else None
+    smoothing = config.label_smoothing
+    return losses.pairwise(scores, ranks, margins=margins, label_smoothing=smoothing, per_prompt=per_prompt)
+
+
+def _distance(batch: Any) -> jax.Array:
+    """float32[B, K, K]: how much better i is than j, in given scores, or in rank where a prompt has none."""
+    scored = (batch["scores"] != 0).any(1)[:, None]
+    good = jnp.where(scored, batch["scores"], -batch["ranks"].astype(jnp.float32))
+    return good[:, :, None] - good[:, None, :]
+
+
+def train_on_rankings(
+    workspace: Workspace,
+    stage: str,
+    config: PreferenceConfig,
+    logging: LoggingConfig,
+    *,
+    rankings: dict[str, list[RankedExample]],
+    model: ModelConfig,
+    placed: Callable[[Any], train.Placed],
+    init_params: Callable[[train.Placed], Any],
+    scores: Scores,
+    frozen: dict[str, Any],
+    finalize: Callable[[train.TrainState, np.ndarray], train.TrainState] | None = None,
+) -> dict[str, Any]:
+    """Train parameters whose `scores` rank the responses; returns the held-out numbers.
+
+    placed(optimiser) places the state; frozen: trees `scores` gets besides the trained ones. finalize gets the
+    trained state and the scores of the training responses, float32[N].
+    """
+    mesh, directory = workspace.mesh, workspace.stage_dir(stage)
+    check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
+    num_steps = config.num_steps or math.ceil(config.num_epochs * len(rankings["train"]) / config.batch_size)
+    tx = make_optimizer(config.optim, num_steps)
+    place = placed(tx)
+    batches = {"batch_size": config.batch_size, "sharding": activation(mesh, "batch", None, None)}
+    measure = functools.partial(jax.jit(scores), **frozen)
+
+    def evaluation(step: int, state: train.TrainState) -> dict[str, float]:
+        every, ranks = all_scores(measure, state.params, rankings["held_out"], batches)
+        if step == num_steps:  # before the scores are normalised
+            write_json(directory / "held_out.json", breakdown(every, ranks, rankings["held_out"]))
+        return {f"eval/{name}": value for name, value in held_out_numbers(every, ranks).items()}
+
+    def finish(state: train.TrainState) -> train.TrainState:
+        every, ranks = all_scores(measure, state.params, rankings["train"], batches)
+        return finalize(state, every[ranks > 0]) if finalize else state
+
+    def loss(params: Any, batch: Any, key: Any, **frozen: Any) -> losses.Loss:
+        del key  # no dropout
+        return ranking_loss(config, scores(params, batch, **frozen), batch)
+
+    batch_at = make_ranked_batch_at(rankings["train"], seed=workspace.seed, **batches)
+    step = train.make_step(loss, tx, num_micro=config.num_micro, seed=workspace.seed, state_shardings=place.shardings)
+    rows = math.prod(batch_at(0)["tokens"].shape)
+    _, metrics = train.run_stage(
+        directory,
+        stage,
+        init=lambda: place.init(init_params(place)),
+        abstract=place.abstract,
+        step=functools.partial(step, **frozen),
+        batch_at=batch_at,
+        num_steps=num_steps,
+        settings=config,
+        logging=logging,
+        work=Work(rows, transformer.flops_per_token(model, config.length or model.max_length) * rows, peak_flops(mesh)),
+        evaluate=evaluation,
+        best="eval/accuracy",
+        lower_is_better=False,
+        finalize=finish if finalize else None,
+        schedules={"train/learning_rate": learning_rate(config.optim, num_steps)},
+        shown=("loss", "accuracy", "eval/accuracy"),
+    )
+    numbers = {k.removeprefix("eval/"): v for k, v in metrics.items() if k.startswith("eval/")}
+    return {"steps": num_steps, **numbers, **(read_json(directory / "held_out.json") or {})}
+
+
+def all_scores(measure, params: Any, examples: list[RankedExample], batches: dict[str, Any]):
+    """(scores float32[N, K], ranks int32[N, K]) over a split; rank 0 where there is no response."""
+    pairs = [(measure(params, b), b["ranks"]) for b in ranked_epoch(examples, **batches)]
+    every, ranks = (np.concatenate([np.asarray(p[i]) for p in pairs])[: len(examples)] for i in range(2))
+    return every, ranks
+
+
+def held_out_numbers(every: np.ndarray, ranks: np.ndarray) -> dict[str, float]:
+    """Loss, pairwise and top-1 accuracy, calibration error of scores float[N, K]."""
+    _, _, metrics = losses.pairwise(jnp.array(every), jnp.array(ranks))
+    means = {name: float(total) / max(float(weight), 1.0) for name, (total, weight) in metrics.items()}
+    margins = evaluate.pair_margins(every, ranks)
+    numbers = {"loss": means["loss"], "accuracy": means["accuracy"], "top1_accuracy": means["top1"]}
+    return numbers | {"calibration_error": evaluate.calibration_error(margins), "pairs": float(len(margins))}
+
+
+def breakdown(every: np.ndarray, ranks: np.ndarray, examples: list[RankedExample]) -> dict[str, Any]:
+    """Accuracy by K and by distance in rank, the reliability curve, and how far annotators agree with one another."""
+    margins, agreed = evaluate.pair_margins(every, ranks), evaluate.annotator_agreement(examples)
+    return {
+        "accuracy_by_k": evaluate.accuracy_by(every, ranks, "k"),
+        "accuracy_by_distance": evaluate.accuracy_by(every, ranks, "distance"),
+        "reliability": evaluate.reliability(margins),
+        **({"annotator_agreement": agreed[0], "annotator_agreement_pairs": agreed[1]} if agreed else {}),
+    }

@@ -1,0 +1,146 @@
+"""Small worlds for the reinforcement-learning stages: a tokenizer of few tokens, and a run of the real stage on them."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.data import PromptExample, make_prompt_batch_at
+from jaxllm.models import transformer
+from jaxllm.models.config import ModelConfig
+from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
+from jaxllm.stages import ppo
+
+PROMPTS = [[2], [3, 4, 2]]  # of two lengths: one is padded
+REWARDS: dict[tuple[str, str], float] = {}  # (prompt, response without its end) -> reward, for `reward_of`
+
+
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """A tokenizer of few tokens: id 0 is "a"; 1 ends a response. Padding is token 0, which is also an ordinary one."""
+
+    pad_id: int = 0
+    end_id: int = 1
+    eos_id: int = 1
+
+    def decode(self, ids):
+        return "".join(chr(ord("a") + i) for i in ids)
+
+
+LETTERS = Letters()
+
+
+def reward_of(prompt, response, answer):
+    del answer
+    return REWARDS[prompt, response]
+
+
+class Responses:
+    """Every response of at most `length` tokens over `vocab` tokens; those of full length may lack the end."""
+
+    def __init__(self, vocab: int, length: int):
+        others = [t for t in range(vocab) if t != LETTERS.end_id]
+        bodies = [b for n in range(length + 1) for b in itertools.product(others, repeat=n)]
+        self.rows = [(*b, LETTERS.end_id) if len(b) < length else b for b in bodies]
+        self.texts = [LETTERS.decode(b) for b in bodies]
+        self.finished = np.array([len(b) < length for b in bodies])
+        self.tokens = np.zeros((len(self.rows), length), np.int32)
+        for out, row in zip(self.tokens, self.rows, strict=True):
+            out[: len(row)] = row
+        self.mask = np.arange(length)[None] < np.array([len(r) for r in self.rows])[:, None]
+
+    def logprobs(self, params, model, prompt, temperature):
+        """log pi(response | prompt) float64[N] by a plain forward pass, without cache or padding before it."""
+        rows = np.tile(np.array(prompt, np.int32), (len(self.rows), 1))
+        tokens = np.concatenate([rows, self.tokens], axis=1)
+        tokens = jnp.array(np.pad(tokens, ((0, -len(tokens) % 8), (0, 0))))  # to what 8 devices can share
+        hidden = transformer.apply(params, model, tokens)[: len(rows), len(prompt) - 1 : -1]
+        logits = np.asarray(jnp.einsum("btd,vd->btv", hidden, transformer.head(params)), np.float64) / temperature
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        each = np.take_along_axis(logp, self.tokens[..., None], -1)[..., 0]
+        return np.where(self.mask, each, 0.0).sum(1)
+
+
+class World:
+    """The real stage on two prompts whose every response can be listed: where it ends is known beforehand.
+
+    The optimum of E[r] - beta KL(pi || ref) is pi*(y) = ref(y) exp(r(y) / beta) / Z, and what another policy falls
+    short of it is beta KL(pi || pi*).
+    """
+
+    def __init__(
+        self,
+        config: ppo.PPOConfig,
+        seed: int,
+        vocab: int = 5,
+        length: int = 4,
+        reward_scale: float = 1.0,
+        devices: int = 8,
+        width: int = 64,
+        layers: int = 2,
+        init_std: float = 0.1,
+        **more,
+    ):
+        self.config, self.seed, rng = config, seed, np.random.default_rng(seed)
+        self.mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+        self.model = ModelConfig(
+            vocab_size=vocab, max_length=16, num_layers=layers, embed_dim=width, num_heads=4, dtype="float32",
+            init_std=init_std, tie_embeddings=False, **more,
+        )  # fmt: skip
+        self.space = Responses(vocab, length)
+        self.rewards = [
+            np.where(
+                self.space.finished, reward_scale * rng.normal(size=len(self.space.rows)), config.missing_end_score
+            )
+            for _ in PROMPTS
+        ]
+        for prompt, values in zip(PROMPTS, self.rewards, strict=True):
+            name = LETTERS.decode(prompt)
+            REWARDS.update({(name, t): float(v) for t, v in zip(self.space.texts, values, strict=True)})
+        key = jax.random.key(seed)
+        shardings = param_shardings(self.mesh, transformer.abstract(self.model), transformer.axes(self.model))
+        self.ref = jax.jit(lambda: transformer.init(self.model, key), out_shardings=shardings)()
+        self.setup = ppo.Setup(config, self.model, self.model, LETTERS, seed)  # pyright: ignore[reportArgumentType]
+        self.examples = [
+            PromptExample([{"role": "user", "content": LETTERS.decode(p)}], p) for p in PROMPTS for _ in range(4096)
+        ]
+
+    def train(self, num_steps: int | None = None, watch=None, resume=None):
+        """The stage's loop; returns the final policy's parameters. watch(step, metrics, state) sees every update."""
+        setup, config, copy = self.setup, self.config, functools.partial(jax.tree.map, jnp.copy)
+        with jax.set_mesh(self.mesh):
+            first = {} if not setup.has_critic else ppo.first_scalar(copy(self.ref), self.model, {}, config)
+            whole = ppo.first_scalar(copy(self.ref), self.model, {}, config) if setup.shares_trunk else copy(self.ref)
+            (actor, actor_base), (critic, critic_base) = (ppo.split(config.lora, p) for p in (whole, first))
+            roles, parts = ppo.Roles(self.ref, actor_base, critic_base, {}), ppo.build(setup, self.mesh)
+            state = ppo.first_state(parts, config, self.mesh, copy(actor), copy(critic))
+            if resume is not None:
+                place = lambda value, like: jax.device_put(value, like.sharding)
+                state = jax.tree.map(place, resume, ppo.abstract_state(parts, config, self.mesh))
+            score = ppo.make_score(setup, roles, self.mesh, "rewards")
+            step = ppo.make_step(setup, parts, roles, score, self.examples, "ppo")
+            batch_at = make_prompt_batch_at(
+                self.examples, batch_size=config.batch_size // config.num_responses, seed=self.seed, length=4,
+                pad_id=0, sharding=activation(self.mesh, "batch", None),
+            )  # fmt: skip
+            for number in range(int(state.step), config.num_steps if num_steps is None else num_steps):
+                state, metrics = step(state, batch_at(number))
+                if watch:
+                    watch(number, {name: float(s) / float(w) for name, (s, w) in metrics.items()}, state)
+            return jax.device_get(setup.policy(state.actor.params, roles.actor_base))
+
+    def distances(self, params, optimum=None):
+        """(total variation to the optimum, share of J* - J(ref) that is missing), the worse of the prompts."""
+        temperature, beta, worst = self.config.sampling.temperature, self.config.kl_coef, []
+        for prompt, reward in zip(PROMPTS, self.rewards, strict=True):
+            ref, policy = (self.space.logprobs(p, self.model, prompt, temperature) for p in (self.ref, params))
+            best = ref + reward / beta
+            best -= np.log(np.exp(best - best.max()).sum()) + best.max()
+            pi = np.exp(policy)
+            assert abs(pi.sum() - 1) < 1e-5 and abs(np.exp(ref).sum() - 1) < 1e-5
+            gap = (pi * (policy - best)).sum() / (np.exp(ref) * (ref - best)).sum()
+            worst.append((0.5 * np.abs(pi - np.exp(best)).sum(), gap))
+        return tuple(max(values) for values in zip(*worst, strict=True))
