@@ -41,6 +41,10 @@ class GenerateArgs:
     """Put the prompt through the chat template, as the user's message."""
     num_samples: int = 1
     """Completions to draw."""
+    best_of: int = 1
+    """Print the best of this many draws for each, by the reward model of --reward-from."""
+    reward_from: str = ""
+    """Stage directory of the reward model, for example runs/quickstart/reward."""
     max_new_tokens: int = 64
     """Longest completion in tokens."""
     temperature: float = 1.0
@@ -156,7 +160,10 @@ def _generate(args: GenerateArgs) -> None:
         sampling = SamplingConfig(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     if args.num_samples < 1:
         raise InputError("--num-samples: must be at least 1")
-    for text in chat.answer_once(args.stage_dir, args.prompt, args.chat, sampling, args.num_samples, args.seed):
+    if args.best_of < 1 or (args.best_of > 1) != bool(args.reward_from):
+        raise InputError("--best-of: give a number above 1 together with --reward-from STAGE_DIR, or neither")
+    best = {"best_of": args.best_of, "reward_from": args.reward_from}
+    for text in chat.answer_once(args.stage_dir, args.prompt, args.chat, sampling, args.num_samples, args.seed, **best):
         print(text, flush=True)
 
 

@@ -9,7 +9,7 @@ from etils import epath
 
 from jaxllm.config import InputError
 from jaxllm.generate import SamplingConfig, complete, stream
-from jaxllm.models import transformer
+from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.sharding import MeshConfig, make_mesh
 from jaxllm.tokenizer import StreamDecoder, Tokenizer
@@ -24,9 +24,20 @@ def load(stage_dir: str) -> tuple[Any, ModelConfig, Tokenizer, jax.sharding.Mesh
 
 
 def answer_once(
-    stage_dir: str, prompt: str, chat: bool, sampling: SamplingConfig, num_samples: int, seed: int
+    stage_dir: str,
+    prompt: str,
+    chat: bool,
+    sampling: SamplingConfig,
+    num_samples: int,
+    seed: int,
+    best_of: int = 1,
+    reward_from: str = "",
 ) -> Iterator[str]:
-    """Yield num_samples completions of a prompt; chat: the prompt is a user's message in the chat template."""
+    """Yield num_samples completions of a prompt; chat: the prompt is a user's message in the chat template.
+
+    With best_of N each is the one of N that the reward model in the stage directory reward_from scores highest
+    (best-of-N sampling; its KL to the policy is at most log N - (N - 1) / N, Stiennon et al. 2020, section 4.3).
+    """
     params, model, tokenizer, mesh = load(stage_dir)
     if chat:
         ids, _ = tokenizer.encode_chat([{"role": "user", "content": prompt}], reply=True)
@@ -35,8 +46,14 @@ def answer_once(
     stops = (tokenizer.end_id, tokenizer.eos_id)
     with jax.set_mesh(mesh):
         settings: dict[str, Any] = {"sampling": sampling, "stop_ids": stops, "pad_id": tokenizer.pad_id}
-        drawn = complete(params, model, [ids], mesh=mesh, seed=seed, num_samples=num_samples, **settings)
-        for completion in next(drawn):
+        count = num_samples * best_of
+        drawn = next(complete(params, model, [ids], mesh=mesh, seed=seed, num_samples=count, **settings))
+        if best_of > 1:
+            reward, reward_model = load_model(reward_from, mesh, "reward")
+            rows = [[*ids, *c.ids, *[tokenizer.end_id] * c.finished] for c in drawn]
+            scores = scalar.score_rows(reward, reward_model, rows).reshape(num_samples, best_of)
+            drawn = [drawn[i * best_of + int(best)] for i, best in enumerate(scores.argmax(1))]
+        for completion in drawn:
             yield tokenizer.decode(completion.ids)
 
 

@@ -213,8 +213,9 @@ def _expand(cls: type, tree: Any, path: tuple[Any, ...], where: Where, name: str
 
 def _own_defaults(default: Any) -> Tree:
     """What a section's default sets otherwise than its class does: it stands where the file is silent."""
-    own = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
-    return {f.name: _plain(own[f.name]) for f in dataclasses.fields(default) if own[f.name] != f.default}
+    plain = type(default)()
+    pairs = ((f.name, getattr(default, f.name), getattr(plain, f.name)) for f in dataclasses.fields(default))
+    return {name: _plain(own) for name, own, other in pairs if own != other}
 
 
 def _expand_value(hint: Any, value: Any, path: tuple[Any, ...], where: Where, name: str) -> Any:

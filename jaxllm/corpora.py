@@ -1,4 +1,4 @@
-"""Text that ships inside the demo packages, and sums, as records for sources of the form py://jaxllm.corpora:NAME.
+"""Text that ships inside the demo packages, as records for sources of the form py://jaxllm.corpora:NAME.
 
 The packages' data files are read where they are installed; none of their code is run.
 """
@@ -45,12 +45,6 @@ def chitchat_prompts() -> Iterator[dict[str, str]]:
     """{"prompt": message}: the users' messages of `chitchat` that have at least three words, each once."""
     users = dict.fromkeys(user for user, _ in _pairs())
     return ({"prompt": user} for user in users if len(user.split()) >= 3)
-
-
-def additions() -> Iterator[dict[str, str]]:
-    """The 8,100 sums of two two-digit numbers: {"prompt": "37+48=", "response": "85", "text": "37+48=85"}."""
-    for a, b in itertools.product(range(10, 100), repeat=2):
-        yield {"prompt": f"{a}+{b}=", "response": str(a + b), "text": f"{a}+{b}={a + b}"}
 
 
 def _scenes(markdown: str) -> Iterator[str]:

@@ -154,9 +154,34 @@ def _pick(hidden: jax.Array, keys: jax.Array, *, params: Any, sampling: Sampling
     if sampling.temperature == 0:
         token = jnp.argmax(logits, axis=-1)
     else:
-        token = jax.vmap(jax.random.categorical)(keys, keep_likely(logprobs, sampling.top_k, sampling.top_p))
+        uniform = jax.vmap(jax.random.uniform)(keys)
+        token = inverse_transform(jnp.exp(keep_likely(logprobs, sampling.top_k, sampling.top_p)), uniform)
     token = token.astype(jnp.int32)
     return token, jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+
+
+def inverse_transform(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Index int32[B] drawn in proportion to weights float32[B, V] by inverse transform; uniform: float32[B] in [0, 1).
+
+    First a block of 128, then a place in it: one random number for a row, where Gumbel noise takes one for each of
+    V tokens, and sums in float32 stay short. An index without weight is never drawn.
+    """
+    blocks = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % 128))).reshape(weights.shape[0], -1, 128)
+    ends = jnp.cumsum(blocks.sum(-1), axis=-1)
+    target = (uniform * ends[:, -1])[:, None]
+    block, before = _first_above(ends, target, blocks.sum(-1))
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    place, _ = _first_above(jnp.cumsum(inside, axis=-1), target - before[:, None], inside)
+    return (block * 128 + place).astype(jnp.int32)
+
+
+def _first_above(ends: jax.Array, target: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(the first index with weight whose running sum is above target, the sum before it); rounding may leave none:
+    then the heaviest."""
+    above = (ends > target) & (weights > 0)
+    index = jnp.where(above.any(-1), jnp.argmax(above, axis=-1), jnp.argmax(weights, axis=-1))
+    at = lambda x: jnp.take_along_axis(x, index[:, None], axis=-1)[:, 0]
+    return index, at(ends) - at(weights)
 
 
 def keep_likely(logprobs: jax.Array, top_k: int, top_p: float) -> jax.Array:

@@ -5,11 +5,12 @@ nothing from elsewhere. They are made from result.json, provenance.json and metr
 """
 
 import base64
+import functools
 import html
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -102,7 +103,18 @@ def _read_stage(directory: epath.Path) -> dict[str, Any]:
         series = _series(lines)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{directory / 'metrics.jsonl'}: a line is damaged ({error}); remove that line") from None
-    return {"result": _finite(result), "series": series, "provenance": read_json(directory / "provenance.json")}
+    rollouts = _last_rollouts(directory / "rollouts.jsonl")
+    origin = read_json(directory / "provenance.json")
+    return {"result": _finite(result), "series": series, "rollouts": rollouts, "provenance": origin}
+
+
+def _last_rollouts(path: epath.Path) -> list[dict[str, Any]]:
+    """The responses kept of the last update, if the stage draws any."""
+    try:
+        lines = read_metrics(path)
+        return [_finite(line) for line in lines if line["step"] == lines[-1]["step"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: a line is damaged ({error}); remove that line") from None
 
 
 def _series(lines: Iterable[Mapping[str, Any]]) -> Series:
@@ -191,6 +203,9 @@ def _tables(report: Mapping[str, Any], stage: str) -> list[Table]:
             value = {str(i): row for i, row in enumerate(value, 1)}
         if isinstance(value, dict) and value:
             tables.append(_table(report, stage, name, value))
+    if rollouts := report["stages"][stage]["rollouts"]:
+        rows = [[str(r.get("prompt", "")), str(r.get("response", "")), _number(r.get("score"))] for r in rollouts]
+        tables.append(Table("Responses drawn in the last update", ["prompt", "response", "score"], rows))
     return tables
 
 
@@ -304,7 +319,16 @@ def _html(report: Mapping[str, Any]) -> str:
     if samples := _samples(report):
         parts += ["<h2>The same prompts, answered by each model</h2>", *(_html_sample(*s) for s in samples)]
     for stage, content in report["stages"].items():
-        if panels := _panels(report, stage, content["series"]):
+        panels = _panels(report, stage, content["series"])
+        if bins := (content["result"] or {}).get("reliability"):
+            panels.append(
+                _figure(
+                    "Reliability: share of pairs right by confidence" + _note(report, stage, "accuracy"),
+                    stage,
+                    lambda theme, bins=bins: _reliability(bins, theme),
+                )
+            )
+        if panels:
             parts += [f"<h2>Curves: {_e(stage)}</h2><div class=panels>{''.join(panels)}</div>"]
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
     head += '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -363,37 +387,63 @@ def _panels(report: Mapping[str, Any], stage: str, series: Series) -> list[str]:
     figures = []
     for title in sorted(groups, key=lambda t: (order.index(t) if t in order else len(order), t)):
         text = title + next((n for name in groups[title] if (n := _note(report, stage, name))), "")
-        dark, light = (_picture(groups[title], theme) for theme in ("dark", "light"))
-        source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        picture = f'<picture>{source}<img src="{light}" alt="{_e(stage)}: {_e(text)}"></picture>'
-        figures.append(f"<figure><figcaption>{_e(text)}</figcaption>{picture}</figure>")
+        figures.append(_figure(text, stage, functools.partial(_picture, groups[title])))
     return figures
+
+
+def _figure(text: str, stage: str, picture: Callable[[str], str]) -> str:
+    dark, light = (picture(theme) for theme in ("dark", "light"))
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    shown = f'<picture>{source}<img src="{light}" alt="{_e(stage)}: {_e(text)}"></picture>'
+    return f"<figure><figcaption>{_e(text)}</figcaption>{shown}</figure>"
+
+
+def _reliability(bins: Sequence[Sequence[float]], theme: str) -> str:
+    """Confidence against the share right, point sizes by the number of pairs; on the diagonal is calibrated."""
+    figure, axes = _axes(theme)
+    confidence, right, count = zip(*bins, strict=True)
+    axes.plot([0.5, 1], [0.5, 1], color=INK[theme][0], lw=0.8, ls="--")
+    axes.plot(confidence, right, color=LINES[theme][0], lw=1.2)
+    axes.scatter(confidence, right, s=[8 + 120 * c / max(count) for c in count], color=LINES[theme][0], lw=0)
+    axes.set_xlabel("confidence", color=INK[theme][0], size=8)
+    return _encode(figure)
 
 
 def _picture(series: Series, theme: str) -> str:
     """A data: URL of a PNG with one line for each series over the steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    text, grid = INK[theme]
-    figure = Figure(figsize=(4.6, 2.6), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    text, (figure, axes) = INK[theme][0], _axes(theme)
     for (name, points), color in zip(sorted(series.items(), reverse=True), LINES[theme] * len(series), strict=False):
         values = [math.nan if v is None else v for _, v in points]
         marker = "o" if len(points) < 25 else ""
         label = (name.rpartition("/")[0] or name).encode("ascii", "replace").decode().replace("$", r"\$").lstrip("_")
         axes.plot([step for step, _ in points], values, color=color, lw=1.5, marker=marker, ms=3, label=label)
-    axes.grid(color=grid, lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(colors=text, labelsize=8, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.get_offset_text().set(color=text, size=8)
     axes.set_xlabel("step", color=text, size=8)
     if len(series) > 1:
         axes.legend(frameon=False, labelcolor=text, fontsize=8)
+    return _encode(figure)
+
+
+def _axes(theme: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    text, grid = INK[theme]
+    figure = Figure(figsize=(4.6, 2.6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(color=grid, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(colors=text, labelsize=8, length=0)
+    return figure, axes
+
+
+def _encode(figure: Any) -> str:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", transparent=True, metadata={"Software": None})

@@ -126,3 +126,15 @@ def test_a_wrong_flag_is_one_line(flags):
 
 def test_differences_name_the_path():
     assert c.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
+
+
+def test_a_sections_own_defaults_stand_under_what_the_file_says(tmp_path):
+    from jaxllm.run import Config
+
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {embed_dim: 256, num_heads: 4}\ngrpo: {num_steps: 3, actor: {learning_rate: 1.0e-3}}\n")
+    config = c.load(Config, path)
+    assert (config.model.head_dim, config.model.num_kv_heads) == (64, 4)  # derived anew, not from the default's
+    assert (config.grpo.advantages, config.grpo.num_responses, config.grpo.num_steps) == ("grpo", 8, 3)
+    assert (config.grpo.actor.schedule, config.grpo.actor.learning_rate) == ("constant", 1e-3)
+    assert config.ppo.advantages == "gae" and config.rloo.num_responses == 4

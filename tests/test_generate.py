@@ -65,7 +65,7 @@ def test_mask_ends_with_the_stop_token_and_padding_follows(model_and_params):
         assert mask[:n].all() and not mask[n:].any()
         assert (tokens[:n] == STOP[0]).sum() == finished and (tokens[n:] == PAD).all()
         assert not finished or tokens[n - 1] == STOP[0]
-    for row, completion in zip(responses, g.completions(rollout), strict=True):
+    for row, completion in zip(responses, g.completions(rollout, STOP), strict=True):
         assert STOP[0] not in completion.ids and row[: len(completion.ids)].tolist() == completion.ids
 
 
@@ -82,7 +82,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(model_and_params):
     model, params = model_and_params
     rollout = jax.device_get(roll(model, params, PROMPTS, g.SamplingConfig(6, 0.0)))
     ids = PROMPTS[2]
-    for want in g.completions(rollout)[2].ids:
+    for want in g.completions(rollout, STOP)[2].ids:
         hidden = transformer.apply(params, model, jnp.array([ids], jnp.int32))[0, -1]
         assert int(jnp.argmax(hidden @ transformer.head(params).T)) == want
         ids = [*ids, want]
@@ -105,7 +105,7 @@ def test_sharded_rollout_equals_single_device(model_and_params):
 def test_stream_draws_what_the_batch_draws(model_and_params):
     model, params = model_and_params
     sampling = g.SamplingConfig(10, 0.8)
-    batch = g.completions(jax.device_get(roll(model, params, PROMPTS[:1], sampling, seed=3)))[0]
+    batch = g.completions(jax.device_get(roll(model, params, PROMPTS[:1], sampling, seed=3)), STOP)[0]
     small = transformer.unstack(params, model)
     streamed = list(g.stream(small, model, PROMPTS[0], sampling=sampling, stop_ids=STOP, pad_id=PAD, seed=3))
     assert streamed == batch.ids
@@ -143,6 +143,20 @@ def test_the_sampler_draws_from_the_softmax():
     p = np.asarray(jax.nn.softmax(hidden @ transformer.head(params).T / 1.3))
     counts = np.bincount(np.asarray(rollout.tokens)[:, -1], minlength=40)
     assert ((counts - n * p) ** 2 / (n * p)).sum() < 39 + 5 * np.sqrt(2 * 39)
+
+
+def test_the_inverse_transform_gives_each_index_its_share_and_never_one_without_weight():
+    rng = np.random.default_rng(0)
+    weights = rng.random(300) ** 4 * (rng.random(300) < 0.5)
+    n = 60_000
+    uniform = (np.arange(n) + 0.5) / n  # evenly spread: the counts are the shares, up to rounding
+    rows = jnp.broadcast_to(jnp.array(weights, jnp.float32)[None], (n, 300))
+    counts = np.bincount(np.asarray(jax.jit(g.inverse_transform)(rows, jnp.array(uniform, jnp.float32))), minlength=300)
+    np.testing.assert_allclose(counts / n, weights / weights.sum(), atol=2 / n + 1e-5)
+    assert not counts[weights == 0].any()
+    ends = jnp.array([0.0, np.nextafter(1, 0)], jnp.float32)
+    lone = jnp.zeros((2, 5)).at[:, 3].set(1e-30)
+    assert g.inverse_transform(lone, ends).tolist() == [3, 3]
 
 
 def test_prompt_longer_than_the_context_is_one_clear_line():

@@ -158,6 +158,41 @@ def test_generate_prints_only_text_and_repeats_itself(tiny_run):
     assert first == generate(tiny_run / "pretrain", *sampled) and len(first.splitlines()) >= 3
 
 
+def test_the_best_of_n_is_the_one_the_reward_model_scores_highest(tiny_run):
+    asked = ["--prompt", "The soup tastes great.", "--chat", "--max-new-tokens", 8, "--temperature", 1.5]
+    drawn = generate(tiny_run / "sft", *asked, "--num-samples", 6).splitlines()
+    best = generate(tiny_run / "sft", *asked, "--best-of", 6, "--reward-from", tiny_run / "reward").splitlines()
+    assert len(best) == 1 and best[0] in drawn and len(set(drawn)) > 1
+    process = jaxllm("generate", str(tiny_run / "sft"), "--prompt", "x", "--best-of", "4")
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 2 and "--reward-from" in log
+
+
+def test_the_rest_of_the_family_runs_from_the_command_line(tiny_run, tmp_path):
+    """DPO as adapters, RLOO as adapters on top of it, GRPO, and PPO with one trunk: all are models afterwards."""
+    directory = tmp_path / "run"
+    shutil.copytree(tiny_run, directory, ignore=shutil.ignore_patterns("ppo", "evaluate", "reward"))
+    commands = [
+        ["dpo", "--dpo.lora.rank", 4, "--dpo.num-steps", 6, "--dpo.loss", "plackett_luce"],
+        ["reward", "--reward.lora.rank", 4, "--reward.normalise", "unit"],
+        ["rloo", "--rloo.num-steps", 2, "--rloo.lora.rank", 2, "--rloo.init-from", directory / "dpo"],
+        ["grpo", "--grpo.num-steps", 2, "--grpo.batch-size", 32, "--grpo.num-responses", 4],
+        ["ppo", "--ppo.num-steps", 2, "--ppo.lora.rank", 4, "--ppo.ptx.coef", 0.5, "--ppo.ema-decay", 0.5],
+        ["evaluate"],
+    ]
+    for stage, *more in commands:
+        process = jaxllm(stage, "configs/tiny.yaml", "--run-dir", str(directory), *map(str, more))
+        _, log = process.communicate(timeout=200)
+        assert process.returncode == 0, log
+    result = json.loads((directory / "evaluate" / "result.json").read_text())
+    assert list(result["stages"]) == ["pretrain", "sft", "dpo", "rloo", "grpo", "ppo"]
+    assert json.loads((directory / "dpo" / "result.json").read_text())["accuracy"] > 0.5
+    assert generate(directory / "rloo", "--prompt", "The soup", "--chat", "--max-new-tokens", 4).strip()
+    assert "GRPO" in (directory / "report.md").read_text()
+    rollouts = json_lines(directory / "ppo" / "rollouts.jsonl")
+    assert {line["step"] for line in rollouts} == {1, 2} and all(line["prompt"] for line in rollouts)
+
+
 def test_chat_streams_and_keeps_the_conversation(tiny_run):
     process = jaxllm(
         "chat", str(tiny_run / "ppo"), "--temperature", "0", "--max-new-tokens", "16", stdin=subprocess.PIPE

@@ -298,3 +298,21 @@ def test_whitening_without_centring_keeps_the_mean():
     x, mask = jnp.array([[1.0, 2.0, 3.0, 99.0]]), jnp.array([[True, True, True, False]])
     white = losses.whiten(x, mask, centre=False)[0, :3]
     np.testing.assert_allclose([white.mean(), white.std()], [2.0, 1.0], rtol=1e-5)
+
+
+def test_k3_in_the_loss_pulls_like_the_reverse_divergence():
+    """GRPO's KL term: on policy, the mean gradient of k3 is that of KL(reference || policy), and not of KL(policy || .).
+
+    So GRPO does not converge to PPO's optimum ref * exp(r / beta), but to beta * ref / (constant - r), r being the
+    normalised score (the stationary point of E[r] - beta KL(ref || pi)).
+    """
+    rng = np.random.default_rng(0)
+    logits = jnp.array(rng.normal(size=6), jnp.float32)
+    ref = jax.nn.log_softmax(jnp.array(rng.normal(size=6), jnp.float32))
+    policy = jax.nn.softmax(logits)
+    per_sample = jax.jacobian(lambda x: losses.kl_k3(jax.nn.log_softmax(x) - ref))(logits)  # [sample, logit]
+    mean = (policy[:, None] * per_sample).sum(0)
+    reverse = jax.grad(lambda x: (jnp.exp(ref) * (ref - jax.nn.log_softmax(x))).sum())(logits)
+    forward = jax.grad(lambda x: (jax.nn.softmax(x) * (jax.nn.log_softmax(x) - ref)).sum())(logits)
+    np.testing.assert_allclose(mean, reverse, atol=1e-5)
+    assert np.abs(np.asarray(mean - forward)).max() > 0.01

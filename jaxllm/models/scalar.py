@@ -1,10 +1,13 @@
 """A decoder with a scalar head in place of the vocabulary: the reward model and the critic."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxllm.config import InputError
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 
@@ -44,3 +47,17 @@ def last_value(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
     places = jnp.arange(values.shape[1], dtype=jnp.int32)[None]
     last = jnp.where(segment_ids > 0, places, -1).max(1, keepdims=True)
     return jnp.take_along_axis(values, jnp.maximum(last, 0), axis=1)[:, 0]
+
+
+def score_rows(params: Any, config: ModelConfig, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Scores float32[N] of N rows of token ids, read at the last one of each. Raises InputError past the context."""
+    longest = max(map(len, rows))
+    if longest > config.max_length:
+        raise InputError(
+            f"reward model: {longest} tokens are more than its context of {config.max_length}; use shorter"
+        )
+    tokens, segments = (np.zeros((len(rows), min(-(-longest // 32) * 32, config.max_length)), np.int32) for _ in "ts")
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], segments[i, : len(row)] = row, 1
+    values = jax.jit(lambda p, t, s: last_value(apply(p, config, t, s), s))(params, tokens, segments)
+    return np.asarray(values)

@@ -274,11 +274,32 @@ def test_a_response_is_cut_at_a_stop_string():
     assert [c.ids for c in g.completions(cut, (1,))] == [[2, 0, 3], [4, 4]]
 
 
-def test_gae_of_the_true_value_is_zero():
-    """With the exact value of every state, every advantage is 0 for any lambda."""
-    mask = jnp.array([[True, True, True, False]])
-    rewards = jnp.array([[0.1, -0.2, 0.7, 9.0]])
-    values = jnp.array([[0.6, 0.5, 0.7, 9.0]])
-    for lam in (0.0, 0.5, 1.0):
-        advantages, _ = losses.gae(rewards, values, mask, discount=1.0, lam=lam)
-        np.testing.assert_allclose(advantages, 0.0, atol=1e-6)
+def test_at_the_optimum_with_the_true_value_every_advantage_is_zero():
+    """Rewards of pi*, token by token, and V(prefix) = beta log Z(prefix): the deltas vanish, for any lambda."""
+    rng, beta, space = np.random.default_rng(0), 0.7, worlds.Responses(4, 3)
+    reward = rng.normal(size=len(space.rows))
+    step = {}  # the reference: a distribution over four tokens after every prefix
+    for row in space.rows:
+        for n in range(len(row)):
+            step.setdefault(row[:n], np.log(rng.dirichlet(np.ones(4))))
+    ref = np.array([sum(step[row[:n]][row[n]] for n in range(len(row))) for row in space.rows])
+    tilted = ref + reward / beta
+
+    def log_z(prefix):  # log sum over responses that begin with it, given the prefix under the reference
+        inside = np.array([row[: len(prefix)] == prefix for row in space.rows])
+        before = sum(step[prefix[:n]][prefix[n]] for n in range(len(prefix)))
+        return np.log(np.exp(tilted[inside]).sum()) - before
+
+    R = 3
+    mask, rewards, values = np.zeros((len(space.rows), R), bool), *(np.full((len(space.rows), R), np.nan) for _ in "rv")
+    for i, row in enumerate(space.rows):
+        for n in range(len(row)):
+            mask[i, n], values[i, n] = True, beta * log_z(row[:n])
+            after = reward[i] / beta if n == len(row) - 1 else log_z(row[: n + 1])
+            optimal = step[row[:n]][row[n]] + after - log_z(row[:n])  # log pi* of the token
+            rewards[i, n] = -beta * (optimal - step[row[:n]][row[n]]) + (reward[i] if n == len(row) - 1 else 0.0)
+    for lam in (0.0, 0.5, 0.95, 1.0):
+        arrays = (jnp.array(rewards, jnp.float32), jnp.array(values, jnp.float32), jnp.array(mask))
+        advantages, returns = losses.gae(*arrays, discount=1.0, lam=lam)
+        np.testing.assert_allclose(advantages, 0.0, atol=2e-5)
+        np.testing.assert_allclose(np.asarray(returns)[mask], values[mask], atol=2e-5)

@@ -14,7 +14,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
 from jaxllm.stages import ppo
 
-PROMPTS = [[2], [3, 4, 2]]  # of two lengths: one is padded
+PROMPTS = [[2], [3, 0, 2]]  # of two lengths: one is padded
 REWARDS: dict[tuple[str, str], float] = {}  # (prompt, response without its end) -> reward, for `reward_of`
 
 
