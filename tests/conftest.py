@@ -1,6 +1,7 @@
 """Every test runs on 8 virtual CPU devices with strict dtype and rank promotion."""
 
 import atexit
+import fcntl
 import os
 import shutil
 import subprocess
@@ -18,11 +19,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
-# The same small programs are compiled in many processes: a cache of this session's compilations halves the suite.
-COMPILED = {"jax_compilation_cache_dir": tempfile.mkdtemp(), "jax_persistent_cache_min_compile_time_secs": 0.1}
+# What this session's processes share (pytest's workers, `jaxllm`): the same small programs are compiled in many of them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAXLLM_TEST_SESSION"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["JAXLLM_TEST_SESSION"], ignore_errors=True)
+SESSION = Path(os.environ["JAXLLM_TEST_SESSION"])
+COMPILED = {"jax_compilation_cache_dir": f"{SESSION}/compiled", "jax_persistent_cache_min_compile_time_secs": 0.1}
 for name, value in COMPILED.items():
     jax.config.update(name, value)
-atexit.register(shutil.rmtree, COMPILED["jax_compilation_cache_dir"], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,12 +39,20 @@ def jaxllm(*args: str, **kwargs) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "jaxllm", *args], env=env, **{**pipes, **kwargs})
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file goes to a worker first."""
+    items.sort(key=lambda item: item.path.name != "test_life.py")
+
+
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """The run directory of configs/tiny.yaml, run once, never cut."""
-    directory = tmp_path_factory.mktemp("tiny") / "run"
-    process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(directory))
-    _, log = process.communicate(timeout=300)
-    assert process.returncode == 0, log
-    (directory / "log.txt").write_text(log)
+def tiny_run():
+    """The run directory of configs/tiny.yaml, run once, never cut; the first worker that needs it makes it."""
+    directory, log = SESSION / "tiny", SESSION / "tiny" / "log.txt"
+    with open(SESSION / "tiny.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not log.exists():
+            process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(directory))
+            _, text = process.communicate(timeout=300)
+            assert process.returncode == 0, text
+            log.write_text(text)
     return directory

@@ -100,10 +100,11 @@ class World:
         for prompt, values in zip(PROMPTS, self.rewards, strict=True):
             name = LETTERS.decode(prompt)
             REWARDS.update({(name, t): float(v) for t, v in zip(self.space.texts, values, strict=True)})
-        key = jax.random.key(seed)
         shardings = param_shardings(self.mesh, transformer.abstract(self.model), transformer.axes(self.model))
-        self.ref = jax.jit(lambda: transformer.init(self.model, key), out_shardings=shardings)()
+        self.ref = jax.device_put(transformer.init(self.model, jax.random.key(seed)), shardings)
         self.setup = ppo.Setup(config, self.model, self.model, LETTERS, seed)  # pyright: ignore[reportArgumentType]
+        with jax.set_mesh(self.mesh):
+            self.parts = ppo.build(self.setup, self.mesh)
         self.examples = [
             PromptExample([{"role": "user", "content": LETTERS.decode(p)}], p) for p in PROMPTS for _ in range(4096)
         ]
@@ -115,7 +116,7 @@ class World:
             first = {} if not setup.has_critic else ppo.first_scalar(copy(self.ref), self.model, {}, config)
             whole = ppo.first_scalar(copy(self.ref), self.model, {}, config) if setup.shares_trunk else copy(self.ref)
             (actor, actor_base), (critic, critic_base) = (ppo.split(config.lora, p) for p in (whole, first))
-            roles, parts = ppo.Roles(self.ref, actor_base, critic_base, {}), ppo.build(setup, self.mesh)
+            roles, parts = ppo.Roles(self.ref, actor_base, critic_base, {}), self.parts
             state = ppo.first_state(parts, config, self.mesh, copy(actor), copy(critic))
             if resume is not None:
                 place = lambda value, like: jax.device_put(value, like.sharding)
