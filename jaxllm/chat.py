@@ -60,7 +60,7 @@ def answer_once(
 def converse(stage_dir: str, sampling: SamplingConfig, seed: int, system: str = "", user: TextIO = sys.stdin) -> None:
     """Read messages from `user` (default: standard input) and stream answers to standard output."""
     params, model, tokenizer, mesh = load(stage_dir)
-    params = jax.jit(lambda p: transformer.unstack(p, model))(params)
+    params = jax.jit(lambda p: transformer.unstack(p, transformer.decoding(model)))(params)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     stops = (tokenizer.end_id, tokenizer.eos_id)

@@ -44,6 +44,9 @@ class SamplingConfig:
             raise ValueError("top_p: must be above 0 and at most 1")
 
 
+_CHECK_EVERY = 8  # steps from one look at whether every row has ended to the next: a look makes the devices meet
+
+
 class Rollout(NamedTuple):
     """What the policy did. Rows: prompt-major, a prompt's samples side by side."""
 
@@ -81,10 +84,11 @@ def generate(
     """
     B, P = tokens.shape
     R, rows = sampling.max_new_tokens, B * num_samples
+    config = transformer.decoding(config)
     params = transformer.unstack(params, config)
     index = jnp.arange(B, dtype=jnp.int32) if index is None else index
     row_keys = _row_keys(key, index, num_samples)
-    hidden, cache, segments, lengths = prefill(params, config, tokens, mask, P + R, num_samples)
+    hidden, cache, segments, lengths = prefill(params, config, tokens, mask, P, num_samples)
     pick = functools.partial(_pick, params=params, sampling=sampling)
     stops = jnp.array(stop_ids, jnp.int32)
 
@@ -97,7 +101,7 @@ def generate(
     def write(buffer: jax.Array, column: jax.Array, place: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(buffer, column[:, None], place, axis=1)
 
-    def body(carry: Any) -> Any:
+    def body(segments: jax.Array, _: jax.Array, carry: Any) -> Any:
         place, responses, masks, logprobs, finished, token, cache = carry
         hidden, cache = advance(params, config, token, lengths + place - 1, segments, cache, P + place - 1)
         alive = ~finished
@@ -107,7 +111,7 @@ def generate(
 
     zero = jnp.zeros((), jnp.int32)
     token, logprob, finished = draw(hidden, zero, jnp.zeros(rows, bool))
-    start: Any = (
+    carry: Any = (
         zero + 1,
         write(jnp.full((rows, R), pad_id, jnp.int32), token, zero),
         write(jnp.zeros((rows, R), bool), jnp.ones(rows, bool), zero),
@@ -116,11 +120,28 @@ def generate(
         token,
         cache,
     )
-    _, responses, masks, logprobs, finished, _, _ = jax.lax.while_loop(
-        lambda carry: (carry[0] < R) & ~carry[4].all(), body, start
-    )
+    for end in _cache_ends(R):
+        more = P + end - segments.shape[1]
+        segments = jnp.pad(segments, ((0, 0), (0, more)), constant_values=1)
+        carry = (*carry[:-1], transformer.grow_cache(carry[-1], more))
+
+        def some(carry: Any, end: int = end, segments: jax.Array = segments) -> Any:
+            count = jnp.minimum(_CHECK_EVERY, end - carry[0])
+            return jax.lax.fori_loop(0, count, functools.partial(body, segments), carry)
+
+        carry = jax.lax.while_loop(lambda carry, end=end: (carry[0] < end) & ~carry[4].all(), some, carry)
+    _, responses, masks, logprobs, finished, _, _ = carry
     prompts, prompt_mask = (jnp.repeat(x, num_samples, axis=0) for x in (tokens, mask))
     return Rollout(jnp.concatenate([prompts, responses], axis=1), prompt_mask, masks, logprobs, finished)
+
+
+def _cache_ends(R: int) -> list[int]:
+    """Response places the cache has room for as it grows, so that the first steps do not read the last one's places.
+
+    At most four sizes, 32 places apart or more: each compiles the step again.
+    """
+    stride = max(32, -(-R // 4))
+    return [*range(stride, R, stride), R]
 
 
 def prefill(params: Any, config: ModelConfig, tokens: jax.Array, mask: jax.Array, length: int, num_samples: int = 1):
@@ -147,8 +168,7 @@ def advance(params: Any, config: ModelConfig, token, position, segments, cache, 
 
 def _pick(hidden: jax.Array, keys: jax.Array, *, params: Any, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array]:
     """Draw a token from each row: hidden [rows, D], keys [rows] -> (int32[rows], float32[rows] log-probability)."""
-    weights = transformer.head(params).astype(hidden.dtype)
-    logits = jnp.einsum("bd,vd->bv", hidden, weights, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bd,dv->bv", hidden, params["unembed"], preferred_element_type=jnp.float32)
     logits = constrain(logits, "batch", None) / (sampling.temperature or 1.0)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     if sampling.temperature == 0:
@@ -343,8 +363,9 @@ def stream(
     pad_id: int,
     seed: int,
 ) -> Iterator[int]:
-    """Yield the ids of one response as they are drawn, the stop token left out. params from `transformer.unstack`."""
+    """Yield the ids of one response as they are drawn, the stop token left out. params from `transformer.unstack` with `transformer.decoding(config)`."""
     check_lengths(config, len(prompt), sampling)
+    config = transformer.decoding(config)
     start, step = _stream_steps(config, sampling)
     P = min(-(-len(prompt) // 32) * 32, config.max_length - sampling.max_new_tokens)
     tokens, mask = left_pad([prompt], P, pad_id)

@@ -105,6 +105,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, ACT_RULES))
 
 
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": of the current mesh (`jax.set_mesh`), which may be one that is only compiled for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
 def activation(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(axes, ACT_RULES))
 

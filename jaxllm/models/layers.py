@@ -68,7 +68,8 @@ class Attention(nnx.Module):
 
     def project(self, y: jax.Array) -> jax.Array:
         """Heads [B, T, N, H] -> [B, T, D]."""
-        y = jnp.einsum("btnh,nhd->btd", y, self.out[...].astype(y.dtype))
+        weights = self.out[...].astype(y.dtype)
+        y = y.reshape(*y.shape[:2], -1) @ weights.reshape(-1, weights.shape[-1])
         return y + _like(self.out_bias, y) if self.config.bias else y
 
 
@@ -110,17 +111,17 @@ class Block(nnx.Module):
         return self._rest(x, mixed)
 
     def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, offset):
-        """The same for T new tokens at places offset.. of a cache k, v [B, S, K, H], written in place.
+        """The same for T new tokens at places offset.. of a cache k, v [B, K, S, H], written in place.
 
         kv_segment_ids: int32[B, S], 0 where a place holds no token. Returns (x, k_cache, v_cache).
         """
         q, k, v = self.attention.qkv(self.attention_norm(x), positions)
-        k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k, offset, axis=1)
-        v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v, offset, axis=1)
+        k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k.swapaxes(1, 2), offset, axis=2)
+        v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v.swapaxes(1, 2), offset, axis=2)
         T = x.shape[1]
         q_segment_ids = jax.lax.dynamic_slice_in_dim(kv_segment_ids, offset, T, axis=1)
         segments = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
-        mixed = attention(q, k_cache, v_cache, **segments, q_offset=offset)
+        mixed = attention(q, k_cache.swapaxes(1, 2), v_cache.swapaxes(1, 2), **segments, q_offset=offset)
         return self._rest(x, mixed), k_cache, v_cache
 
     def _rest(self, x: jax.Array, mixed: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ Layers are always stacked, so there is one checkpoint layout. NNX is used inside
 split into a graph definition (cached per config) and a dict of arrays, and merged where it is called.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -16,13 +17,13 @@ from flax import nnx
 from jaxllm.models import lora
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Block, Norm, normal
-from jaxllm.sharding import constrain
+from jaxllm.sharding import constrain, platform
 
 Params = dict[str, Any]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of past tokens, one array per layer: each [B, S, K, H]."""
+    """Keys and values of past tokens, one array per layer: each [B, K, S, H]: a head's places side by side, as attention reads them."""
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
@@ -93,20 +94,32 @@ def head(params: Params) -> jax.Array:
 
 
 def empty_cache(config: ModelConfig, batch_size: int, length: int) -> KVCache:
-    shape = (batch_size, length, config.num_kv_heads, config.head_dim)
-    zeros = lambda: constrain(jnp.zeros(shape, config.compute_dtype), "batch", "cache", "kv_heads", "head_dim")
+    shape = (batch_size, config.num_kv_heads, length, config.head_dim)
+    zeros = lambda: constrain(jnp.zeros(shape, config.compute_dtype), "batch", "kv_heads", "cache", "head_dim")
     return KVCache(*(tuple(zeros() for _ in range(config.num_layers)) for _ in range(2)))
 
 
-def unstack(params: Params, config: ModelConfig) -> Params:
-    """Parameters for `apply_cached`: layers as a list, matrices already in config.dtype.
+def decoding(config: ModelConfig) -> ModelConfig:
+    """The config to decode with: float32 on a CPU, where XLA would convert all bfloat16 weights and the cache anew for
+    each token, which takes longer than reading float32."""
+    return dataclasses.replace(config, dtype="float32") if platform() == "cpu" else config
 
-    Done once before a decode loop, so that no step slices or casts a weight again.
+
+def grow_cache(cache: KVCache, places: int) -> KVCache:
+    """The cache with so many more places at its end."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, places), (0, 0))), cache)
+
+
+def unstack(params: Params, config: ModelConfig) -> Params:
+    """Parameters for `apply_cached`: layers as a list, matrices already in config.dtype, the head as "unembed" [D, V].
+
+    Done once before a decode loop, so that no step slices, casts or turns a weight again.
     """
     params = lora.merge(params)
     cast = lambda x: x.astype(config.compute_dtype) if x.ndim > 1 else x
     layers = [jax.tree.map(lambda x, i=i: cast(x[i]), params["layers"]) for i in range(config.num_layers)]
-    return {**jax.tree.map(cast, {k: v for k, v in params.items() if k != "layers"}), "layers": layers}
+    rest = jax.tree.map(cast, {name: params[name] for name in ("embed", "norm")})
+    return {**rest, "layers": layers, "unembed": cast(head(params)).T}
 
 
 def apply_cached(

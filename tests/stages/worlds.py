@@ -14,7 +14,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
 from jaxllm.stages import ppo
 
-PROMPTS = [[2], [3, 0, 2]]  # of two lengths: one is padded
+PROMPTS = [[2], [0, 0, 2]]  # of two lengths: one is padded; neither goes on as the other begins
 REWARDS: dict[tuple[str, str], float] = {}  # (prompt, response without its end) -> reward, for `reward_of`
 
 
@@ -80,24 +80,25 @@ class World:
         reward_scale: float = 1.0,
         devices: int = 8,
         width: int = 64,
-        layers: int = 2,
+        layers: int = 1,
+        heads: int = 4,
         init_std: float = 0.1,
         **more,
     ):
         self.config, self.seed, rng = config, seed, np.random.default_rng(seed)
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
         self.model = ModelConfig(
-            vocab_size=vocab, max_length=16, num_layers=layers, embed_dim=width, num_heads=4, dtype="float32",
-            init_std=init_std, tie_embeddings=False, **more,
+            vocab_size=vocab, max_length=16, num_layers=layers, embed_dim=width, num_heads=heads, dtype="float32",
+            init_std=init_std, tie_embeddings=False, **{"position": "learned", **more},
         )  # fmt: skip
         self.space = Responses(vocab, length)
-        self.rewards = [
+        self.reward_rows = [
             np.where(
                 self.space.finished, reward_scale * rng.normal(size=len(self.space.rows)), config.missing_end_score
             )
             for _ in PROMPTS
         ]
-        for prompt, values in zip(PROMPTS, self.rewards, strict=True):
+        for prompt, values in zip(PROMPTS, self.reward_rows, strict=True):
             name = LETTERS.decode(prompt)
             REWARDS.update({(name, t): float(v) for t, v in zip(self.space.texts, values, strict=True)})
         shardings = param_shardings(self.mesh, transformer.abstract(self.model), transformer.axes(self.model))
@@ -133,10 +134,14 @@ class World:
                     watch(number, {name: float(s) / float(w) for name, (s, w) in metrics.items()}, state)
             return jax.device_get(setup.policy(state.actor.params, roles.actor_base))
 
-    def distances(self, params, optimum=None):
+    def expected_reward(self, params) -> float:
+        pi = [np.exp(self.space.logprobs(params, self.model, p, self.config.sampling.temperature)) for p in PROMPTS]
+        return float(np.mean([(p * reward).sum() for p, reward in zip(pi, self.reward_rows, strict=True)]))
+
+    def distances(self, params):
         """(total variation to the optimum, share of J* - J(ref) that is missing), the worse of the prompts."""
         temperature, beta, worst = self.config.sampling.temperature, self.config.kl_coef, []
-        for prompt, reward in zip(PROMPTS, self.rewards, strict=True):
+        for prompt, reward in zip(PROMPTS, self.reward_rows, strict=True):
             ref, policy = (self.space.logprobs(p, self.model, prompt, temperature) for p in (self.ref, params))
             best = ref + reward / beta
             best -= np.log(np.exp(best - best.max()).sum()) + best.max()
