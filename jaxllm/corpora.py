@@ -1,4 +1,4 @@
-"""Text that ships inside the demo packages, as records for sources of the form py://jaxllm.corpora:NAME.
+"""Records for sources of the form py://jaxllm.corpora:NAME: text that ships inside the demo packages, and sums.
 
 The packages' data files are read where they are installed; none of their code is run.
 """
@@ -6,6 +6,7 @@ The packages' data files are read where they are installed; none of their code i
 import importlib.util
 import itertools
 import json
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,29 @@ def chitchat_prompts() -> Iterator[dict[str, str]]:
     """{"prompt": message}: the users' messages of `chitchat` that have at least three words, each once."""
     users = dict.fromkeys(user for user, _ in _pairs())
     return ({"prompt": user} for user in users if len(user.split()) >= 3)
+
+
+def additions() -> Iterator[dict[str, str]]:
+    """The 8,100 sums of two numbers of two digits, a tenth of them held out: {"prompt": "47+38=", "response": "85"}."""
+    for a, b, split in _sums():
+        yield {"prompt": f"{a}+{b}=", "response": str(a + b), "split": split}
+
+
+def careless_additions() -> Iterator[dict[str, str]]:
+    """The same sums by someone who forgets two carries in three: 47+38=75. Also as text, with the right `answer`."""
+    rng = random.Random(1)
+    for a, b, split in _sums():
+        ones = a % 10 + b % 10
+        tens = a // 10 + b // 10 + (ones > 9 and rng.random() < 1 / 3)
+        given = 10 * (tens if tens < 10 or rng.random() < 1 / 3 else tens - 10) + ones % 10
+        texts = {"prompt": f"{a}+{b}=", "response": str(given), "text": f"{a}+{b}={given}"}
+        yield texts | {"answer": str(a + b), "split": split}
+
+
+def _sums() -> Iterator[tuple[int, int, str]]:
+    rng = random.Random(0)
+    for a, b in itertools.product(range(10, 100), repeat=2):
+        yield a, b, "held_out" if rng.random() < 0.1 else "train"
 
 
 def _scenes(markdown: str) -> Iterator[str]:

@@ -76,14 +76,15 @@ def accuracy_by(scores: np.ndarray, ranks: np.ndarray, what: str) -> dict[str, f
 
 
 def annotator_agreement(examples: Iterable[Any]) -> tuple[float, int] | None:
-    """(share, pairs): how often two annotators of the same responses order a pair alike, ties of either left out.
+    """(share, pairs): how often two annotators of the same responses, in any order, order a pair alike; no ties.
 
     examples: things with rows, ranks and annotator. The ceiling of a reward model's accuracy; None where no prompt
     was ranked by two.
     """
     by_rows: dict[str, list[np.ndarray]] = {}
     for example in examples:
-        by_rows.setdefault(str(example.rows), []).append(np.asarray(example.ranks))
+        order = sorted(range(len(example.rows)), key=lambda k, rows=example.rows: str(rows[k]))
+        by_rows.setdefault(str([example.rows[k] for k in order]), []).append(np.asarray(example.ranks)[order])
     alike = total = 0
     for ranks in by_rows.values():
         for one, other in itertools.combinations(ranks, 2):

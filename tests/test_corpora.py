@@ -104,3 +104,19 @@ def test_scenes_of_the_plays_are_speeches_without_markup():
 def test_markup_of_a_scene():
     text = "# T\n\n### SCENE I\n\n_Enter A\nand B_\n\n**A**  \n_\\[Aside]_  \nI do--  \n\n_Exit_\n\nand more.\n\n### II\n\n**B**  \nNo.\n"
     assert list(corpora._scenes(text)) == ["A. I do--\nand more.", "B. No."]
+
+
+def test_the_careless_adder_forgets_carries_and_nothing_else():
+    right, careless = list(corpora.additions()), list(corpora.careless_additions())
+    assert [(r["prompt"], r["response"], r["split"]) for r in right] == [
+        (c["prompt"], c["answer"], c["split"]) for c in careless
+    ]
+    wrong = [c for c in careless if c["response"] != c["answer"]]
+    slips = {int(c["answer"]) - int(c["response"]) for c in wrong}
+    assert slips == {10, 100, 110} and 0.5 < len(wrong) / len(careless) < 0.6
+    for c in careless:
+        a, b = map(int, c["prompt"][:-1].split("+"))
+        assert a + b == int(c["answer"]) and c["text"] == c["prompt"] + c["response"]
+        if a % 10 + b % 10 < 10 and a + b < 100:
+            assert c["response"] == c["answer"]
+    assert 0.08 < sum(c["split"] == "held_out" for c in careless) / len(careless) < 0.12

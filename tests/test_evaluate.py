@@ -1,6 +1,7 @@
 """Measures against numbers worked out by hand."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -39,6 +40,17 @@ def test_mean_error_and_win_rate():
 def test_pair_margins_leave_ties_and_absent_responses_out():
     scores, ranks = np.array([[3.0, 1.0, 2.0, 9.0]]), np.array([[1, 2, 2, 0]])
     assert sorted(e.pair_margins(scores, ranks)) == [1.0, 2.0]
+
+
+def test_annotators_agree_on_pairs_whatever_order_the_responses_are_listed_in():
+    def ranked(rows, ranks):
+        return types.SimpleNamespace(rows=rows, ranks=np.array(ranks), annotator="")
+
+    same = [ranked([[1], [2], [3]], [1, 2, 3]), ranked([[3], [1], [2]], [3, 1, 2])]
+    assert e.annotator_agreement(same) == (1.0, 3)
+    other = ranked([[2], [1], [3]], [1, 2, 2])  # 2 before 1: against; 1 and 3 tied: left out; 2 before 3: alike
+    assert e.annotator_agreement([same[0], other]) == (0.5, 2)
+    assert e.annotator_agreement([same[0], ranked([[1], [2]], [1, 2])]) is None
 
 
 def test_calibration_error_is_zero_when_confidence_is_the_truth():

@@ -1,5 +1,7 @@
 """Cached decoding == the trainer's forward pass, whatever the padding, batch and mesh; sampling follows its rules."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +14,11 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
 
 LLAMA = ModelConfig(
-    vocab_size=40, max_length=32, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48, dtype="float32",
+    vocab_size=40, max_length=96, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48, dtype="float32",
     init_std=0.3,
 )  # fmt: skip
 GPT = ModelConfig(
-    vocab_size=40, max_length=32, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=48, norm="layernorm", init_std=0.3,
+    vocab_size=40, max_length=96, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=48, norm="layernorm", init_std=0.3,
     position="learned", mlp="gelu", bias=True, tie_embeddings=False, dtype="float32",
 )  # fmt: skip
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15], [5, 6, 7], [1, 2], [3, 3, 3, 3], [20]]
@@ -43,6 +45,21 @@ def test_sampler_logprobs_equal_the_trainers(model_and_params, temperature):
     mask = np.asarray(rollout.mask)
     assert mask.sum() > 40
     np.testing.assert_allclose(np.asarray(rollout.logprobs)[mask], np.asarray(stats.logprob)[mask], atol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8)])
+def test_a_growing_cache_on_any_mesh_gives_the_trainers_logprobs(model_and_params, mesh):
+    model, params = model_and_params
+    length, sampling, places = 80, g.SamplingConfig(80, 0.8), make_mesh(mesh)
+    assert len(g._cache_ends(length)) == 3
+    with jax.set_mesh(places):
+        placed = jax.device_put(params, param_shardings(places, params, transformer.axes(model)))
+        rows = [jax.device_put(x, activation(places, "batch", None)) for x in g.left_pad(PROMPTS, 9, PAD)]
+        run = g.jitted(model, sampling, (), PAD, 1)
+        rollout = jax.device_get(run(placed, *rows, jax.random.key(0), np.arange(8, dtype=np.int32)))
+    stats = jax.jit(functools.partial(g.response_logprobs, config=model, temperature=0.8))(params, rollout)
+    assert rollout.mask.all()
+    np.testing.assert_allclose(rollout.logprobs, stats.logprob, atol=1e-4)
 
 
 def test_padding_and_batch_do_not_change_a_row(model_and_params):
@@ -160,8 +177,8 @@ def test_the_inverse_transform_gives_each_index_its_share_and_never_one_without_
 
 
 def test_prompt_longer_than_the_context_is_one_clear_line():
-    with pytest.raises(InputError, match=r"prompt: 30 tokens and max_new_tokens 10 do not fit the context of 32"):
-        g.check_lengths(LLAMA, 30, g.SamplingConfig(10))
+    with pytest.raises(InputError, match=r"prompt: 90 tokens and max_new_tokens 10 do not fit the context of 96"):
+        g.check_lengths(LLAMA, 90, g.SamplingConfig(10))
 
 
 def test_going_on_in_the_middle_gives_the_same_completions():

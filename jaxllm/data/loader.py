@@ -263,8 +263,13 @@ def epoch_batches(
 def load_prompts(data: DataConfig, split: str, tokenizer: Tokenizer, max_length: int) -> list[PromptExample]:
     """Prompts of at most max_length tokens, the chat template's included, in a fixed shuffled order.
 
-    Raises InputError on a longer one, unless data.too_long is "drop".
+    Raises InputError on a longer one, unless data.too_long is "drop", and where no prompt would fit.
     """
+    if max_length < 1:
+        raise InputError(
+            "sampling.max_new_tokens: a response of so many tokens leaves no room for a prompt in model.max_length; "
+            "lower the one or raise the other"
+        )
     prompts = []
     for example in shuffled(examples(data, "prompt", split)):
         ids, _ = tokenizer.encode_chat(example.messages, reply=True)

@@ -34,8 +34,8 @@ class TokenizerConfig:
     """Training threads; 0: one per core."""
 
     def __post_init__(self) -> None:
-        if not 300 <= self.vocab_size <= MAX_VOCAB_SIZE:
-            raise ValueError(f"vocab_size: must be between 300 and {MAX_VOCAB_SIZE}")
+        if not 270 <= self.vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(f"vocab_size: must be between 270 and {MAX_VOCAB_SIZE}")
         if not 0.9 <= self.character_coverage <= 1:
             raise ValueError("character_coverage: must be between 0.9 and 1")
         if self.sample_bytes < 1:

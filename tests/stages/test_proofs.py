@@ -65,7 +65,7 @@ def test_ppo_reaches_the_known_optimum():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kl_coef", "seed"), [(0.4, 1), (0.4, 2), (0.8, 3), (0.8, 4)])
+@pytest.mark.parametrize(("kl_coef", "seed"), [(0.4, 1), (0.4, 2), (0.8, 3), (0.6, 5)])
 def test_ppo_reaches_the_optimum_of_other_worlds(kl_coef, seed):
     assert within(reached(dataclasses.replace(PPO, kl_coef=kl_coef), seed))
 
@@ -90,7 +90,10 @@ def test_grpo_as_published_converges_to_another_policy(seed):
     """With two responses to a prompt the normalised advantage is the sign of the difference, so that GRPO maximises
     A(y) = P(r' < r(y)) - P(r' > r(y)) against itself; and the gradient of k3 is that of the forward KL(ref || pi) of
     each token. Where their sum is zero, pi(a | s) = beta ref(a | s) / (lambda(s) - A(s, a))."""
-    config = dataclasses.replace(GRPO, num_responses=2, kl_coef=0.0, kl_loss_coef=0.5)
+    actor = dataclasses.replace(_ADAM, b2=0.999)  # a sign for an advantage: noise that no convergence stills
+    config = dataclasses.replace(
+        GRPO, num_steps=400, batch_size=1024, num_responses=2, kl_coef=0.0, kl_loss_coef=0.5, actor=actor
+    )
     world = worlds.World(config, seed, vocab=4, length=3, layers=2, reward_scale=0.7)
     params = world.train()
     for prompt, reward in zip(worlds.PROMPTS, world.reward_rows, strict=True):

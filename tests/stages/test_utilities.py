@@ -1,6 +1,6 @@
 """The reward model against known utilities: rankings drawn from a Plackett-Luce model, learnt by the real stage.
 
-    python -m pytest tests/stages/test_utilities.py -m slow -n 0 -s        with its figures: 5 minutes on 2 cores
+    python -m pytest tests/stages/test_utilities.py -m slow -n 0 -s        with its figures: 15 minutes on 2 cores
 
 A ranking of K responses is the order of their utilities plus Gumbel noise, so that of any two the better one is ranked
 first with probability sigmoid(difference of utilities): no model can be right more often than the sign of the true
@@ -18,35 +18,22 @@ from jaxllm.data import DataConfig, Source, examples
 from tests.conftest import ROOT, jaxllm
 
 WORDS = [
-    "good",
-    "bad",
-    "room",
-    "food",
-    "staff",
-    "view",
-    "door",
-    "lamp",
-    "soup",
-    "rain",
-    "chair",
-    "phone",
-    "light",
-    "music",
-    "bread",
-    "wine",
-]
+    "good", "bad", "room", "food", "staff", "view", "door", "lamp",
+    "soup", "rain", "chair", "phone", "light", "music", "bread", "wine",
+]  # fmt: skip
+TIMES = "morning", "night"
 
 
 def utilities(prompt: str, responses: list[str], weights: np.ndarray) -> np.ndarray:
-    """A sum over the words, and what the prompt asks for: not a function of the response alone."""
-    wanted = prompt.split()[-1]
-    return np.array([sum(weights[WORDS.index(w)] for w in r.split()) + (wanted in r.split()) for r in responses])
+    """A sum over the words, and another one in another prompt: not a function of the response alone."""
+    of = weights[TIMES.index(prompt.split()[-1])]
+    return np.array([sum(of[WORDS.index(word)] for word in response.split()) for response in responses])
 
 
 def records(rng: np.random.Generator, count: int, weights: np.ndarray):
     """Rankings of K = 2 to 9 responses of 1 to 4 words, in the order of utility plus Gumbel noise."""
     for i in range(count):
-        prompt = f"{i} {rng.choice(WORDS)}"
+        prompt = f"{i} {rng.choice(TIMES)}"
         texts = {" ".join(rng.choice(WORDS, rng.integers(1, 5))): 0 for _ in range(rng.integers(2, 10))}
         responses = [*texts, "door lamp soup rain"][: max(2, len(texts))]
         noisy = utilities(prompt, responses, weights) + rng.gumbel(size=len(responses))
@@ -57,30 +44,30 @@ def records(rng: np.random.Generator, count: int, weights: np.ndarray):
 @pytest.mark.parametrize(("loss", "seed"), [("pairwise", 0), ("plackett_luce", 1)])
 def test_the_reward_model_recovers_the_utilities(tiny_run, tmp_path, loss, seed):
     rng = np.random.default_rng(seed)
-    weights = rng.normal(0.0, 0.7, len(WORDS))
+    weights = rng.normal(0.0, 0.6, (2, len(WORDS)))
     file = tmp_path / "rankings.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in records(rng, 8000, weights)))
+    file.write_text("".join(json.dumps(r) + "\n" for r in records(rng, 16000, weights)))
     directory = tmp_path / "run"
     directory.mkdir()
     for name in ("tokenizer", "sft"):
         (directory / name).symlink_to(tiny_run / name)
     config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
     config["reward"] = {
-        "data": {"held_out_fraction": 0.3, "sources": [{"path": str(file)}]},
+        "data": {"held_out_fraction": 0.15, "sources": [{"path": str(file)}]},
         "loss": loss,
         "batch_size": 32,
-        "num_epochs": 4,
-        "eval_every": 200,
-        "optim": {"learning_rate": 1e-3, "warmup_steps": 20, "weight_decay": 0.0},
+        "num_epochs": 6,
+        "eval_every": 1000,
+        "optim": {"learning_rate": 2e-3, "warmup_steps": 50, "weight_decay": 0.0},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     process = jaxllm("reward", str(tmp_path / "config.yaml"), "--run-dir", str(directory))
-    _, log = process.communicate(timeout=900)
+    _, log = process.communicate(timeout=1800)
     assert process.returncode == 0, log
     result = json.loads((directory / "reward" / "result.json").read_text())
 
     best = []  # the true utilities' difference, better minus worse as ranked, of every held-out pair
-    data = DataConfig(sources=(Source(str(file)),), held_out_fraction=0.3)
+    data = DataConfig(sources=(Source(str(file)),), held_out_fraction=0.15)
     for example in examples(data, "ranked", "held_out"):
         true = utilities(example.messages[-1]["content"], example.responses, weights)
         best.append(evaluate.pair_margins(true[None], np.array([example.ranks])))
