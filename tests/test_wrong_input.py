@@ -98,7 +98,7 @@ def test_vocabulary_larger_than_the_corpus_supports(capsys, config, tmp_path):
     line = refused(capsys, "tokenizer", path, "--run-dir", tmp_path / "r", "--tokenizer.vocab-size", 60000)
     assert re.search(r"tokenizer.vocab_size: 60000 is larger than the corpus supports; set it to at most \d+", line)
     line = refused(capsys, "tokenizer", path, "--run-dir", tmp_path / "r", "--tokenizer.vocab-size", 300_000)
-    assert "tokenizer.vocab_size: must be between 300 and 262144" in line
+    assert "tokenizer.vocab_size: must be between 270 and 262144" in line
 
 
 def test_mesh_that_does_not_divide(capsys, config, tmp_path):
