@@ -92,7 +92,7 @@ def test_grpo_as_published_converges_to_another_policy(seed):
     each token. Where their sum is zero, pi(a | s) = beta ref(a | s) / (lambda(s) - A(s, a))."""
     actor = dataclasses.replace(_ADAM, b2=0.999)  # a sign for an advantage: noise that no convergence stills
     config = dataclasses.replace(
-        GRPO, num_steps=400, batch_size=1024, num_responses=2, kl_coef=0.0, kl_loss_coef=0.5, actor=actor
+        GRPO, num_steps=800, batch_size=1024, num_responses=2, kl_coef=0.0, kl_loss_coef=0.5, actor=actor
     )
     world = worlds.World(config, seed, vocab=4, length=3, layers=2, reward_scale=0.7)
     params = world.train()
