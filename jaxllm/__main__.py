@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import errno
 import logging
 import os
 import sys
@@ -78,7 +79,7 @@ class ChatArgs:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 training failed, 2 bad input, 3 stopped before the end on purpose."""
+    """Entry point. Exit codes: 0 done, or stopped by a signal with everything saved, 1 training failed, 2 bad input, 3 stopped before the end on purpose."""
     if argv is None:
         _use_huge_pages()
     args = sys.argv[1:] if argv is None else argv
@@ -90,6 +91,10 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            raise
+        _exit(f"jaxllm: {error.filename or 'writing'}: {error.strerror}; mend that and run the same command again", 1)
     except KeyboardInterrupt:
         _exit("jaxllm: interrupted; run the same command again to go on", 130)
 
@@ -126,8 +131,11 @@ def _usage() -> str:
 
 
 def _train(command: str, args: list[str]) -> None:
+    from jaxllm.checkpoint import SaveFailed
     from jaxllm.metrics import TrainingDiverged
+    from jaxllm.process import Stopped
     from jaxllm.run import Config, run_stages
+    from jaxllm.train import SilentCorruption
     from jaxllm.workspace import STAGES, StageCut
 
     prog = f"jaxllm {command} CONFIG"
@@ -140,8 +148,10 @@ def _train(command: str, args: list[str]) -> None:
     config = load(Config, path, overrides)
     try:
         run_stages(config, path, config.stages if command == "run" else [s for s in STAGES if s == command])
-    except TrainingDiverged as error:
+    except (TrainingDiverged, SaveFailed, SilentCorruption) as error:
         _exit(f"jaxllm: {error}", 1)
+    except Stopped as stop:
+        _exit(f"jaxllm: {stop}", 0)
     except StageCut as cut:
         _exit(f"jaxllm: {cut}", 3)
 
@@ -188,7 +198,11 @@ class _field_errors:
 
 
 def _exit(text: str, code: int) -> None:
-    print(text, file=sys.stderr)
+    """End with one line. One of several processes that fails ends at once: a farewell would wait for the others."""
+    print(text, file=sys.stderr, flush=True)
+    jax = sys.modules.get("jax")  # not imported for the sake of a message
+    if code and jax and jax.distributed.is_initialized():
+        os._exit(code)
     sys.exit(code)
 
 

@@ -1,27 +1,44 @@
-"""Checkpoints: Orbax behind a few functions. Asynchronous, atomic, last N and best kept.
+"""Checkpoints: Orbax writes and reads the arrays; what is whole, what is trusted and what is kept is decided here.
 
-Restoring always goes through the abstract state with the target shardings, so another mesh or device count is
-no special case. A tree that does not match is an error that lists both sides; nothing is overlaid on fresh weights.
+A step's folder is committed once its seal.json is there, which is written last, at once. It holds the size and hash of
+every file, a digest of every leaf taken on the devices before saving, and a record: fingerprints of what the run was
+made from, held-out metrics, skipped batches. All of it is checked before a checkpoint is used. Restoring goes through
+the abstract state with the target shardings, so that another mesh, device or host count is no special case. A tree that
+does not match is an error that lists both sides; nothing is overlaid on fresh weights.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import hashlib
+import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers as policies
 
+from jaxllm import digest
 from jaxllm.config import InputError
+from jaxllm.metrics import console
+from jaxllm.sharding import any_process, meet
+
+Record = dict[str, Any]
+SEAL = "seal.json"
+# What Orbax, TensorStore and the operating system raise where a disk is full or not writable, a file is short, ...
+_IO_ERRORS = (OSError, ValueError, RuntimeError)
+_READ_ERRORS = (*_IO_ERRORS, KeyError, TypeError, AttributeError)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and what to keep."""
+    """When to save, what to keep, and what to do where something is damaged."""
 
     save_every: int = 200
     """Steps between checkpoints; the last step is always saved."""
@@ -29,83 +46,331 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
     keep_best: int = 1
     """Checkpoints with the best held-out metric kept besides."""
+    keep_every: int = 0
+    """Steps between checkpoints that are kept for ever; 0: none."""
+    damaged: Literal["fall_back", "stop"] = "fall_back"
+    """Where the newest checkpoint is damaged: go on from the newest good one, with a warning, or stop."""
+    rewind_after: int = 20
+    """Updates skipped in a row (not finite, or a spike) after which training goes back; 0: never."""
+    rewind_skip: int = 100
+    """Batches skipped beyond the last bad one, after going back (PaLM: 200 to 500)."""
+    max_rewinds: int = 3
+    """Training has failed when it would have to go back once more."""
+    compare_replicas_every: int = 0
+    """Steps between comparisons of what several devices hold in common, to find silent corruption; 0: never."""
 
     def __post_init__(self) -> None:
         if self.save_every < 1:
             raise ValueError("save_every: must be at least 1")
         if self.keep_last < 1 or self.keep_best < 0:
             raise ValueError("keep_last: keep at least the newest checkpoint, and keep_best of 0 or more")
+        for name in ("keep_every", "compare_replicas_every", "rewind_after", "rewind_skip", "max_rewinds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: must not be negative (0 is off)")
 
 
-def open_manager(
-    directory: epath.PathLike, config: CheckpointConfig | None = None, metric: str = "", lower_is_better: bool = True
-) -> ocp.CheckpointManager:
-    """The manager of a stage's checkpoints/ folder; without a config it only reads."""
-    path = epath.Path(directory)
-    path = path if "://" in str(path) else path.resolve()  # Orbax takes absolute paths only
-    handler = ocp.PyTreeCheckpointHandler()
-    if config is None:
-        options = ocp.CheckpointManagerOptions(read_only=True)
-        return ocp.CheckpointManager(path, options=options, item_handlers=handler)
-    rules: list[Any] = [policies.LatestN(config.keep_last)]
-    if metric and config.keep_best:
-        # BestN keeps the highest value, and a step saved without the metric counts as the worst.
-        sign = -1.0 if lower_is_better else 1.0
-        value: Callable[[Any], float] = lambda m: sign * m[metric] if m and metric in m else -np.inf
-        rules.append(policies.BestN(get_metric_fn=value, n=config.keep_best))
-    _clean(path)
-    options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(rules))
-    return ocp.CheckpointManager(path, options=options, item_handlers=handler)
+class Damaged(InputError):
+    """A checkpoint that is not what was saved; `step_dir` is its folder."""
+
+    def __init__(self, step_dir: epath.Path, what: str):
+        super().__init__(
+            f"{step_dir}: this checkpoint is damaged or half-written ({what}); `jaxllm run` makes it again, from the "
+            "newest good one"
+        )
+        self.step_dir, self.what = step_dir, what
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-    """Start saving; the state is copied off the device before this returns, the rest is in the background."""
-    manager.save(step, args=ocp.args.PyTreeSave(state), metrics=dict(metrics or {}))
+class SaveFailed(Exception):
+    """The last state could not be saved, although it was tried again and again."""
 
 
-def restore_or_init(manager: ocp.CheckpointManager, abstract: Any, init: Callable[[], Any]) -> Any:
-    """The newest complete checkpoint of this run, else init()."""
-    manager.reload()  # re-read the folder: the cached list may name a step whose commit failed
-    step = manager.latest_step()
-    return init() if step is None else restore(manager, step, abstract)
+class Checkpoints:
+    """A stage's checkpoints/ folder, written by this run. All processes make every call together."""
+
+    def __init__(
+        self, directory: epath.PathLike, config: CheckpointConfig, metric: str = "", lower_is_better: bool = True
+    ):
+        self.directory, self.config, self.metric = _absolute(directory), config, metric
+        self.sign = -1.0 if lower_is_better else 1.0
+        self._writer: ocp.AsyncCheckpointer | None = None
+        self._commit: threading.Thread | None = None
+        self._saving, self._error = -1, ""
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _clean(self.directory)
+        meet("checkpoints")
+
+    def restore_or_init(self, abstract: Any, init: Callable[[], Any]) -> tuple[Any, Record]:
+        """(state, record) of the newest checkpoint that is whole, else (init(), {}).
+
+        A damaged one is named and set aside in STAGE/damaged/. Raises Damaged where config.damaged says stop.
+        """
+        for step in reversed(committed_steps(self.directory)):
+            try:
+                return restore(self.directory / str(step), abstract)
+            except Damaged as error:
+                if self.config.damaged == "stop":
+                    raise
+                warn_damaged(error, "the one before is used")
+                set_aside(error.step_dir)
+        return init(), {}
+
+    def save(self, step: int, state: Any, record: Record) -> None:
+        """Start saving: the state is off the devices when this returns, the rest is done in the background.
+
+        A failure (a full disk, a folder that cannot be written) ends the save, not the run: it says so, and the next
+        save tries again.
+        """
+        self.wait()
+        self._saving, self._error = step, self._no_room(state)
+        if not any_process(bool(self._error)):
+            seal = {"record": record, "digests": digest.digests(state)}
+            try:
+                self._writer = self._writer or _new_writer()
+                self._writer.save(self.directory / str(step), args=ocp.args.PyTreeSave(state), force=True)
+            except _IO_ERRORS as error:
+                self._error = _short(error)
+            else:
+                self._commit = threading.Thread(target=self._finish, args=(self._writer, step, seal))
+                self._commit.start()
+        if any_process(bool(self._error)):
+            self._failed()
+
+    def wait(self) -> None:
+        """Until what was being saved is committed, or has failed."""
+        if self._commit:
+            self._commit.join()
+            self._commit = None
+            if any_process(bool(self._error)):
+                self._failed()
+
+    def save_surely(self, step: int, state: Any, record: Record, attempts: int = 5, pause: float = 5.0) -> None:
+        """Save and wait until it is on disk. Raises SaveFailed after so many attempts, `pause` seconds apart."""
+        self.wait()
+        for attempt in range(attempts):
+            if step in committed_steps(self.directory):
+                return
+            if attempt:
+                time.sleep(pause)
+            self.save(step, state, record)
+            self.wait()
+        if step not in committed_steps(self.directory):
+            raise SaveFailed(
+                f"{self.directory}: step {step} could not be saved in {attempts} attempts; make room or make the folder "
+                "writable, and run the same command again: it goes on from the newest checkpoint"
+            )
+
+    def go_back(self, step: int) -> None:
+        """Remove the checkpoints after `step`."""
+        self.wait()
+        if jax.process_index() == 0:
+            for later in (s for s in committed_steps(self.directory) if s > step):
+                _remove(self.directory / str(later))
+        meet("go back")
+
+    def close(self) -> None:
+        self.wait()
+        if self._writer:
+            self._writer.close()
+
+    def _finish(self, writer: ocp.AsyncCheckpointer, step: int, seal: dict[str, Any]) -> None:
+        """In a thread: seal the checkpoint once its files are written, and remove what need not be kept."""
+        try:
+            writer.wait_until_finished()  # of all processes
+            if jax.process_index() == 0:
+                _seal(self.directory / str(step), seal)
+                self._prune()
+        except _IO_ERRORS as error:
+            self._error = _short(error)
+
+    def _failed(self) -> None:
+        reason = self._error or "another process could not write"
+        console.print(
+            f"warning: saving step {self._saving} into {self.directory} failed ({reason}); the run goes on, and the next "
+            "save tries again",
+            soft_wrap=True,
+        )
+        self._writer, self._error = None, ""  # a writer that has failed once is not trusted again
+        if jax.process_index() == 0:
+            _remove(self.directory / str(self._saving))
+        meet("save failed")
+
+    def _no_room(self, state: Any) -> str:
+        """Why there is no room for the state, before anything is written; empty where there is."""
+        if _is_remote(self.directory):
+            return ""
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        try:
+            free = shutil.disk_usage(self.directory).free
+        except OSError as error:
+            return _short(error)
+        return f"{needed / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free" if free < needed else ""
+
+    def _prune(self) -> None:
+        """Keep the newest, the best, and one every so many steps. A step saved without the metric is the worst."""
+        config, steps = self.config, committed_steps(self.directory)
+        value = lambda step: self.sign * self._metrics(step).get(self.metric, -self.sign * np.inf)
+        best = sorted(steps, key=lambda step: (value(step), step))[-config.keep_best :] if config.keep_best else []
+        forever = [step for step in steps if config.keep_every and step % config.keep_every == 0]
+        for step in {*steps} - {*steps[-config.keep_last :], *(best if self.metric else []), *forever}:
+            _remove(self.directory / str(step))
+
+    def _metrics(self, step: int) -> Mapping[str, float]:
+        try:
+            return read_seal(self.directory / str(step))["record"].get("metrics", {})
+        except Damaged:  # found when it is needed; until then it is the worst
+            return {}
 
 
-def load_params(stage_dir: epath.PathLike, abstract: Any, path: Sequence[str] = ("params",)) -> Any:
-    """Only the subtree at `path` of the newest checkpoint of a stage directory, sharded like `abstract`."""
-    directory = epath.Path(stage_dir) / "checkpoints"
+def _new_writer() -> ocp.AsyncCheckpointer:
+    # A folder that cannot be made is an error at once; made in the background, its threads wait for it for minutes.
+    options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
+
+
+def load_params(
+    stage_dir: epath.PathLike, abstract: Any, path: Sequence[str] = ("params",), step: int | None = None
+) -> Any:
+    """The subtree at `path` of a stage directory's checkpoint, the newest or that of `step`, sharded like `abstract`.
+
+    Raises Damaged where that checkpoint is not whole.
+    """
+    directory = _absolute(epath.Path(stage_dir) / "checkpoints")
     if not directory.exists():
         raise InputError(f"{stage_dir}: has no checkpoints; give the directory of a stage that trains a model")
-    manager = open_manager(directory)
-    try:
-        if (step := manager.latest_step()) is None:
-            raise InputError(f"{directory}: holds no complete checkpoint; run the stage again")
-        return restore(manager, step, abstract, path)
-    finally:
-        manager.close()
+    steps = committed_steps(directory)
+    if step is None and not steps:
+        raise InputError(f"{directory}: holds no complete checkpoint; run the stage again")
+    return restore(directory / str(steps[-1] if step is None else step), abstract, path)[0]
 
 
-def restore(manager: ocp.CheckpointManager, step: int, abstract: Any, path: Sequence[str] = ()) -> Any:
-    """The state saved at `step`, or its subtree at `path`, placed by the shardings of `abstract`.
+def committed_steps(directory: epath.Path) -> list[int]:
+    """The steps on disk, in order; always read anew."""
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / SEAL).exists())
 
-    abstract: a tree of jax.ShapeDtypeStruct. Raises InputError where the checkpoint holds another tree, other
-    shapes or types, or cannot be read.
+
+def restore(step_dir: epath.Path, abstract: Any, path: Sequence[str] = ()) -> tuple[Any, Record]:
+    """(state or its subtree at `path`, record), placed by the shardings of `abstract`, a tree of ShapeDtypeStructs.
+
+    Raises Damaged where a file or a leaf is not what was saved, InputError where it is of another model.
     """
-    place = f"{manager.directory}/{step}"
+    seal = read_seal(step_dir)
+    _check_files(step_dir, seal)
     try:
-        if (saved := manager.item_metadata(step)) is None:
-            raise FileNotFoundError("its metadata is missing")
-        part = functools.reduce(lambda tree, key: tree.get(key, {}), path, _as_dicts(saved.tree))
-        compare(part, abstract, place)
-        item = functools.reduce(lambda tree, key: {key: tree}, reversed(path), abstract)
-        to_args = lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, global_shape=a.shape, dtype=a.dtype)
-        args = ocp.args.PyTreeRestore(item, restore_args=jax.tree.map(to_args, item), partial_restore=bool(path))
-        return functools.reduce(lambda tree, key: tree[key], path, manager.restore(step, args=args))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{place}: this checkpoint is damaged or half-written ({type(error).__name__}: {reason}); "
-            "remove that folder to go on from the one before"
-        ) from None
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            saved = reader.metadata(step_dir).item_metadata
+            part = functools.reduce(lambda tree, key: tree.get(key, {}), path, _as_dicts(saved.tree))  # pyright: ignore
+            compare(part, abstract, str(step_dir))
+            item = functools.reduce(lambda tree, key: {key: tree}, reversed(path), abstract)
+            to_args = lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, global_shape=a.shape, dtype=a.dtype)
+            args = ocp.args.PyTreeRestore(item, restore_args=jax.tree.map(to_args, item), partial_restore=bool(path))
+            state = functools.reduce(lambda tree, key: tree[key], path, reader.restore(step_dir, args=args))
+    except _READ_ERRORS as error:
+        raise Damaged(step_dir, _short(error)) from None
+    prefix = "".join(f"{key}." for key in path)
+    wanted = {k.removeprefix(prefix): v for k, v in seal["digests"].items() if k.startswith(prefix)}
+    if wrong := digest.differing(wanted, digest.digests(state)):
+        raise Damaged(step_dir, f"the values of {', '.join(wrong[:3])} are not those that were saved")
+    return state, seal["record"]
+
+
+def read_seal(step_dir: epath.Path) -> dict[str, Any]:
+    """{record, digests, files}. Raises Damaged where there is none or it is not what was written."""
+    try:
+        seal = json.loads((step_dir / SEAL).read_bytes())
+        if seal.pop("sha256") == _hash_of(seal):
+            return seal
+        raise Damaged(step_dir, f"{SEAL} is not what was written")
+    except _READ_ERRORS as error:
+        raise Damaged(step_dir, f"{SEAL}: {_short(error)}") from None
+
+
+def _seal(step_dir: epath.Path, seal: dict[str, Any]) -> None:
+    seal["files"] = {} if _is_remote(step_dir) else _hash_files(step_dir, _files(step_dir))
+    partial = step_dir / f".{SEAL}"
+    partial.write_text(json.dumps({**seal, "sha256": _hash_of(seal)}))
+    partial.replace(step_dir / SEAL)
+
+
+def _check_files(step_dir: epath.Path, seal: dict[str, Any]) -> None:
+    """Raise Damaged, on all processes together, where a file is missing, too many, or has other bytes.
+
+    Each process reads its share of the files. An object store checks its own bytes; the leaves' digests still count.
+    """
+    wanted, here = seal["files"], _files(step_dir) if seal["files"] else []
+    what = [f"{name} is missing" for name in wanted if name not in here]
+    what += [f"{name} does not belong to it" for name in here if name not in wanted]
+    if not what:
+        mine = [*wanted][jax.process_index() :: jax.process_count()]
+        try:
+            found = _hash_files(step_dir, mine)
+            what = [f"{name} is not what was written" for name in mine if found[name] != wanted[name]]
+        except OSError as error:
+            what = [_short(error)]
+    if any_process(bool(what)):
+        raise Damaged(step_dir, what[0] if what else "found by another process")
+
+
+def _files(step_dir: epath.Path) -> list[str]:
+    root = Path(step_dir)
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and p.name not in (SEAL, f".{SEAL}"))
+
+
+def _hash_files(step_dir: epath.Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of each file, several at a time: hashing releases the interpreter's lock."""
+
+    def one(name: str) -> tuple[str, str]:
+        with open(Path(step_dir) / name, "rb") as file:
+            return name, hashlib.file_digest(file, "sha256").hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        return dict(pool.map(one, names))
+
+
+def _hash_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def warn_damaged(error: Damaged, then: str) -> None:
+    console.print(f"warning: {error.step_dir} is damaged ({error.what}); it is set aside, {then}", soft_wrap=True)
+
+
+def set_aside(step_dir: epath.Path) -> None:
+    """Move a damaged checkpoint to STAGE/damaged/STEP, for a look at it; the one before it there is removed."""
+    if jax.process_index() == 0:
+        kept = step_dir.parent.parent / "damaged"
+        kept.rmtree(missing_ok=True)
+        kept.mkdir()
+        if step_dir.exists():
+            step_dir.rename(kept / step_dir.name)
+    meet("set aside")
+
+
+def _clean(directory: epath.Path) -> None:
+    """Remove what a killed save left: Orbax's temporary folders, and steps without a seal. Never a committed step."""
+    for entry in directory.iterdir():
+        if not entry.name.isdigit() or not (entry / SEAL).exists():
+            console.print(f"{entry}: left by a save that was cut; removed", soft_wrap=True)
+            entry.rmtree() if entry.is_dir() else entry.unlink()
+
+
+def _remove(step_dir: epath.Path) -> None:
+    """The seal first: a folder whose removal is cut short is not a checkpoint any more."""
+    (step_dir / SEAL).unlink(missing_ok=True)
+    step_dir.rmtree(missing_ok=True)
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    path = epath.Path(path)
+    return path if _is_remote(path) else path.resolve()  # Orbax takes absolute paths only
+
+
+def _is_remote(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def compare(saved: Any, wanted: Any, place: str) -> None:
@@ -123,15 +388,6 @@ def compare(saved: Any, wanted: Any, place: str) -> None:
     raise InputError(f"{place}: the checkpoint is of another model ({text}); use its own config or another directory")
 
 
-def _clean(path: epath.Path) -> None:
-    """Remove what a killed save left behind; committed steps have another name."""
-    if path.exists():
-        for entry in path.iterdir():
-            if ".orbax-checkpoint-tmp" in entry.name:
-                shutil.rmtree(entry)
-    path.mkdir(parents=True, exist_ok=True)
-
-
 def _is_metadata(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
@@ -140,7 +396,7 @@ def _shapes(tree: Any) -> dict[str, str]:
     """Path -> "dtype[shape]" for each leaf, the same for a NamedTuple and for the dict Orbax makes of it."""
     leaves = jax.tree_util.tree_leaves_with_path(_as_dicts(tree), is_leaf=_is_metadata)
     shown = lambda m: f"{np.dtype(m.dtype).name}{list(m.shape)}"
-    return {".".join(str(k.key) for k in path): shown(leaf) for path, leaf in leaves}
+    return {digest.path_name(path): shown(leaf) for path, leaf in leaves}
 
 
 def _as_dicts(tree: Any) -> Any:

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -145,7 +146,14 @@ def resolve_function(spec: str, field: str) -> Callable[..., Any]:
         raise InputError(
             f"{field} {spec!r}: {module_name} has no function {name!r}; it has: {', '.join(known) or 'none'}"
         )
+    _announce(spec, field)
     return function
+
+
+@functools.cache
+def _announce(spec: str, field: str) -> None:
+    """Say once that a config makes code run: the only code it can."""
+    print(f"{field}: running {spec}", file=sys.stderr, flush=True)
 
 
 def _copy_field(path: list[str], parsed: Any, tree: Tree) -> None:

@@ -7,16 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxllm.losses import Metrics
 from jaxllm.metrics import reduce
+from jaxllm.sharding import fetch
 
 
 def run(measure: Callable[[Any, Any], Metrics], params: Any, batches: Iterable[Any]) -> dict[str, float]:
     """Sum measure(params, batch) -> {name: (sum, weight)} over batches and divide once. `measure` is jitted."""
-    return reduce([jax.device_get(measure(params, batch)) for batch in batches])
+    return reduce([fetch(measure(params, batch)) for batch in batches])
 
 
 def bits_per_byte(nats_per_token: float, num_tokens: int, num_bytes: int) -> float:

@@ -17,7 +17,7 @@ from jaxllm import losses
 from jaxllm.config import InputError
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.sharding import activation, constrain
+from jaxllm.sharding import activation, constrain, fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +282,7 @@ def complete(
     """For each prompt, in order, its num_samples completions; settings as for `roll_out`."""
     num_samples = settings.get("num_samples", 1)
     for rollout, count in roll_out(params, config, prompts, **settings):
-        done = completions(jax.device_get(rollout), settings["stop_ids"])
+        done = completions(fetch(rollout), settings["stop_ids"])
         for i in range(count):
             yield done[i * num_samples : (i + 1) * num_samples]
 

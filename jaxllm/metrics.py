@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxllm.config import InputError
 from jaxllm.losses import Metrics
+from jaxllm.sharding import fetch
 
 console = Console(stderr=True, highlight=False)
 
@@ -54,7 +55,15 @@ class Work(NamedTuple):
 
 
 class TrainingDiverged(Exception):
-    """The loss is not finite. The newest checkpoint is from before."""
+    """Training goes wrong again and again. The newest checkpoint is from before."""
+
+
+class Rewind(Exception):
+    """Too many updates in a row were skipped: the first of their steps, and the number of steps done by the last."""
+
+    def __init__(self, first_bad: int, done: int):
+        super().__init__(f"updates skipped from step {first_bad + 1} to {done}")
+        self.first_bad, self.done = first_bad, done
 
 
 class MetricLog:
@@ -77,16 +86,20 @@ class MetricLog:
         config: LoggingConfig,
         schedules: Mapping[str, Callable[[int], Any]] | None = None,
         shown: tuple[str, ...] = ("loss",),
+        partial: list[Any] | None = None,
+        rewind_after: int = 0,
     ):
+        """partial: the steps of an interval that was cut (`partial`); rewind_after: skipped updates in a row that raise
+        Rewind, 0: never."""
         self.directory, self.title, self.num_steps, self.work = epath.Path(directory), title, num_steps, work
         self.every, self.schedules, self.shown = (log_every, save_every), schedules or {}, shown
         kept = [line for line in read_metrics(self.directory / "metrics.jsonl") if line["step"] <= start]
         self.latest: dict[str, float] = {k: v for line in kept for k, v in line.items() if "/" in k}
-        self._steps: list[Metrics] = []
-        self._pending: tuple[int, list[Metrics], float] | None = None
-        self._began = self._interval_began = time.monotonic()
-        self._paused = 0.0
-        self._start = start
+        self._steps: list[Any] = partial or []
+        self._uncounted, self._rewind_after = len(self._steps), rewind_after  # steps that are not of this process
+        self._pending: tuple[int, list[Any], float, float] | None = None
+        self._interval_began = time.monotonic()
+        self._start, self.waited = start, 0.0  # waited: seconds of this interval without a batch
         self._writers = [_jsonl(self.directory, kept)] if jax.process_index() == 0 else []
         if jax.process_index() == 0 and config.tensorboard:
             self._writers.append(_tensorboard(self.directory, start))
@@ -94,22 +107,26 @@ class MetricLog:
             self._writers.append(_wandb(self.directory, config.wandb_project))
         self._bar = _progress(title, num_steps, start)
 
-    def __call__(self, step: int, state: Any, metrics: Metrics) -> None:
+    def __call__(self, step: int, state: Any, metrics: Metrics) -> bool:
+        """Collect a step; True where an interval ends with it."""
         if self._steps:  # at most two steps in flight: the host stays ahead, and throughput is that of the device
             jax.block_until_ready(self._steps[-1])
         self._steps.append(metrics)
         if step == self._start + 1:  # compilation is not throughput
             jax.block_until_ready(metrics)
-            self._interval_began = time.monotonic()
-        if any(step % every == 0 for every in self.every) or step == self.num_steps:
-            self._flush()
+            self._uncounted += 1
+            self._interval_began, self.waited = time.monotonic(), 0.0
+        ends = any(step % every == 0 for every in self.every) or step == self.num_steps
+        if ends:
+            self.flush()
             now = time.monotonic()
-            self._pending = (step, self._steps, now - self._interval_began)
-            self._steps, self._interval_began = [], now
+            self._pending = (step, self._steps, now - self._interval_began, self.waited)
+            self._steps, self._interval_began, self.waited = [], now, 0.0
         if step == self.num_steps:
-            self._flush()
+            self.flush()
         if self._bar:
             self._bar.update(self._task, completed=step)
+        return ends
 
     @property
     def _task(self) -> Any:
@@ -117,25 +134,32 @@ class MetricLog:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write a point of its own, for example held-out numbers; the time until now is kept off throughput."""
-        self._flush()
+        self.flush()
         self._emit(step, dict(values))
         self._interval_began = time.monotonic()
 
+    def partial(self) -> list[dict[str, list[float]]]:
+        """The steps of the interval that has not ended, as JSON: what a checkpoint in its middle must keep."""
+        return [{name: [float(x) for x in pair] for name, pair in step.items()} for step in fetch(self._steps)]
+
     def close(self) -> None:
-        self._flush()
         if self._bar:
             self._bar.stop()
         for writer in self._writers:
             writer(None, {})
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the interval that has ended. Raises Rewind after too many skipped updates."""
         if self._pending is None:
             return
-        (step, steps, seconds), self._pending = self._pending, None
-        values = reduce(jax.device_get(steps))
-        counted = len(steps) - (1 if step - len(steps) == self._start else 0)  # the first step only compiles
+        (step, steps, seconds, waited), self._pending = self._pending, None
+        steps = fetch(steps)
+        self._check_streak(step, steps)
+        values = reduce(steps)
+        counted, self._uncounted = len(steps) - self._uncounted, 0
         if counted > 0 and seconds > 0:
             values["throughput/tokens_per_second"] = self.work.tokens * counted / seconds
+            values["throughput/data_wait"] = waited / seconds
             if self.work.flops and self.work.peak_flops:
                 values["throughput/mfu"] = self.work.flops * counted / seconds / self.work.peak_flops
         values |= {name: float(schedule(step - 1)) for name, schedule in self.schedules.items()}
@@ -145,6 +169,14 @@ class MetricLog:
                 f"{self.title}: {bad[0]} is {values[bad[0]]} at step {step}; lower the learning rate and run again: "
                 "it goes on from the newest checkpoint"
             )
+
+    def _check_streak(self, step: int, steps: list[Any]) -> None:
+        for done, metrics in enumerate(steps, start=step - len(steps) + 1):
+            streak = max(
+                (float(total) for name, (total, _) in metrics.items() if name.endswith("skip_streak")), default=0
+            )
+            if self._rewind_after and streak >= self._rewind_after:
+                raise Rewind(max(0, done - int(streak)), done)
 
     def _emit(self, step: int, values: dict[str, float]) -> None:
         self.latest |= values

@@ -39,10 +39,15 @@ class OptimConfig:
     """Decoupled weight decay of matrices and embeddings; norms and biases have none."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
+    spike_factor: float = 0.0
+    """An update whose gradient norm is more than this times the usual (a running mean) is skipped; 0: only what is not
+    finite is skipped."""
 
     def __post_init__(self) -> None:
         if self.learning_rate < 0:
             raise ValueError("learning_rate: must not be negative")
+        if self.spike_factor and self.spike_factor <= 1:
+            raise ValueError("spike_factor: must be above 1, or 0 for off")
         if self.warmup_steps < 0:
             raise ValueError("warmup_steps: must not be negative")
         if not 0 <= self.final_fraction <= 1:

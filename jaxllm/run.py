@@ -12,11 +12,14 @@ import jax
 from etils import epath
 from rich.table import Table
 
+from jaxllm import checkpoint, goodput
 from jaxllm.config import InputError, to_tree
+from jaxllm.goodput import summary
 from jaxllm.metrics import LoggingConfig, console
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.process import ProcessConfig, Signals, join
+from jaxllm.sharding import MeshConfig, make_mesh, meet
 from jaxllm.stages import dpo, evaluate, ppo, pretrain, rank, reward, sample, sft, tokenizer
 from jaxllm.stages.evaluate import EvaluateConfig
 from jaxllm.stages.language_model import LanguageModelConfig
@@ -44,6 +47,12 @@ class Config:
     """Virtual devices on a CPU; 0: one per core, the fastest."""
     distributed: bool = False
     """Join the other processes of the job (jax.distributed): pod slices, Slurm, several processes."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits every time (slower); a CPU and a TPU do anyway."""
+    allow_change: tuple[str, ...] = ()
+    """Names (pretrain.num_steps, data, code, ...) of what may differ from what a stage was begun with."""
+    process: ProcessConfig = ProcessConfig()
+    """The processes of a job, and when one of them gives up."""
     mesh: MeshConfig = MeshConfig()
     """How devices are laid out."""
     model: ModelConfig = ModelConfig()
@@ -80,44 +89,61 @@ class Config:
             raise ValueError("cpu_devices: must not be negative")
 
 
-# The parts of the config that decide a stage's outcome: changing one of them makes another run.
-SECTIONS = {
-    "tokenizer": ("seed", "tokenizer"),
-    "pretrain": ("seed", "model", "pretrain"),
-    "sft": ("seed", "model", "sft"),
-    "sample": ("seed", "sample"),
-    "rank": ("seed", "rank"),
-    "reward": ("seed", "reward"),
-    **{stage: ("seed", stage) for stage in ("dpo", "rloo", "grpo", "ppo")},
-    "evaluate": ("seed", "evaluate"),
-}
-
-
 def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
-    """Run these stages in order: a finished one is skipped, a cut one resumes."""
+    """Run these stages in order: a finished one is skipped, a cut one resumes.
+
+    Raises Stopped after a signal, with everything saved.
+    """
     config = with_defaults(config)
     mesh = start_devices(config)
     run_dir = epath.Path(config.run_dir or f"runs/{config.name}")
     moved = f" --run-dir {config.run_dir}" if config.run_dir else ""
-    workspace = Workspace(run_dir, mesh, config.seed, to_tree(config), f"jaxllm STAGE {config_path}{moved}")
-    worked = False
-    with jax.set_mesh(mesh):
-        for stage in stages:
-            workspace.begin(stage, SECTIONS[stage])
-            if workspace.result(stage) is not None:
-                console.print(f"{stage}: finished already, in {workspace.stage_dir(stage)}")
-                continue
-            _run_stage(workspace, config, stage, config_path + moved)
-            worked = True
+    signals = Signals(config.process.watchdog_seconds)
+    signals.install()
+    command = f"jaxllm STAGE {config_path}{moved}"
+    workspace = Workspace(run_dir, mesh, config.seed, to_tree(config), command, signals, config.allow_change)
+    with workspace.locked(), jax.set_mesh(mesh):
+        worked = [stage for stage in stages if _work(workspace, config, stage, config_path + moved)]
     if not worked:
         console.print(f"Nothing to do: {'all stages are' if len(stages) > 1 else 'it is'} finished in {run_dir}")
-    if worked and jax.process_index() == 0 and stages[-1] == "evaluate":
+    if worked and jax.process_index() == 0:
+        console.print(summary(goodput.read(workspace.ledger.path)))
+    unwritten = worked or not (run_dir / "report.html").exists()  # it may have been killed just before
+    if unwritten and jax.process_index() == 0 and stages[-1] == "evaluate":
         from jaxllm.report import write_report  # matplotlib takes seconds to import
 
         write_report(run_dir, [s for s in STAGES if s in config.stages or workspace.result(s) is not None])
         console.print(
             f"Report: {run_dir}/report.html and report.md; talk to it: jaxllm chat {run_dir}/{_last_policy(workspace)}"
         )
+
+
+def _work(workspace: Workspace, config: Config, stage: str, config_path: str) -> bool:
+    """Bring a stage to its end; False where it is there already.
+
+    Where another stage's checkpoint that it needs is damaged, that stage is brought to its end again first, from its
+    newest good checkpoint: the same config, data and code give the same bits.
+    """
+    workspace.begin(stage)
+    if workspace.result(stage) is not None:
+        console.print(f"{stage}: finished already, in {workspace.stage_dir(stage)}")
+        return False
+    while True:
+        try:
+            _run_stage(workspace, config, stage, config_path)
+            break
+        except checkpoint.Damaged as error:
+            owner = error.step_dir.parent.parent.name
+            mine = error.step_dir.parent.parent == workspace.stage_dir(owner).resolve() and owner not in ("", stage)
+            if not mine or getattr(config, owner).checkpoint.damaged == "stop":
+                raise
+            checkpoint.warn_damaged(error, f"and {owner} makes it again")
+            checkpoint.set_aside(error.step_dir)
+            workspace.reopen(owner)
+            _work(workspace, config, owner, config_path)
+    if workspace.signals.received:
+        raise workspace.signals.stopped(f"{stage} is finished")
+    return True
 
 
 def with_defaults(config: Config) -> Config:
@@ -148,9 +174,11 @@ def set_cpu_devices(count: int) -> None:
 
 
 def start_devices(config: Config) -> jax.sharding.Mesh:
+    if config.deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     set_cpu_devices(config.cpu_devices)
     if config.distributed:
-        jax.distributed.initialize()
+        join(config.process)
     return make_mesh(config.mesh)
 
 
@@ -167,11 +195,15 @@ def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: st
     result = _call(workspace, config, stage, model)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result = {**result, "wall_seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": peak}
+    meet(f"end of {stage}")
     if jax.process_index() == 0:
         workspace.finish(stage, result)
         print_result(stage, result)
         if following := config.stages[config.stages.index(stage) + 1 :] if stage in config.stages else STAGES[-1:]:
             console.print(f"next: jaxllm {following[0]} {config_path}")
+    workspace.ledger.mark("work")
+    workspace.ledger.write(stage, event="finished")
+    meet(f"{stage} is finished")
 
 
 def _call(workspace: Workspace, config: Config, stage: str, model: Any) -> dict[str, Any]:
@@ -186,7 +218,7 @@ def _call(workspace: Workspace, config: Config, stage: str, model: Any) -> dict[
         "rloo": lambda: ppo.run(workspace, config.rloo, config.logging, "rloo"),
         "grpo": lambda: ppo.run(workspace, config.grpo, config.logging, "grpo"),
         "ppo": lambda: ppo.run(workspace, config.ppo, config.logging),
-        "evaluate": lambda: evaluate.run(workspace, config.evaluate, config.pretrain.data),
+        "evaluate": lambda: evaluate.run(workspace, config.evaluate, config.pretrain.data, config.sft.data),
     }
     return calls[stage]()
 

@@ -1,5 +1,8 @@
 """The one training loop and the one step maker. This file knows no stage."""
 
+import concurrent.futures
+import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -9,20 +12,33 @@ import optax
 from etils import epath
 
 from jaxllm import checkpoint
+from jaxllm.config import InputError, differences
+from jaxllm.digest import unequal_replicas
+from jaxllm.goodput import Ledger
 from jaxllm.losses import Loss, Metrics
-from jaxllm.metrics import LoggingConfig, MetricLog, Work
+from jaxllm.metrics import LoggingConfig, MetricLog, Rewind, TrainingDiverged, Work, console
+from jaxllm.process import Signals
 from jaxllm.sharding import param_shardings, replicated
 
 Batch = Any
 Hook = Callable[[int, Any, Metrics], None]
 
 
+class Guard(NamedTuple):
+    """What decides whether an update is taken."""
+
+    norm: Any  # float32[]: running mean of the gradient norms of the updates taken
+    taken: Any  # int32[]: updates taken
+    streak: Any  # int32[]: updates skipped since the last one taken
+
+
 class TrainState(NamedTuple):
     """Everything that moves: what is here is checkpointed, what is checkpointed is here."""
 
-    step: Any  # int32[]
+    step: Any  # int32[]: updates tried, those skipped included: the number of the next batch
     params: Any  # float32
     opt_state: Any
+    guard: Guard
 
 
 class Run(NamedTuple):
@@ -39,7 +55,8 @@ LossFunction = Callable[..., Loss]  # (params, batch, key, **frozen)
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    count = lambda: jnp.zeros((), jnp.int32)
+    return TrainState(count(), params, tx.init(params), Guard(jnp.zeros(()), count(), count()))
 
 
 def make_step(
@@ -50,6 +67,7 @@ def make_step(
     seed: int = 0,
     state_shardings: Any = None,
     mixed: tuple[LossFunction, float] | None = None,
+    spike_factor: float = 0.0,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """(state, batch, **frozen) -> (state, metrics), jitted; the state is donated.
 
@@ -58,6 +76,8 @@ def make_step(
     of all of them. The key of step n is fold_in(seed, n): the step number is the whole random state.
     state_shardings pins the new state where the old one was (without it XLA may drop a gradient's fsdp axis).
     mixed: another loss and its coefficient; a batch is then a pair, and the gradients of the two means are added.
+    An update whose loss or gradient is not finite, or whose gradient norm is more than spike_factor times the usual
+    (0: never), is skipped on all devices alike: parameters and optimiser stay, its metrics count nothing but the skip.
     """
 
     def step(state: TrainState, batch: Batch, **frozen: Any) -> tuple[TrainState, Metrics]:
@@ -71,13 +91,43 @@ def make_step(
             metrics |= {f"mixed_{name}": pair for name, pair in more.items()}
         if state_shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
+        norm = optax.tree.norm(grads)
+        good = admit(state.guard, norm, metrics, spike_factor)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
-        return TrainState(state.step + 1, params, opt_state), metrics
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        guard = next_guard(state.guard, norm, good)
+        metrics["grad_norm"] = (norm, jnp.ones(()))
+        kept = lambda x: jnp.where(good, x, 0.0)
+        metrics = {name: (kept(total), kept(weight)) for name, (total, weight) in metrics.items()}
+        metrics |= {"skipped": ((~good).astype(jnp.float32), jnp.ones(()))}
+        metrics |= {"skip_streak": (guard.streak.astype(jnp.float32), jnp.ones(()))}
+        return TrainState(state.step + 1, params, opt_state, guard), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+_USUAL = 0.98  # decay of the running mean of gradient norms
+_SETTLED = 50  # updates until that mean tells what is usual
+
+
+def admit(guard: Guard, norm: jax.Array, metrics: Metrics, spike_factor: float) -> jax.Array:
+    """bool[]: whether an update with this gradient norm and these metrics is to be taken."""
+    good = jnp.isfinite(norm)
+    for total, _ in metrics.values():
+        good &= jnp.isfinite(total)
+    if spike_factor:
+        good &= (guard.taken < _SETTLED) | (norm <= spike_factor * guard.norm)
+    return good
+
+
+def next_guard(guard: Guard, norm: jax.Array, good: jax.Array) -> Guard:
+    weight = jnp.maximum(1.0 - _USUAL, 1.0 / (guard.taken + 1).astype(jnp.float32))
+    mean = guard.norm + weight * (jnp.where(good, norm, guard.norm) - guard.norm)
+    return Guard(mean, guard.taken + good.astype(jnp.int32), jnp.where(good, 0, guard.streak + 1))
 
 
 def mean_gradient(
@@ -148,7 +198,7 @@ def place_state(mesh: jax.sharding.Mesh, abstract_params: Any, axes: Any, tx: op
     opt_state = optax.tree_map_params(
         tx, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: everywhere
     )
-    shardings = TrainState(everywhere, params, opt_state)
+    shardings = TrainState(everywhere, params, opt_state, Guard(everywhere, everywhere, everywhere))
     init = jax.jit(lambda p: init_state(p, tx), out_shardings=shardings, donate_argnums=0)
     return Placed(init, with_shardings(shapes, shardings), shardings)
 
@@ -162,6 +212,8 @@ class LoopSettings(Protocol):
     """What every training stage's config has."""
 
     @property
+    def data(self) -> Any: ...  # .workers: threads that prepare batches ahead
+    @property
     def log_every(self) -> int: ...
     @property
     def eval_every(self) -> int: ...
@@ -169,10 +221,21 @@ class LoopSettings(Protocol):
     def checkpoint(self) -> checkpoint.CheckpointConfig: ...
 
 
+class Keeping(NamedTuple):
+    """What looks after a stage while it trains."""
+
+    signals: Signals
+    ledger: Ledger
+    mesh: jax.sharding.Mesh
+    fingerprints: Mapping[str, Any]  # of what the stage is made from, as JSON
+    allowed: tuple[str, ...] = ()  # dotted names of fingerprints that may have changed since the checkpoint
+
+
 def run_stage(
     directory: epath.Path,
     title: str,
     *,
+    keeping: Keeping,
     init: Callable[[], Any],
     abstract: Any,
     step: Callable[[Any, Batch], tuple[Any, Metrics]],
@@ -191,37 +254,193 @@ def run_stage(
     """Restore or start, `fit` with logging, evaluation and saving, and finish: (final state, newest metrics).
 
     best: the metric of `evaluate` whose best checkpoints are kept. finalize: applied once to the trained state,
-    which is then saved as step num_steps + 1.
+    which is then saved as step num_steps + 1. Raises Stopped, saved, after a signal; TrainingDiverged where going back
+    did not help.
     """
-    saving = settings.checkpoint
-    manager = checkpoint.open_manager(directory / "checkpoints", saving, best, lower_is_better)
-    state = checkpoint.restore_or_init(manager, abstract, init)
-    start = int(state.step)
-    intervals = {"log_every": settings.log_every, "save_every": saving.save_every}
-    more: dict[str, Any] = {"start": start, "work": work, "config": logging, "schedules": schedules, "shown": shown}
-    log = MetricLog(directory, title, num_steps, **intervals, **more)
-    held_out: dict[str, float] = {}
-
-    def evaluate_hook(number: int, state: Any, metrics: Metrics) -> None:
-        del metrics
-        held_out.update(evaluate(number, state))
-        log.write(number, held_out)
-
-    def save_hook(number: int, state: Any, metrics: Metrics) -> None:
-        del metrics
-        measured = number % settings.eval_every == 0 or number == num_steps
-        checkpoint.save(manager, number, state, held_out if measured else None)
-
-    hooks = ((1, log), (settings.eval_every, evaluate_hook), (saving.save_every, save_hook))
-    try:
+    log = functools.partial(
+        MetricLog, directory, title, num_steps, log_every=settings.log_every, save_every=settings.checkpoint.save_every,
+        work=work, config=logging, schedules=schedules, shown=shown, rewind_after=settings.checkpoint.rewind_after,
+    )  # fmt: skip
+    saves = checkpoint.Checkpoints(directory / "checkpoints", settings.checkpoint, best, lower_is_better)
+    loop = _Loop(directory, title, num_steps, settings, keeping, saves, evaluate, log)
+    with keeping.signals, contextlib.closing(loop):
+        state = loop.restore(abstract, init)
+        while int(state.step) < num_steps:
+            try:
+                state = fit(loop.run(state, step, batch_at))
+            except Rewind as trouble:
+                loop.go_back(trouble)
+                state = loop.restore(abstract, init)
         # From num_steps on, the run was killed after its last step and before the stage was marked as finished:
         # its numbers are in the log.
-        state = fit(Run(state, step, batch_at, num_steps, hooks))
         if finalize and int(state.step) == num_steps:
             state = finalize(state)._replace(step=jnp.int32(num_steps + 1))
-            checkpoint.save(manager, num_steps + 1, state, held_out)
-    finally:
-        log.close()
-        manager.wait_until_finished()
-        manager.close()
-    return state, log.latest | held_out
+        saves.save_surely(int(state.step), state, loop.record(int(state.step)))
+        keeping.ledger.mark("save")
+        keeping.ledger.write(title, int(state.step))
+    return state, loop.log.latest | loop.held_out
+
+
+class _Loop:
+    """The hooks of a training loop, and what they share."""
+
+    def __init__(self, directory, title, num_steps, settings, keeping, saves, evaluate, make_log):
+        self.directory, self.title, self.num_steps, self.settings = directory, title, num_steps, settings
+        self.keeping: Keeping = keeping
+        self.saves: checkpoint.Checkpoints = saves
+        self.evaluate, self.make_log = evaluate, make_log
+        self.held_out: dict[str, float] = {}
+        self.skipped: list[list[int]] = []  # [first, end) of the batches left out
+        self.log: Any = None
+        self.batches: Prefetch | None = None
+        self.restored = 0
+
+    def restore(self, abstract: Any, init: Callable[[], Any]) -> Any:
+        self.keeping.ledger.mark("start")
+        state, record = self.saves.restore_or_init(abstract, init)
+        check_unchanged(record.get("fingerprints"), self.keeping.fingerprints, self.keeping.allowed, self.directory)
+        self.restored = int(state.step)
+        self.skipped = max(self.skipped, record.get("skipped", []), key=len)
+        self.log = self.make_log(start=self.restored, partial=record.get("interval"))
+        self.keeping.ledger.mark("restore")
+        self.keeping.ledger.write(self.title, self.restored, restored=self.restored)
+        return state
+
+    def run(self, state: Any, step: Callable, batch_at: Callable[[int], Batch]) -> Run:
+        left_out = sum(end - first for first, end in self.skipped)
+        workers = self.settings.data.workers
+        self.batches = Prefetch(lambda number: batch_at(number + left_out), workers, self.num_steps)
+        every = (self.settings.eval_every, self.settings.checkpoint.save_every)
+        hooks = [(1, self.log_hook), (every[0], self.evaluate_hook), (every[1], self.save_hook), (1, self.stop_hook)]
+        if compare := self.settings.checkpoint.compare_replicas_every:
+            hooks.insert(0, (compare, self.compare_hook))
+        return Run(state, step, self.next_batch, self.num_steps, hooks)
+
+    def next_batch(self, number: int) -> Batch:
+        assert self.batches
+        self.keeping.ledger.mark("step")
+        batch = self.batches(number)
+        self.log.waited += self.keeping.ledger.mark("data_wait")
+        return batch
+
+    def log_hook(self, number: int, state: Any, metrics: Metrics) -> None:
+        ends = self.log(number, state, metrics)
+        self.keeping.ledger.mark("compile" if number == self.restored + 1 else "step")
+        if ends:
+            self.keeping.ledger.write(self.title, number)
+
+    def evaluate_hook(self, number: int, state: Any, metrics: Metrics) -> None:
+        del metrics
+        self.log.flush()
+        self.keeping.signals.alive()
+        self.held_out.update(self.evaluate(number, state))
+        self.log.write(number, self.held_out)
+        self.keeping.ledger.mark("evaluation")
+
+    def save_hook(self, number: int, state: Any, metrics: Metrics) -> None:
+        del metrics
+        self.log.flush()  # what is before the checkpoint is in the log: a run that goes on from here does not make it
+        if number < self.num_steps:
+            self.saves.save(number, state, self.record(number))
+        self.keeping.ledger.mark("save")
+
+    def stop_hook(self, number: int, state: Any, metrics: Metrics) -> None:
+        del metrics
+        if not self.keeping.signals.stop_after() or number == self.num_steps:
+            return
+        self.log.flush()
+        self.saves.save_surely(number, state, self.record(number), attempts=2)
+        self.keeping.ledger.mark("save")
+        self.keeping.ledger.write(self.title, number, event="stopped")
+        raise self.keeping.signals.stopped(f"{self.title}: step {number} of {self.num_steps} is saved")
+
+    def compare_hook(self, number: int, state: Any, metrics: Metrics) -> None:
+        del metrics
+        if wrong := unequal_replicas(state, self.keeping.mesh):
+            raise SilentCorruption(
+                f"{self.title}: after step {number} devices that should hold the same bits do not: "
+                f"{'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; nothing of this step "
+                "is saved: take that device out, and run the same command again"
+            )
+
+    def record(self, number: int) -> checkpoint.Record:
+        """What a checkpoint keeps beside the state."""
+        measured = number % self.settings.eval_every == 0 or number >= self.num_steps
+        return {
+            "fingerprints": dict(self.keeping.fingerprints),
+            "metrics": dict(self.held_out) if measured else {},
+            "skipped": self.skipped,
+            "interval": self.log.partial(),
+        }
+
+    def go_back(self, trouble: Rewind) -> None:
+        """Back to the newest checkpoint before the trouble; the batches from there to beyond it are left out."""
+        config = self.settings.checkpoint
+        self.saves.wait()
+        to = max((s for s in checkpoint.committed_steps(self.saves.directory) if s <= trouble.first_bad), default=0)
+        if len(self.skipped) >= config.max_rewinds:
+            raise TrainingDiverged(
+                f"{self.title}: {trouble}, after going back {config.max_rewinds} times; lower the learning rate or look "
+                f"at the data, and run again: it goes on from step {to}"
+            )
+        left_out = sum(end - first for first, end in self.skipped)
+        self.skipped = [*self.skipped, [to + left_out, trouble.done + left_out + config.rewind_skip]]
+        console.print(
+            f"warning: {self.title}: {trouble}; back to step {to}, leaving out batches {self.skipped[-1][0]} to "
+            f"{self.skipped[-1][1] - 1}",
+            soft_wrap=True,
+        )
+        self.close_log()
+        self.saves.go_back(to)
+
+    def close_log(self) -> None:
+        if self.batches:
+            self.batches.close()
+        if self.log:
+            self.log.close()
+
+    def close(self) -> None:
+        self.close_log()
+        self.saves.close()
+
+
+class SilentCorruption(Exception):
+    """Devices that should hold the same bits do not. Exit code 1."""
+
+
+class Prefetch:
+    """`batch_at` computed ahead in threads; what it returns does not depend on their number."""
+
+    def __init__(self, batch_at: Callable[[int], Batch], workers: int, num_steps: int):
+        self.batch_at, self.workers, self.num_steps = batch_at, workers, num_steps
+        self._pool = concurrent.futures.ThreadPoolExecutor(workers, "batches") if workers else None
+        self._ahead: dict[int, concurrent.futures.Future] = {}
+
+    def __call__(self, number: int) -> Batch:
+        if self._pool is None:
+            return self.batch_at(number)
+        for n in range(number, min(number + self.workers + 2, self.num_steps)):
+            if n not in self._ahead:
+                self._ahead[n] = self._pool.submit(self.batch_at, n)
+        return self._ahead.pop(number).result()
+
+    def close(self) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def check_unchanged(
+    old: Any, new: Mapping[str, Any], allowed: Sequence[str], where: epath.PathLike, what: str = "something else"
+) -> None:
+    """Raise InputError listing field by field what has changed since a stage was begun, but for what is allowed.
+
+    allowed: dotted names; one of them covers what is below it. old: None where there is nothing to compare with.
+    """
+    changes = [] if old is None else differences(old, dict(new))
+    covered = lambda change, name: change.split(": ")[0] == name or change.startswith(f"{name}.")
+    if refused := [c for c in changes if not any(covered(c, name) for name in allowed)]:
+        names = " ".join(dict.fromkeys(c.split(": ")[0] for c in refused))
+        raise InputError(
+            f"{where}: was started with {what}: {'; '.join(refused)}. Choose another --run-dir, remove that "
+            f"directory, or, to go on with it as it is now, add: --allow-change {names}"
+        )

@@ -5,8 +5,12 @@ runs/NAME/STAGE/{config.json, provenance.json, tokenizer/, checkpoints/, metrics
 `result.json` is written last, by an atomic rename: a stage is finished when it is there.
 """
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
+import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,7 +18,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +28,20 @@ from etils import epath
 
 from jaxllm import checkpoint
 from jaxllm.config import InputError, build, differences, to_tree
+from jaxllm.goodput import Ledger
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
-from jaxllm.sharding import param_shardings
+from jaxllm.process import Signals
+from jaxllm.sharding import meet, param_shardings
 from jaxllm.tokenizer import Tokenizer
+from jaxllm.train import Keeping, check_unchanged
 
 # Every stage, in the order of a life; POLICIES are those that leave a model to talk to.
 STAGES = ("tokenizer", "pretrain", "sft", "sample", "rank", "reward", "dpo", "rloo", "grpo", "ppo", "evaluate")
 POLICIES = ("pretrain", "sft", "dpo", "rloo", "grpo", "ppo")
+# The parts of the config that decide a stage's outcome: changing one of them makes another run.
+SECTIONS = {stage: ("seed", *(("model",) if stage in ("pretrain", "sft") else ()), stage) for stage in STAGES}
 
 
 class StageCut(Exception):
@@ -49,32 +59,74 @@ class Workspace:
     """The whole config as plain JSON types, recorded beside every stage's results."""
     command: str = "jaxllm STAGE CONFIG"
     """How the user would run a stage by hand, for hints."""
+    signals: Signals = dataclasses.field(default_factory=Signals)
+    """Whether the process was told to stop."""
+    allow_change: tuple[str, ...] = ()
+    """Dotted names of what may have changed since a stage was begun."""
+
+    @functools.cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.run_dir / "goodput.jsonl", _process_began())
 
     def stage_dir(self, stage: str) -> epath.Path:
         return self.run_dir / stage
 
-    def begin(self, stage: str, sections: tuple[str, ...]) -> None:
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only this process writes the run directory, until it ends however it ends.
+
+        Raises InputError where another one does. An object store has no locks.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() or "://" in str(self.run_dir):
+            yield
+            return
+        descriptor = os.open(self.run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.run_dir}: another process works in it; wait for it or stop it") from None
+        else:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def begin(self, stage: str) -> None:
         """Record config and provenance; refuse to go on where another config left off.
 
-        sections: the parts of the config that decide the stage's outcome. Raises InputError with the first
-        field that differs from the recorded one.
+        Raises InputError listing the fields that differ from the recorded ones, unless they are allowed to change.
         """
-        directory = self.stage_dir(stage)
-        directory.mkdir(parents=True, exist_ok=True)
+        directory, sections = self.stage_dir(stage), SECTIONS[stage]
+        if jax.process_index() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
         mine = {name: self.config[name] for name in sections}
-        if _has_progress(directory) and (old := read_json(directory / "config.json")) is not None:
-            changed = differences({name: old.get(name) for name in sections}, mine)
-            if changed:
-                raise InputError(
-                    f"{directory}: was started with another config: {changed[0]}"
-                    f"{f' (and {len(changed) - 1} more)' if len(changed) > 1 else ''}; "
-                    "remove that directory or choose another --run-dir"
-                )
-        write_json(directory / "config.json", dict(self.config))
-        write_json(directory / "provenance.json", provenance(self.mesh))
+        if _has_progress(directory) and (recorded := read_json(directory / "config.json")) is not None:
+            old = {name: recorded.get(name) for name in sections}
+            check_unchanged(_outcome(old), _outcome(mine), self.allow_change, directory, "another config")
+            longer = [c for c in differences(old, mine) if c.startswith((f"{stage}.num_steps", f"{stage}.num_epochs"))]
+            if longer and stage in POLICIES:
+                self.reopen(stage)
+        if jax.process_index() == 0:
+            write_json(directory / "config.json", dict(self.config))
+            write_json(directory / "provenance.json", provenance(self.mesh))
+        meet(f"begin {stage}")
+
+    def keeping(self, stage: str, data: str) -> Keeping:
+        """What looks after a stage while it trains on data with this fingerprint."""
+        sections = _outcome({name: self.config[name] for name in SECTIONS[stage]})
+        prints = {**sections, "code": code_version(), "tokenizer": self.tokenizer().fingerprint, "data": data}
+        return Keeping(self.signals, self.ledger, self.mesh, prints, self.allow_change)
 
     def finish(self, stage: str, result: Mapping[str, Any]) -> None:
-        write_json(self.stage_dir(stage) / "result.json", dict(result))
+        saved = self.stage_dir(stage) / "checkpoints"
+        steps = checkpoint.committed_steps(saved) if saved.exists() else []
+        write_json(self.stage_dir(stage) / "result.json", {**result, **({"checkpoint": steps[-1]} if steps else {})})
+
+    def reopen(self, stage: str) -> None:
+        """A finished stage is not finished any more; it goes on from its newest checkpoint."""
+        if jax.process_index() == 0:
+            (self.stage_dir(stage) / "result.json").unlink(missing_ok=True)
+        meet(f"reopen {stage}")
 
     def result(self, stage: str) -> dict[str, Any] | None:
         """The result of a finished stage, else None."""
@@ -93,11 +145,18 @@ class Workspace:
     def share_tokenizer(self, stage: str) -> None:
         """Copy the tokenizer into a stage's directory, which is thereby complete by itself."""
         target = Path(self.stage_dir(stage) / "tokenizer")
-        if not target.exists():
+        if not target.exists() and jax.process_index() == 0:
             partial = target.with_name("tokenizer.partial")
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(Path(self.run_dir / "tokenizer" / "tokenizer"), partial)
             os.replace(partial, target)
+        meet(f"tokenizer of {stage}")
+
+
+def _outcome(sections: dict[str, Any]) -> dict[str, Any]:
+    """Without the fields that change nothing: how many threads prepare batches."""
+    drop = lambda tree: {k: drop(v) for k, v in tree.items() if k != "workers"} if isinstance(tree, dict) else tree
+    return drop(sections)
 
 
 def _has_progress(directory: epath.Path) -> bool:
@@ -125,7 +184,8 @@ def describe_model(
     if adapters and adapters.rank:
         near = base if "://" in base else os.path.relpath(base, stage_dir)  # the run directory may be moved
         record |= {"adapters": to_tree(adapters), "base": near}
-    write_json(stage_dir / "model.json", record)
+    if jax.process_index() == 0:
+        write_json(stage_dir / "model.json", record)
 
 
 def load_model(
@@ -148,7 +208,8 @@ def load_model(
     shapes, axes = lora.trained(adapters, family.abstract(model), family.axes(model))
     shardings = param_shardings(mesh, shapes, axes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    params = checkpoint.load_params(stage_dir, abstract, record["path"])
+    finished = read_json(stage_dir / "result.json") or {}
+    params = checkpoint.load_params(stage_dir, abstract, record["path"], finished.get("checkpoint"))
     if adapters.rank:
         policy = _load_base(stage_dir, record["base"], mesh, bases or {})
         params = lora.join(lora.frozen(adapters, policy if kind == "policy" else {"trunk": policy}), params)
@@ -186,6 +247,7 @@ def provenance(mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "code": _git_version(),
+        "code_version": code_version(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "platform": f"{platform.system()} {platform.machine()}",
@@ -193,6 +255,25 @@ def provenance(mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape),
     }
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """What decides the bits besides config and data: a hash of this package's source, and JAX."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return {"jaxllm": digest.hexdigest()[:16], **{n: importlib.metadata.version(n) for n in ("jax", "jaxlib")}}
+
+
+def _process_began() -> float | None:
+    """time.time() when this process was started, where the system tells: imports are part of the wall time."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        boot = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return None
+    return time.time() - boot + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _git_version() -> str:

@@ -1,5 +1,8 @@
 """What is saved comes back bit for bit, on any mesh; last N and best are kept; mistakes are one clear line."""
 
+import shutil
+import subprocess
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,10 +35,9 @@ def fresh(placed, model=MODEL):
 def saved(tmp_path):
     """A stage directory with one checkpoint written on an 8-way data mesh, and its state."""
     state = fresh(placed_on(MeshConfig()))
-    manager = c.open_manager(tmp_path / "checkpoints", c.CheckpointConfig())
-    c.save(manager, 3, state._replace(step=jnp.int32(3)))
-    manager.wait_until_finished()
-    manager.close()
+    saves = c.Checkpoints(tmp_path / "checkpoints", c.CheckpointConfig())
+    saves.save(3, state._replace(step=jnp.int32(3)), {})
+    saves.close()
     return tmp_path, jax.tree.map(np.asarray, state._replace(step=jnp.int32(3)))
 
 
@@ -45,8 +47,8 @@ def saved(tmp_path):
 def test_restored_on_another_mesh_it_is_the_same_state(saved, mesh):
     directory, state = saved
     placed = placed_on(mesh)
-    manager = c.open_manager(directory / "checkpoints", c.CheckpointConfig())
-    restored = c.restore_or_init(manager, placed.abstract, lambda: pytest.fail("must not start anew"))
+    saves = c.Checkpoints(directory / "checkpoints", c.CheckpointConfig())
+    restored, _ = saves.restore_or_init(placed.abstract, lambda: pytest.fail("must not start anew"))
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, restored), state)
     for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(placed.shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
@@ -54,19 +56,25 @@ def test_restored_on_another_mesh_it_is_the_same_state(saved, mesh):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params), state.params)
 
 
-def test_last_and_best_are_kept(tmp_path):
-    config = c.CheckpointConfig(keep_last=2, keep_best=1)
-    for lower, want in ((True, [2, 4, 5]), (False, [3, 4, 5])):
-        manager = c.open_manager(tmp_path / str(lower), config, "eval/loss", lower)
-        for step, value in enumerate([3.0, 1.0, 4.0, 2.0, 2.5], start=1):
-            c.save(manager, step, {"x": jnp.ones(3)}, {"eval/loss": value})
-        manager.wait_until_finished()
-        assert list(manager.all_steps()) == want
+def save_all(directory, config, values, lower_is_better=True):
+    saves = c.Checkpoints(directory, config, "eval/loss", lower_is_better)
+    for step, value in enumerate(values, start=1):
+        saves.save(step, {"x": jnp.full(3, float(step))}, {"metrics": {} if value is None else {"eval/loss": value}})
+    saves.close()
+    return c.committed_steps(saves.directory)
+
+
+def test_last_best_and_every_so_many_are_kept(tmp_path):
+    values = [3.0, 1.0, 4.0, 2.0, 2.5, None, None]
+    assert save_all(tmp_path / "a", c.CheckpointConfig(keep_last=2, keep_best=1), values) == [2, 6, 7]
+    assert save_all(tmp_path / "b", c.CheckpointConfig(keep_last=2, keep_best=1), values, False) == [3, 6, 7]
+    assert save_all(tmp_path / "c", c.CheckpointConfig(keep_last=1, keep_best=2), values) == [2, 4, 7]
+    assert save_all(tmp_path / "d", c.CheckpointConfig(keep_last=1, keep_best=0, keep_every=3), values) == [3, 6, 7]
 
 
 def test_an_empty_directory_starts_anew(tmp_path):
-    manager = c.open_manager(tmp_path / "checkpoints", c.CheckpointConfig())
-    assert c.restore_or_init(manager, None, lambda: "fresh") == "fresh"
+    saves = c.Checkpoints(tmp_path / "checkpoints", c.CheckpointConfig())
+    assert saves.restore_or_init(None, lambda: "fresh") == ("fresh", {})
 
 
 def test_another_models_checkpoint_lists_both_sides(saved):
@@ -81,18 +89,124 @@ def test_another_models_checkpoint_lists_both_sides(saved):
 def test_what_a_killed_save_left_is_cleaned_and_the_last_whole_one_used(saved):
     directory, _ = saved
     (directory / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
-    manager = c.open_manager(directory / "checkpoints", c.CheckpointConfig())
-    assert int(c.restore_or_init(manager, placed_on(MeshConfig()).abstract, dict).step) == 3
-    assert not (directory / "checkpoints" / "9.orbax-checkpoint-tmp").exists()
+    shutil.copytree(directory / "checkpoints" / "3", directory / "checkpoints" / "6")
+    (directory / "checkpoints" / "6" / c.SEAL).unlink()  # killed before it was sealed
+    saves = c.Checkpoints(directory / "checkpoints", c.CheckpointConfig())
+    assert int(saves.restore_or_init(placed_on(MeshConfig()).abstract, dict)[0].step) == 3
+    assert [p.name for p in (directory / "checkpoints").iterdir()] == ["3"]
 
 
-def test_a_damaged_checkpoint_is_one_clear_line(saved):
+def flip(file, place):
+    """Flip one bit of a file; place: a number in 0..1."""
+    data = bytearray(file.read_bytes())
+    at = int(place * 8 * len(data))
+    data[at // 8] ^= 1 << (at % 8)
+    file.write_bytes(data)
+
+
+def test_any_flipped_bit_in_any_file_is_found(saved):
+    """200 of them; also a missing file, a file too many, and a file cut short."""
     directory, _ = saved
-    for file in (directory / "checkpoints" / "3").rglob("d/*"):
-        file.write_bytes(file.read_bytes()[:20])
-    with pytest.raises(InputError, match=r"checkpoints/3: this checkpoint is damaged or half-written") as error:
-        c.load_params(directory, placed_on(MeshConfig()).abstract.params)
+    abstract, step = placed_on(MeshConfig()).abstract, directory / "checkpoints" / "3"
+    files = sorted(p for p in step.rglob("*") if p.is_file())
+    rng = np.random.default_rng(0)
+    for number in range(200):
+        file = files[number % len(files)]
+        before = file.read_bytes()
+        if not before:
+            continue
+        flip(file, rng.random())
+        with pytest.raises(c.Damaged):
+            c.restore(step, abstract)
+        file.write_bytes(before)
+    for file in files:
+        before = file.read_bytes()
+        file.unlink()
+        with pytest.raises(c.Damaged):
+            c.restore(step, abstract)
+        file.write_bytes(before)
+    (step / "stray").touch()
+    with pytest.raises(c.Damaged, match="stray does not belong to it"):
+        c.restore(step, abstract)
+
+
+def test_values_that_are_not_those_saved_are_found_without_the_files_hashes(saved, monkeypatch):
+    """As on an object store: the digests that the devices took are enough, and name the leaf."""
+    directory, _ = saved
+    placed = placed_on(MeshConfig())
+    other = fresh(placed)._replace(step=jnp.int32(3))
+    other.params["embed"]["tokens"] = other.params["embed"]["tokens"].at[1, 2].add(1e-6)
+    twin = c.Checkpoints(directory / "twin", c.CheckpointConfig())
+    twin.save(3, other, {})
+    twin.close()
+    seal = (directory / "checkpoints" / "3" / c.SEAL).read_bytes()
+    (directory / "twin" / "3" / c.SEAL).write_bytes(seal)
+    monkeypatch.setattr(c, "_check_files", lambda *_: None)
+    with pytest.raises(c.Damaged, match=r"the values of params.embed.tokens are not those"):
+        c.restore(directory / "twin" / "3", placed.abstract)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used_or_the_run_stops(tmp_path, capsys):
+    save_all(tmp_path / "checkpoints", c.CheckpointConfig(), [None, None])
+    flip(next((tmp_path / "checkpoints" / "2" / "d").iterdir()), 0.5)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {"x": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=one)}
+    stopping = c.Checkpoints(tmp_path / "checkpoints", c.CheckpointConfig(damaged="stop"))
+    with pytest.raises(c.Damaged, match=r"checkpoints/2: this checkpoint is damaged or half-written") as error:
+        stopping.restore_or_init(abstract, dict)
     assert "\n" not in str(error.value)
+    saves = c.Checkpoints(tmp_path / "checkpoints", c.CheckpointConfig())
+    state, _ = saves.restore_or_init(abstract, dict)
+    np.testing.assert_array_equal(state["x"], [1.0, 1.0, 1.0])
+    assert c.committed_steps(saves.directory) == [1] and (tmp_path / "damaged" / "2").exists()
+    assert "set aside" in capsys.readouterr().err
+
+
+def mount(path, *options):
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", path], capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+
+
+@pytest.mark.parametrize("room", ["none at first", "less than it seems"])
+def test_a_full_disk_ends_the_save_not_the_run(tmp_path, capsys, monkeypatch, room):
+    disk, state = tmp_path / "disk", {"x": jax.random.normal(jax.random.key(0), (1 << 18,))}  # 1 MiB
+    mount(disk, "size=3m")
+    try:
+        ballast = disk / "ballast"
+        ballast.write_bytes(b"x" * (5 << 19))
+        if room == "less than it seems":
+            monkeypatch.setattr(c.Checkpoints, "_no_room", lambda *_: "")
+        saves = c.Checkpoints(disk / "checkpoints", c.CheckpointConfig(keep_last=1))
+        saves.save(1, state, {})
+        saves.wait()
+        said = " ".join(capsys.readouterr().err.split())
+        assert "saving step 1 into" in said and "the run goes on" in said
+        with pytest.raises(c.SaveFailed, match="make room"):
+            saves.save_surely(2, state, {}, attempts=2, pause=0.0)
+        ballast.unlink()
+        saves.save_surely(3, state, {})
+        assert c.committed_steps(saves.directory) == [3]
+        saves.close()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_that_cannot_be_written_ends_the_save_not_the_run(tmp_path, capsys):
+    disk = tmp_path / "disk"
+    mount(disk, "size=8m")
+    try:
+        saves = c.Checkpoints(disk / "checkpoints", c.CheckpointConfig())
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        saves.save(1, {"x": jnp.ones(3)}, {})
+        saves.wait()
+        assert "Read-only file system" in " ".join(capsys.readouterr().err.split())
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        saves.save_surely(2, {"x": jnp.ones(3)}, {})
+        assert c.committed_steps(saves.directory) == [2]
+        saves.close()
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_no_checkpoint_is_one_clear_line(tmp_path):

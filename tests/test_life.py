@@ -121,7 +121,7 @@ def same_checkpoint(one, two):
     trees = []
     for directory in (one, two):
         steps = sorted(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
-        path = (directory / "checkpoints" / str(steps[-1]) / "default").resolve()
+        path = (directory / "checkpoints" / str(steps[-1])).resolve()
         handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         args = {"restore_args": None}
         meta = handler.metadata(path).item_metadata.tree

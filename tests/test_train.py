@@ -1,15 +1,29 @@
 """Accumulated == whole, sharded == single, resumed == uninterrupted: properties of the one step maker."""
 
+import dataclasses
+import json
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxllm import losses, train
+from jaxllm.checkpoint import CheckpointConfig
+from jaxllm.config import InputError
+from jaxllm.data import DataConfig
+from jaxllm.digest import unequal_replicas
+from jaxllm.goodput import Ledger
+from jaxllm.metrics import LoggingConfig, TrainingDiverged, Work
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import DECAYED, OptimConfig, decay_mask, learning_rate, make_optimizer
+from jaxllm.process import Signals, Stopped
 from jaxllm.sharding import MeshConfig, activation, make_mesh
 
 MODEL = ModelConfig(
@@ -160,3 +174,157 @@ def test_decay_covers_every_parameter_of_both_families_and_refuses_an_unknown_on
             assert decays == DECAYED[name] == (name not in ("scale", "bias") and not name.endswith("_bias"))
     with pytest.raises(KeyError):
         decay_mask({"mystery": jnp.zeros(3)})
+
+
+def nan_at(bad):
+    """(step, batch_at) whose batches of these numbers make the loss not finite."""
+
+    def noisy(p, batch, key):
+        total, weight, metrics = loss(p, {k: v for k, v in batch.items() if k != "poison"}, key)
+        return total * (1.0 + batch["poison"].sum()), weight, metrics
+
+    def batch_at(number):
+        poison = jnp.full((8,), jnp.nan if number in bad else 0.0)
+        return uneven_batch(number) | {"poison": poison}
+
+    return noisy, batch_at
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted():
+    noisy, batch_at = nan_at({1})
+    tx = make_optimizer(OptimConfig(), 5)
+    step = train.make_step(noisy, tx)
+    first, _ = step(train.init_state(params(), tx), batch_at(0))
+    before = jax.tree.map(np.asarray, first)
+    second, metrics = step(first, batch_at(1))
+    for a, b in zip(jax.tree.leaves(before[1:3]), jax.tree.leaves(second[1:3]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert int(second.step) == 2 and int(second.guard.streak) == 1 and int(second.guard.taken) == 1
+    assert float(metrics["skipped"][0]) == 1 and float(metrics["loss"][1]) == 0 == float(metrics["loss"][0])
+    third, metrics = step(second, batch_at(2))
+    assert int(third.guard.streak) == 0 and float(metrics["skipped"][0]) == 0 and float(metrics["loss"][1]) > 0
+
+
+def test_a_spike_is_skipped_once_it_is_known_what_is_usual():
+    tx = make_optimizer(OptimConfig(learning_rate=0.0), 500)
+    scaled = lambda p, b, key: tuple(b["scale"] * x if i == 0 else x for i, x in enumerate(loss(p, b["rows"], key)))
+    step, state = train.make_step(scaled, tx, spike_factor=5.0), train.init_state(params(), tx)
+    for scale, skipped in [(100.0, 0)] + [(1.0, 0)] * 300 + [(4.0, 0), (6.0, 1), (1.0, 0)]:
+        state, metrics = step(state, {"rows": uneven_batch(0), "scale": jnp.float32(scale)})
+        assert float(metrics["skipped"][0]) == skipped, scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    data: DataConfig = DataConfig()
+    log_every: int = 3
+    eval_every: int = 8
+    checkpoint: CheckpointConfig = CheckpointConfig(save_every=4, rewind_after=3, rewind_skip=2, keep_last=3)
+
+
+def whole_stage(directory, bad=(), num_steps=20, stop_at=None, settings=Settings(), fingerprints=(), allowed=()):
+    """(final state, metrics.jsonl without times) of the whole loop on a toy model."""
+    noisy, batch_at = nan_at(set(bad))
+    mesh, tx = make_mesh(MeshConfig()), make_optimizer(OptimConfig(), 20)
+    placed = train.place_state(mesh, transformer.abstract(MODEL), transformer.axes(MODEL), tx)
+    signals = Signals()
+    step, seen = train.make_step(noisy, tx, state_shardings=placed.shardings), []
+
+    def watched(state, batch):
+        if int(state.step) + 1 == stop_at:
+            signals.received, signals.since = "SIGTERM", time.monotonic()
+        seen.append(batch["poison"])
+        return step(state, batch)
+
+    with jax.set_mesh(mesh):
+        first = lambda: placed.init(jax.jit(params, out_shardings=placed.shardings.params)())
+        state, _ = train.run_stage(
+            epath.Path(directory), "toy",
+            keeping=train.Keeping(signals, Ledger(directory / "goodput.jsonl"), mesh, dict(fingerprints), allowed),
+            init=first, abstract=placed.abstract, step=watched, batch_at=batch_at, num_steps=num_steps,
+            settings=settings, logging=LoggingConfig(tensorboard=False), work=Work(1), best="eval/x",
+            evaluate=lambda number, state: {"eval/x": float(optax.tree.norm(state.params))},
+        )  # fmt: skip
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k != "time" and "throughput" not in k} for line in lines]
+    return jax.tree.map(np.asarray, state), kept, len(seen)
+
+
+def same(one, other):
+    assert one[1] == other[1]
+    for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(other[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("stop_at", [1, 7, 8, 19])
+def test_stopped_by_a_signal_anywhere_it_ends_with_the_same_bits_and_metrics(tmp_path, stop_at):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole = whole_stage(tmp_path / "a")
+    with pytest.raises(Stopped, match=f"SIGTERM: toy: step {stop_at} of 20 is saved, .* s after the signal"):
+        whole_stage(tmp_path / "b", stop_at=stop_at)
+    same(whole, whole_stage(tmp_path / "b"))
+
+
+def test_too_many_bad_batches_in_a_row_send_it_back_and_are_left_out(tmp_path, capsys):
+    """Bad batches 9 to 13: after three skips it goes back to step 8, and goes on with batch 14: the third bad one is 11."""
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    state, lines, tried = whole_stage(tmp_path / "a", bad=range(9, 14))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "back to step 8, leaving out batches 8 to 13" in said
+    assert int(state.step) == 20 and int(state.guard.taken) == 20 and tried > 20
+    seal = json.loads((tmp_path / "a" / "checkpoints" / "20" / "seal.json").read_text())
+    assert seal["record"]["skipped"] == [[8, 14]]
+    with pytest.raises(Stopped):  # stopped after it went back, and between: the same end
+        whole_stage(tmp_path / "b", bad=range(9, 14), stop_at=16)
+    same((state, lines), whole_stage(tmp_path / "b", bad=range(9, 14)))
+    with pytest.raises(Stopped):
+        whole_stage(tmp_path / "c", bad=range(9, 14), stop_at=11)
+    same((state, lines), whole_stage(tmp_path / "c", bad=range(9, 14)))
+
+
+def test_trouble_without_end_fails_with_one_clear_line(tmp_path):
+    with pytest.raises(TrainingDiverged, match="after going back 3 times; lower the learning rate"):
+        whole_stage(tmp_path, bad=range(6, 1000))
+
+
+def test_what_has_changed_since_a_checkpoint_is_refused_field_by_field(tmp_path):
+    old = {"pretrain": {"num_steps": 20, "optim": {"b1": 0.9}}, "data": "abc", "code": {"jax": "1"}}
+    with pytest.raises(Stopped):
+        whole_stage(tmp_path, stop_at=5, fingerprints=old)
+    new = {"pretrain": {"num_steps": 30, "optim": {"b1": 0.8}}, "data": "abd", "code": {"jax": "1"}}
+    with pytest.raises(InputError) as error:
+        whole_stage(tmp_path, fingerprints=new)
+    text = str(error.value)
+    assert "pretrain.num_steps: 20 -> 30; pretrain.optim.b1: 0.9 -> 0.8; data: 'abc' -> 'abd'" in text
+    assert text.endswith("--allow-change pretrain.num_steps pretrain.optim.b1 data")
+    with pytest.raises(InputError, match="started with something else: data"):
+        whole_stage(tmp_path, fingerprints=new, allowed=("pretrain",))
+    whole_stage(tmp_path, fingerprints=new, allowed=("pretrain", "data"))
+
+
+def test_a_flipped_bit_on_one_device_is_named(tmp_path):
+    mesh = make_mesh(MeshConfig())
+    tree = {"w": jax.device_put(jnp.ones((4, 4)), NamedSharding(mesh, P()))}
+    assert unequal_replicas(tree, mesh) == []
+    parts = [np.array(shard.data) for shard in tree["w"].addressable_shards]
+    parts[5][2, 1] = np.nextafter(np.float32(1.0), np.float32(2.0))
+    single = [jax.device_put(p, s.device) for p, s in zip(parts, tree["w"].addressable_shards, strict=True)]
+    tree["w"] = jax.make_array_from_single_device_arrays((4, 4), tree["w"].sharding, single)
+    (found,) = unequal_replicas(tree, mesh)
+    assert found == f"{tree['w'].addressable_shards[5].device}: w"
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_do_not_depend_on_the_threads_that_prepare_them(workers):
+    ahead = train.Prefetch(lambda n: n * n, workers, 20)
+    assert [ahead(n) for n in range(3, 20)] == [n * n for n in range(3, 20)]
+    ahead.close()
+
+
+def test_a_batch_that_fails_in_a_thread_fails_the_step():
+    ahead = train.Prefetch(lambda n: 1 // (n - 2), 2, 10)
+    ahead(0), ahead(1)
+    with pytest.raises(ZeroDivisionError):
+        ahead(2)
+    ahead.close()

@@ -169,7 +169,7 @@ def test_half_written_checkpoint(capsys, run_dir):
     line = refused(capsys, "generate", run_dir / "sft", "--prompt", "x")
     assert (
         f"checkpoints/{newest.name}: this checkpoint is damaged or half-written" in line
-        and "remove that folder" in line
+        and "`jaxllm run` makes it again" in line
     )
 
 

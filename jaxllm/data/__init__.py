@@ -1,40 +1,24 @@
 """Data: sources -> examples -> tokens -> rows -> batches. Each step is a pure function of the one before."""
 
-from jaxllm.data.format import Example, examples, is_held_out, load_texts, shuffled
-from jaxllm.data.loader import (
-    PromptExample,
-    RankedExample,
-    Rows,
-    epoch_batches,
-    load_prompts,
-    load_ranked,
-    load_rows,
-    make_batch_at,
-    make_prompt_batch_at,
-    make_ranked_batch_at,
-    ranked_epoch,
-)
-from jaxllm.data.sources import DataConfig, Record, Source, read_records
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "DataConfig",
-    "Example",
-    "PromptExample",
-    "RankedExample",
-    "Record",
-    "Rows",
-    "Source",
-    "epoch_batches",
-    "examples",
-    "is_held_out",
-    "load_prompts",
-    "load_ranked",
-    "load_rows",
-    "load_texts",
-    "make_batch_at",
-    "make_prompt_batch_at",
-    "make_ranked_batch_at",
-    "ranked_epoch",
-    "read_records",
-    "shuffled",
-]
+if TYPE_CHECKING:
+    from jaxllm.data.contamination import *  # noqa: F403
+    from jaxllm.data.format import *  # noqa: F403
+    from jaxllm.data.loader import *  # noqa: F403
+    from jaxllm.data.sources import *  # noqa: F403
+    from jaxllm.data.store import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, looked up when it is used: the processes that tokenise import this package, and need no JAX."""
+    for module in (
+        ("sources", "format", "store", "loader", "contamination") if name[0] != "_" and name not in _MODULES else ()
+    ):
+        if hasattr(found := importlib.import_module(f"jaxllm.data.{module}"), name):
+            return getattr(found, name)
+    raise AttributeError(f"module 'jaxllm.data' has no attribute {name!r}")
+
+
+_MODULES = ("cache", "contamination", "format", "loader", "packing", "sources", "store")

@@ -5,7 +5,6 @@ a review held out of pre-training is held out of every task made from it. Where 
 prompt has a side of its own, and what would put a held-out prompt into training is left out of both.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -18,6 +17,7 @@ from jaxllm.data.sources import DataConfig, Record, Source, read_records
 
 KINDS = ("document", "chat", "prompt", "ranked")
 Messages = list[dict[str, str]]
+_spelled = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder each time
 
 
 class Example(NamedTuple):
@@ -36,7 +36,15 @@ class Example(NamedTuple):
     def content(self) -> str:
         """What makes two examples the same one."""
         ranking = [self.responses, self.ranks, self.scores, self.annotator] if self.responses else []
-        return json.dumps([self.text, self.messages, *ranking], ensure_ascii=False)
+        return _spelled([self.text, self.messages, *ranking])
+
+    def digest(self) -> bytes:
+        """16 bytes of the content's sha256."""
+        return _hash(self.content())
+
+    def learnt(self) -> str:
+        """The text whose tokens are targets."""
+        return self.text or "".join(m["content"] for m in self.messages if m["role"] == "assistant")
 
     def question(self) -> str:
         """What the model is asked: one user message as it is, or all messages before the reply."""
@@ -51,56 +59,39 @@ def examples(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
     """
     if not data.sources:
         raise InputError(f"data.sources: none given, and {kind} examples are needed; name at least one source")
-    yield from _not_empty(_stream(data, kind, split), data, kind, split)
+    yield from not_empty(_stream(data, kind, split), data, kind, split)
 
 
 def _stream(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
     # Two texts on different sides may give the same conversation: it stays held out. So does a ranked prompt.
-    held_out = {_leak(e, kind) for e, side in _sided(data, kind) if side == "held_out"} if split == "train" else set()
+    every = lambda: (pair for i, s in enumerate(data.sources) for pair in sided(data, kind, i, read_records(s)))
+    held_out = {_leak(e, kind) for e, side in every() if side == "held_out"} if split == "train" else set()
     seen: set[bytes] = set()
-    for example, side in _sided(data, kind):
-        if side == split and _leak(example, kind) not in held_out and (key := _hash(example.content())) not in seen:
+    for example, side in every():
+        if side == split and _leak(example, kind) not in held_out and (key := example.digest()) not in seen:
             seen.add(key)
             yield example
 
 
-def _not_empty[T](stream: Iterator[T], data: DataConfig, kind: str, split: str) -> Iterator[T]:
+def not_empty[T](stream: Iterator[T], data: DataConfig, kind: str, split: str) -> Iterator[T]:
     empty = True
     for item in stream:
         empty = False
         yield item
     if empty:
-        where = ", ".join(source.path for source in data.sources)
-        more, text = "raise data.held_out_fraction or give more text", "give text that is not empty"
-        mend = more if split == "held_out" else text
-        raise InputError(f"{where}: not a single {kind} example in the {split} split; {mend}")
+        raise nothing_there(data, kind, split)
+
+
+def nothing_there(data: DataConfig, kind: str, split: str) -> InputError:
+    where = ", ".join(source.path for source in data.sources)
+    more, text = "raise data.held_out_fraction or give more text", "give text that is not empty"
+    mend = more if split == "held_out" else text
+    return InputError(f"{where}: not a single {kind} example in the {split} split; {mend}")
 
 
 def shuffled(stream: Iterable[Example]) -> list[Example]:
     """Examples in the order of their contents' hashes: a fixed shuffle, so that the first n are a sample of all."""
-    return sorted(stream, key=lambda example: _hash(example.content()))
-
-
-def load_texts(data: DataConfig, split: str) -> Iterator[str]:
-    """The texts of one split, for the tokenizer and for xz; a conversation gives its contents, a line each."""
-    if not data.sources:
-        raise InputError("data.sources: none given, and texts are needed; name at least one source")
-    yield from _not_empty(_texts(data, split), data, "text", split)
-
-
-def _texts(data: DataConfig, split: str) -> Iterator[str]:
-    chats = tuple(s for s in data.sources if _is_chat(s))
-    plain = tuple(s for s in data.sources if s not in chats)
-    for sources, kind in ((plain, "document"), (chats, "chat")):
-        for example in _stream(dataclasses.replace(data, sources=sources), kind, split):
-            yield example.text or "\n".join(m["content"] for m in example.messages)
-
-
-def _is_chat(source: Source) -> bool:
-    if source.prompt:
-        return True
-    first = next(iter(read_records(source)), None)
-    return first is not None and "text" not in first.fields and bool({"messages", "prompt"} & first.fields.keys())
+    return sorted(stream, key=Example.digest)
 
 
 def _leak(example: Example, kind: str) -> bytes:
@@ -108,14 +99,13 @@ def _leak(example: Example, kind: str) -> bytes:
     return _hash(example.question() if kind == "ranked" else example.content())
 
 
-def _sided(data: DataConfig, kind: str) -> Iterator[tuple[Example, str | None]]:
-    """(example, its side of the split, None for neither) of every record."""
-    for index, source in enumerate(data.sources):
-        for record in read_records(source):
-            example, given = _make(kind, source, record, index), record.fields.get("split")
-            if given not in (None, "", "train", "held_out"):
-                raise InputError(f"{record.origin}: split must be train or held_out, not {given!r:.40}; rename it")
-            yield example, given or _side(example, record, kind, data)
+def sided(data: DataConfig, kind: str, index: int, records: Iterable[Record]) -> Iterator[tuple[Example, str | None]]:
+    """(example, its side of the split, None for neither) of every record of source number `index`."""
+    for record in records:
+        example, given = _make(kind, data.sources[index], record, index), record.fields.get("split")
+        if given not in (None, "", "train", "held_out"):
+            raise InputError(f"{record.origin}: split must be train or held_out, not {given!r:.40}; rename it")
+        yield example, given or _side(example, record, kind, data)
 
 
 def _side(example: Example, record: Record, kind: str, data: DataConfig) -> str | None:

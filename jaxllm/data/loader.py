@@ -4,13 +4,9 @@ Batches never depend on the number of hosts: every process computes the same glo
 rows its own devices hold.
 """
 
-import dataclasses
-import hashlib
-import itertools
-import json
-import os
-import shutil
-import tempfile
+import fractions
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,37 +16,47 @@ import jax
 import numpy as np
 
 from jaxllm.config import InputError
-from jaxllm.data.format import Example, examples, shuffled
-from jaxllm.data.packing import Row, best_fit, concat_and_split, materialise, row_starts
-from jaxllm.data.sources import DataConfig, Source, canonical, files, read_records
+from jaxllm.data.cache import ArrayFile, key_of, made
+from jaxllm.data.format import examples, nothing_there, shuffled
+from jaxllm.data.packing import Row, best_fit, concat_and_split, materialise
+from jaxllm.data.sources import DataConfig
+from jaxllm.data.store import EXAMPLE, Examples, Tokens, open_store
 from jaxllm.tokenizer import Tokenizer
 
 Batch = dict[str, jax.Array]
 BatchAt = Callable[[int], Batch]
+_BEGIN = np.dtype([("example", "<i8"), ("offset", "<i8")])
 
 
 class Rows(NamedTuple):
-    """The packed rows of one source."""
+    """The packed rows of one source; all that grows with them is on disk."""
 
-    plan: np.ndarray  # int64[pieces, 4]
-    starts: np.ndarray  # int64[rows + 1]
-    tokens: np.ndarray  # int32, all examples one after the other (memory-mapped)
-    mask: np.ndarray  # bool, likewise
-    offsets: np.ndarray  # int64[examples + 1]
+    tokens: Tokens
+    table: ArrayFile  # EXAMPLE[kind], in the order of the rows
+    begins: ArrayFile  # _BEGIN: where each row begins
     length: int
     pad_id: int
     num_examples: int
     num_dropped: int  # longer than a row
     num_tokens: int  # tokens that are targets
     num_bytes: int  # UTF-8 bytes of the text that is learnt
+    fingerprint: str  # of the contents, the tokenizer, the split and the length
+    epochs: float = 1.0  # passes over these rows in one over the mixture
+    phases: tuple[tuple[int, float], ...] = ()  # (step, weight from that step on)
 
     @property
     def num_rows(self) -> int:
-        return len(self.starts) - 1
+        return len(self.begins)
 
     def row(self, index: int) -> Row:
-        pieces = self.plan[self.starts[index] : self.starts[index + 1]]
-        return materialise(pieces, self.tokens, self.mask, self.offsets, self.length, self.pad_id)
+        begin = self.begins.read(index, min(index + 2, self.num_rows))
+        first, offset = begin[0].tolist()
+        stop = begin["example"][1] + (begin["offset"][1] > 0) if len(begin) > 1 else len(self.table)
+        table = self.table.read(first, int(stop))
+        starts, sizes = table["start"].astype(np.int64), table["size"].astype(np.int64)
+        starts[0], sizes[0] = starts[0] + offset, sizes[0] - offset
+        sizes[-1] -= max(0, sizes.sum() - self.length)  # the document goes on in the next row
+        return materialise(*self.tokens.read(starts, sizes), sizes, self.length, self.pad_id)
 
 
 class PromptExample(NamedTuple):
@@ -79,152 +85,93 @@ def load_rows(
 ) -> list[tuple[Rows, float]]:
     """Packed rows of `length` tokens and the weight of each source; kind "document" or "chat".
 
-    Tokenised examples are kept in cache_dir, by a key of everything they depend on. Raises InputError: an example
-    that does not fit (data.too_long: error), one without a target, a split without examples.
+    Tokenised examples and plans are kept in cache_dir, by keys of everything they depend on. Raises InputError: an
+    example that does not fit (data.too_long: error), one without a target, a split without examples.
     """
     if length < 2:
         raise InputError(f"length: rows of {length} tokens hold no target; set it to at least 2")
-    store = _store(data, kind, split, tokenizer, Path(cache_dir))
-    meta = json.loads((store / "meta.json").read_text())
-    arrays = {
-        name: np.load(store / f"{name}.npy", mmap_mode="r") for name in ("tokens", "mask", "offsets", "source", "bytes")
-    }
+    share, folder = (jax.process_index(), jax.process_count()), Path(cache_dir)
+    found = open_store(data, kind, tokenizer, folder, share)[split]
+    if not any(len(each.table) for each in found):
+        raise nothing_there(data, kind, split)
     mixture = []
-    for index, source in enumerate(data.sources):
-        mine = np.flatnonzero(arrays["source"] == index)
-        if len(mine):
-            mixture.append((_rows(data, kind, arrays, mine, meta["origins"], length, tokenizer), source.weight))
-    if not any(rows.num_rows for rows, _ in mixture):
+    for index, each in enumerate(found):
+        rows = _rows(data, kind, each, length, tokenizer, folder)
+        rows = rows._replace(phases=tuple((phase.step, phase.weights[index]) for phase in data.curriculum))
+        if rows.num_rows:
+            mixture.append((rows, each.source.weight or float(rows.num_rows * rows.epochs)))
+    if not mixture:
         raise InputError(f"data.sources: every {kind} example of the {split} split is too long for {length} tokens")
-    return [(rows, weight or float(rows.num_rows)) for rows, weight in mixture if rows.num_rows]
+    for phase in zip(*(rows.phases for rows, _ in mixture), strict=True):
+        if not any(weight for _, weight in phase):
+            raise InputError(f"data.curriculum: step {phase[0][0]} gives weight only to sources without examples")
+    return mixture
 
 
-def _rows(
-    data: DataConfig,
-    kind: str,
-    arrays: dict[str, np.ndarray],
-    mine: np.ndarray,
-    origins: list[str],
-    length: int,
-    tokenizer: Tokenizer,
-) -> Rows:
-    offsets, mask = arrays["offsets"], arrays["mask"]
-    sizes = np.diff(offsets)[mine]
-    kept, stops = mine, sizes
-    if kind == "chat":
-        kept, stops = _fit(data, mask, offsets, mine, sizes, origins, length)
-        plan = best_fit(stops.tolist(), length)
-    else:
-        plan = concat_and_split(sizes.tolist(), length)
-    plan[:, 1] = kept[plan[:, 1]]
-    targets = sum(int(mask[offsets[e] + 1 : offsets[e] + n].sum()) for e, n in zip(kept, stops, strict=True))
-    counts = {"num_examples": len(kept), "num_dropped": len(mine) - len(kept), "num_tokens": targets}
-    sizes, cut = np.diff(offsets)[kept], arrays["bytes"][kept]
-    for i in np.flatnonzero(stops < sizes):  # truncated: only the bytes of the targets that are left
-        part = slice(offsets[kept[i]], offsets[kept[i]] + stops[i])
-        cut[i] = sum(len(tokenizer.token_bytes(int(t))) for t in arrays["tokens"][part][mask[part]])
-    counts["num_bytes"] = int(cut.sum())
-    return Rows(plan, row_starts(plan), arrays["tokens"], mask, offsets, length, tokenizer.pad_id, **counts)
+def _rows(data: DataConfig, kind: str, each: Examples, length: int, tokenizer: Tokenizer, folder: Path) -> Rows:
+    key = key_of(each.key, length, data.too_long if kind == "chat" else "")
+    plan = folder / f"rows-{key}"
+    make = functools.partial(_plan_chats, each, data, length, tokenizer) if kind == "chat" else None
+    meta = made(plan, make or functools.partial(_plan_documents, each, length))
+    table = ArrayFile(plan / "table", EXAMPLE[kind]) if kind == "chat" else each.table
+    counts = {name: meta[name] for name in ("num_examples", "num_dropped", "num_tokens", "num_bytes")}
+    begins = ArrayFile(plan / "begins", _BEGIN)
+    places = {"length": length, "pad_id": tokenizer.pad_id, "fingerprint": key, "epochs": each.source.epochs}
+    return Rows(each.tokens, table, begins, **counts, **places)
 
 
-def _fit(
-    data: DataConfig, mask, offsets, mine, sizes, origins: list[str], length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The examples that stay and how many of their tokens: data.too_long decides about the long ones."""
-    long = sizes > length
+def _plan_documents(each: Examples, length: int, folder: Path) -> dict[str, int]:
+    with open(folder / "begins", "wb") as file:
+        for begins in concat_and_split((chunk["size"].astype(np.int64) for chunk in each.table.chunks()), length):
+            file.write(begins.astype("<i8").tobytes())
+    count = len(each.table)
+    targets = {"num_tokens": each.num_tokens - count, "num_bytes": each.num_bytes}
+    return {"num_examples": count, "num_dropped": 0, **targets}
+
+
+def _plan_chats(each: Examples, data: DataConfig, length: int, tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
+    """data.too_long decides about long conversations; the table has the others row by row, truncated."""
+    table = each.table.read(0, len(each.table)).copy()
+    long = table["size"] > length
     if long.any() and data.too_long == "error":
-        worst = mine[np.argmax(long)]
+        worst = table[np.argmax(long)]
         raise InputError(
-            f"{origins[worst]}: this conversation takes {offsets[worst + 1] - offsets[worst]} tokens and a row holds {length}; "
+            f"{each.origin(worst)}: this conversation takes {worst['size']} tokens and a row holds {length}; "
             "raise the length, shorten it, or set data.too_long to drop or truncate"
         )
-    stops = np.minimum(sizes, length)
-    keep = ~long if data.too_long == "drop" else np.ones(len(mine), bool)
-    for example, stop, kept in zip(mine, stops, keep, strict=True):
-        if kept and not mask[offsets[example] + 1 : offsets[example] + stop].any():
+    dropped = int(long.sum()) if data.too_long == "drop" else 0
+    table = table[~long] if dropped else table
+    cut = table["size"] > length
+    table["size"] = np.minimum(table["size"], length)
+    targets = 0
+    for part in np.array_split(np.arange(len(table)), 1 + len(table) // 4096) if len(table) else ():
+        sizes = table["size"][part].astype(np.int64)
+        (ids, mask), firsts = each.tokens.read(table["start"][part], sizes), np.cumsum(sizes) - sizes
+        assert mask is not None
+        mask[firsts] = False
+        counts = np.add.reduceat(mask, firsts, dtype=np.int64)
+        if not counts.all():
             raise InputError(
-                f"{origins[example]}: not one token of this example is a target (no reply is left in {length} tokens); "
-                "remove it, raise the length, or set data.too_long to drop"
+                f"{each.origin(table[part[np.argmin(counts)]])}: not one token of this example is a target (no reply is "
+                f"left in {length} tokens); remove it, raise the length, or set data.too_long to drop"
             )
-    return mine[keep], stops[keep]
+        targets += int(counts.sum())
+        for i in np.flatnonzero(cut[part]):  # only the bytes of the targets that are left
+            where = slice(firsts[i], firsts[i] + sizes[i])
+            table["bytes"][part[i]] = sum(len(tokenizer.token_bytes(int(t))) for t in ids[where][mask[where]])
+    plan = best_fit(table["size"].tolist(), length)
+    (folder / "table").write_bytes(table[plan[:, 1]].tobytes())
+    begins = np.zeros(len(np.unique(plan[:, 0])), _BEGIN)
+    begins["example"] = np.searchsorted(plan[:, 0], np.arange(len(begins)))
+    (folder / "begins").write_bytes(begins.tobytes())
+    numbers = {"num_tokens": targets, "num_bytes": int(table["bytes"].sum(dtype=np.int64))}
+    return {"num_examples": len(table), "num_dropped": dropped, **numbers}
 
 
-def _store(data: DataConfig, kind: str, split: str, tokenizer: Tokenizer, cache_dir: Path) -> Path:
-    """The folder with the tokenised examples; made if it is not there, whole or not at all."""
-    key = hashlib.sha256(json.dumps(_identity(data, kind, split, tokenizer), sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache_dir / f"{kind}-{split}-{key}"
-    if folder.exists():
-        return folder
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=cache_dir, prefix=".partial-"))
-    try:
-        _write_store(partial, examples(data, kind, split), kind, tokenizer)
-        os.replace(partial, folder)
-    except OSError:
-        if not folder.exists():  # another process may have been faster, with the same contents
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _identity(data: DataConfig, kind: str, split: str, tokenizer: Tokenizer) -> list[Any]:
-    prints = [
-        _fingerprint(dataclasses.replace(source, path=path, exclude=()))
-        for source in data.sources
-        for path in (source.path, *source.exclude)
-    ]
-    config = dataclasses.asdict(data) | {"too_long": ""}  # decided later, from the lengths
-    return ["v1", config, prints, kind, split, tokenizer.fingerprint]
-
-
-def _fingerprint(source: Source) -> list[Any]:
-    """(name, sha256) of each file; of a function, what it yields. Not the time: a copied file is the same data."""
-    if names := files(source):
-        return [(name, _sha256(name)) for name in names]
-    digest = hashlib.sha256()
-    for record in read_records(dataclasses.replace(source, match="", min_chars=0, max_chars=0, max_records=0)):
-        digest.update(canonical(record.fields).encode() + b"\n")
-    return [(source.path, digest.hexdigest())]
-
-
-def _sha256(name: str) -> str:
-    with open(name, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_store(folder: Path, stream: Iterator[Example], kind: str, tokenizer: Tokenizer) -> None:
-    sizes, origins, sources, num_bytes = [], [], [], []
-    with open(folder / "tokens.raw", "wb") as tokens_file, open(folder / "mask.raw", "wb") as mask_file:
-        for chunk in itertools.batched(stream, 1024):
-            for example, (ids, mask) in zip(chunk, _encode(chunk, kind, tokenizer), strict=True):
-                tokens_file.write(np.array(ids, np.int32).tobytes())
-                mask_file.write(np.array(mask, bool).tobytes())
-                sizes.append(len(ids))
-                origins.append(example.origin)
-                sources.append(example.source)
-                num_bytes.append(len(_learnt(example).encode()))
-    for name, dtype in (("tokens", np.int32), ("mask", bool)):
-        np.save(folder / f"{name}.npy", np.memmap(folder / f"{name}.raw", dtype, "r"))
-        os.remove(folder / f"{name}.raw")
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
-    np.save(folder / "source.npy", np.array(sources, np.int32))
-    np.save(folder / "bytes.npy", np.array(num_bytes, np.int64))
-    (folder / "meta.json").write_text(json.dumps({"origins": origins}))
-
-
-def _encode(chunk: Sequence[Example], kind: str, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
-    if kind == "chat":
-        yield from (tokenizer.encode_chat(example.messages) for example in chunk)
-        return
-    for ids in tokenizer.encode_batch([example.text for example in chunk], num_threads=-1):
-        document = [tokenizer.bos_id, *ids, tokenizer.eos_id]
-        yield document, [False] + [True] * (len(document) - 1)
-
-
-def _learnt(example: Example) -> str:
-    """The text whose tokens are targets."""
-    return example.text or "".join(m["content"] for m in example.messages if m["role"] == "assistant")
+def fingerprint(loaded: Sequence[Any]) -> str:
+    """One name for what batches are made of: a mixture of rows with its weights, or loaded prompts or rankings."""
+    rows = ((r.fingerprint, weight, r.epochs, r.phases) for r, weight in loaded if isinstance(r, Rows))
+    return key_of(*(rows if loaded and isinstance(loaded[0][0], Rows) else loaded))
 
 
 def make_batch_at(mixture: Mixture, *, batch_size: int, seed: int, sharding: jax.sharding.Sharding) -> BatchAt:
@@ -233,28 +180,47 @@ def make_batch_at(mixture: Mixture, *, batch_size: int, seed: int, sharding: jax
     Rows of each source are shuffled anew every epoch, and sources mixed in proportion to their weights (a share of
     rows). Row number n of the run is a function of (data, seed, n) alone.
     """
-    order = _order([rows.num_rows for rows, _ in mixture], [weight for _, weight in mixture], seed)
+    order = _order([rows.num_rows for rows, _ in mixture], _phases(mixture, batch_size), seed)
 
     def batch_at(step: int) -> Batch:
-        picked = [order[step * batch_size + i] for i in range(batch_size)]
-        return _place(lambda i: mixture[picked[i][0]][0].row(picked[i][1]), batch_size, sharding)
+        def row(i: int) -> Row:
+            source, number = order(step * batch_size + i)
+            return mixture[source][0].row(number)
+
+        return _place(row, batch_size, sharding)
 
     return batch_at
+
+
+def epoch_rows(mixture: Mixture) -> float:
+    """Rows in one pass over a mixture whose weights go by size."""
+    return sum(rows.num_rows * rows.epochs for rows, _ in mixture)
+
+
+def epochs_of(mixture: Mixture, num_steps: int, batch_size: int) -> list[float]:
+    """Passes over each source in so many steps."""
+    rows = num_steps * batch_size
+    phase = next(phase for phase in reversed(_phases(mixture, batch_size)) if phase.begin <= rows)
+    drawn = phase.until(rows)
+    return [count / rows.num_rows for count, (rows, _) in zip(drawn, mixture, strict=True)]
 
 
 def epoch_batches(
     mixture: Mixture, *, batch_size: int, sharding: jax.sharding.Sharding, max_batches: int = 0
 ) -> Iterator[Batch]:
     """Every row once, in order; the last batch is filled up with rows of padding. max_batches 0: all."""
-    index = [(rows, i) for rows, _ in mixture for i in range(rows.num_rows)]
-    if max_batches and len(index) > max_batches * batch_size:  # rows from everywhere, not the first ones
-        index = [index[i] for i in np.linspace(0, len(index) - 1, max_batches * batch_size).astype(int)]
-    for start in range(0, len(index), batch_size):
-        part = index[start : start + batch_size]
+    ends = np.cumsum([rows.num_rows for rows, _ in mixture])
+    total = count = int(ends[-1])
+    if max_batches and total > max_batches * batch_size:  # rows from everywhere, not the first ones
+        count = max_batches * batch_size
+    for start in range(0, count, batch_size):
+        part = np.arange(start, min(start + batch_size, count))
+        part = part if count == total else np.linspace(0, total - 1, count)[part].astype(int)
 
         def row(i: int, part=part) -> Row:
-            rows, number = part[min(i, len(part) - 1)]
-            row = rows.row(number)
+            number = int(part[min(i, len(part) - 1)])
+            source = int(np.searchsorted(ends, number, "right"))
+            row = mixture[source][0].row(number - int(ends[source]) + mixture[source][0].num_rows)
             return row if i < len(part) else {name: np.zeros_like(value) for name, value in row.items()}
 
         yield _place(row, batch_size, sharding)
@@ -298,11 +264,11 @@ def make_prompt_batch_at(
 
     index tells the prompts of a batch apart, for their random numbers; prompt is the place in `prompts`.
     """
-    order = _order([len(prompts)], [1.0], seed)
+    order = _order([len(prompts)], [_Stretch(0, [1], [0])], seed)
 
     def batch_at(step: int) -> Batch:
         def row(i: int) -> Row:
-            prompt = order[step * batch_size + i][1]
+            prompt = order(step * batch_size + i)[1]
             ids = prompts[prompt].ids
             tokens, mask = np.full(length, pad_id, np.int32), np.zeros(length, bool)
             tokens[length - len(ids) :], mask[length - len(ids) :] = ids, True
@@ -347,10 +313,10 @@ def make_ranked_batch_at(
 
     B prompts, K the most responses of any; loss_mask is True on a reply's tokens, rank 0 is no response.
     """
-    order, shape = _order([len(ranked)], [1.0], seed), _ranked_shape(ranked)
+    order, shape = _order([len(ranked)], [_Stretch(0, [1], [0])], seed), _ranked_shape(ranked)
 
     def batch_at(step: int) -> Batch:
-        return _place(lambda i: _ranked_row(ranked[order[step * batch_size + i][1]], *shape), batch_size, sharding)
+        return _place(lambda i: _ranked_row(ranked[order(step * batch_size + i)[1]], *shape), batch_size, sharding)
 
     return batch_at
 
@@ -382,13 +348,56 @@ def _ranked_row(example: RankedExample, num_responses: int, length: int) -> Row:
     return {"tokens": tokens, "segment_ids": segment_ids, "loss_mask": loss_mask, "ranks": ranks, "scores": scores}
 
 
-def _order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Any:
-    """An endless sequence of (source, row): each source shuffled anew every epoch, mixed by weight."""
-    parts = [
-        grain.MapDataset.range(size).seed(seed + k).shuffle().map(lambda i, k=k: (k, int(i))).repeat()
-        for k, size in enumerate(sizes)
-    ]
-    return grain.MapDataset.mix(parts, weights=list(weights)) if len(parts) > 1 else parts[0]
+class _Stretch(NamedTuple):
+    """Rows from number `begin` on are drawn in these shares."""
+
+    begin: int
+    shares: list[int]
+    drawn: list[int]  # of each source, before
+
+    def until(self, number: int) -> list[int]:
+        """How many of the first `number` rows come from each source: with each row, one more from one of them.
+
+        The first source gives its share of the phase's rows, rounded, the second its share of the rest, and so on:
+        after every sum(shares) rows the proportions are exact.
+        """
+        rows, rest, counts = number - self.begin, sum(self.shares), []
+        for share, before in zip(self.shares, self.drawn, strict=True):
+            left = rows * (rest - share) // rest if rest else 0
+            counts.append(before + rows - left)
+            rows, rest = left, rest - share
+        return counts
+
+
+def _phases(mixture: Mixture, batch_size: int) -> list[_Stretch]:
+    phases = [_Stretch(0, _shares([weight for _, weight in mixture]), [0] * len(mixture))]
+    for changes in zip(*(rows.phases for rows, _ in mixture), strict=True):
+        begin = changes[0][0] * batch_size
+        phases.append(_Stretch(begin, _shares([weight for _, weight in changes]), phases[-1].until(begin)))
+    return phases
+
+
+def _shares(weights: Sequence[float]) -> list[int]:
+    """Whole numbers in exactly the proportion of the weights as they are written (Grain's mix rounds them to 1%)."""
+    exact = [fractions.Fraction(str(weight)) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * scale) for weight in exact]
+    return [number // math.gcd(*whole) for number in whole]
+
+
+def _order(sizes: Sequence[int], phases: Sequence[_Stretch], seed: int) -> Callable[[int], tuple[int, int]]:
+    """Number in an endless sequence -> (source, row): each source is shuffled anew every epoch, and goes on where it
+    was when the weights change."""
+    shuffles = [grain.MapDataset.range(size).seed(seed + k).shuffle() for k, size in enumerate(sizes)]
+
+    def order(number: int) -> tuple[int, int]:
+        phase = next(phase for phase in reversed(phases) if phase.begin <= number)
+        now, then = phase.until(number), phase.until(number + 1)
+        source = next(k for k, count in enumerate(then) if count > now[k])
+        row: Any = shuffles[source][now[source]]
+        return source, int(row)
+
+    return order
 
 
 def _place(row: Callable[[int], Row], batch_size: int, sharding: Any) -> Batch:

@@ -1,17 +1,27 @@
-"""Sources of text: files of lines, JSON and Parquet records, and data shipped inside installed packages."""
+"""Sources of text: files of lines and records, here, on object stores, or shipped inside installed packages."""
 
+import contextlib
 import dataclasses
 import functools
 import glob
+import gzip
 import hashlib
 import heapq
 import importlib.util
+import io
 import json
+import math
+import os
 import re
 import sys
-from collections.abc import Iterator
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+import fsspec
 
 from jaxllm.config import InputError, resolve_function
 
@@ -21,13 +31,15 @@ class Source:
     """Where records come from, and how a plain text becomes fields, a conversation or a prompt."""
 
     path: str = ""
-    """File, glob, pkg://PACKAGE/path/in/package, or py://module:function (a function yielding records)."""
+    """File or glob, here or on an object store (gs://, s3://), pkg://PACKAGE/path/in/package, or py://module:function."""
     weight: float = 0.0
     """Share of the rows in a mixture, relative to the other sources; 0 for all of them: by their sizes."""
+    epochs: float = 1.0
+    """Passes over this source in one over the mixture, where weights go by size."""
     record: Literal["line", "paragraph", "file"] = "line"
     """What one record of a plain text file is; paragraphs are separated by blank lines."""
     text_field: str = "text"
-    """Field of JSONL and Parquet records that holds the text."""
+    """Field of JSONL, Parquet and ArrayRecord records that holds the text."""
     replace: tuple[tuple[str, str], ...] = ()
     """Regular expressions and their replacements, applied to the text in order."""
     match: str = ""
@@ -50,6 +62,8 @@ class Source:
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise ValueError("weight: must not be negative")
+        if not 0 < self.epochs < math.inf or (self.weight and self.epochs != 1):
+            raise ValueError("epochs: must be positive, and 1 where a weight is given")
         groups: set[str] = {"text"}
         for name, pattern, replacement in [("match", self.match, ""), *(("replace", p, r) for p, r in self.replace)]:
             try:
@@ -72,11 +86,25 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
+class Phase:
+    """Other weights from a step on."""
+
+    step: int = 1
+    """The first step that draws by them."""
+    weights: tuple[float, ...] = ()
+    """One for each source, in their order; 0 rests a source."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Sources, the held-out share, and what happens to examples that do not fit."""
 
     sources: tuple[Source, ...] = ()
     """Where the records come from."""
+    curriculum: tuple[Phase, ...] = ()
+    """Changes of the weights during training; each source goes on where it was."""
+    workers: int = 1
+    """Threads that prepare batches ahead of the step; 0: none, the loop waits for each batch."""
     held_out_fraction: float = 0.05
     """Share of the contents held out, chosen by their hash."""
     split_salt: str = ""
@@ -89,6 +117,17 @@ class DataConfig:
             raise ValueError("held_out_fraction: must be at least 0 and below 1")
         if len({source.weight > 0 for source in self.sources}) > 1:
             raise ValueError("sources: give every source a weight, or none")
+        if self.workers < 0:
+            raise ValueError("workers: must not be negative")
+        steps = [0, *(phase.step for phase in self.curriculum)]
+        if steps != sorted(set(steps)):
+            raise ValueError("curriculum: steps must be positive and rise")
+        for phase in self.curriculum:
+            if len(phase.weights) != len(self.sources) or min(phase.weights) < 0 or not any(phase.weights):
+                raise ValueError(
+                    f"curriculum: step {phase.step} needs a weight for each of {len(self.sources)} sources, at least "
+                    "one above 0 and none below"
+                )
 
 
 class Record(NamedTuple):
@@ -98,14 +137,26 @@ class Record(NamedTuple):
     origin: str  # "path:line"
 
 
-def read_records(source: Source) -> Iterator[Record]:
-    """The records of a source, in the order of its files; texts after `replace`, filters applied.
+class Part(NamedTuple):
+    """What can be read of a file by itself: bytes of its lines, row groups or records [start, stop); stop 0: all."""
+
+    path: str
+    start: int = 0
+    stop: int = 0
+    line: int = 1  # the number of its first record
+
+
+PART_BYTES = 1 << 25
+
+
+def read_records(source: Source, parts: Sequence[Part] | None = None) -> Iterator[Record]:
+    """The records of a source (or of some parts of it), in the order of its files; texts after `replace`, filtered.
 
     A text record has the field "text"; JSON records keep all their fields. Raises InputError: nothing at the
     path, an unreadable or malformed record (with its line), a function that is not there.
     """
-    excluded = {_digest(text) for path in source.exclude for text in _excluded(source, path)}
-    kept = (r for r in _raw_records(source) if _keep(source, r, excluded))
+    excluded = _excluded(source) if source.exclude else frozenset()
+    kept = (r for r in _raw_records(source, parts) if _keep(source, r, excluded))
     if not source.max_records:
         return kept
     return iter(heapq.nsmallest(source.max_records, kept, key=lambda r: _digest(canonical(r.fields))))
@@ -121,15 +172,57 @@ def files(source: Source) -> list[str]:
     return [] if source.path.startswith("py://") else _resolve(source.path)
 
 
-def _excluded(source: Source, path: str) -> Iterator[str]:
-    for record in _raw_records(dataclasses.replace(source, path=path, exclude=(), match="", max_records=0)):
+def format_of(path: str) -> str:
+    """What is in a file, by its name: "parquet", "array_record", "jsonl", "json" or "text", compressed or not."""
+    suffix = path.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    return suffix if suffix in ("parquet", "array_record", "jsonl", "json") else "text"
+
+
+def split(path: str, source: Source, size: int, lines: Sequence[int]) -> list[Part]:
+    """The parts of about PART_BYTES of a file of `size` bytes; lines: newlines before each multiple of PART_BYTES."""
+    kind = format_of(path)
+    if kind == "parquet":
+        return _row_groups(path)
+    if kind == "array_record":
+        with _array_record(path) as reader:
+            step = max(1, reader.num_records() * PART_BYTES // max(size, PART_BYTES))
+            return [Part(path, i, i + step, i + 1) for i in range(0, reader.num_records(), step)]
+    by_line = kind == "jsonl" or (kind == "text" and source.record == "line")
+    if not by_line or len(lines) < 2 or path.endswith((".gz", ".zst")):
+        return [Part(path)]
+    return [Part(path, i * PART_BYTES, (i + 1) * PART_BYTES, 1 + n) for i, n in enumerate(lines)]
+
+
+def remote_info(path: str) -> dict[str, Any]:
+    """What an object store says of an object: {"size": bytes, "version": what changes with the content}."""
+    fs, name = _filesystem(path)
+    info = fs.info(name)
+    known = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "created")
+    return {"size": info["size"], "version": next((str(info[k]) for k in known if info.get(k)), "")}
+
+
+def _excluded(source: Source) -> frozenset[bytes]:
+    others = [dataclasses.replace(source, path=p, exclude=(), match="", max_records=0) for p in source.exclude]
+    stamps = [os.stat(f).st_ctime_ns if os.path.exists(f) else 0 for other in others for f in files(other)]
+    return _digests(tuple(others), tuple(stamps) or time.time_ns())
+
+
+@functools.lru_cache(maxsize=4)
+def _digests(sources: Sequence[Source], stamps: Any) -> frozenset[bytes]:
+    """Of the texts of these sources; kept, as the parts of a source share them, while `stamps` stay as they are."""
+    del stamps
+    return frozenset(_digest(text) for source in sources for text in _texts(source))
+
+
+def _texts(source: Source) -> Iterator[str]:
+    for record in _raw_records(source):
         text = record.fields.get("text")
         if not isinstance(text, str):
             raise InputError(f"{record.origin}: `exclude` compares texts, and this has none; exclude files of texts")
         yield text
 
 
-def _keep(source: Source, record: Record, excluded: set[bytes]) -> bool:
+def _keep(source: Source, record: Record, excluded: frozenset[bytes]) -> bool:
     text = record.fields.get("text")
     if not isinstance(text, str):
         return True
@@ -144,13 +237,13 @@ def _keep(source: Source, record: Record, excluded: set[bytes]) -> bool:
     return True
 
 
-def _raw_records(source: Source) -> Iterator[Record]:
+def _raw_records(source: Source, parts: Sequence[Part] | None = None) -> Iterator[Record]:
     if source.path.startswith("py://"):
         function = resolve_function(source.path.removeprefix("py://"), "data.sources: path py://")
-        _announce(source.path)
         records = (_function_record(r, f"{source.path}:{n}") for n, r in enumerate(function(), start=1))
     else:
-        records = (record for file in _resolve(source.path) for record in _read_file(file, source))
+        parts = [Part(file) for file in _resolve(source.path)] if parts is None else parts
+        records = (record for part in parts for record in _read_file(part, source))
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in source.replace]
     for record in records:
         text = record.fields.get(source.text_field)
@@ -161,12 +254,6 @@ def _raw_records(source: Source) -> Iterator[Record]:
         elif source.text_field != "text":
             record.fields.pop("text", None)  # another field was asked for
         yield record
-
-
-@functools.cache
-def _announce(path: str) -> None:
-    """Say once that a config makes code run."""
-    print(f"data: running {path} to read its records", file=sys.stderr, flush=True)
 
 
 def _function_record(value: Any, origin: str) -> Record:
@@ -180,6 +267,8 @@ def _resolve(path: str) -> list[str]:
         raise InputError("data.sources: a source needs a path")
     if path.startswith("pkg://"):
         path = _package_path(path)
+    if "://" in path:
+        return _remote(path)
     found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not Path(path).exists() else [path]
     found = [f for f in found if Path(f).is_file()]
     if not found:
@@ -202,38 +291,101 @@ def _package_path(path: str) -> str:
     return str(root / inside)
 
 
-def _read_file(file: str, source: Source) -> Iterator[Record]:
+def _remote(path: str) -> list[str]:
+    fs, name = _filesystem(path)
+    with _readable(path):
+        found = sorted(fs.glob(name)) if glob.has_magic(name) else [name] if fs.exists(name) else []
+        found = [str(fs.unstrip_protocol(f)) for f in found if fs.isfile(f)]
+    if not found:
+        raise InputError(f"{path}: no such file; give an existing object or a glob that matches one")
+    return found
+
+
+def _filesystem(path: str) -> tuple[Any, str]:
     try:
-        if file.endswith(".parquet"):
-            yield from _read_parquet(file)
-        elif file.endswith(".jsonl"):
-            yield from _read_jsonl(file)
-        elif file.endswith(".json"):
-            yield from _read_json(file)
-        else:
-            yield from _read_text(file, source.record)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+        return fsspec.core.url_to_fs(path)
+    except ImportError:
+        raise InputError(f"{path}: reading it needs another package; pip install 'jaxllm[data]'") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; give a file, gs://, s3://, pkg:// or py://") from None
 
 
-def _lines(file: str) -> Iterator[tuple[int, str]]:
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """What can go wrong with a file becomes one line with its name."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, *_foreign_errors()) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be read: {reason}") from None
+
+
+def _foreign_errors() -> list[type[Exception]]:
+    """What the optional packages raise besides OSError, of those that are imported by now."""
+    names = "zstandard.ZstdError botocore.exceptions.BotoCoreError google.auth.exceptions.GoogleAuthError "
+    pairs = (name.rsplit(".", 1) for name in (names + "gcsfs.retry.HttpError aiohttp.ClientError").split())
+    return [getattr(sys.modules[module], name) for module, name in pairs if sys.modules.get(module)]
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """The bytes of a file, decompressed, here or on an object store."""
+    with contextlib.ExitStack() as stack:
+        fs, name = _filesystem(path) if "://" in path else (None, path)
+        file = stack.enter_context((fs.open if fs else open)(name, "rb"))
+        if path.endswith(".gz"):
+            file = stack.enter_context(gzip.open(file))
+        elif path.endswith(".zst"):
+            reader = _extra("zstandard", path).ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            file = stack.enter_context(io.BufferedReader(reader, 1 << 20))
+        yield file
+
+
+def _extra(name: str, path: str) -> Any:
+    """A module of the extra [data], or an InputError that says what to install."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise InputError(f"{path}: reading it needs {package}; pip install {package} or 'jaxllm[data]'") from None
+
+
+def _read_file(part: Part, source: Source) -> Iterator[Record]:
+    read = {"parquet": _read_parquet, "array_record": _read_array_record, "jsonl": _read_jsonl, "json": _read_json}
+    with _readable(part.path):
+        kind = format_of(part.path)
+        yield from read[kind](part) if kind in read else _read_text(part, source.record)
+
+
+def _lines(part: Part) -> Iterator[tuple[int, str]]:
+    """(number, line) of the lines that begin in a part."""
+    with _opened(part.path) as file:
+        number, place = part.line, part.start
+        if part.start:
+            file.seek(part.start - 1)
+            head = file.readline()  # the end of a line that began before, or only its newline
+            number, place = number + (head != b"\n"), part.start - 1 + len(head)
+        for line in file:
+            if part.stop and place >= part.stop:
+                return
+            place += len(line)
             try:
                 yield number, line.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise InputError(
-                    f"{file}:{number}: not UTF-8 ({error.reason} at byte {error.start}); convert the file"
+                    f"{part.path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); convert the file"
                 ) from None
+            number += 1
 
 
-def _read_text(file: str, unit: str) -> Iterator[Record]:
+def _read_text(part: Part, unit: str) -> Iterator[Record]:
+    file = part.path
     if unit == "line":
-        yield from (Record({"text": text.rstrip("\r\n")}, f"{file}:{n}") for n, text in _lines(file))
+        yield from (Record({"text": text.rstrip("\r\n")}, f"{file}:{n}") for n, text in _lines(part))
         return
     block: list[str] = []
     first = 1
-    for number, text in _lines(file):
+    for number, text in _lines(part):
         if unit == "paragraph" and not text.strip():
             if block:
                 yield Record({"text": "".join(block).strip("\r\n")}, f"{file}:{first}")
@@ -245,15 +397,17 @@ def _read_text(file: str, unit: str) -> Iterator[Record]:
         yield Record({"text": "".join(block).strip("\r\n")}, f"{file}:{first}")
 
 
-def _read_jsonl(file: str) -> Iterator[Record]:
-    for number, line in _lines(file):
+def _read_jsonl(part: Part) -> Iterator[Record]:
+    for number, line in _lines(part):
         if line.strip():
-            yield Record(_object(line, f"{file}:{number}"), f"{file}:{number}")
+            yield Record(_object(line, f"{part.path}:{number}"), f"{part.path}:{number}")
 
 
-def _read_json(file: str) -> Iterator[Record]:
+def _read_json(part: Part) -> Iterator[Record]:
+    file = part.path
     try:
-        values = json.loads(Path(file).read_text(encoding="utf-8"))
+        with _opened(file) as opened:
+            values = json.load(opened)
     except ValueError as error:
         raise InputError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
@@ -271,20 +425,65 @@ def _object(line: str, origin: str) -> dict[str, Any]:
     return value
 
 
-def _read_parquet(file: str) -> Iterator[Record]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise InputError(f"{file}: reading Parquet needs pyarrow; pip install pyarrow") from None
-    try:
-        table = parquet.ParquetFile(file)
-    except ValueError as error:
-        raise InputError(f"{file}: not a Parquet file: {error}") from None
-    number = 0
-    for batch in table.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            number += 1
-            yield Record(row, f"{file}:{number}")
+@contextlib.contextmanager
+def _parquet(path: str) -> Iterator[Any]:
+    parquet = _extra("pyarrow.parquet", path)
+    with _opened(path) as file:
+        try:
+            yield parquet.ParquetFile(file)
+        except ValueError as error:
+            raise InputError(f"{path}: not a Parquet file: {error}") from None
+
+
+def _row_groups(path: str) -> list[Part]:
+    parts, row, start, size = [], 0, 0, 0
+    with _readable(path), _parquet(path) as table:
+        groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+    for i, group in enumerate(groups):
+        size += group.total_byte_size
+        if size >= PART_BYTES or i == len(groups) - 1:
+            parts.append(Part(path, start, i + 1, row + 1))
+            row, start, size = row + sum(g.num_rows for g in groups[start : i + 1]), i + 1, 0
+    return parts or [Part(path)]
+
+
+def _read_parquet(part: Part) -> Iterator[Record]:
+    with _parquet(part.path) as table:
+        groups = range(part.start, part.stop or table.num_row_groups)
+        rows = (row for batch in table.iter_batches(1024, [*groups]) for row in batch.to_pylist())
+        yield from (Record(row, f"{part.path}:{n}") for n, row in enumerate(rows, start=part.line))
+
+
+@contextlib.contextmanager
+def _array_record(path: str) -> Iterator[Any]:
+    """A reader of an ArrayRecord file; one on an object store is copied, for the reader wants a local file."""
+    module = _extra("array_record.python.array_record_module", path)
+    with tempfile.TemporaryDirectory() as folder:
+        name = os.path.join(folder, "copy") if "://" in path else path
+        if name != path:
+            fs, there = _filesystem(path)
+            fs.get(there, name)
+        try:
+            reader = module.ArrayRecordReader(name)
+            yield reader
+            reader.close()
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise InputError(f"{path}: not a whole ArrayRecord file: {' '.join(str(error).split())[:120]}") from None
+
+
+def _read_array_record(part: Part) -> Iterator[Record]:
+    """Records that are JSON objects, or else UTF-8 texts."""
+    with _array_record(part.path) as reader:
+        stop = min(part.stop or reader.num_records(), reader.num_records())
+        for start in range(part.start, stop, 256):
+            for number, value in enumerate(reader.read(start, min(start + 256, stop)), start=start + 1):
+                origin = f"{part.path}:{number}"
+                try:
+                    text = value.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise InputError(f"{origin}: not UTF-8 ({error.reason}); write JSON objects or texts") from None
+                fields = _object(text, origin) if text.startswith("{") else {"text": text}
+                yield Record(fields, origin)
 
 
 def _digest(text: str) -> bytes:

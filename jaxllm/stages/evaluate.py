@@ -1,6 +1,7 @@
 """Evaluate: the stages' models side by side on held-out data."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,12 +11,24 @@ import numpy as np
 from jaxllm import evaluate
 from jaxllm.annotators import score_all
 from jaxllm.config import InputError, resolve_function
-from jaxllm.data import DataConfig, examples, load_prompts, load_texts, shuffled
+from jaxllm.data import (
+    DataConfig,
+    examples,
+    load_prompts,
+    load_texts,
+    measure_contamination,
+    open_store,
+    shuffled,
+    some_documents,
+)
 from jaxllm.generate import SamplingConfig, complete, completions, response_logprobs, roll_out
 from jaxllm.metrics import console
 from jaxllm.models.config import ModelConfig
+from jaxllm.sharding import fetch
 from jaxllm.tokenizer import Tokenizer
 from jaxllm.workspace import POLICIES, Workspace, load_model
+
+MAX_HELD_OUT = 20_000  # held-out documents that are looked for in the training data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +55,19 @@ class EvaluateConfig:
     """Prompts whose answers are shown side by side."""
     batch_size: int = 64
     """Prompts per batch."""
+    contamination_n: int = 13
+    """Look for this many tokens in a row of the evaluation sets in the training data; 0: do not."""
     compare_xz: bool = True
     """Also compress the held-out documents with xz -9 behind the training documents."""
 
 
-def run(workspace: Workspace, config: EvaluateConfig, documents: DataConfig) -> dict[str, Any]:
-    """Measure every stage's model; returns {"stages": {stage: numbers}, "samples": [...], ...}."""
+def run(
+    workspace: Workspace, config: EvaluateConfig, documents: DataConfig, chats: DataConfig | None = None
+) -> dict[str, Any]:
+    """Measure every stage's model; returns {"stages": {stage: numbers}, "samples": [...], ...}.
+
+    documents, chats: what pre-training and fine-tuning trained on.
+    """
     present = [stage for stage in config.stages if workspace.result(stage) is not None]
     if not present:
         raise InputError(
@@ -82,10 +102,35 @@ def run(workspace: Workspace, config: EvaluateConfig, documents: DataConfig) -> 
         result["win_rate"] = evaluate.win_rate(scores[final], scores["sft"])
     if config.annotator:
         result |= {"annotator": config.annotator, "annotator_simulated": True}
+    if config.contamination_n and "pretrain" in present:
+        console.print("evaluate: contamination")
+        result["contamination"] = contamination(workspace, config, tokenizer, documents, chats)
     if config.compare_xz and "pretrain" in present:
-        texts = (load_texts(documents, split) for split in ("train", "held_out"))
+        texts = (load_texts(documents, split, workspace.run_dir / "cache") for split in ("train", "held_out"))
         result["xz_bits_per_byte"] = evaluate.xz_bits_per_byte(*texts)
     return result
+
+
+def contamination(
+    workspace: Workspace,
+    config: EvaluateConfig,
+    tokenizer: Tokenizer,
+    documents: DataConfig,
+    chats: DataConfig | None,
+) -> dict[str, dict[str, float]]:
+    """{"held_out_in_pretrain": shares, "accuracy_in_pretrain": ..., "accuracy_in_sft": ...}."""
+    cache = Path(workspace.run_dir / "cache")
+    share = (jax.process_index(), jax.process_count())
+    pretrain = open_store(documents, "document", tokenizer, cache, share)
+    training = {"pretrain": pretrain["train"]}
+    if chats and chats.sources:
+        training["sft"] = open_store(chats, "chat", tokenizer, cache, share)["train"]
+    found = {"held_out_in_pretrain": (some_documents(pretrain["held_out"], MAX_HELD_OUT), "pretrain")}
+    if config.accuracy.sources:
+        chosen = shuffled(examples(config.accuracy, "chat", "held_out"))[: config.max_accuracy_examples]
+        asked = tokenizer.encode_batch(["\n".join(m["content"] for m in example.messages[:-1]) for example in chosen])
+        found |= {f"accuracy_in_{name}": (asked, name) for name in training}
+    return {k: measure_contamination(ids, training[name], config.contamination_n) for k, (ids, name) in found.items()}
 
 
 def _training_numbers(workspace: Workspace, stage: str) -> dict[str, Any]:
@@ -136,8 +181,8 @@ def open_answers(
     kls, drawn = [], []
     settings = {"sampling": config.sampling, **_settings(workspace, config, tokenizer)}
     for rollout, count in roll_out(params, model, [p.ids for p in held_out], **settings):
-        kls += np.asarray(kl(params, reference, rollout))[:count].tolist() if reference is not None else []
-        drawn += completions(jax.device_get(rollout), settings["stop_ids"])[:count]
+        kls += fetch(kl(params, reference, rollout))[:count].tolist() if reference is not None else []
+        drawn += completions(fetch(rollout), settings["stop_ids"])[:count]
     numbers = {
         **{"prompts": float(len(drawn)), "distinct_2": evaluate.distinct(c.ids for c in drawn)},
         **{"response_tokens": float(np.mean([len(c.ids) for c in drawn]))},

@@ -11,7 +11,7 @@ import optax
 
 from jaxllm import evaluate, losses, train
 from jaxllm.checkpoint import CheckpointConfig
-from jaxllm.data import DataConfig, Rows, epoch_batches, load_rows, make_batch_at
+from jaxllm.data import DataConfig, Rows, epoch_batches, epoch_rows, epochs_of, fingerprint, load_rows, make_batch_at
 from jaxllm.metrics import LoggingConfig, Work, console, peak_flops
 from jaxllm.models import lora, transformer
 from jaxllm.models.config import ModelConfig
@@ -83,7 +83,7 @@ def train_language_model(
     tokenizer, length = workspace.tokenizer(), config.length or model.max_length
     cache = workspace.run_dir / "cache"
     rows = {split: load_rows(config.data, kind, split, tokenizer, length, cache) for split in ("train", "held_out")}
-    num_steps = config.num_steps or math.ceil(config.num_epochs * _num_rows(rows["train"]) / config.batch_size)
+    num_steps = config.num_steps or math.ceil(config.num_epochs * epoch_rows(rows["train"]) / config.batch_size)
     describe(stage, rows, model, num_steps, config.batch_size)
     tx = make_optimizer(config.optim, num_steps)
     whole, axes = transformer.abstract(model), transformer.axes(model)
@@ -112,10 +112,12 @@ def train_language_model(
         num_micro=config.num_micro,
         seed=seed,
         state_shardings=placed.shardings,
+        spike_factor=config.optim.spike_factor,
     )
     state, metrics = train.run_stage(
         directory,
         stage,
+        keeping=workspace.keeping(stage, fingerprint([*rows["train"], *rows["held_out"]])),
         init=start,
         abstract=placed.abstract,
         step=functools.partial(step, base=base),
@@ -155,18 +157,15 @@ def describe(
     stage: str, rows: Mapping[str, Sequence[tuple[Rows, float]]], model: ModelConfig, num_steps: int, batch: int
 ):
     """Say what is about to happen, before the first compilation."""
-    train_rows = _num_rows(rows["train"])
+    train_rows = sum(r.num_rows for r, _ in rows["train"])
+    passes = " + ".join(f"{passes:.2f}" for passes in epochs_of(rows["train"], num_steps, batch))
     dropped = sum(r.num_dropped for split in rows.values() for r, _ in split)
     examples = {split: sum(r.num_examples for r, _ in rows[split]) for split in rows}
     console.print(
         f"{stage}: {examples['train']:,} training and {examples['held_out']:,} held-out examples in {train_rows:,} rows"
         f"{f', {dropped} too long and dropped' if dropped else ''}; {transformer.num_params(model):,} parameters, "
-        f"{num_steps} steps = {num_steps * batch / max(train_rows, 1):.2f} epochs"
+        f"{num_steps} steps = {passes} epochs{' of the sources' if len(rows['train']) > 1 else ''}"
     )
-
-
-def _num_rows(rows: Sequence[tuple[Rows, float]]) -> int:
-    return sum(r.num_rows for r, _ in rows)
 
 
 def _bits_per_byte(nats: float, rows: Sequence[tuple[Rows, float]]) -> float:

@@ -43,6 +43,7 @@ from jaxllm.config import InputError
 from jaxllm.data import (
     DataConfig,
     PromptExample,
+    fingerprint,
     load_prompts,
     load_rows,
     make_batch_at,
@@ -66,7 +67,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
 from jaxllm.rewards import RewardSource
-from jaxllm.sharding import activation, check_batch, constrain, replicated
+from jaxllm.sharding import activation, check_batch, constrain, fetch, replicated
 from jaxllm.stages import language_model
 from jaxllm.tokenizer import Tokenizer
 from jaxllm.train import TrainState
@@ -306,6 +307,7 @@ def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: 
     _, metrics = train.run_stage(
         directory,
         stage,
+        keeping=workspace.keeping(stage, fingerprint([*prompts["train"], *prompts["held_out"]])),
         init=lambda: first_state(parts, config, mesh, first_actor(), first_critic()),
         abstract=abstract_state(parts, config, mesh),
         step=make_step(setup, parts, roles, score, prompts["train"], stage, ptx_at, table),
@@ -402,7 +404,7 @@ def make_score(setup: Setup, roles: Roles, mesh: jax.sharding.Mesh, field: str) 
     def score(rollout: Rollout, prompts: Sequence[PromptExample]) -> tuple[jax.Array, Metrics]:
         texts: list[str] = []
         if on_texts:
-            texts = [setup.tokenizer.decode(c.ids) for c in completions(jax.device_get(rollout), setup.stop_ids)]
+            texts = [setup.tokenizer.decode(c.ids) for c in completions(fetch(rollout), setup.stop_ids)]
         asked, answers = [prompt_text(p.messages) for p in prompts], [p.answer for p in prompts]
         total, metrics = jnp.zeros(()), {}
         for source in sources:
@@ -467,11 +469,13 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
             actor_tx,
             state_shardings=actor.shardings,
             mixed=(functools.partial(ptx_loss, setup=setup), config.ptx.coef) if config.ptx.coef else None,
+            spike_factor=config.actor.spike_factor,
         ),
         critic_step=update(
             functools.partial(critic_loss, setup=setup),
             critic_tx,
             state_shardings=critic.shardings if critic else None,
+            spike_factor=config.critic.spike_factor,
         ),
         actor=actor,
         critic=critic,
@@ -536,7 +540,7 @@ def make_step(
         number, actor, critic = int(state.step), state.actor, state.critic
         key = jax.random.fold_in(jax.random.key(setup.seed), number)
         roll = end_at_strings(parts.rollout(actor.params, roles.actor_base, batch, key), setup)
-        asked = [prompts[i] for i in np.repeat(np.asarray(batch["prompt"]), config.num_responses)]
+        asked = [prompts[i] for i in np.repeat(fetch(batch["prompt"]), config.num_responses)]
         raw, terms = score(roll, asked)
         scores, moments, shaped = parts.shape_scores(raw, roll.finished, state.moments)
         values = critic.params if setup.has_critic else {}
@@ -552,6 +556,7 @@ def make_step(
             kl_coef = losses.adapt_kl_coef(kl_coef, kl, **control)
         ema = move(state.ema, actor.params, config.ema_decay) if config.ema_decay else {}
         metrics |= total(collected) | {"minibatches": (jnp.float32(len(collected)), jnp.ones(()))}
+        metrics |= {"skip_streak": (longest_streak(actor, critic), jnp.ones(()))}
         state = PPOState(state.step + 1, actor, critic, kl_coef, ema, moments)
         return state, {f"{stage}/{name}": pair for name, pair in metrics.items()}
 
@@ -572,6 +577,12 @@ def make_step(
     return step
 
 
+def longest_streak(actor: TrainState, critic: Any) -> jax.Array:
+    """float32[]: minibatches skipped in a row by the policy, or by the critic where that is more."""
+    streaks = [state.guard.streak for state in (actor, critic) if state]
+    return functools.reduce(jnp.maximum, streaks).astype(jnp.float32)
+
+
 def minibatches(setup: Setup, number: int) -> np.ndarray:
     """Rows int32[updates, size] of the minibatches of update `number`: a fresh permutation for each epoch."""
     config = setup.config
@@ -587,7 +598,7 @@ def end_at_strings(rollout: Rollout, setup: Setup) -> Rollout:
     """Cut responses at the configured stop strings; without any the rollout stays on its devices."""
     if not setup.config.stop_strings:
         return rollout
-    cut = cut_at_strings(jax.device_get(rollout), setup.config.stop_strings, setup.tokenizer.decode)
+    cut = cut_at_strings(fetch(rollout), setup.config.stop_strings, setup.tokenizer.decode)
     mask, finished = (jax.device_put(getattr(cut, n), getattr(rollout, n).sharding) for n in ("mask", "finished"))
     return rollout._replace(mask=mask, finished=finished)
 
@@ -735,7 +746,7 @@ def make_evaluation(
 
     def kl(params: Any, rollout: Rollout) -> np.ndarray:
         log_ratio = logprobs(params, rollout).logprob - logprobs(roles.ref, rollout).logprob
-        return np.asarray(jnp.where(rollout.mask, losses.kl_k1(log_ratio), 0.0).sum(1))
+        return fetch(jnp.where(rollout.mask, losses.kl_k1(log_ratio), 0.0).sum(1))
 
     def evaluation(step: int, state: PPOState) -> dict[str, float]:
         del step
@@ -745,10 +756,10 @@ def make_evaluation(
         for rollout, count in drawn:
             rollout, begin = end_at_strings(rollout, setup), len(scores)
             asked = [*prompts[begin : begin + count], *[prompts[begin]] * (rollout.mask.shape[0] - count)]
-            raw = np.asarray(score(rollout, asked)[0])
-            ended = np.where(np.asarray(rollout.finished), raw, config.missing_end_score)
+            raw = fetch(score(rollout, asked)[0])
+            ended = np.where(fetch(rollout.finished), raw, config.missing_end_score)
             scores, kls = [*scores, *ended[:count].tolist()], [*kls, *kl(params, rollout)[:count].tolist()]
-            responses += completions(jax.device_get(rollout), setup.stop_ids)[:count]
+            responses += completions(fetch(rollout), setup.stop_ids)[:count]
         numbers = {
             "score": float(np.mean(scores)),
             "kl": float(np.mean(kls)),
@@ -768,20 +779,23 @@ class SampleTable:
     """
 
     def __init__(self, path: epath.Path, setup: Setup):
-        self.path, self.setup, self._file = path, setup, None
+        self.path, self.setup, self._file, self._last = path, setup, None, 0
 
     def __call__(self, step: int, rollout: Rollout, prompts: Sequence[PromptExample], scores: jax.Array) -> None:
         count = min(self.setup.config.num_logged, len(prompts))
-        if jax.process_index() or not count:
+        if not count:
             return
-        if self._file is None:
+        first, scores = fetch(jax.tree.map(lambda x: x[:count], rollout)), fetch(scores)
+        if jax.process_index():
+            return
+        if self._file is None or step <= self._last:  # a run that goes on, or that has gone back
             kept = [line for line in read_metrics(self.path) if line["step"] < step]
             partial = self.path.parent / f".{self.path.name}.partial"
             partial.write_text("".join(map(_json_line, kept)))
             partial.replace(self.path)
             self._file = self.path.open("a")
-        first = jax.device_get(jax.tree.map(lambda x: x[:count], rollout))
-        rows = zip(prompts, completions(first, self.setup.stop_ids), np.asarray(scores), strict=False)
+        self._last = step
+        rows = zip(prompts, completions(first, self.setup.stop_ids), scores, strict=False)
         for prompt, response, score in rows:
             text = {"prompt": prompt_text(prompt.messages), "response": self.setup.tokenizer.decode(response.ids)}
             more = {"finished": response.finished, "score": round(float(score), 4)}

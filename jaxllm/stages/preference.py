@@ -13,13 +13,13 @@ import numpy as np
 from jaxllm import evaluate, losses, train
 from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import InputError
-from jaxllm.data import DataConfig, RankedExample, Source, load_ranked, make_ranked_batch_at, ranked_epoch
+from jaxllm.data import DataConfig, RankedExample, Source, fingerprint, load_ranked, make_ranked_batch_at, ranked_epoch
 from jaxllm.metrics import LoggingConfig, Work, console, peak_flops
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
-from jaxllm.sharding import activation, check_batch
+from jaxllm.sharding import activation, check_batch, fetch
 from jaxllm.workspace import Workspace, read_json, write_json
 
 Scores = Callable[..., jax.Array]  # (params, batch, **frozen) -> float32[B, K]
@@ -150,7 +150,7 @@ def train_on_rankings(
 
     def evaluation(step: int, state: train.TrainState) -> dict[str, float]:
         every, ranks = all_scores(measure, state.params, rankings["held_out"], batches)
-        if step == num_steps:  # before the scores are normalised
+        if step == num_steps and jax.process_index() == 0:  # before the scores are normalised
             write_json(directory / "held_out.json", breakdown(every, ranks, rankings["held_out"]))
         return {f"eval/{name}": value for name, value in held_out_numbers(every, ranks).items()}
 
@@ -163,11 +163,19 @@ def train_on_rankings(
         return ranking_loss(config, scores(params, batch, **frozen), batch)
 
     batch_at = make_ranked_batch_at(rankings["train"], seed=workspace.seed, **batches)
-    step = train.make_step(loss, tx, num_micro=config.num_micro, seed=workspace.seed, state_shardings=place.shardings)
+    step = train.make_step(
+        loss,
+        tx,
+        num_micro=config.num_micro,
+        seed=workspace.seed,
+        state_shardings=place.shardings,
+        spike_factor=config.optim.spike_factor,
+    )
     rows = math.prod(batch_at(0)["tokens"].shape)
     _, metrics = train.run_stage(
         directory,
         stage,
+        keeping=workspace.keeping(stage, fingerprint([*rankings["train"], *rankings["held_out"]])),
         init=lambda: place.init(init_params(place)),
         abstract=place.abstract,
         step=functools.partial(step, **frozen),
@@ -190,7 +198,7 @@ def train_on_rankings(
 def all_scores(measure, params: Any, examples: list[RankedExample], batches: dict[str, Any]):
     """(scores float32[N, K], ranks int32[N, K]) over a split; rank 0 where there is no response."""
     pairs = [(measure(params, b), b["ranks"]) for b in ranked_epoch(examples, **batches)]
-    every, ranks = (np.concatenate([np.asarray(p[i]) for p in pairs])[: len(examples)] for i in range(2))
+    every, ranks = (np.concatenate([fetch(p[i]) for p in pairs])[: len(examples)] for i in range(2))
     return every, ranks
 
 

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from etils import epath
 
 from jaxllm.config import InputError
 from jaxllm.data import DataConfig, PromptExample, load_prompts
 from jaxllm.generate import SamplingConfig, complete, whole_batch
 from jaxllm.metrics import console
+from jaxllm.sharding import meet
 from jaxllm.workspace import Workspace, load_model
 
 
@@ -70,7 +72,9 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
         batch_size=batch_size,
         start=done,
     )
-    with path.open("a") as file:
+    meet("samples so far")
+    write = _append(path)
+    with workspace.signals as signals:
         for i, completions in enumerate(drawn, start=done):
             split, prompt = prompts[i]
             line = {
@@ -79,10 +83,13 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
                 "finished": [c.finished for c in completions],
                 **{"split": split, "source": source, "seed": workspace.seed},
             }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            write(line, (i + 1) % batch_size == 0)
             if (i + 1) % batch_size == 0:
-                file.flush()
                 console.print(f"sample {i + 1}/{len(prompts)} prompts, {config.num_responses} responses each")
+                if signals.stop_after() and i + 1 < len(prompts):
+                    raise signals.stopped(f"sample: {i + 1} of {len(prompts)} prompts are answered")
+    write(None, True)
+    meet("samples")
     lines = list(read_samples(path))
     responses = [r for line in lines for r in line["responses"]]
     return {
@@ -90,6 +97,22 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
         "finished": sum(f for line in lines for f in line["finished"]) / len(responses),
         "mean_characters": sum(map(len, responses)) / len(responses),
     }
+
+
+def _append(path: epath.Path) -> Callable[[Any, bool], None]:
+    """write(line or None at the end, whether to flush); only process 0 writes."""
+    if jax.process_index():
+        return lambda line, flush: None
+    file = path.open("a")
+
+    def write(line: Any, flush: bool) -> None:
+        if line is None:
+            return file.close()
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if flush:
+            file.flush()
+
+    return write
 
 
 def read_samples(path: epath.Path) -> Iterator[dict[str, Any]]:
@@ -106,7 +129,8 @@ def _keep_whole_batches(path: epath.Path, batch_size: int) -> int:
         return 0
     lines = path.read_text().split("\n")[:-1]
     keep = len(lines) // batch_size * batch_size
-    partial = path.parent / ".samples.jsonl.partial"
-    partial.write_text("".join(line + "\n" for line in lines[:keep]))
-    partial.replace(path)
+    if jax.process_index() == 0:
+        partial = path.parent / ".samples.jsonl.partial"
+        partial.write_text("".join(line + "\n" for line in lines[:keep]))
+        partial.replace(path)
     return keep

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import jax
 from rich.table import Table
 
 from jaxllm.data import DataConfig, load_texts
@@ -43,8 +44,11 @@ class TokenizerConfig:
 
 
 def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
-    """Train, save and measure; the result records the sample's size and seed."""
-    texts, corpus_bytes = sample_texts(load_texts(config.data, "train"), config.sample_bytes, config.sample_seed)
+    """Train, save and measure, on process 0; the result records the sample's size and seed."""
+    if jax.process_index():
+        return {}
+    cache = workspace.run_dir / "cache"
+    texts, corpus_bytes = sample_texts(load_texts(config.data, "train", cache), config.sample_bytes, config.sample_seed)
     console.print(
         f"tokenizer: {len(texts):,} of the texts ({sum(len(t.encode()) for t in texts):,} of {corpus_bytes:,} bytes)"
     )
@@ -58,7 +62,7 @@ def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
     sample = {"sample_bytes": sum(len(t.encode()) for t in texts), "sample_documents": len(texts)}
     sample |= {"sample_seed": config.sample_seed, "corpus_bytes": corpus_bytes}
     tokenizer.save(workspace.stage_dir("tokenizer") / "tokenizer", {"model_type": config.model_type, **sample})
-    measured = compression(tokenizer, load_texts(config.data, "held_out"))
+    measured = compression(tokenizer, load_texts(config.data, "held_out", cache))
     print_compression(measured)
     return {"vocab_size": tokenizer.vocab_size, "model_type": config.model_type, **sample, **measured}
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from jaxllm.config import InputError
-from jaxllm.data import DataConfig, Source, examples, is_held_out, load_texts, read_records, shuffled
+from jaxllm.data import DataConfig, Phase, Source, examples, is_held_out, load_texts, read_records, shuffled
 
 
 def write(path, text):
@@ -145,6 +145,17 @@ def test_texts_of_documents_and_conversations(tmp_path):
     path = write(tmp_path / "a.txt", "good day\nbad day")
     config = data(Source(path), Source(path, prompt="{text}?", response="yes"), held_out_fraction=0.0)
     assert list(load_texts(config, "train")) == ["good day", "bad day", "good day?\nyes", "bad day?\nyes"]
+
+
+def test_texts_are_those_of_the_examples(tmp_path):
+    """Duplicates across files, given splits, a function among the sources, a curriculum: from the cache or not."""
+    lines = [json.dumps({"text": f"t{i % 50}", **({"split": "held_out"} if i == 77 else {})}) for i in range(120)]
+    one, two = (write(tmp_path / f"{n}.jsonl", "\n".join(lines[n:])) for n in (0, 40))
+    sums = Source("py://jaxllm.corpora:careless_additions", max_records=30)
+    config = data(Source(one), Source(two), sums, curriculum=(Phase(3, (1.0, 0.0, 2.0)),))
+    for split in ("train", "held_out"):
+        expected = [e.text for e in examples(config, "document", split)]
+        assert list(load_texts(config, split)) == list(load_texts(config, split, tmp_path / "cache")) == expected
 
 
 BAD_LINES = {

@@ -80,7 +80,7 @@ def test_the_cache_sees_what_a_function_yields_beside_excluded_files(tmp_path, t
     for text in ("one two", "another text"):
         monkeypatch.setenv("ROW", text)
         assert first_text(data, tokenizer, tmp_path / "cache") == text
-    assert capsys.readouterr().err.count("running py://integrity_rows:rows") == 1
+    assert capsys.readouterr().err.count("running integrity_rows:rows") == 1
     with pytest.raises(InputError, match=r"py://integrity_rows:texts:1: the function must yield dicts, not str"):
         list(d.read_records(d.Source("py://integrity_rows:texts")))
 
@@ -103,10 +103,20 @@ def test_responses_cut_away_are_refused_or_dropped(tmp_path, tokenizer):
     assert len(d.load_ranked(config(source, too_long="drop"), "train", tokenizer, 32)) == 1
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_nothing_to_learn_from_is_refused(tmp_path, tokenizer, name):
+    (tmp_path / name).write_text("\n\n")
+    data = config(d.Source(str(tmp_path / name)))
+    with pytest.raises(InputError, match=rf"{name}: not a single document example in the train split"):
+        d.load_rows(data, "document", "train", tokenizer, 32, tmp_path / "cache")
+    with pytest.raises(InputError, match=rf"{name}: not a single text example in the train split"):
+        list(d.load_texts(data, "train"))
+
+
 def test_rows_without_room_for_a_target_are_refused(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("hello")
     with pytest.raises(ValueError, match="hold no target"):
-        packing.concat_and_split([3], 1)
+        next(packing.concat_and_split([np.array([3])], 1))
     with pytest.raises(InputError, match="length: rows of 1 tokens hold no target"):
         d.load_rows(config(d.Source(str(tmp_path / "a.txt"))), "document", "train", tokenizer, 1, tmp_path / "cache")
 

@@ -1,7 +1,9 @@
 """Packing loses and repeats nothing; batches are a pure function of the step, the same on any sharding."""
 
-import itertools
+import concurrent.futures
+import dataclasses
 import json
+import time
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxllm import data as d
 from jaxllm.config import InputError
-from jaxllm.data import packing
+from jaxllm.data import loader, packing
 from jaxllm.data.format import Example
 from jaxllm.sharding import MeshConfig, activation, make_mesh
 from jaxllm.tokenizer import train
@@ -27,17 +29,63 @@ def store(lengths):
     return np.arange(1, offsets[-1] + 1, dtype=np.int32), mask, offsets
 
 
+def slow_concat_and_split(lengths, length):
+    """The reference: one piece (row, document, start, stop) after the other."""
+    plan, row, used = [], 0, 0
+    for example, total in enumerate(lengths):
+        start = 0
+        while start < total - 1:
+            if length - used < 2:
+                row, used = row + 1, 0
+            stop = min(total, start + length - used)
+            plan.append((row, example, start, stop))
+            used += stop - start
+            start = stop - 1
+    return np.array(plan, np.int64).reshape(-1, 4)
+
+
+def document_pieces(lengths, length, chunks=1):
+    """The same pieces from the row table."""
+    parts = np.array_split(np.array(lengths, np.int64), chunks)
+    begins = np.concatenate([*packing.concat_and_split(parts, length)])
+    pieces = []
+    for row, (document, start) in enumerate(begins.tolist()):
+        end, offset = begins[row + 1].tolist() if row + 1 < len(begins) else (len(lengths), 0)
+        free = length
+        for number in range(document, end + (offset > 0)):
+            first = start if number == document else 0
+            stop = min(lengths[number], first + free)
+            pieces.append((row, number, first, stop))
+            free -= stop - first
+    return np.array(pieces, np.int64).reshape(-1, 4)
+
+
+def whole_pieces(lengths, length):
+    return np.array([(row, e, 0, lengths[e]) for row, e in packing.best_fit(lengths, length)]).reshape(-1, 4)
+
+
 def rows_of(plan, lengths, length):
     tokens, mask, offsets = store(lengths)
-    starts = packing.row_starts(plan)
-    pieces = [plan[a:b] for a, b in itertools.pairwise(starts)]
-    return [packing.materialise(p, tokens, mask, offsets, length, 0) for p in pieces]
+    rows = []
+    for row in range(plan[-1, 0] + 1):
+        pieces = [slice(offsets[e] + a, offsets[e] + b) for r, e, a, b in plan if r == row]
+        sizes = np.array([p.stop - p.start for p in pieces])
+        joined = (np.concatenate([array[p] for p in pieces]) for array in (tokens, mask))
+        rows.append(packing.materialise(*joined, sizes, length, 0))
+    return rows
+
+
+@settings(max_examples=300, deadline=None)
+@given(LENGTHS, st.integers(2, 17), st.integers(1, 5))
+def test_the_row_table_gives_the_rows_of_the_slow_reference(lengths, length, chunks):
+    reference = slow_concat_and_split(lengths, length)
+    np.testing.assert_array_equal(document_pieces(lengths, length, chunks), reference)
 
 
 @settings(max_examples=200, deadline=None)
 @given(LENGTHS, st.integers(2, 17))
 def test_every_token_after_a_documents_first_is_a_target_exactly_once(lengths, length):
-    rows = rows_of(packing.concat_and_split(lengths, length), lengths, length)
+    rows = rows_of(document_pieces(lengths, length), lengths, length)
     targets = np.concatenate([row["tokens"][row["loss_mask"]] for row in rows])
     tokens, mask, _ = store(lengths)
     np.testing.assert_array_equal(np.sort(targets), tokens[mask])
@@ -47,12 +95,25 @@ def test_every_token_after_a_documents_first_is_a_target_exactly_once(lengths, l
         check_row(row, tokens)
 
 
+def slow_best_fit(lengths, length):
+    """The row with the least room that suffices, found by looking at all; the longest-waiting of several."""
+    free, since, placed = [], [], []
+    for clock, example in enumerate(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))):
+        fitting = [(room, since[row], row) for row, room in enumerate(free) if room >= lengths[example]]
+        row = min(fitting)[2] if fitting else len(free)
+        if not fitting:
+            free, since = [*free, length], [*since, 0]
+        free[row], since[row] = free[row] - lengths[example], clock
+        placed.append((row, example))
+    return sorted(placed)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=40))
 def test_best_fit_keeps_examples_whole_and_in_one_row(lengths):
-    plan = packing.best_fit(lengths, 16)
+    plan = whole_pieces(lengths, 16)
     assert sorted(plan[:, 1]) == list(range(len(lengths)))
-    assert all(start == 0 and stop == lengths[e] for _, e, start, stop in plan)
+    assert packing.best_fit(lengths, 16).tolist() == [list(pair) for pair in slow_best_fit(lengths, 16)]
     rows = rows_of(plan, lengths, 16)
     for row in rows:
         check_row(row, store(lengths)[0])
@@ -139,6 +200,116 @@ def test_a_mixture_keeps_its_proportions(text_data, tokenizer, tmp_path):
     from_b = {tuple(mixture[1][0].row(i)["tokens"]) for i in range(mixture[1][0].num_rows)}
     share = np.mean([tuple(row) in from_b for row in np.asarray(batch_at(0)["tokens"])])
     assert abs(share - 0.25) < 0.02
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 50).map(lambda n: n / 10), min_size=1, max_size=5), st.integers(0, 10**12))
+def test_the_shares_of_a_mixture_are_exact(weights, number):
+    """Never off by more rows than there are sources, and by none after each round."""
+    phase = loader._Stretch(0, loader._shares(weights), [0] * len(weights))
+    assert sum(phase.until(number)) == number
+    for count, weight in zip(phase.until(number), weights, strict=True):
+        assert abs(count - number * weight / sum(weights)) < len(weights) + 1e-3
+    step = [b - a for a, b in zip(phase.until(number), phase.until(number + 1), strict=True)]
+    assert sorted(step) == [0] * (len(weights) - 1) + [1]
+    assert phase.until(7 * sum(phase.shares)) == [7 * share for share in phase.shares]
+
+
+def test_an_epoch_by_size_sees_every_row_as_often_as_asked():
+    """Sizes 30 and 20 with 1 and 2.5 epochs: 80 rows."""
+    phase = loader._Stretch(0, loader._shares([30 * 1.0, 20 * 2.5]), [0, 0])
+    order = loader._order([30, 20], [phase], seed=3)
+    drawn = [order(i) for i in range(80)]
+    assert sorted(row for source, row in drawn if source == 0) == [*range(30)]
+    assert sorted(np.bincount([row for source, row in drawn if source == 1]).tolist()) == [2] * 10 + [3] * 10
+
+
+CURRICULUM = (d.Phase(3, (0.0, 1.0)), d.Phase(10, (1.0, 1.0)), d.Phase(11, (5.0, 2.0)))
+
+
+def test_a_curriculum_changes_the_shares_and_not_the_order_inside_a_source(text_data, tokenizer, tmp_path):
+    mixtures = [
+        d.load_rows(
+            dataclasses.replace(text_data, curriculum=c), "document", "train", tokenizer, 32, tmp_path / "cache"
+        )
+        for c in ((), CURRICULUM)
+    ]
+    sizes = [rows.num_rows for rows, _ in mixtures[0]]
+    orders = [loader._order(sizes, loader._phases(mixture, 8), seed=5) for mixture in mixtures]
+    drawn = [[order(i) for i in range(8 * 40)] for order in orders]
+    for source in (0, 1):
+        one, two = ([row for s, row in each if s == source] for each in drawn)
+        assert one[: len(two)] == two[: len(one)] and len(one) != len(two)
+    assert drawn[0][:24] == drawn[1][:24]
+    shares = [np.mean([s for s, _ in drawn[1][8 * a : 8 * b]]) for a, b in ((3, 10), (10, 11), (11, 25))]
+    assert shares == [1.0, 0.5, pytest.approx(2 / 7)]
+    assert d.epochs_of(mixtures[1], 40, 8) == [sum(s == k for s, _ in drawn[1]) / sizes[k] for k in (0, 1)]
+    began = time.monotonic()
+    orders[1](10**15)
+    assert time.monotonic() - began < 0.1
+
+
+def test_a_curriculum_that_makes_no_sense_is_refused(text_data, tokenizer, tmp_path):
+    for phases in [(d.Phase(0, (1.0, 1.0)),), (d.Phase(5, (1.0, 1.0)), d.Phase(5, (1.0, 2.0)))]:
+        with pytest.raises(ValueError, match="curriculum: steps"):
+            dataclasses.replace(text_data, curriculum=phases)
+    for weights in [(1.0,), (0.0, 0.0), (-1.0, 2.0), ()]:
+        with pytest.raises(ValueError, match="curriculum: step 5 needs a weight for each of 2 sources"):
+            dataclasses.replace(text_data, curriculum=(d.Phase(5, weights),))
+    (tmp_path / "b.txt").write_text("\n")
+    empty = dataclasses.replace(text_data, curriculum=(d.Phase(5, (0.0, 1.0)),))
+    with pytest.raises(InputError, match="step 5 gives weight only to sources without examples"):
+        d.load_rows(empty, "document", "train", tokenizer, 32, tmp_path / "cache")
+
+
+def whole_batches(mixture, steps, sharding, workers=0):
+    """The batches of these steps, prepared by so many threads at once."""
+    batch_at = d.make_batch_at(mixture, batch_size=8, seed=5, sharding=sharding)
+    with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
+        made = pool.map(batch_at, steps) if workers else map(batch_at, steps)
+        return [{name: np.asarray(value) for name, value in batch.items()} for batch in made]
+
+
+def test_rows_are_the_same_for_any_hosts_workers_and_after_any_resume(text_data, tokenizer, tmp_path):
+    """Every host prepares its own cache, and makes only the rows of its own devices."""
+    data, steps = dataclasses.replace(text_data, curriculum=CURRICULUM), [*range(14), 300]
+    load = lambda name: d.load_rows(data, "document", "train", tokenizer, 32, tmp_path / name)
+    one = activation(one_device(), "batch", None)
+    expected = whole_batches(load("cache"), steps, one)
+    for workers in (1, 3):
+        jax.tree.map(np.testing.assert_array_equal, whole_batches(load("cache"), steps, one, workers), expected)
+    jax.tree.map(np.testing.assert_array_equal, whole_batches(load("cache"), steps[6:], one), expected[6:])
+    for hosts in (1, 2, 4):
+        parts = []
+        for host in range(hosts):
+            mixture, made = load(f"cache-{hosts}-{host}"), []
+            order = loader._order([r.num_rows for r, _ in mixture], loader._phases(mixture, 8), 5)
+
+            def row(i, step, mixture=mixture, order=order, made=made):
+                made.append(i)
+                source, number = order(step * 8 + i)
+                return mixture[source][0].row(number)
+
+            mine = range(8 * host // hosts, 8 * (host + 1) // hosts)
+            parts.append([[row(i, step) for i in mine] for step in steps])
+        for step, batch in enumerate(expected):
+            rows = [row for host in parts for row in host[step]]
+            for name, value in batch.items():
+                np.testing.assert_array_equal(np.stack([row[name] for row in rows]), value)
+
+
+def test_only_the_rows_of_local_devices_are_made(monkeypatch):
+    """Of 8 devices, 2 are another host's: its rows are not asked for."""
+    sharding, made = activation(make_mesh(MeshConfig()), "batch", None), []
+    kept = jax.sharding.NamedSharding.addressable_devices_indices_map
+    local = lambda self, shape: dict([*kept(self, shape).items()][2:6])
+    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", local)
+    rows = lambda i: made.append(i) or {"x": np.full(4, i)}
+    monkeypatch.setattr(
+        jax, "make_array_from_callback", lambda shape, s, part: [part(i) for i in local(s, shape).values()]
+    )
+    batch = loader._place(rows, 8, sharding)
+    assert sorted(made) == [2, 3, 4, 5] and [int(x[0, 0]) for x in batch["x"]] == [2, 3, 4, 5]
 
 
 def test_evaluation_sees_every_row_once(text_data, tokenizer, tmp_path):

@@ -1,0 +1,446 @@
+"""Tokenise once. Sources -> units, made in parallel -> the examples of each source and split, without duplicates.
+
+A unit is ~32 MB of a source: a folder with its tokens and examples of both splits, and a hash of each content. Its
+name is a key of everything it depends on, so that a cut preparation goes on where it was, and text that was there
+before is not tokenised again. A store joins units: of each content it says which example stays, and in which split.
+No JAX here: the worker processes import this module.
+"""
+
+import concurrent.futures.process
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxllm.config import InputError
+from jaxllm.data.cache import ArrayFile, clean, find, inspect, key_of, made, make_once
+from jaxllm.data.format import Example, not_empty, sided
+from jaxllm.data.sources import (
+    PART_BYTES,
+    DataConfig,
+    Part,
+    Source,
+    canonical,
+    files,
+    format_of,
+    read_records,
+    remote_info,
+    split,
+)
+from jaxllm.tokenizer import Tokenizer
+
+_VERSION = "v2"
+_SPLITS = ("train", "held_out")
+_RUN = 1 << 17  # hashes sorted at once
+_IN_PROCESS = 1 << 24  # bytes of text for which starting workers takes longer
+_DOCUMENT = [("start", "<i8"), ("size", "<u4"), ("bytes", "<u4")]  # first token, tokens, bytes of text learnt
+EXAMPLE = {"document": np.dtype(_DOCUMENT), "chat": np.dtype([*_DOCUMENT, ("part", "<u4"), ("line", "<u4")])}
+_KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("index", "<u4"), ("side", "u1")])  # a content's hash; 1 + its split
+
+
+class Unit(NamedTuple):
+    """What one worker makes."""
+
+    folder: Path
+    data: DataConfig
+    kind: str
+    source: int  # index into data.sources
+    parts: tuple[Part, ...]
+    size: int  # bytes
+
+
+class Tokens:
+    """The tokens of all units, one after the other, and for chats which of them are targets."""
+
+    def __init__(self, folders: Sequence[Path], counts: Sequence[int], dtype: np.dtype, masked: bool):
+        self.bases, self.masked = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), masked
+        opened = functools.lru_cache(maxsize=256)(ArrayFile)  # systems limit the number of open files
+        self._tokens = lambda unit: opened(folders[unit] / "tokens", dtype)
+        self._mask = lambda unit: opened(folders[unit] / "mask", np.bool_)
+
+    def read(self, starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """(tokens int32[n], targets bool[n], or None for all) of pieces, one after the other; neighbours at once."""
+        units = np.searchsorted(self.bases, starts, "right") - 1
+        alone = (starts[1:] != starts[:-1] + sizes[:-1]) | (units[1:] != units[:-1])
+        firsts = np.flatnonzero(np.concatenate([[True], alone]))
+        begin, counts = starts[firsts] - self.bases[units[firsts]], np.add.reduceat(sizes, firsts)
+        pieces = [(int(u), int(a), int(a + n)) for u, a, n in zip(units[firsts], begin, counts, strict=True)]
+        tokens = np.concatenate([self._tokens(u).read(a, b) for u, a, b in pieces]).astype(np.int32)
+        return tokens, np.concatenate([self._mask(u).read(a, b) for u, a, b in pieces]) if self.masked else None
+
+
+class Examples(NamedTuple):
+    """The examples of one source in one split, on disk."""
+
+    source: Source
+    tokens: Tokens
+    table: ArrayFile  # EXAMPLE[kind]
+    num_tokens: int
+    num_bytes: int
+    parts: Sequence[Part]
+    key: str  # names the contents, the tokenizer and the split
+
+    def origin(self, example: Any) -> str:
+        return f"{self.parts[example['part']].path}:{example['line']}"
+
+
+def open_store(
+    data: DataConfig, kind: str, tokenizer: Tokenizer | None, folder: Path, share: tuple[int, int] = (0, 1)
+) -> dict[str, list[Examples]]:
+    """split -> the examples of each source, tokenised and cached if they are not. kind: "document" or "chat".
+
+    share: (number of this process, of how many) that prepare the same cache. Raises InputError on malformed input.
+    """
+    if not data.sources:
+        raise InputError(f"data.sources: none given, and {kind} examples are needed; name at least one source")
+    folder.mkdir(parents=True, exist_ok=True)
+    clean(folder)
+    units = _units(data, kind, tokenizer, folder)
+    metas = _prepare(units, tokenizer, share)
+    tokens = Tokens([u.folder for u in units], [m["tokens"] for m in metas], _dtype(tokenizer), kind == "chat")
+    key = key_of([(u.source, u.folder.name) for u in units])
+    store = folder / f"{kind}-{key}"
+    meta = made(store, lambda partial: _join(partial, units, metas, tokens.bases, kind))
+    parts = [part for unit in units for part in unit.parts]
+
+    def examples(split: str, index: int) -> Examples:
+        name = f"{split}-{index}"
+        num_tokens, num_bytes = meta["counts"][name]
+        table = ArrayFile(store / name, EXAMPLE[kind])
+        return Examples(data.sources[index], tokens, table, num_tokens, num_bytes, parts, f"{key}-{name}")
+
+    return {split: [examples(split, i) for i in range(len(data.sources))] for split in _SPLITS}
+
+
+def load_texts(data: DataConfig, split: str, cache_dir: Any = None) -> Iterator[str]:
+    """The texts of one split, for the tokenizer and for xz; a conversation gives its contents, a line each.
+
+    cache_dir keeps which of them are no duplicates; None: found out again.
+    """
+    if not data.sources:
+        raise InputError("data.sources: none given, and texts are needed; name at least one source")
+    yield from not_empty(_texts(data, split, cache_dir), data, "text", split)
+
+
+def _texts(data: DataConfig, split: str, cache_dir: Any) -> Iterator[str]:
+    chats = tuple(s for s in data.sources if _is_chat(s))
+    plain = tuple(s for s in data.sources if s not in chats)
+    with tempfile.TemporaryDirectory() as temporary:
+        for sources, kind in ((plain, "document"), (chats, "chat")):
+            some = dataclasses.replace(data, sources=sources, curriculum=())
+            yield from _kept_texts(some, kind, split, Path(cache_dir or temporary)) if sources else ()
+
+
+def _kept_texts(data: DataConfig, kind: str, split: str, folder: Path) -> Iterator[str]:
+    """A store without a tokenizer has a token for each example, so that `start` numbers them; then a second pass."""
+    tables = [each.table for each in open_store(data, kind, None, folder)[split]]
+    kept = (number for table in tables for chunk in table.chunks() for number in chunk["start"].tolist())
+    stream = itertools.chain.from_iterable(_distinct(_read(unit)) for unit in _units(data, kind, None, folder))
+    wanted = next(kept, None)
+    for number, (example, *_) in enumerate(stream):
+        if number == wanted:
+            yield example.text or "\n".join(m["content"] for m in example.messages)
+            wanted = next(kept, None)
+
+
+def _is_chat(source: Source) -> bool:
+    if source.prompt:
+        return True
+    first = next(iter(read_records(source)), None)
+    return first is not None and "text" not in first.fields and bool({"messages", "prompt"} & first.fields.keys())
+
+
+def _units(data: DataConfig, kind: str, tokenizer: Tokenizer | None, folder: Path) -> list[Unit]:
+    """The units of all sources in their order, which is that of their examples."""
+    units = []
+    for index, source in enumerate(data.sources):
+        rules = dataclasses.asdict(source) | {"path": "", "exclude": (), "weight": 0, "epochs": 1}
+        others = (dataclasses.replace(source, path=path, exclude=()) for path in source.exclude)
+        excluded = [version for other in others for group in _grouped(other, folder) for _, version, _ in group]
+        same = (
+            _VERSION,
+            kind,
+            tokenizer and tokenizer.fingerprint,
+            data.held_out_fraction,
+            data.split_salt,
+            rules,
+            excluded,
+        )
+        for pieces in _grouped(source, folder):
+            prints = [(v, *p[1:3], format_of(p.path), p.path.endswith((".gz", ".zst"))) for p, v, _ in pieces]
+            name = folder / f"unit-{key_of(*same, prints)}"
+            units.append(Unit(name, data, kind, index, tuple(p for p, *_ in pieces), sum(n for *_, n in pieces)))
+    return units
+
+
+def _look(path: str, folder: Path) -> dict[str, Any]:
+    return remote_info(path) if "://" in path else inspect(path, PART_BYTES, folder)
+
+
+def _grouped(source: Source, folder: Path) -> Iterator[list[tuple[Part, str, int]]]:
+    """(part, what changes with its content, bytes) of each unit; a function, or a sample of a source, is one unit."""
+    if not (names := files(source)):
+        digest = hashlib.sha256()
+        plain = Source(source.path, text_field=source.text_field, replace=source.replace, min_chars=0)
+        for record in read_records(plain):
+            digest.update(canonical(record.fields).encode("utf-8", "surrogatepass") + b"\n")
+        yield [(Part(source.path), digest.hexdigest(), 0)]
+        return
+    group: list[tuple[Part, str, int]] = []
+    for name in names:
+        found = _look(name, folder)
+        parts = split(name, source, found["size"], found.get("lines", ()))
+        for part in parts:
+            group.append((part, found["version"], found["size"] // len(parts)))
+            if sum(n for *_, n in group) >= PART_BYTES // 2 and not source.max_records:
+                yield group
+                group = []
+    if group:
+        yield group
+
+
+def _prepare(units: Sequence[Unit], tokenizer: Tokenizer | None, share: tuple[int, int]) -> list[dict[str, Any]]:
+    """What is remembered of each unit; those that are not there are made, by worker processes where there is much."""
+    metas = {unit.folder: find(unit.folder) for unit in units}
+    first = share[0] * len(units) // share[1]  # every process begins elsewhere
+    missing = [u for u in {u.folder: u for u in (*units[first:], *units[:first])}.values() if metas[u.folder] is None]
+    total = sum(unit.size for unit in missing)
+    make = functools.partial(make_unit, model=tokenizer and tokenizer.model)
+    with _progress(total if share[0] == 0 else 0) as advance, _pool(len(missing), total) as pool:
+        while missing:
+            functions = [u for u in missing if u.data.sources[u.source].path.startswith("py://")]
+            others = [u for u in missing if u not in functions]  # a function of the user's stays in this process
+            with _hidden_main():
+                made_there, busy = (pool.map if pool else map)(make, others), []
+            results = itertools.chain(map(make, functions), made_there)
+            for unit, done in zip((*functions, *others), results, strict=True):
+                advance(unit.size if done else 0)
+                busy += [] if done else [unit]
+            if len(busy) == len(missing):  # all of them in the hands of other processes
+                time.sleep(0.1)
+            missing = busy
+    return [metas[u.folder] or made(u.folder, lambda to, u=u: _write(to, u, tokenizer)) for u in units]
+
+
+@contextlib.contextmanager
+def _pool(num_units: int, total: int) -> Iterator[concurrent.futures.ProcessPoolExecutor | None]:
+    """Worker processes, one for each core; None for little text."""
+    if total < _IN_PROCESS:
+        yield None
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")  # a fork would take JAX's locks with it
+    pool = concurrent.futures.ProcessPoolExecutor(min(num_units, cores), context, initializer=_end_with_parent)
+    try:
+        yield pool
+    except concurrent.futures.process.BrokenProcessPool:
+        raise InputError("data: a process that tokenises was killed (out of memory?); run again to go on") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Workers that start here do not run the user's script again, as `spawn` would have them."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """advance(bytes): a bar with the time left on a terminal, else a line now and then; nothing for little text."""
+    if total < _IN_PROCESS:
+        yield lambda size: None
+        return
+    from rich.progress import DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from jaxllm.metrics import console  # not above: the workers need no JAX
+
+    columns = (TextColumn("data:"), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    task, began, said = bar.add_task("", total=total), time.monotonic(), time.monotonic()
+
+    def advance(size: int) -> None:
+        nonlocal said
+        bar.advance(task, size)
+        done, now = bar.tasks[0].completed, time.monotonic()
+        if not console.is_terminal and done and (now - said > 10 or done == total):
+            said, left = now, (now - began) * (total - done) / done
+            rate = done / 1e6 / (now - began)
+            console.print(f"data: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate:.1f} MB/s, {left:,.0f} s left")
+
+    with bar:
+        yield advance
+
+
+_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer)
+
+
+def make_unit(unit: Unit, model: bytes | None) -> bool:
+    """Make a unit if it is not there; False: another process is at it."""
+    return make_once(unit.folder, lambda partial: _write(partial, unit, _tokenizer(model) if model else None))
+
+
+def _dtype(tokenizer: Tokenizer | None) -> np.dtype:
+    return np.dtype("<u2" if tokenizer is None or tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def _read(unit: Unit) -> Iterator[tuple[Example, str | None]]:
+    source = unit.data.sources[unit.source]
+    records = read_records(source, None if source.path.startswith("py://") else unit.parts)
+    return sided(unit.data, unit.kind, unit.source, records)
+
+
+def _write(folder: Path, unit: Unit, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """tokens, mask (of chats), examples (EXAMPLE), keys (_KEY, sorted in runs of _RUN) of both splits."""
+    dtype = _dtype(tokenizer)
+    index = {part.path: i for i, part in enumerate(unit.parts)}
+    total, keys = 0, []
+    with contextlib.ExitStack() as stack:
+        out = {n: stack.enter_context(open(folder / n, "wb")) for n in ("tokens", "mask", "examples", "keys")}
+        for chunk in _chunks(_distinct(_read(unit))):
+            ids, masks = _encode([example for example, _, _ in chunk], unit.kind, tokenizer)
+            sizes = np.array([len(i) for i in ids], np.int64)
+            out["tokens"].write(np.fromiter(itertools.chain.from_iterable(ids), dtype, int(sizes.sum())).tobytes())
+            out["mask"].write(np.fromiter(itertools.chain.from_iterable(masks), bool).tobytes())
+            table = np.zeros(len(chunk), EXAMPLE[unit.kind])
+            table["start"], table["size"] = total + np.cumsum(sizes) - sizes, sizes
+            table["bytes"] = [len(example.learnt().encode("utf-8", "surrogatepass")) for example, _, _ in chunk]
+            if unit.kind == "chat":
+                places = [example.origin.rpartition(":") for example, _, _ in chunk]
+                table["part"], table["line"] = [index[p] for p, *_ in places], [int(n) for *_, n in places]
+            out["examples"].write(table.tobytes())
+            total += int(sizes.sum())
+            keys += [(digest, side) for _, digest, side in chunk]
+            while len(keys) >= _RUN:
+                out["keys"].write(_sorted(keys[:_RUN]).tobytes())
+                keys = keys[_RUN:]
+        out["keys"].write(_sorted(keys).tobytes())
+    return {"tokens": total}
+
+
+Item = tuple[Example, bytes, int]  # its content's hash, and 1 + its split
+
+
+def _distinct(stream: Iterator[tuple[Example, str | None]]) -> Iterator[Item]:
+    """What has a side, without the repetitions that stand near: a text there a million times is sorted a few times."""
+    seen: set[tuple[bytes, int]] = set()
+    for example, side in stream:
+        if side and (key := (example.digest(), 1 + _SPLITS.index(side))) not in seen:
+            if len(seen) >= _RUN:
+                seen.clear()
+            seen.add(key)
+            yield example, *key
+
+
+def _chunks(stream: Iterator[Item]) -> Iterator[list[Item]]:
+    """At most 1,024 examples, and not many more than a million characters."""
+    chunk, size = [], 0
+    for item in stream:
+        chunk.append(item)
+        size += len(item[0].text) + sum(len(message["content"]) for message in item[0].messages)
+        if len(chunk) == 1024 or size > 1 << 20:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encode(
+    chunk: Sequence[Example], kind: str, tokenizer: Tokenizer | None
+) -> tuple[list[list[int]], list[list[bool]]]:
+    """(token ids, targets) of each example; of a document all but the first token are targets, and none are given."""
+    if tokenizer is None:
+        return [[0]] * len(chunk), []
+    if kind == "chat":
+        ids, masks = zip(*(tokenizer.encode_chat(example.messages) for example in chunk), strict=True)
+        return list(ids), list(masks)
+    texts = tokenizer.encode_batch([example.text for example in chunk])
+    return [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in texts], []
+
+
+def _sorted(keys: Sequence[tuple[bytes, int]]) -> np.ndarray:
+    run = np.zeros(len(keys), _KEY)
+    numbers = np.frombuffer(b"".join(digest for digest, _ in keys), ">u8").reshape(-1, 2)
+    run["high"], run["low"], run["index"] = numbers[:, 0], numbers[:, 1], np.arange(len(keys))
+    run["side"] = [side for _, side in keys]
+    return run[np.lexsort((run["low"], run["high"]))]
+
+
+def _join(folder: Path, units: Sequence[Unit], metas: Sequence[Any], bases: np.ndarray, kind: str) -> dict[str, Any]:
+    """A file of EXAMPLE for each split and source: what stays, in the order of the sources."""
+    opened = functools.lru_cache(maxsize=256)(ArrayFile)
+    paths = [unit.folder / "keys" for unit in units]
+    runs = [(path, i) for path in paths for i in range(0, len(opened(path, _KEY)), _RUN)]
+    counts = {f"{split}-{u.source}": [0, 0] for u in units for split in _SPLITS}
+    with contextlib.ExitStack() as stack:
+        stays = stack.enter_context(open(folder / "stays", "w+b"))
+        _decide(stays.fileno(), runs, opened)
+        out = {name: stack.enter_context(open(folder / name, "wb")) for name in counts}
+        place = part = 0
+        for number, unit in enumerate(units):
+            keys, table = opened(paths[number], _KEY), ArrayFile(unit.folder / "examples", EXAMPLE[kind])
+            for run, mine in zip(keys.chunks(_RUN), map(np.copy, table.chunks(_RUN)), strict=True):
+                side = np.zeros(len(run), np.uint8)
+                side[run["index"]] = np.frombuffer(os.pread(stays.fileno(), len(run), place), np.uint8)
+                place += len(run)
+                mine["start"] += bases[number]
+                if kind == "chat":
+                    mine["part"] += part
+                for value, name in enumerate(_SPLITS, start=1):
+                    kept, target = mine[side == value], f"{name}-{unit.source}"
+                    out[target].write(kept.tobytes())
+                    counts[target][0] += int(kept["size"].sum(dtype=np.int64))
+                    counts[target][1] += int(kept["bytes"].sum(dtype=np.int64))
+            part += len(unit.parts)
+    os.remove(folder / "stays")
+    return {"counts": counts}
+
+
+def _decide(stays: int, runs: Sequence[tuple[Path, int]], opened: Callable[..., ArrayFile]) -> None:
+    """Write 1 + its split, or 0, for every key of all runs into the file `stays`, in the order of the keys.
+
+    Of examples with one content the first stays; a content that is held out anywhere is held out everywhere. The
+    hashes go through memory in ranges of about _RUN keys, each a slice of every sorted run.
+    """
+    read = lambda run, a, b: opened(run[0], _KEY).read(run[1] + int(a), run[1] + int(b))
+    sizes = [min(_RUN, len(opened(path, _KEY)) - begin) for path, begin in runs]
+    firsts = np.cumsum([0, *sizes])
+    count = max(1, int(firsts[-1]) // _RUN)
+    limits = np.array([2**64 * i // count for i in range(1, count)], np.uint64)
+    inner = (np.searchsorted(read(run, 0, n)["high"], limits) for run, n in zip(runs, sizes, strict=True))
+    cuts = np.array([[0, *cut, n] for cut, n in zip(inner, sizes, strict=True)], np.int64).reshape(-1, count + 1)
+    for begin, end in itertools.pairwise(cuts.T if runs else ()):
+        slices = [read(run, a, b) for run, a, b in zip(runs, begin, end, strict=True)]
+        keys = np.concatenate([np.zeros(0, _KEY), *slices])
+        order = np.repeat(firsts[:-1], end - begin) + keys["index"]
+        ranked = np.lexsort((order, keys["side"] == 1, keys["low"], keys["high"]))  # held-out ones first
+        numbers = keys[["high", "low"]][ranked]
+        winners = ranked[np.concatenate([numbers[:1] == numbers[:1], numbers[1:] != numbers[:-1]])]
+        side = np.zeros(len(keys), np.uint8)
+        side[winners] = keys["side"][winners]
+        for place, piece in zip(firsts[:-1] + begin, np.split(side, np.cumsum(end - begin)[:-1]), strict=True):
+            os.pwrite(stays, piece.tobytes(), int(place))

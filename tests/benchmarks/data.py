@@ -1,0 +1,130 @@
+"""What preparing a corpus costs: seconds, MB/s, and memory, which must not grow with the corpus; padding of chats.
+
+    python tests/benchmarks/data.py [--megabytes 100 1000] [--padding configs/quickstart.yaml]
+
+Lines are made in a temporary folder and prepared by a fresh process without JAX; another one then draws batches.
+Peak memory is ru_maxrss of the process, and of the largest of its workers. With --padding, the share of padding in
+the rows of a config's conversations, with a tokenizer trained as the config says.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from jaxllm import tokenizer as tokenizers
+
+LENGTH, BATCH, STEPS = 1024, 16, 200
+
+COMMON = """
+import json, resource, sys, time
+from pathlib import Path
+from jaxllm import data as d
+from jaxllm.tokenizer import Tokenizer
+peak = lambda who: resource.getrusage(who).ru_maxrss / 1024
+if __name__ == "__main__":
+    folder, began = Path(sys.argv[1]), time.monotonic()
+    data, tokenizer = d.DataConfig((d.Source(str(folder / "corpus.txt")),)), Tokenizer.load(folder / "tokenizer")
+"""
+PREPARE = """
+    found = d.open_store(data, "document", tokenizer, folder / "cache")
+    print(json.dumps({
+        "seconds": time.monotonic() - began,
+        "parent_mb": peak(resource.RUSAGE_SELF),
+        "worker_mb": peak(resource.RUSAGE_CHILDREN),
+        "examples": len(found["train"][0].table),
+    }))
+"""
+DRAW = """
+    import jax, numpy as np
+    start = peak(resource.RUSAGE_SELF)
+    mixture = d.load_rows(data, "document", "train", tokenizer, LENGTH, folder / "cache")
+    planned = time.monotonic() - began
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("x",), devices=jax.devices()[:1]), jax.P("x"))
+    batch_at = d.make_batch_at(mixture, batch_size=BATCH, seed=0, sharding=sharding)
+    batch_at(0)
+    began = time.monotonic()
+    for step in range(STEPS):
+        batch_at(step * 7919)
+    print(json.dumps({
+        "plan_seconds": planned,
+        "rows": mixture[0][0].num_rows,
+        "milliseconds_per_batch": 1e3 * (time.monotonic() - began) / STEPS,
+        "import_mb": start,
+        "draw_mb": peak(resource.RUSAGE_SELF),
+    }))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--megabytes", type=int, nargs="*", default=[100, 1000])
+    parser.add_argument("--padding", default="")
+    args = parser.parse_args()
+    lines = []
+    for megabytes in args.megabytes:
+        with tempfile.TemporaryDirectory() as folder:
+            size = write_corpus(Path(folder), megabytes)
+            found = run(PREPARE, folder) | run(f"    LENGTH, BATCH, STEPS = {LENGTH}, {BATCH}, {STEPS}" + DRAW, folder)
+            again = run(PREPARE, folder)["seconds"]
+            lines.append({"MB": size / 1e6, "MB/s": size / 1e6 / found["seconds"], **found, "open_seconds": again})
+            print(json.dumps({k: round(v, 2) for k, v in lines[-1].items()}), flush=True)
+    if args.padding:
+        print(json.dumps(padding(args.padding)))
+
+
+def write_corpus(folder: Path, megabytes: int) -> int:
+    """Lines of words by Zipf's law, 5% of them repeated; and a tokenizer trained on the first."""
+    rng, draw = random.Random(0), np.random.default_rng(0)
+    words = np.array(["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(20_000)])
+    share = 1 / np.arange(1, len(words) + 1)
+    first = []
+    with open(folder / "corpus.txt", "w") as file:
+        while file.tell() < megabytes * 1_000_000:
+            picked = words[draw.choice(len(words), (20_000, 15), p=share / share.sum())]
+            block = [" ".join(line) for line in picked]
+            first = first or block
+            file.write("\n".join([*block, *first[:1000]]) + "\n")
+    settings = {"vocab_size": 4096, "model_type": "bpe", "character_coverage": 1.0, "num_threads": 2}
+    tokenizers.train(iter(first[:10_000]), **settings).save(folder / "tokenizer")
+    return (folder / "corpus.txt").stat().st_size
+
+
+def run(script: str, folder: str) -> dict[str, float]:
+    path = Path(folder) / "script.py"
+    path.write_text(COMMON + script)
+    root = str(Path(__file__).parents[2])
+    env = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    out = subprocess.run([sys.executable, str(path), folder], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def padding(config_path: str) -> dict[str, float]:
+    """Of the training rows of a config's conversations."""
+    from jaxllm import data as d
+    from jaxllm.config import load
+    from jaxllm.run import Config, with_defaults
+    from jaxllm.stages.tokenizer import sample_texts
+
+    config = with_defaults(load(Config, config_path))
+    began = time.monotonic()
+    texts, _ = sample_texts(d.load_texts(config.tokenizer.data, "train"), config.tokenizer.sample_bytes, 0)
+    fields = {name: getattr(config.tokenizer, name) for name in ("vocab_size", "model_type", "character_coverage")}
+    tokenizer = tokenizers.train(iter(texts), **fields, num_threads=2)
+    with tempfile.TemporaryDirectory() as folder:
+        length = config.sft.length or config.model.max_length
+        mixture = d.load_rows(config.sft.data, "chat", "train", tokenizer, length, folder)
+        used = sum(int((rows.row(i)["segment_ids"] > 0).sum()) for rows, _ in mixture for i in range(rows.num_rows))
+        total = length * sum(rows.num_rows for rows, _ in mixture)
+    return {"rows": total // length, "padding": 1 - used / total, "seconds": time.monotonic() - began}
+
+
+if __name__ == "__main__":
+    main()
