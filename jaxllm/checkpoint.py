@@ -126,7 +126,7 @@ class Checkpoints:
         if not any_process(bool(self._error)):
             seal = {"record": record, "digests": digest.digests(state)}
             try:
-                self._writer = self._writer or _new_writer()
+                self._writer = self._writer or _new_writer(state)
                 self._writer.save(self.directory / str(step), args=ocp.args.PyTreeSave(state), force=True)
             except _IO_ERRORS as error:
                 self._error = _short(error)
@@ -222,10 +222,12 @@ class Checkpoints:
             return {}
 
 
-def _new_writer() -> ocp.AsyncCheckpointer:
+def _new_writer(state: Any) -> ocp.AsyncCheckpointer:
     # A folder that cannot be made is an error at once; made in the background, its threads wait for it for minutes.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
+    # The copy off the devices is one state; of it, a few leaves at a time are compressed, which takes their size again.
+    at_once = max(1.2 * max(x.nbytes for x in jax.tree.leaves(state)), 10**8) / 10**9
+    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=at_once), async_options=options)  # pyright: ignore
 
 
 def load_params(

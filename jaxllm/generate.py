@@ -17,7 +17,7 @@ from jaxllm import losses
 from jaxllm.config import InputError
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.sharding import activation, constrain, fetch
+from jaxllm.sharding import activation, batch_shards, constrain, fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def generate(
     index = jnp.arange(B, dtype=jnp.int32) if index is None else index
     row_keys = _row_keys(key, index, num_samples)
     hidden, cache, segments, lengths = prefill(params, config, tokens, mask, P, num_samples)
-    pick = functools.partial(_pick, params=params, sampling=sampling)
+    pick = functools.partial(_pick, params=params, sampling=sampling, cap=config.logit_softcap)
     stops = jnp.array(stop_ids, jnp.int32)
 
     def draw(hidden: jax.Array, place: jax.Array, finished: jax.Array):
@@ -166,10 +166,12 @@ def advance(params: Any, config: ModelConfig, token, position, segments, cache, 
     return hidden[:, 0], cache
 
 
-def _pick(hidden: jax.Array, keys: jax.Array, *, params: Any, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array]:
+def _pick(
+    hidden: jax.Array, keys: jax.Array, *, params: Any, sampling: SamplingConfig, cap: float
+) -> tuple[jax.Array, jax.Array]:
     """Draw a token from each row: hidden [rows, D], keys [rows] -> (int32[rows], float32[rows] log-probability)."""
     logits = jnp.einsum("bd,dv->bv", hidden, params["unembed"], preferred_element_type=jnp.float32)
-    logits = constrain(logits, "batch", None) / (sampling.temperature or 1.0)
+    logits = losses.softcap(constrain(logits, "batch", None), cap) / (sampling.temperature or 1.0)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     if sampling.temperature == 0:
         token = jnp.argmax(logits, axis=-1)
@@ -272,7 +274,7 @@ def roll_out(
 
 def whole_batch(mesh: jax.sharding.Mesh, batch_size: int) -> int:
     """batch_size rounded up to what the devices can share."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     return -(-batch_size // shards) * shards
 
 
@@ -332,7 +334,8 @@ def response_hidden(params: Any, rollout: Any, config: ModelConfig) -> jax.Array
 def response_logprobs(params: Any, rollout: Any, *, config: ModelConfig, temperature: float) -> losses.TokenStats:
     """Log-probabilities and entropies float32[B, R] of the response tokens under softmax(logits / temperature)."""
     R, hidden = rollout.mask.shape[1], response_hidden(params, rollout, config)
-    return losses.token_logprobs(hidden, transformer.head(params), rollout.tokens[:, -R:], temperature=temperature)
+    head, cap = transformer.head(params), config.logit_softcap
+    return losses.token_logprobs(hidden, head, rollout.tokens[:, -R:], temperature=temperature, cap=cap)
 
 
 def left_pad(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -382,7 +385,8 @@ def stream(
 @functools.lru_cache(maxsize=4)
 def _stream_steps(config: ModelConfig, sampling: SamplingConfig):
     def draw(params, hidden, key, place):
-        return _pick(hidden, jax.vmap(jax.random.fold_in, (0, None))(key, place), params=params, sampling=sampling)[0]
+        keys = jax.vmap(jax.random.fold_in, (0, None))(key, place)
+        return _pick(hidden, keys, params=params, sampling=sampling, cap=config.logit_softcap)[0]
 
     @jax.jit
     def start(params, tokens, mask, key):

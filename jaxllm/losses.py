@@ -31,9 +31,10 @@ def token_logprobs(
     targets: jax.Array,
     *,
     temperature: float = 1.0,
+    cap: float = 0.0,
     chunk_elements: int = _CHUNK_ELEMENTS,
 ) -> TokenStats:
-    """Log-probabilities of targets int32[B, T] under softmax(hidden @ head.T / temperature).
+    """Log-probabilities of targets int32[B, T] under softmax(softcap(hidden @ head.T, cap) / temperature).
 
     hidden: [B, T, D]; head: float32[V, D]. Scored in chunks of positions whose logits are recomputed in the
     backward pass, so that [B, T, V] never exists. The only log-probability code: training, evaluation, the
@@ -45,7 +46,7 @@ def token_logprobs(
     size = -(-T // chunks)
 
     def score(h: jax.Array, t: jax.Array) -> TokenStats:
-        return _score(h, head, t, temperature)
+        return _score(h, head, t, temperature, cap)
 
     if chunks == 1:
         return score(hidden, targets)
@@ -56,10 +57,16 @@ def token_logprobs(
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, chunks * size)[:, :T], stats)
 
 
-def _score(hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float) -> TokenStats:
+def softcap(logits: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(logits / cap) (Gemma 2, section 2); cap 0: as they are."""
+    return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def _score(hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float, cap: float) -> TokenStats:
     # The head is cast here, inside the chunk, so that its gradient is summed over chunks in float32.
     weights = head.astype(hidden.dtype)
-    logits = jnp.einsum("btd,vd->btv", hidden, weights, preferred_element_type=jnp.float32) / temperature
+    logits = jnp.einsum("btd,vd->btv", hidden, weights, preferred_element_type=jnp.float32)
+    logits = softcap(logits, cap) / temperature
     top = jax.lax.stop_gradient(logits.max(-1))
     exp = jnp.exp(logits - top[..., None])
     total = exp.sum(-1)

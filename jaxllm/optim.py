@@ -9,8 +9,10 @@ import optax
 # Whether weight decay applies, by the name of the leaf. Every parameter must be here: an unknown name is an error.
 DECAYED = {
     **dict.fromkeys(("tokens", "positions", "q", "k", "v", "out", "gate", "up", "down", "kernel", "a", "b"), True),
+    **dict.fromkeys(("q_a", "q_b", "kv_a", "kv_b", "router"), True),
     **dict.fromkeys(
-        ("scale", "bias", "q_bias", "k_bias", "v_bias", "out_bias", "gate_bias", "up_bias", "down_bias"), False
+        ("scale", "bias", "q_bias", "k_bias", "v_bias", "out_bias", "gate_bias", "up_bias", "down_bias", "router_bias"),
+        False,
     ),
 }
 
@@ -74,7 +76,8 @@ def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, num_steps: int, bias_rate: float = 0.0) -> optax.GradientTransformation:
+    """AdamW; routers' biases, where bias_rate is given, move by it against the sign of their gradient (`moe.balance`)."""
     adamw = optax.adamw(
         learning_rate(config, num_steps),
         b1=config.b1,
@@ -83,7 +86,13 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    whole = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    if not bias_rate:
+        return whole
+    signed = optax.chain(optax.scale_by_sign(), optax.scale(-bias_rate))
+    label = lambda path, _: "bias" if path[-1].key == "router_bias" else "rest"
+    labels = lambda params: jax.tree_util.tree_map_with_path(label, params)
+    return optax.partition({"bias": signed, "rest": whole}, labels)
 
 
 def decay_mask(params: Any) -> Any:

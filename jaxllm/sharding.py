@@ -33,9 +33,12 @@ PARAM_RULES: Rules = {
     "vocab_rows": ("fsdp", "tensor"),
     "positions": ("fsdp", "tensor"),  # rows, for the same reason
     "norm": None,
+    "experts": "expert",
+    "router": None,
+    "latent": None,
 }
 ACT_RULES: Rules = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "seq": "context",
     "embed": None,
     "heads": "tensor",
@@ -58,7 +61,7 @@ class MeshConfig:
     context: int = 1
     """Shards of the sequence dimension."""
     expert: int = 1
-    """Shards of the experts."""
+    """Shards of the experts, each with its share of the batch."""
     tensor: int = 1
     """Shards of heads, MLP and vocabulary."""
 
@@ -148,6 +151,7 @@ _FIELDS = {
     "heads": "model.num_heads",
     "kv_heads": "model.num_kv_heads",
     "mlp": "model.mlp_dim",
+    "experts": "model.moe.num_experts",
     "positions": "model.max_length",
     "vocab": "model.vocab_size",
     "vocab_rows": "model.vocab_size",
@@ -176,9 +180,15 @@ def param_shardings(mesh: Mesh, params: Any, axes: Any) -> Any:
 
 def check_batch(mesh: Mesh, size: int, field: str) -> None:
     """Raise InputError where `size` rows do not divide over the devices that share the batch."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if size % shards:
-        raise InputError(f"{field}: {size} does not divide over the {shards} shards of the batch (data x fsdp)")
+    if size % (shards := batch_shards(mesh)):
+        raise InputError(
+            f"{field}: {size} does not divide over the {shards} shards of the batch (data x fsdp x expert)"
+        )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Devices that each have their own rows of a batch."""
+    return math.prod(mesh.shape[axis] for axis in ACT_RULES["batch"] or ())
 
 
 def bytes_table(tree: Any, top: int = 12) -> list[tuple[str, str, int, int]]:

@@ -1,4 +1,4 @@
-"""Attention as a function of arrays. The mask is a specification (causal, segments), never a dense argument."""
+"""Attention as a function of arrays. The mask is a specification (causal, segments, window), never a dense argument."""
 
 import math
 
@@ -14,10 +14,13 @@ def attention(
     q_segment_ids: jax.Array,
     kv_segment_ids: jax.Array,
     q_offset: jax.Array | int = 0,
+    window: jax.Array | int | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """Grouped-query attention, causal inside segments (Vaswani et al. 2017; Ainslie et al. 2023).
 
-    q: [B, T, N, H]; k, v: [B, S, K, H] with N a multiple of K; q_segment_ids: int32[B, T];
+    q: [B, T, N, H]; k: [B, S, K, H]; v: [B, S, K, W] with N a multiple of K; q_segment_ids: int32[B, T];
     kv_segment_ids: int32[B, S]. Query t stands at place q_offset + t of the S key places. It sees key s when
     s <= q_offset + t and their segments are equal. With segments 1 1 2 2 0 the five rows see
 
@@ -27,16 +30,20 @@ def attention(
         . . 1 1 .
         . . . . 1
 
-    Returns [B, T, N, H] in q's dtype. Scores and softmax are float32.
+    window: a token sees so many places, itself included (Beltagy et al. 2020; Mistral). scale: of the scores,
+    1 / sqrt(H) by default. softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, section 2); 0: as they are.
+    Returns [B, T, N, W] in q's dtype. Scores and softmax are float32.
     """
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(H)
-    place = q_offset + jnp.arange(T)[:, None]
-    causal = jnp.arange(S)[None, :] <= place  # [T, S]
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * (scale or 1 / math.sqrt(H))
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    back = q_offset + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]  # [T, S]: places from the key to the query
+    near = back >= 0 if window is None else (back >= 0) & (back < window)
     same = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]  # [B, T, S]
-    allowed = (causal[None] & same)[:, None, None]
+    allowed = (near[None] & same)[:, None, None]
     weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1)
     out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
-    return out.reshape(B, T, N, H)
+    return out.reshape(B, T, N, v.shape[-1])

@@ -6,6 +6,25 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from jaxllm.models.moe import MoEConfig
+from jaxllm.models.rope import RopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1); kv_rank 0: ordinary attention."""
+
+    kv_rank: int = 0
+    """Size of the vector that keys and values are made of."""
+    q_rank: int = 0
+    """Size of the vector that queries are made of; 0: made of the hidden state."""
+    nope_dim: int = 128
+    """Part of a head without position."""
+    rope_dim: int = 64
+    """Part of a head with rotary positions; its key is shared by all heads."""
+    value_dim: int = 128
+    """Size of a head's value."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -33,14 +52,42 @@ class ModelConfig:
     """Normalisation before attention, before the MLP and at the end."""
     norm_eps: float = 1e-5
     """Added to the variance in the normalisation."""
+    norm_place: Literal["before", "after", "both"] = "before"
+    """Normalisation before attention and MLP, after them (OLMo 2), or both (Gemma 2)."""
+    norm_offset: bool = False
+    """Scales of normalisations are stored less 1 (Gemma)."""
+    qk_norm: Literal["none", "head", "all"] = "none"
+    """Normalise queries and keys: each head (Qwen3, Gemma 3), or all heads at once (OLMo 2)."""
     position: Literal["rope", "learned"] = "rope"
     """Rotary positions, or a learned table of max_length rows."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
-    """Gated SiLU (three matrices) or tanh-approximated GELU (two)."""
+    local_rope_theta: float = 0.0
+    """Base in layers with a window (Gemma 3); 0: rope_theta, stretched like the others."""
+    rope_scaling: RopeScaling = RopeScaling()
+    """Stretching of the rotary frequencies over a longer context."""
+    window: int = 0
+    """Places a token sees, itself included (Mistral); 0: all."""
+    global_every: int = 0
+    """With a window: every so many-th layer has none (2 in Gemma 2, 6 in Gemma 3); 0: all layers have it."""
+    attention_scale: float = 0.0
+    """Factor of the attention scores; 0: 1 / sqrt(head_dim)."""
+    attention_softcap: float = 0.0
+    """Bound of the attention scores, by tanh (Gemma 2); 0: none."""
+    logit_softcap: float = 0.0
+    """Bound of the logits, by tanh (Gemma 2); 0: none."""
+    scale_embeddings: bool = False
+    """Multiply embeddings by sqrt(embed_dim) (Gemma)."""
+    mla: MLAConfig = MLAConfig()
+    """Latent attention in place of grouped-query attention."""
+    mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    """Gated SiLU or gated GELU (three matrices), or tanh-approximated GELU (two)."""
+    moe: MoEConfig = MoEConfig()
+    """Experts in place of the MLP."""
     bias: bool = False
     """Biases in every projection, as in GPT-2 and GPT-3."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values only, as in Qwen2."""
     tie_embeddings: bool = True
     """Use the embedding table as the output head."""
     init_std: float = 0.02
@@ -63,8 +110,17 @@ class ModelConfig:
         if not self.head_dim and self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads: {self.num_heads} does not divide embed_dim {self.embed_dim}")
         set_("head_dim", self.head_dim or self.embed_dim // self.num_heads)
-        if self.position == "rope" and self.head_dim % 2:
-            raise ValueError(f"head_dim: rotary positions need an even size, not {self.head_dim}")
+        rotated = self.mla.rope_dim if self.mla.kv_rank else self.head_dim
+        if self.position == "rope" and rotated % 2:
+            raise ValueError(f"head_dim: rotary positions need an even size, not {rotated}")
+        if self.moe.num_experts and (self.bias or self.mlp != "swiglu"):
+            raise ValueError("moe: experts are SwiGLU without biases; set mlp to swiglu and bias to false")
+        if self.moe.num_experts and not 0 <= self.moe.first_dense < self.num_layers:
+            raise ValueError("moe.first_dense: must be less than num_layers")
+        if self.mla.kv_rank and (self.position != "rope" or self.bias or self.qkv_bias or self.qk_norm != "none"):
+            raise ValueError("mla: latent attention has rotary positions and neither biases nor qk_norm")
+        if min(self.window, self.global_every, self.attention_softcap, self.logit_softcap) < 0:
+            raise ValueError("window: it, global_every and the soft caps must not be negative (0 is off)")
 
     @staticmethod
     def expand(tree: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -73,6 +129,16 @@ class ModelConfig:
         if name and name not in PRESETS:
             raise ValueError(f"preset: {name!r} is unknown; known: {', '.join(PRESETS)}")
         return {**PRESETS.get(name, {}), **tree}
+
+    def windowed(self, layer: int) -> bool:
+        """Whether a layer's attention has the window."""
+        return self.window > 0 and (self.global_every == 0 or (layer + 1) % self.global_every != 0)
+
+    @property
+    def score_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        size = self.mla.nope_dim + self.mla.rope_dim if self.mla.kv_rank else self.head_dim
+        return (self.attention_scale or size**-0.5) * self.rope_scaling.score_scale
 
     @property
     def compute_dtype(self) -> jnp.dtype:

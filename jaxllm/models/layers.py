@@ -1,6 +1,8 @@
 """The blocks, in Flax NNX. Every parameter names its logical axes where it is made (see sharding.PARAM_RULES)."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,11 @@ from flax import nnx
 
 from jaxllm.models.attention import attention
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.moe import moe
+from jaxllm.models.rope import frequencies, rope
 from jaxllm.sharding import constrain
+
+Local = jax.Array | bool  # whether a layer's attention has a window; traced where layers are scanned
 
 
 def normal(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
@@ -22,25 +28,30 @@ def constant(value: float, **axes: int) -> nnx.Param:
 
 
 class Norm(nnx.Module):
-    """RMSNorm (Zhang and Sennrich 2019, eq. 4) or LayerNorm (Ba et al. 2016, eq. 3); [..., D] in float32."""
+    """RMSNorm (Zhang and Sennrich 2019, eq. 4) or LayerNorm (Ba et al. 2016, eq. 3), in float32.
 
-    def __init__(self, config: ModelConfig):
-        self.eps, self.centre = config.norm_eps, config.norm == "layernorm"
-        self.scale = constant(1.0, norm=config.embed_dim)
+    Over the last dimension, or over all that `axes` names (OLMo 2 normalises all heads at once).
+    """
+
+    def __init__(self, config: ModelConfig, **axes: int):
+        axes = axes or {"norm": config.embed_dim}
+        self.eps, self.centre, self.rank = config.norm_eps, config.norm == "layernorm", len(axes)
+        self.offset = float(config.norm_offset)
+        self.scale = constant(1.0 - self.offset, **axes)
         if self.centre:
-            self.bias = constant(0.0, norm=config.embed_dim)
+            self.bias = constant(0.0, **axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
+        y, over = x.astype(jnp.float32), tuple(range(-self.rank, 0))
         if self.centre:
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y * _like(self.scale, y)
+            y = y - y.mean(over, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(over, keepdims=True) + self.eps)
+        y = y * (self.offset + _like(self.scale, y))
         return (y + _like(self.bias, y) if self.centre else y).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary or no positions."""
+    """Grouped-query self-attention with rotary or learned positions; windows, soft caps, norms of queries and keys."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         c, self.config = config, config
@@ -49,19 +60,46 @@ class Attention(nnx.Module):
         self.k = normal(rngs, std, embed=c.embed_dim, kv_heads=c.num_kv_heads, head_dim=c.head_dim)
         self.v = normal(rngs, std, embed=c.embed_dim, kv_heads=c.num_kv_heads, head_dim=c.head_dim)
         self.out = normal(rngs, out_std, heads=c.num_heads, head_dim=c.head_dim, embed=c.embed_dim)
-        if c.bias:
+        if c.bias or c.qkv_bias:
             self.q_bias = constant(0.0, heads=c.num_heads, head_dim=c.head_dim)
             self.k_bias = constant(0.0, kv_heads=c.num_kv_heads, head_dim=c.head_dim)
             self.v_bias = constant(0.0, kv_heads=c.num_kv_heads, head_dim=c.head_dim)
+        if c.bias:
             self.out_bias = constant(0.0, norm=c.embed_dim)
+        if c.qk_norm == "head":
+            self.q_norm, self.k_norm = (Norm(c, head_dim=c.head_dim) for _ in "qk")
+        elif c.qk_norm == "all":
+            self.q_norm = Norm(c, heads=c.num_heads, head_dim=c.head_dim)
+            self.k_norm = Norm(c, kv_heads=c.num_kv_heads, head_dim=c.head_dim)
 
-    def qkv(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, local: Local) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]."""
+        q, k, v = self.qkv(x, positions, local)
+        segments = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
+        return self.project(attention(q, k, v, **segments, **form(self.config, local)))
+
+    def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, offset, local: bool):
+        """The same for T new tokens at places offset.. of a cache k, v [B, K, S, H], written in place.
+
+        kv_segment_ids: int32[B, S], 0 where a place holds no token. Returns (y, k_cache, v_cache).
+        """
+        q, k, v = self.qkv(x, positions, local)
+        k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k.swapaxes(1, 2), offset, axis=2)
+        v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v.swapaxes(1, 2), offset, axis=2)
+        settings = _cached_segments(kv_segment_ids, offset, x.shape[1]) | form(self.config, local)
+        mixed = attention(q, k_cache.swapaxes(1, 2), v_cache.swapaxes(1, 2), **settings)
+        return self.project(mixed), k_cache, v_cache
+
+    def qkv(self, x: jax.Array, positions: jax.Array, local: Local) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D] -> q [B, T, N, H], k, v [B, T, K, H], positions applied."""
         q, k, v = (jnp.einsum("btd,dnh->btnh", x, w[...].astype(x.dtype)) for w in (self.q, self.k, self.v))
-        if self.config.bias:
+        if self.config.bias or self.config.qkv_bias:
             q, k, v = q + _like(self.q_bias, q), k + _like(self.k_bias, k), v + _like(self.v_bias, v)
+        if self.config.qk_norm != "none":
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.config.position == "rope":
-            q, k = (rope(y, positions, self.config.rope_theta) for y in (q, k))
+            turn = functools.partial(rope, positions=positions, **_rotation(self.config, local))
+            q, k = turn(q), turn(k)
         q = constrain(q, "batch", "seq", "heads", "head_dim")
         k, v = (constrain(y, "batch", None, "kv_heads", "head_dim") for y in (k, v))
         return q, k, v
@@ -73,24 +111,114 @@ class Attention(nnx.Module):
         return y + _like(self.out_bias, y) if self.config.bias else y
 
 
-class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020, eq. 6) or GELU with the tanh approximation (Hendrycks and Gimpel 2016)."""
+class LatentAttention(nnx.Module):
+    """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values come from one small vector of a token.
+
+    Only that vector and one rotated key, shared by the heads, are cached.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        c, self.config = config, config
-        if c.mlp == "swiglu":
-            self.gate = normal(rngs, c.init_std, embed=c.embed_dim, mlp=c.mlp_dim)
-        self.up = normal(rngs, c.init_std, embed=c.embed_dim, mlp=c.mlp_dim)
-        self.down = normal(rngs, c.init_std / math.sqrt(2 * c.num_layers), mlp=c.mlp_dim, embed=c.embed_dim)
+        c, m, self.config = config, config.mla, config
+        std, out_std = c.init_std, c.init_std / math.sqrt(2 * c.num_layers)
+        heads = {"heads": c.num_heads}
+        if m.q_rank:
+            self.q_a = normal(rngs, std, embed=c.embed_dim, latent=m.q_rank)
+            self.q_a_norm = Norm(c, latent=m.q_rank)
+            self.q_b = normal(rngs, std, latent=m.q_rank, **heads, head_dim=m.nope_dim + m.rope_dim)
+        else:
+            self.q = normal(rngs, std, embed=c.embed_dim, **heads, head_dim=m.nope_dim + m.rope_dim)
+        self.kv_a = normal(rngs, std, embed=c.embed_dim, latent=m.kv_rank + m.rope_dim)
+        self.kv_a_norm = Norm(c, latent=m.kv_rank)
+        self.kv_b = normal(rngs, std, latent=m.kv_rank, **heads, head_dim=m.nope_dim + m.value_dim)
+        self.out = normal(rngs, out_std, **heads, head_dim=m.value_dim, embed=c.embed_dim)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, local: Local) -> jax.Array:
+        q, latent, shared = self._parts(x, positions, local)
+        m = self.config.mla
+        kv = jnp.einsum("btr,rnh->btnh", latent, self.kv_b[...].astype(x.dtype))
+        shared = jnp.broadcast_to(shared, (*kv.shape[:3], m.rope_dim))
+        k, v = jnp.concatenate([kv[..., : m.nope_dim], shared], -1), kv[..., m.nope_dim :]
+        q, k, v = (constrain(y, "batch", None, "heads", "head_dim") for y in (q, k, v))
+        segments = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
+        return self.project(attention(q, k, v, **segments, **form(self.config, local)))
+
+    def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, offset, local: bool):
+        """As `Attention.cached`; k_cache: [B, 1, S, kv_rank + rope_dim], v_cache: nothing.
+
+        The matrix that makes keys of latents is applied to the query instead, and the one that makes values to what
+        attention returns: every head then reads the latents themselves (DeepSeek-V2, end of section 2.1.2).
+        """
+        q, latent, shared = self._parts(x, positions, local)
+        m, expand = self.config.mla, self.kv_b[...].astype(x.dtype)
+        new = jnp.concatenate([latent[:, :, None], shared], -1).swapaxes(1, 2)
+        k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, new, offset, axis=2)
+        q_latent = jnp.einsum("btnh,rnh->btnr", q[..., : m.nope_dim], expand[..., : m.nope_dim])
+        q, keys = jnp.concatenate([q_latent, q[..., m.nope_dim :]], -1), k_cache.swapaxes(1, 2)
+        settings = _cached_segments(kv_segment_ids, offset, x.shape[1]) | form(self.config, local)
+        mixed = attention(q, keys, keys[..., : m.kv_rank], **settings)
+        mixed = jnp.einsum("btnr,rnh->btnh", mixed, expand[..., m.nope_dim :])
+        return self.project(mixed), k_cache, v_cache
+
+    def _parts(self, x: jax.Array, positions: jax.Array, local: Local) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, nope + rope], latents [B, T, kv_rank], the shared key [B, T, 1, rope]."""
+        m, dtype = self.config.mla, x.dtype
+        to_heads = lambda y, w: jnp.einsum("btr,rnh->btnh", y, w[...].astype(dtype))
+        q = to_heads(self.q_a_norm(x @ self.q_a[...].astype(dtype)), self.q_b) if m.q_rank else to_heads(x, self.q)
+        both = x @ self.kv_a[...].astype(dtype)
+        turn = functools.partial(rope, positions=positions, **_rotation(self.config, local))
+        q = jnp.concatenate([q[..., : m.nope_dim], turn(q[..., m.nope_dim :])], -1)
+        return q, self.kv_a_norm(both[..., : m.kv_rank]), turn(both[..., None, m.kv_rank :])
+
+    def project(self, y: jax.Array) -> jax.Array:
+        weights = self.out[...].astype(y.dtype)
+        return y.reshape(*y.shape[:2], -1) @ weights.reshape(-1, weights.shape[-1])
+
+
+def form(config: ModelConfig, local: Local) -> dict[str, Any]:
+    """Window, scale and soft cap of a layer's attention scores."""
+    whole, window = jnp.iinfo(jnp.int32).max, None
+    if config.window:
+        window = (
+            (config.window if local else None) if isinstance(local, bool) else jnp.where(local, config.window, whole)
+        )
+    return {"window": window, "scale": config.score_scale, "softcap": config.attention_softcap}
+
+
+def _rotation(config: ModelConfig, local: Local) -> dict[str, Any]:
+    """Frequency and amplitude for `rope`; windowed layers may have a base of their own, not stretched."""
+    size, scaling = config.mla.rope_dim if config.mla.kv_rank else config.head_dim, config.rope_scaling
+    far: Any = frequencies(size, config.rope_theta, scaling)
+    if config.local_rope_theta:
+        near = frequencies(size, config.local_rope_theta, type(scaling)())
+        far = (near if local else far) if isinstance(local, bool) else jnp.where(local, near, far)
+    return {"frequency": far, "amplitude": scaling.amplitude}
+
+
+def _cached_segments(kv_segment_ids: jax.Array, offset: Any, T: int) -> dict[str, Any]:
+    new = jax.lax.dynamic_slice_in_dim(kv_segment_ids, offset, T, axis=1)
+    return {"q_segment_ids": new, "kv_segment_ids": kv_segment_ids, "q_offset": offset}
+
+
+class MLP(nnx.Module):
+    """SwiGLU or GeGLU (Shazeer 2020, eq. 6), or GELU with the tanh approximation (Hendrycks and Gimpel 2016)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, size: int = 0):
+        c, self.config, size = config, config, size or config.mlp_dim
+        self.gated = c.mlp != "gelu"
+        if self.gated:
+            self.gate = normal(rngs, c.init_std, embed=c.embed_dim, mlp=size)
+        self.up = normal(rngs, c.init_std, embed=c.embed_dim, mlp=size)
+        self.down = normal(rngs, c.init_std / math.sqrt(2 * c.num_layers), mlp=size, embed=c.embed_dim)
         if c.bias:
-            self.up_bias = constant(0.0, mlp=c.mlp_dim)
+            self.up_bias = constant(0.0, mlp=size)
             self.down_bias = constant(0.0, norm=c.embed_dim)
-            if c.mlp == "swiglu":
-                self.gate_bias = constant(0.0, mlp=c.mlp_dim)
+            if self.gated:
+                self.gate_bias = constant(0.0, mlp=size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        act = jax.nn.silu if self.config.mlp == "swiglu" else jax.nn.gelu
         up = self._linear(x, "up")
-        hidden = jax.nn.silu(self._linear(x, "gate")) * up if self.config.mlp == "swiglu" else jax.nn.gelu(up)
+        hidden = act(self._linear(x, "gate")) * up if self.gated else act(up)
         return self._linear(constrain(hidden, "batch", "seq", "mlp"), "down")
 
     def _linear(self, x: jax.Array, name: str) -> jax.Array:
@@ -98,45 +226,70 @@ class MLP(nnx.Module):
         return y + _like(getattr(self, f"{name}_bias"), y) if self.config.bias else y
 
 
-class Block(nnx.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+class Experts(nnx.Module):
+    """The matrices of a layer's routed experts, and those that every token goes to."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attention_norm, self.attention = Norm(config), Attention(config, rngs)
-        self.mlp_norm, self.mlp = Norm(config), MLP(config, rngs)
+        c, e, self.config = config, config.moe, config
+        size, down_std = e.mlp_dim or c.mlp_dim, c.init_std / math.sqrt(2 * c.num_layers)
+        self.router = normal(rngs, c.init_std, embed=c.embed_dim, router=e.num_experts)
+        if e.router == "sigmoid":
+            self.router_bias = constant(0.0, router=e.num_experts)
+        into = {"experts": e.num_experts, "embed": c.embed_dim, "mlp": size}
+        self.experts = nnx.Dict(
+            gate=normal(rngs, c.init_std, **into),
+            up=normal(rngs, c.init_std, **into),
+            down=normal(rngs, down_std, experts=e.num_experts, mlp=size, embed=c.embed_dim),
+        )
+        if e.num_shared:
+            self.shared = MLP(c, rngs, e.num_shared * size)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        q, k, v = self.attention.qkv(self.attention_norm(x), positions)
-        mixed = attention(q, k, v, q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
-        return self._rest(x, mixed)
-
-    def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, offset):
-        """The same for T new tokens at places offset.. of a cache k, v [B, K, S, H], written in place.
-
-        kv_segment_ids: int32[B, S], 0 where a place holds no token. Returns (x, k_cache, v_cache).
-        """
-        q, k, v = self.attention.qkv(self.attention_norm(x), positions)
-        k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k.swapaxes(1, 2), offset, axis=2)
-        v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v.swapaxes(1, 2), offset, axis=2)
-        T = x.shape[1]
-        q_segment_ids = jax.lax.dynamic_slice_in_dim(kv_segment_ids, offset, T, axis=1)
-        segments = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
-        mixed = attention(q, k_cache.swapaxes(1, 2), v_cache.swapaxes(1, 2), **segments, q_offset=offset)
-        return self._rest(x, mixed), k_cache, v_cache
-
-    def _rest(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
-        x = constrain(x + self.attention.project(mixed), "batch", "seq", "embed")
-        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "seq", "embed")
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
+        weights = {"router": self.router[...]}  # float32: a choice of experts must not depend on rounding
+        if self.config.moe.router == "sigmoid":
+            weights["router_bias"] = jax.lax.stop_gradient(self.router_bias[...])
+        weights["experts"] = {name: w[...].astype(x.dtype) for name, w in self.experts.items()}
+        y, load = moe(x, mask, weights, self.config.moe)
+        return y + self.shared(x) if self.config.moe.num_shared else y, load
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions (Su et al. 2021, eq. 34), halves rotated: x [B, T, N, H], positions int32[B, T]."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+class Block(nnx.Module):
+    """Residual block: x + attention(norm(x)), then x + mlp(norm(x)); norms before, after (OLMo 2) or both (Gemma 2)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.attention = (LatentAttention if config.mla.kv_rank else Attention)(config, rngs)
+        self.mlp = Experts(config, rngs) if config.moe.num_experts else MLP(config, rngs)
+        if config.norm_place != "after":
+            self.attention_norm, self.mlp_norm = Norm(config), Norm(config)
+        if config.norm_place != "before":
+            self.attention_post_norm, self.mlp_post_norm = Norm(config), Norm(config)
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, local: Local
+    ) -> tuple[jax.Array, Any]:
+        """(x, the experts' load or {}) for x [B, T, D], positions and segment_ids int32[B, T]."""
+        y = self.attention(self._before(x, "attention"), positions, segment_ids, local)
+        return self._mlp(self._add(x, y, "attention"), segment_ids > 0)
+
+    def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, offset, local: bool):
+        """The same for T new tokens; returns (x, k_cache, v_cache). See `Attention.cached`."""
+        caches = (kv_segment_ids, k_cache, v_cache, offset, local)
+        y, k_cache, v_cache = self.attention.cached(self._before(x, "attention"), positions, *caches)
+        mask = jax.lax.dynamic_slice_in_dim(kv_segment_ids, offset, x.shape[1], axis=1) > 0
+        return self._mlp(self._add(x, y, "attention"), mask)[0], k_cache, v_cache
+
+    def _mlp(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
+        y = self._before(x, "mlp")
+        y, load = self.mlp(y, mask) if isinstance(self.mlp, Experts) else (self.mlp(y), {})
+        return self._add(x, y, "mlp"), load
+
+    def _before(self, x: jax.Array, what: str) -> jax.Array:
+        return x if self.config.norm_place == "after" else getattr(self, f"{what}_norm")(x)
+
+    def _add(self, x: jax.Array, y: jax.Array, what: str) -> jax.Array:
+        y = y if self.config.norm_place == "before" else getattr(self, f"{what}_post_norm")(y)
+        return constrain(x + y, "batch", "seq", "embed")
 
 
 def _like(param: nnx.Param, x: jax.Array) -> jax.Array:

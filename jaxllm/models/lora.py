@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 # The leading dimensions that are summed over in each matrix that can have an adapter; the rest are its output.
-_INPUTS = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
+_INPUTS = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1, "q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1}
+_STACKS = ("dense_layers", "layers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class LoRAConfig:
     alpha: float = 16.0
     """The adapter's product is scaled by alpha / rank."""
     targets: tuple[str, ...] = tuple(_INPUTS)
-    """Matrices that have an adapter; by default every one in attention and MLP."""
+    """Matrices that have an adapter; by default every one in attention and MLP; routed experts have none."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -47,7 +48,7 @@ def trained(config: LoRAConfig, shapes: Any, axes: Any) -> tuple[Any, Any]:
         inner = trained(config, shapes["trunk"], axes["trunk"])
         return {**shapes, "trunk": inner[0]}, {**axes, "trunk": inner[1]}
     adapters = jax.eval_shape(lambda: init(config, shapes, jax.random.key(0)))
-    return adapters, {"lora": {"layers": _on_targets(config, axes["layers"], _adapter_axes)}}
+    return adapters, {"lora": {s: _on_targets(config, axes[s], _adapter_axes) for s in _STACKS if s in axes}}
 
 
 def frozen(config: LoRAConfig, params: Any) -> Any:
@@ -76,7 +77,7 @@ def init(config: LoRAConfig, params: Any, key: jax.Array) -> Any:
         a = jax.random.normal(next(keys), (depth, *inputs, config.rank), jnp.float32) / math.sqrt(math.prod(inputs))
         return {"a": a, "b": jnp.zeros((depth, config.rank, *outputs), jnp.float32)}
 
-    return {"lora": {"layers": _on_targets(config, params["layers"], adapter)}}
+    return {"lora": {s: _on_targets(config, params[s], adapter) for s in _STACKS if s in params}}
 
 
 def _adapter_axes(name: str, names: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:
@@ -88,6 +89,8 @@ def _adapter_axes(name: str, names: tuple[str | None, ...]) -> dict[str, tuple[s
 def _on_targets(config: LoRAConfig, tree: Mapping[str, Any], make: Callable[[str, Any], Any]) -> dict[str, Any]:
     made = {}
     for name, value in tree.items():
+        if name == "experts":
+            continue
         if isinstance(value, Mapping):
             made[name] = _on_targets(config, value, make)
         elif name in config.targets:
@@ -121,4 +124,5 @@ def merge(params: Any) -> Any:
     if "lora" not in params:
         return params
     plain = {name: value for name, value in params.items() if name != "lora"}
-    return {**plain, "layers": add(params["layers"], params["lora"]["layers"], params["lora"]["scale"])}
+    adapters = params["lora"]
+    return {**plain, **{s: add(params[s], adapters[s], adapters["scale"]) for s in _STACKS if s in params}}

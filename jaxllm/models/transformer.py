@@ -1,7 +1,8 @@
 """The decoder as functions of plain nested dicts: `init`, `apply`, `head`, and `apply_cached` for generation.
 
-Parameters: {"embed": {"tokens" [V, D], "positions"?}, "layers": stacked block [L, ...], "norm": {...}, "head"?: [V, D]}.
-Layers are always stacked, so there is one checkpoint layout. NNX is used inside this package only: a block is
+Parameters: {"embed": {"tokens" [V, D], "positions"?}, "dense_layers"?, "layers": stacked block [L, ...], "norm": {...},
+"head"?: [V, D]}. Layers are always stacked, so there is one checkpoint layout; where the first ones have a dense MLP and
+the rest experts, they are two stacks. NNX is used inside this package only: a block is
 split into a graph definition (cached per config) and a dict of arrays, and merged where it is called.
 """
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.models import lora
+from jaxllm.models import lora, moe
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Block, Norm, normal
 from jaxllm.sharding import constrain, platform
@@ -23,7 +24,8 @@ Params = dict[str, Any]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of past tokens, one array per layer: each [B, K, S, H]: a head's places side by side, as attention reads them."""
+    """Keys and values of past tokens, one array per layer: each [B, K, S, H]: a head's places side by side, as attention
+    reads them. Latent attention has one head, and no values."""
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
@@ -35,9 +37,10 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     layer_keys = jax.random.split(layers_key, config.num_layers)
     params: Params = {
         "embed": _init(_Embed, config, embed_key),
-        "layers": jax.vmap(lambda k: _init(Block, config, k))(layer_keys),
         "norm": _init(_FinalNorm, config, head_key),
     }
+    for name, block, numbers in stacks(config):
+        params[name] = jax.vmap(lambda k, block=block: _init(Block, block, k))(layer_keys[numbers.start : numbers.stop])
     if not config.tie_embeddings:
         params["head"] = _init(_Head, config, head_key)
     return params
@@ -47,8 +50,15 @@ def axes(config: ModelConfig) -> Params:
     """The logical axes of every parameter, a tree like that of `init`."""
     tree = {"embed": _axes(_Embed, config), "norm": _axes(_FinalNorm, config)}
     stacked = functools.partial(jax.tree.map, lambda names: ("layers", *names), is_leaf=_is_axes)
-    tree["layers"] = stacked(_axes(Block, config))
+    tree |= {name: stacked(_axes(Block, block)) for name, block, _ in stacks(config)}
     return tree if config.tie_embeddings else {**tree, "head": _axes(_Head, config)}
+
+
+def stacks(config: ModelConfig) -> list[tuple[str, ModelConfig, range]]:
+    """(name in the parameters, config of its blocks, numbers of its layers) of each stack of layers."""
+    first, dense = config.moe.first_dense, dataclasses.replace(config, moe=moe.MoEConfig())
+    every = [("dense_layers", dense, range(first)), ("layers", config, range(first, config.num_layers))]
+    return [stack for stack in every if stack[2]]
 
 
 def abstract(config: ModelConfig) -> Params:
@@ -72,20 +82,45 @@ def apply(
     segment_ids int32[B, T] (0 = padding) keep packed documents apart; positions int32[B, T] restart in each.
     Without them a row is one document. Adapters in the parameters (`lora.join`) are added layer by layer.
     """
+    return apply_routed(params, config, tokens, segment_ids, positions)[0]
+
+
+def apply_routed(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """`apply`, and what the routers of its experts did: a `moe.Load` of arrays [L, ...], {} without experts."""
     segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-
-    adapters = params.get("lora", {})
-
-    def body(x: jax.Array, layer: tuple[Params, Params]) -> tuple[jax.Array, None]:
-        weights = lora.add(*layer, adapters.get("scale"))
-        return _merge(Block, config, weights)(x, positions, segment_ids), None
-
+    adapters, load = params.get("lora", {}), {}
     x = _embed(params, config, tokens, positions)
-    layers = (params["layers"], adapters.get("layers", {}))
-    x, _ = jax.lax.scan(_remat(body, config), x, layers, unroll=config.scan_unroll)
-    return _merge(_FinalNorm, config, params["norm"]).norm(x)
+    for name, block, numbers in stacks(config):
+        windowed = [config.windowed(i) for i in numbers]
+
+        def body(x: jax.Array, layer: tuple[Any, ...], block=block, windowed=windowed) -> tuple[jax.Array, Any]:
+            weights = lora.add(layer[0], layer[1], adapters.get("scale"))
+            # Where all layers are alike it is a constant, and the mask is compiled for it.
+            local = windowed[0] if len(set(windowed)) == 1 else layer[2]
+            return _merge(Block, block, weights)(x, positions, segment_ids, local)
+
+        layers = (params[name], adapters.get(name, {}), jnp.array(windowed))
+        x, load = jax.lax.scan(_remat(body, config), x, layers, unroll=config.scan_unroll)
+    return _merge(_FinalNorm, config, params["norm"]).norm(x), load
+
+
+def routing_loss(params: Params, config: ModelConfig, load: moe.Load) -> tuple[jax.Array, dict[str, Any]]:
+    """(what is added to the mean loss of a token, {metric: (sum, weight)}) for the loads of `apply_routed`."""
+    one, places = jnp.ones(()), jnp.maximum(load.load.sum(-1), 1.0)
+    total = moe.balance(load, params["layers"]["mlp"].get("router_bias"), config.moe)
+    busiest = (load.load.max(-1) * config.moe.num_experts / places).mean()
+    idle = (load.load == 0).astype(jnp.float32).mean()
+    metrics = {"router/balance_loss": total, "router/busiest_expert": busiest, "router/idle_experts": idle}
+    dropped = {"router/dropped": (load.dropped.sum(), load.load.sum())}
+    return total, {name: (jax.lax.stop_gradient(value), one) for name, value in metrics.items()} | dropped
 
 
 def head(params: Params) -> jax.Array:
@@ -94,9 +129,16 @@ def head(params: Params) -> jax.Array:
 
 
 def empty_cache(config: ModelConfig, batch_size: int, length: int) -> KVCache:
-    shape = (batch_size, config.num_kv_heads, length, config.head_dim)
-    zeros = lambda: constrain(jnp.zeros(shape, config.compute_dtype), "batch", "kv_heads", "cache", "head_dim")
-    return KVCache(*(tuple(zeros() for _ in range(config.num_layers)) for _ in range(2)))
+    m, heads = config.mla, config.num_kv_heads
+    keys, values = (heads, config.head_dim), (heads, config.head_dim)
+    if m.kv_rank:
+        keys, values = (1, m.kv_rank + m.rope_dim), (1, 0)
+
+    def zeros(heads: int, size: int) -> jax.Array:
+        empty = jnp.zeros((batch_size, heads, length, size), config.compute_dtype)
+        return constrain(empty, "batch", "kv_heads" if heads > 1 else None, "cache", "head_dim")
+
+    return KVCache(*(tuple(zeros(*shape) for _ in range(config.num_layers)) for shape in (keys, values)))
 
 
 def decoding(config: ModelConfig) -> ModelConfig:
@@ -117,7 +159,9 @@ def unstack(params: Params, config: ModelConfig) -> Params:
     """
     params = lora.merge(params)
     cast = lambda x: x.astype(config.compute_dtype) if x.ndim > 1 else x
-    layers = [jax.tree.map(lambda x, i=i: cast(x[i]), params["layers"]) for i in range(config.num_layers)]
+    layers = [
+        jax.tree.map(lambda x, i=i: cast(x[i]), params[name]) for name, _, n in stacks(config) for i in range(len(n))
+    ]
     rest = jax.tree.map(cast, {name: params[name] for name in ("embed", "norm")})
     return {**rest, "layers": layers, "unembed": cast(head(params)).T}
 
@@ -137,23 +181,34 @@ def apply_cached(
     """
     x = _embed(params, config, tokens, positions)
     ks, vs = [], []
-    for layer, k, v in zip(params["layers"], *cache, strict=True):
-        block = _merge(Block, config, layer)
-        x, k, v = block.cached(x, positions, kv_segment_ids, k, v, offset)
+    blocks = [(block, config.windowed(i)) for _, block, numbers in stacks(config) for i in numbers]
+    for (block, windowed), layer, k, v in zip(blocks, params["layers"], *cache, strict=True):
+        x, k, v = _merge(Block, block, layer).cached(x, positions, kv_segment_ids, k, v, offset, windowed)
         ks, vs = [*ks, k], [*vs, v]
     return _merge(_FinalNorm, config, params["norm"]).norm(x), KVCache(tuple(ks), tuple(vs))
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
-    """Training FLOPs of one token: 6 per matrix parameter plus 6 N H T of causal attention per layer.
+    """Training FLOPs of one token: 6 per matrix parameter it meets, plus causal attention of every layer.
 
-    PaLM (Chowdhery et al. 2022, appendix B) counts 12 L N H T for full attention; a causal mask needs half.
+    6 N H T for heads of H (PaLM, Chowdhery et al. 2022, appendix B, counts 12 L N H T for full attention; a causal
+    mask needs half); with a window of W tokens, those within it.
     """
-    c = config
-    attention = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    mlp = (3 if c.mlp == "swiglu" else 2) * c.embed_dim * c.mlp_dim
-    matmul = c.num_layers * (attention + mlp) + c.vocab_size * c.embed_dim
-    return 6.0 * matmul + 6.0 * c.num_layers * c.num_heads * c.head_dim * length
+    c, m = config, config.mla
+    matmul = c.vocab_size * c.embed_dim + sum(len(numbers) * _met(block) for _, block, numbers in stacks(c))
+    sizes = (m.nope_dim + m.rope_dim + m.value_dim) if m.kv_rank else 2 * c.head_dim
+    seen = lambda i: length - (length - c.window) ** 2 / length if c.windowed(i) and c.window < length else length
+    return 6.0 * matmul + 3.0 * c.num_heads * sizes * sum(map(seen, range(c.num_layers)))
+
+
+def _met(block: ModelConfig) -> float:
+    """Parameters of the matrices of a layer that one token is multiplied by."""
+    every = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: _init(Block, block, jax.random.key(0))))
+    share = block.moe.per_token / block.moe.num_experts if block.moe.num_experts else 1.0
+    routed = lambda path: any(getattr(key, "key", "") == "experts" for key in path)
+    biases = ("norm" in jax.tree_util.keystr(path) or "bias" in jax.tree_util.keystr(path) for path, _ in every)
+    matrices = [leaf for leaf, bias in zip(every, biases, strict=True) if not bias]
+    return sum(math.prod(leaf.shape) * (share if routed(path) else 1.0) for path, leaf in matrices)
 
 
 class _Embed(nnx.Module):
@@ -177,6 +232,8 @@ class _FinalNorm(nnx.Module):
 
 def _embed(params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     x = params["embed"]["tokens"].astype(config.compute_dtype)[tokens]
+    if config.scale_embeddings:
+        x = x * jnp.asarray(config.embed_dim**0.5, x.dtype)
     if config.position == "learned":
         x = x + params["embed"]["positions"].astype(config.compute_dtype)[positions]
     return constrain(x, "batch", "seq", "embed")

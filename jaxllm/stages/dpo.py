@@ -61,5 +61,5 @@ def reply_logprobs(params: Any, batch: Any, model: ModelConfig) -> jax.Array:
     tokens, segments, mask = (batch[name].reshape(B * K, T) for name in ("tokens", "segment_ids", "loss_mask"))
     targets, on = losses.next_token_targets(tokens, segments, mask)
     hidden = transformer.apply(params, model, tokens, segments)
-    logprobs = losses.token_logprobs(hidden, transformer.head(params), targets).logprob
+    logprobs = losses.token_logprobs(hidden, transformer.head(params), targets, cap=model.logit_softcap).logprob
     return jnp.where(on, logprobs, 0.0).sum(1).reshape(B, K)

@@ -85,7 +85,7 @@ def train_language_model(
     rows = {split: load_rows(config.data, kind, split, tokenizer, length, cache) for split in ("train", "held_out")}
     num_steps = config.num_steps or math.ceil(config.num_epochs * epoch_rows(rows["train"]) / config.batch_size)
     describe(stage, rows, model, num_steps, config.batch_size)
-    tx = make_optimizer(config.optim, num_steps)
+    tx = make_optimizer(config.optim, num_steps, model.moe.bias_rate)
     whole, axes = transformer.abstract(model), transformer.axes(model)
     placed = train.place_state(mesh, *lora.trained(config.lora, whole, axes), tx)
     first = functools.partial(init_params, param_shardings(mesh, whole, axes))
@@ -147,10 +147,14 @@ def loss(params: Any, batch: Any, key: Any, base: Any, *, model: ModelConfig, z_
     """
     del key  # no dropout
     params = lora.join(base, params)
-    hidden = transformer.apply(params, model, batch["tokens"], batch["segment_ids"], batch["positions"])
+    hidden, load = transformer.apply_routed(params, model, batch["tokens"], batch["segment_ids"], batch["positions"])
     targets, mask = losses.next_token_targets(batch["tokens"], batch["segment_ids"], batch["loss_mask"])
-    stats = losses.token_logprobs(hidden, transformer.head(params), targets)
-    return losses.language_model(stats, mask, z_loss_coef)
+    stats = losses.token_logprobs(hidden, transformer.head(params), targets, cap=model.logit_softcap)
+    total, weight, metrics = losses.language_model(stats, mask, z_loss_coef)
+    if not load:
+        return total, weight, metrics
+    balance, routing = transformer.routing_loss(params, model, load)
+    return total + balance * weight, weight, {**metrics, **routing}
 
 
 def describe(

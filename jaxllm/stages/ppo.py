@@ -697,7 +697,8 @@ def actor_loss(params: Any, batch: Experience, key: Any, base: Any, *, setup: Se
     policy = setup.policy(params, base)
     hidden = response_hidden(policy, batch, setup.model)
     targets, head = batch.tokens[:, -mask.shape[1] :], transformer.head(policy)
-    stats = losses.token_logprobs(hidden, head, targets, temperature=config.sampling.temperature)
+    temperature, cap = config.sampling.temperature, setup.model.logit_softcap
+    stats = losses.token_logprobs(hidden, head, targets, temperature=temperature, cap=cap)
     clips = {"clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": config.dual_clip}
     loss, count, metrics = losses.policy(stats.logprob, batch.old_logprobs, batch.advantages, mask, **clips)
     if config.entropy_coef:

@@ -11,7 +11,7 @@ import pytest
 from jaxllm.models import scalar, transformer
 from jaxllm.models.attention import attention
 from jaxllm.models.config import PRESETS, ModelConfig, preset
-from jaxllm.models.layers import rope
+from jaxllm.models.rope import RopeScaling, frequencies, rope
 
 LLAMA = ModelConfig(
     vocab_size=40, max_length=32, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48, dtype="float32",
@@ -52,7 +52,7 @@ def test_attention_equals_a_plain_loop(offset):
 
 def test_rope_keeps_lengths_and_depends_on_distance_alone():
     x, y = (jax.random.normal(jax.random.key(i), (1, 1, 1, 16)) for i in range(2))
-    at = lambda z, p: rope(z, jnp.array([[p]], jnp.int32), 10_000.0)
+    at = lambda z, p: rope(z, jnp.array([[p]], jnp.int32), frequencies(16, 10_000.0, RopeScaling()))
     np.testing.assert_allclose(jnp.linalg.norm(at(x, 7)), jnp.linalg.norm(x), rtol=1e-5)
     np.testing.assert_allclose((at(x, 9) * at(y, 4)).sum(), (at(x, 25) * at(y, 20)).sum(), rtol=1e-4)
     assert abs(float((at(x, 9) * at(y, 4)).sum() - (at(x, 9) * at(y, 5)).sum())) > 1e-3

@@ -181,7 +181,7 @@ MISTAKES = {
     "k3 in the reward": {"token_rewards": _rewards(lambda kl, m: losses.kl_k3(kl))},
     "KL sign flipped": {"token_rewards": _rewards(lambda kl, m: -kl)},
     "temperature mismatch": {
-        "token_logprobs": lambda hidden, head, targets, temperature=1.0: _right_logprobs(hidden, head, targets)
+        "token_logprobs": lambda hidden, head, targets, temperature=1.0, cap=0.0: _right_logprobs(hidden, head, targets)
     },
     "values leaking past the end": {"gae": _leaking_gae},
 }

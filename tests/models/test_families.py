@@ -1,0 +1,148 @@
+"""Every family == `transformers`, from recordings made by tests/oracles/families.py."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import losses
+from jaxllm.generate import SamplingConfig, complete, left_pad
+from jaxllm.models import families, transformer
+from jaxllm.sharding import MeshConfig, make_mesh
+from tests.oracles.families import HERE, VOCAB, probe, tokens, weight
+
+RECORD = json.loads((Path(HERE) / "families.json").read_text())["cases"]
+ARRAYS = np.load(Path(HERE) / "families.npz")
+CASES = pytest.mark.parametrize("case", RECORD)
+
+
+@functools.cache
+def load(case: str):
+    """(config, family, parameters) of a recorded model."""
+    model, family = families.from_hf(RECORD[case]["config"], case)
+    sizes = {name: tuple(shape) for name, shape in RECORD[case]["tensors"].items()}
+    return model, family, put_together(model, family, {name: weight(name, shape) for name, shape in sizes.items()})
+
+
+def put_together(model, family, file):
+    """Our parameters from a file's tensors."""
+    at = families.places(model, family)
+
+    def leaf(path, shape):
+        out = np.zeros(shape.shape, np.float32)
+        for index, place in at[tuple(key.key for key in path)].items():
+            part = np.split(file[place.tensor], place.count, -1)[place.number]
+            out[index] = families.to_ours(place.part, part, shape.shape[len(index) :])
+        return jnp.array(out)
+
+    return jax.tree_util.tree_map_with_path(leaf, transformer.abstract(model))
+
+
+def relative(got, want):
+    return float(np.abs(np.asarray(got) - want).max() / np.abs(want).max())
+
+
+def logits_of(params, model, ids, **more):
+    hidden = transformer.apply(params, model, ids, **more)
+    return losses.softcap(jnp.einsum("btd,vd->btv", hidden, transformer.head(params)), model.logit_softcap)
+
+
+@CASES
+def test_names_and_shapes_are_those_of_the_file(case):
+    model, family, _ = load(case)
+    want = {name: tuple(shape) for name, shape in RECORD[case]["tensors"].items()}
+    assert families.file_shapes(model, family, transformer.abstract(model)) == want
+
+
+@CASES
+def test_logits_and_every_layers_hidden_state(case):
+    model, _, params = load(case)
+    ids = jnp.array(tokens(0, 1))
+    assert (
+        relative(jax.jit(functools.partial(logits_of, model=model))(params, ids=ids)[0], ARRAYS[f"{case}/logits"])
+        < 2e-4
+    )
+    mix = np.random.default_rng(7).normal(size=(32, 6)).astype(np.float32)
+    states = jax.jit(functools.partial(residual_stream, model=model))(params, ids)
+    for depth, (ours, want) in enumerate(zip(states, ARRAYS[f"{case}/hidden"], strict=True)):
+        assert relative(ours[0] @ mix, want) < 2e-4, depth
+
+
+def residual_stream(params, ids, *, model):
+    """The hidden state before every layer and after the last one, where it is normalised, as in the recording."""
+    positions, segments = jnp.arange(ids.shape[1], dtype=jnp.int32)[None], jnp.ones_like(ids)
+    states = [transformer._embed(params, model, ids, positions)]
+    for name, block, numbers in transformer.stacks(model):
+        for i, number in enumerate(numbers):
+            layer = transformer._merge(transformer.Block, block, jax.tree.map(lambda w, i=i: w[i], params[name]))
+            states.append(layer(states[-1], positions, segments, model.windowed(number))[0])
+    return [*states[:-1], transformer.apply(params, model, ids)]
+
+
+@CASES
+def test_loss_and_gradients(case):
+    model, family, params = load(case)
+    ids = jnp.array(tokens(0, 1))
+
+    def loss(params):
+        logprobs = jax.nn.log_softmax(logits_of(params, model, ids)[:, :-1], -1)
+        return -jnp.take_along_axis(logprobs, ids[:, 1:, None], -1).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    assert abs(float(value) - RECORD[case]["loss"]) < 1e-4
+    shapes = families.file_shapes(model, family, transformer.abstract(model))
+    pick = lambda path: functools.reduce(lambda tree, key: tree[key], path, grads)
+    for tensor in families.tensors(model, family):
+        parts = [np.asarray(pick(p.path))[p.index] for p in tensor.parts]
+        part_shape = (*shapes[tensor.name][:-1], shapes[tensor.name][-1] // len(parts))
+        found = np.concatenate(
+            [families.to_file(p, g, part_shape) for p, g in zip(tensor.parts, parts, strict=True)], -1
+        )
+        noise, size = probe(tensor.name, shapes[tensor.name]), float(np.linalg.norm(found)) + 1e-6
+        assert abs(float((found * noise).sum()) - RECORD[case]["gradients"][tensor.name]) < 1e-3 * size + 1e-5, (
+            tensor.name
+        )
+
+
+@CASES
+def test_prefill_and_decode_equal_the_full_forward(case):
+    """Greedy tokens are those of `transformers`, in rows padded to different lengths."""
+    model, _, params = load(case)
+    prompt, want = tokens(0, 1)[0, :12].tolist(), ARRAYS[f"{case}/greedy"].tolist()
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    settings = {"sampling": SamplingConfig(20, 0.0), "stop_ids": (VOCAB,), "pad_id": 0, "mesh": mesh, "seed": 0}
+    with jax.set_mesh(mesh):
+        drawn = list(complete(params, model, [prompt, prompt[:5], [*prompt, *want[:9]]], **settings))
+    assert drawn[0][0].ids == want
+    assert drawn[2][0].ids[:11] == want[9:]
+
+
+@CASES
+def test_left_padded_rows_equal_single_rows(case):
+    model, _, params = load(case)
+    rows = [tokens(0, 1)[0, :n].tolist() for n in (40, 23, 7)]
+    ids, mask = left_pad(rows, 40, 0)
+    segments = jnp.array(mask, jnp.int32)
+    positions = jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
+    forward = jax.jit(functools.partial(logits_of, model=model))
+    padded = forward(params, ids=jnp.array(ids), segment_ids=segments, positions=positions)
+    for i, row in enumerate(rows):
+        whole = np.pad(np.array([row], np.int32), ((0, 0), (0, 40 - len(row))))  # causal: what follows is not seen
+        alone = forward(params, ids=jnp.array(whole))[0, : len(row)]
+        assert relative(padded[i, 40 - len(row) :], np.asarray(alone)) < 2e-5
+
+
+@CASES
+def test_to_file_is_the_inverse_of_to_ours(case):
+    model, family, params = load(case)
+    shapes = families.file_shapes(model, family, transformer.abstract(model))
+    for tensor in families.tensors(model, family):
+        whole = weight(tensor.name, shapes[tensor.name])
+        pick = lambda path: functools.reduce(lambda tree, key: tree[key], path, params)
+        part_shape = (*whole.shape[:-1], whole.shape[-1] // len(tensor.parts))
+        parts = [families.to_file(p, np.asarray(pick(p.path))[p.index], part_shape) for p in tensor.parts]
+        np.testing.assert_array_equal(np.concatenate(parts, -1), whole)
