@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -256,9 +257,7 @@ Writer = Callable[[int | None, Mapping[str, float]], None]
 def _jsonl(directory: epath.Path, kept: list[dict[str, Any]]) -> Writer:
     """Append to metrics.jsonl; what a killed run wrote past the checkpoint it left is dropped first."""
     path = directory / "metrics.jsonl"
-    partial = directory / ".metrics.jsonl.partial"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
     file = path.open("a")
 
     def write(step: int | None, values: Mapping[str, float]) -> None:
@@ -277,6 +276,18 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
         return []
     *lines, _ = path.read_text().split("\n")
     return [json.loads(line) for line in lines]
+
+
+def write_whole(path: epath.PathLike, content: str | bytes) -> None:
+    """Write a file at once: a reader sees the old or the new one, never a half. A lone surrogate becomes "?"."""
+    path = epath.Path(path)
+    partial = path.parent / f".{path.name}.partial"
+    with partial.open("wb") as file:
+        file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+        file.flush()
+        if "://" not in str(path):  # on the disk before it takes the old one's place
+            os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def _tensorboard(directory: epath.Path, start: int) -> Writer:
