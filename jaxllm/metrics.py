@@ -270,12 +270,17 @@ def _jsonl(directory: epath.Path, kept: list[dict[str, Any]]) -> Writer:
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; none where there is no file. A last line without its newline is left out."""
+    """The lines of a metrics.jsonl, or of another JSONL file; none where there is no file. A last line without its newline is left out."""
     path = epath.Path(path)
     if not path.exists():
         return []
     *lines, _ = path.read_text().split("\n")
     return [json.loads(line) for line in lines]
+
+
+def json_line(value: Any) -> str:
+    """A line of a JSONL file of texts."""
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:

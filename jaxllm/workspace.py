@@ -29,6 +29,7 @@ from etils import epath
 from jaxllm import checkpoint
 from jaxllm.config import InputError, build, differences, to_tree
 from jaxllm.goodput import Ledger
+from jaxllm.metrics import write_whole
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
@@ -234,10 +235,7 @@ def read_json(path: epath.PathLike) -> Any | None:
 
 def write_json(path: epath.PathLike, value: Any) -> None:
     """Write a JSON file at once: a reader sees the old or the new one, never a half."""
-    path = epath.Path(path)
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 def provenance(mesh: jax.sharding.Mesh) -> dict[str, Any]:

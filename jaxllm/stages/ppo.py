@@ -27,7 +27,6 @@ Defaults and where they come from (RLOO and GRPO differ where `RLOO` and `GRPO` 
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -61,7 +60,7 @@ from jaxllm.generate import (
     row_inputs,
 )
 from jaxllm.losses import Metrics, Moments
-from jaxllm.metrics import LoggingConfig, Work, console, read_metrics
+from jaxllm.metrics import LoggingConfig, Work, console, json_line, read_metrics, write_whole
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
@@ -789,19 +788,13 @@ class SampleTable:
         if jax.process_index():
             return
         if self._file is None or step <= self._last:  # a run that goes on, or that has gone back
-            kept = [line for line in read_metrics(self.path) if line["step"] < step]
-            partial = self.path.parent / f".{self.path.name}.partial"
-            partial.write_text("".join(map(_json_line, kept)))
-            partial.replace(self.path)
+            kept = (line for line in read_metrics(self.path) if line["step"] < step)
+            write_whole(self.path, "".join(map(json_line, kept)))
             self._file = self.path.open("a")
         self._last = step
         rows = zip(prompts, completions(first, self.setup.stop_ids), scores, strict=False)
         for prompt, response, score in rows:
             text = {"prompt": prompt_text(prompt.messages), "response": self.setup.tokenizer.decode(response.ids)}
             more = {"finished": response.finished, "score": round(float(score), 4)}
-            self._file.write(_json_line({"step": step, **text, **more}))
+            self._file.write(json_line({"step": step, **text, **more}))
         self._file.flush()
-
-
-def _json_line(line: Any) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
