@@ -140,6 +140,12 @@ class Workspace:
             raise InputError(f"{self.stage_dir(stage)}: {needed_by} needs the {stage} stage; run: {hint}")
         return result
 
+    def source(self, given: str, stage: str, needed_by: str) -> str:
+        """The stage directory `given`; where it is empty that of `stage`, which must be finished."""
+        if not given:
+            self.require(stage, needed_by)
+        return given or str(self.stage_dir(stage))
+
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.run_dir / "tokenizer" / "tokenizer")
 

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm import losses, train
+from jaxllm import losses
 from jaxllm.config import InputError
 from jaxllm.metrics import LoggingConfig
 from jaxllm.models import lora, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.stages.preference import PreferenceConfig, load_rankings, train_on_rankings
-from jaxllm.workspace import Workspace, describe_model, load_model
+from jaxllm.stages.preference import PreferenceConfig, train_on_rankings
+from jaxllm.workspace import Workspace
 
 
 def run(workspace: Workspace, config: PreferenceConfig, logging: LoggingConfig) -> dict[str, Any]:
@@ -22,30 +22,16 @@ def run(workspace: Workspace, config: PreferenceConfig, logging: LoggingConfig) 
     """
     if config.loss == "regression":
         raise InputError("dpo.loss: regression needs a reward model; set it to pairwise or plackett_luce")
-    mesh, source = workspace.mesh, config.init_from or str(workspace.stage_dir("sft"))
-    if not config.init_from:
-        workspace.require("sft", "dpo")
-    ref, model = load_model(source, mesh)
-    ref = lora.merge(ref)
-    shapes, axes = lora.trained(config.lora, transformer.abstract(model), transformer.axes(model))
-
-    def init_params(placed: train.Placed) -> Any:
-        key = jax.random.fold_in(jax.random.key(workspace.seed), 1)
-        start = lambda ref: lora.init(config.lora, jax.tree.map(jnp.copy, ref), key)  # a copy: the reference stays
-        return jax.jit(start, out_shardings=placed.shardings.params)(ref)
-
-    describe_model(workspace.stage_dir("dpo"), model, "policy", ("params",), config.lora, source)
+    copy = lambda tree: jax.tree.map(jnp.copy, tree)  # the reference stays
     return train_on_rankings(
         workspace,
         "dpo",
         config,
         logging,
-        rankings=load_rankings(workspace, "dpo", config, model),
-        model=model,
-        placed=lambda tx: train.place_state(mesh, shapes, axes, tx),
-        init_params=init_params,
-        scores=functools.partial(implicit_rewards, model=model, beta=config.beta),
-        frozen={"base": lora.frozen(config.lora, ref), "ref": ref},
+        kind="policy",
+        init=lambda ref, model, key: lora.init(config.lora, copy(ref), key),
+        frozen=lambda ref: {"base": lora.frozen(config.lora, ref), "ref": ref},
+        scores=functools.partial(implicit_rewards, beta=config.beta),
     )
 
 

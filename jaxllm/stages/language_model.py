@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 
 from jaxllm import evaluate, losses, train
-from jaxllm.checkpoint import CheckpointConfig
+from jaxllm.checkpoint import CheckpointConfig, compare
 from jaxllm.data import DataConfig, Rows, epoch_batches, epoch_rows, epochs_of, fingerprint, load_rows, make_batch_at
 from jaxllm.metrics import LoggingConfig, Work, console, peak_flops
 from jaxllm.models import lora, transformer
@@ -18,7 +18,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
 from jaxllm.sharding import activation, check_batch, param_shardings
-from jaxllm.workspace import Workspace, describe_model
+from jaxllm.workspace import Workspace, describe_model, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +72,10 @@ def train_language_model(
     model: ModelConfig,
     logging: LoggingConfig,
     source: str,
-    init_params: Callable[[Any], Any],
 ) -> dict[str, float]:
     """Train on packed rows and return the held-out numbers.
 
-    init_params(shardings) makes the first parameters, those of the stage directory `source` where that is not empty.
+    The first parameters are those of the stage directory `source`, fresh ones where that is empty.
     """
     mesh, directory = workspace.mesh, workspace.stage_dir(stage)
     check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
@@ -88,9 +87,17 @@ def train_language_model(
     tx = make_optimizer(config.optim, num_steps)
     whole, axes = transformer.abstract(model), transformer.axes(model)
     placed = train.place_state(mesh, *lora.trained(config.lora, whole, axes), tx)
-    first = functools.partial(init_params, param_shardings(mesh, whole, axes))
-    base = lora.frozen(config.lora, first()) if config.lora.rank else {}
     seed, sharding = workspace.seed, activation(mesh, "batch", None)
+
+    def first() -> Any:
+        if not source:
+            init = jax.jit(functools.partial(transformer.init, model), out_shardings=param_shardings(mesh, whole, axes))
+            return init(jax.random.key(seed))
+        params = lora.merge(load_model(source, mesh)[0])
+        compare(params, whole, source)
+        return params
+
+    base = lora.frozen(config.lora, first()) if config.lora.rank else {}
     measure = jax.jit(lambda params, batch, base: loss(params, batch, None, base, model=model, z_loss_coef=0.0)[2])
 
     def evaluation(step: int, state: train.TrainState) -> dict[str, float]:

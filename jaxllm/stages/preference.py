@@ -15,14 +15,12 @@ from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import InputError
 from jaxllm.data import DataConfig, RankedExample, Source, fingerprint, load_ranked, make_ranked_batch_at, ranked_epoch
 from jaxllm.metrics import LoggingConfig, Work, console, peak_flops
-from jaxllm.models import transformer
+from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
 from jaxllm.sharding import activation, check_batch, fetch
-from jaxllm.workspace import Workspace, read_json, write_json
-
-Scores = Callable[..., jax.Array]  # (params, batch, **frozen) -> float32[B, K]
+from jaxllm.workspace import Workspace, describe_model, load_model, read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,26 +125,36 @@ def train_on_rankings(
     config: PreferenceConfig,
     logging: LoggingConfig,
     *,
-    rankings: dict[str, list[RankedExample]],
-    model: ModelConfig,
-    placed: Callable[[Any], train.Placed],
-    init_params: Callable[[train.Placed], Any],
-    scores: Scores,
-    frozen: dict[str, Any],
+    kind: Literal["policy", "reward"],
+    init: Callable[[Any, ModelConfig, jax.Array], Any],
+    frozen: Callable[[Any], dict[str, Any]],
+    scores: Callable[..., jax.Array],
     finalize: Callable[[train.TrainState, np.ndarray], train.TrainState] | None = None,
 ) -> dict[str, Any]:
     """Train parameters whose `scores` rank the responses; returns the held-out numbers.
 
-    placed(optimiser) places the state; frozen: trees `scores` gets besides the trained ones. finalize gets the
-    trained state and the scores of the training responses, float32[N].
+    kind: what they are a model of (`describe_model`). They start as init(policy, model, key), from the policy of
+    config.init_from. scores(params, batch, model=, **frozen) -> float32[B, K]; frozen(policy): trees it gets besides
+    the trained ones. finalize gets the trained state and the scores of the training responses, float32[N].
     """
     mesh, directory = workspace.mesh, workspace.stage_dir(stage)
+    source = workspace.source(config.init_from, "sft", stage)
+    policy, model = load_model(source, mesh)
+    policy, family = lora.merge(policy), {"policy": transformer, "reward": scalar}[kind]
+    describe_model(directory, model, kind, ("params",), config.lora, source)
+    rankings = load_rankings(workspace, stage, config, model)
     check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
     num_steps = config.num_steps or math.ceil(config.num_epochs * len(rankings["train"]) / config.batch_size)
     tx = make_optimizer(config.optim, num_steps)
-    place = placed(tx)
+    place = train.place_state(mesh, *lora.trained(config.lora, family.abstract(model), family.axes(model)), tx)
+    fixed, scores = frozen(policy), functools.partial(scores, model=model)
     batches = {"batch_size": config.batch_size, "sharding": activation(mesh, "batch", None, None)}
-    measure = functools.partial(jax.jit(scores), **frozen)
+    measure = functools.partial(jax.jit(scores), **fixed)
+
+    def start() -> train.TrainState:
+        key = jax.random.fold_in(jax.random.key(workspace.seed), 1)
+        first = jax.jit(lambda policy: init(policy, model, key), out_shardings=place.shardings.params)
+        return place.init(first(policy))
 
     def evaluation(step: int, state: train.TrainState) -> dict[str, float]:
         every, ranks = all_scores(measure, state.params, rankings["held_out"], batches)
@@ -176,9 +184,9 @@ def train_on_rankings(
         directory,
         stage,
         keeping=workspace.keeping(stage, fingerprint([*rankings["train"], *rankings["held_out"]])),
-        init=lambda: place.init(init_params(place)),
+        init=start,
         abstract=place.abstract,
-        step=functools.partial(step, **frozen),
+        step=functools.partial(step, **fixed),
         batch_at=batch_at,
         num_steps=num_steps,
         settings=config,

@@ -11,36 +11,26 @@ from jaxllm import train
 from jaxllm.metrics import LoggingConfig
 from jaxllm.models import lora, scalar
 from jaxllm.models.config import ModelConfig
-from jaxllm.stages.preference import PreferenceConfig, load_rankings, train_on_rankings
-from jaxllm.workspace import Workspace, describe_model, load_model
+from jaxllm.stages.preference import PreferenceConfig, train_on_rankings
+from jaxllm.workspace import Workspace
 
 
 def run(workspace: Workspace, config: PreferenceConfig, logging: LoggingConfig) -> dict[str, Any]:
     """Train and return held-out pairwise accuracy, top-1 accuracy and calibration error."""
-    mesh, source = workspace.mesh, config.init_from or str(workspace.stage_dir("sft"))
-    if not config.init_from:
-        workspace.require("sft", "reward")
-    trunk, model = load_model(source, mesh)
-    trunk = lora.merge(trunk)
-    shapes, axes = lora.trained(config.lora, scalar.abstract(model), scalar.axes(model))
 
-    def init_params(placed: train.Placed) -> Any:
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(workspace.seed), 1))
-        make = lambda trunk: lora.init(config.lora, scalar.init(trunk, model, keys[0]), keys[1])
-        return jax.jit(make, out_shardings=placed.shardings.params)(trunk)
+    def init(policy: Any, model: ModelConfig, key: jax.Array) -> Any:
+        head, adapters = jax.random.split(key)
+        return lora.init(config.lora, scalar.init(policy, model, head), adapters)
 
-    describe_model(workspace.stage_dir("reward"), model, "reward", ("params",), config.lora, source)
     return train_on_rankings(
         workspace,
         "reward",
         config,
         logging,
-        rankings=load_rankings(workspace, "reward", config, model),
-        model=model,
-        placed=lambda tx: train.place_state(mesh, shapes, axes, tx),
-        init_params=init_params,
-        scores=lambda params, batch, base: scores(lora.join(base, params), batch, model),
-        frozen={"base": lora.frozen(config.lora, {"trunk": trunk})},
+        kind="reward",
+        init=init,
+        frozen=lambda policy: {"base": lora.frozen(config.lora, {"trunk": policy})},
+        scores=lambda params, batch, base, model: scores(lora.join(base, params), batch, model),
         finalize=functools.partial(normalise, how=config.normalise),
     )
 

@@ -43,9 +43,7 @@ class SampleConfig:
 
 def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
     """Write samples.jsonl, a line per prompt; a killed run goes on after its last whole batch."""
-    source = config.init_from or str(workspace.stage_dir("sft"))
-    if not config.init_from:
-        workspace.require("sft", "sample")
+    source = workspace.source(config.init_from, "sft", "sample")
     params, model = load_model(source, workspace.mesh)
     tokenizer, path = workspace.tokenizer(), workspace.stage_dir("sample") / "samples.jsonl"
     limit = model.max_length - config.sampling.max_new_tokens
