@@ -36,7 +36,7 @@ from jaxllm.models.lora import LoRAConfig
 from jaxllm.process import Signals
 from jaxllm.sharding import meet, param_shardings
 from jaxllm.tokenizer import Tokenizer
-from jaxllm.train import Keeping, check_unchanged
+from jaxllm.train import Keeping, check_unchanged, with_shardings
 
 # Every stage, in the order of a life; POLICIES are those that leave a model to talk to.
 STAGES = ("tokenizer", "pretrain", "sft", "sample", "rank", "reward", "dpo", "rloo", "grpo", "ppo", "evaluate")
@@ -213,8 +213,7 @@ def load_model(
     adapters = build(LoRAConfig, record.get("adapters", {}), name=f"{stage_dir}/model.json")
     family = {"policy": transformer, "reward": scalar}[kind]
     shapes, axes = lora.trained(adapters, family.abstract(model), family.axes(model))
-    shardings = param_shardings(mesh, shapes, axes)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    abstract = with_shardings(shapes, param_shardings(mesh, shapes, axes))
     finished = read_json(stage_dir / "result.json") or {}
     params = checkpoint.load_params(stage_dir, abstract, record["path"], finished.get("checkpoint"))
     if adapters.rank:
