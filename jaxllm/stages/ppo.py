@@ -35,30 +35,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxllm import evaluate, losses, rewards, train
+from jaxllm import data, evaluate, generate, losses, rewards, train
 from jaxllm.annotators import prompt_text
 from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import InputError
-from jaxllm.data import (
-    DataConfig,
-    PromptExample,
-    fingerprint,
-    load_prompts,
-    load_rows,
-    make_batch_at,
-    make_prompt_batch_at,
-)
-from jaxllm.generate import (
-    Rollout,
-    SamplingConfig,
-    completions,
-    cut_at_strings,
-    generate,
-    response_hidden,
-    response_logprobs,
-    roll_out,
-    row_inputs,
-)
+from jaxllm.data import DataConfig, PromptExample
+from jaxllm.generate import Rollout, SamplingConfig
 from jaxllm.losses import Metrics, Moments
 from jaxllm.metrics import LoggingConfig, Work, console, json_line, read_metrics, write_whole
 from jaxllm.models import lora, scalar, transformer
@@ -212,15 +194,7 @@ class PPOConfig:
 # Ahmadian et al. 2024: the whole response is one action, its KL in the reward, one step per batch.
 RLOO = PPOConfig(advantages="rloo", num_responses=4, num_epochs=1, num_minibatches=1, whiten_advantages=False)
 # Shao et al. 2024: scores normalised within the prompt's responses, the k3 estimate in the loss.
-GRPO = PPOConfig(
-    advantages="grpo",
-    num_responses=8,
-    num_epochs=1,
-    num_minibatches=1,
-    kl_coef=0.0,
-    kl_loss_coef=0.04,
-    whiten_advantages=False,
-)
+GRPO = dataclasses.replace(RLOO, advantages="grpo", num_responses=8, kl_coef=0.0, kl_loss_coef=0.04)
 
 
 class PPOState(NamedTuple):
@@ -270,6 +244,11 @@ class Setup(NamedTuple):
         return self.tokenizer.end_id, self.tokenizer.eos_id
 
     @property
+    def drawing(self) -> dict[str, Any]:
+        """How responses are drawn, for the functions of `generate`."""
+        return {"sampling": self.config.sampling, "stop_ids": self.stop_ids, "pad_id": self.tokenizer.pad_id}
+
+    @property
     def has_critic(self) -> bool:
         """Whether the critic is a model of its own."""
         return self.config.advantages == "gae" and self.config.critic_trunk == "separate"
@@ -282,6 +261,11 @@ class Setup(NamedTuple):
         """The decoder's parameters in what the actor trains."""
         whole = lora.join(base, params)
         return whole["trunk"] if self.shares_trunk else whole
+
+    def logprobs(self, params: Any, rollout: Rollout) -> losses.TokenStats:
+        """Of the responses, under a decoder at the temperature they are drawn at."""
+        temperature = self.config.sampling.temperature
+        return generate.response_logprobs(params, rollout, config=self.model, temperature=temperature)
 
 
 # (fetchable rollout, its prompts) -> scores float32[B] before anything is done to them, and each term's mean
@@ -299,18 +283,18 @@ def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: 
     score, parts = make_score(setup, roles, mesh, f"{stage}.rewards"), build(setup, mesh)
     path = ("ema",) if config.ema_decay else ("actor", "params")
     shared = ("trunk",) if setup.shares_trunk else ()
-    source = config.init_from or str(workspace.stage_dir("sft"))
+    source = workspace.source(config.init_from, "sft", stage)
     describe_model(directory, setup.model, "policy", (*path, *shared), config.lora, source)
     table, ptx_at = SampleTable(directory / "rollouts.jsonl", setup), ptx_batches(workspace, setup, stage)
     updates = config.num_steps * config.num_epochs * config.num_minibatches
     _, metrics = train.run_stage(
         directory,
         stage,
-        keeping=workspace.keeping(stage, fingerprint([*prompts["train"], *prompts["held_out"]])),
+        keeping=workspace.keeping(stage, data.fingerprint([*prompts["train"], *prompts["held_out"]])),
         init=lambda: first_state(parts, config, mesh, first_actor(), first_critic()),
         abstract=abstract_state(parts, config, mesh),
         step=make_step(setup, parts, roles, score, prompts["train"], stage, ptx_at, table),
-        batch_at=make_prompt_batch_at(
+        batch_at=data.make_prompt_batch_at(
             prompts["train"],
             batch_size=config.batch_size // config.num_responses,
             seed=workspace.seed,
@@ -341,15 +325,12 @@ def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: T
     The reference is the policy's start; the critic starts from the reward model, without one from the policy.
     """
     mesh, has_reward = workspace.mesh, any(source.source == "model" for source in config.rewards)
-    for needed, given in [("sft", config.init_from), *([("reward", config.reward_from)] if has_reward else [])]:
-        if not given:
-            workspace.require(needed, stage)
-    source = config.init_from or str(workspace.stage_dir("sft"))
+    source = workspace.source(config.init_from, "sft", stage)
+    reward_from = workspace.source(config.reward_from, "reward", stage) if has_reward else ""
     ref, model = load_model(source, mesh)
     ref, reward, reward_model = lora.merge(ref), {}, model
     if has_reward:
-        where = config.reward_from or str(workspace.stage_dir("reward"))
-        reward, reward_model = load_model(where, mesh, "reward", {source: ref})
+        reward, reward_model = load_model(reward_from, mesh, "reward", {source: ref})
     length = config.max_prompt_length + config.sampling.max_new_tokens
     if length > (limit := min(model.max_length, reward_model.max_length)):
         raise InputError(
@@ -385,7 +366,7 @@ def split(config: LoRAConfig, params: Any) -> tuple[Any, Any]:
 
 
 def load_all_prompts(stage: str, config: PPOConfig, tokenizer: Tokenizer) -> dict[str, list[PromptExample]]:
-    prompts = {s: load_prompts(config.data, s, tokenizer, config.max_prompt_length) for s in ("train", "held_out")}
+    prompts = {s: data.load_prompts(config.data, s, tokenizer, config.max_prompt_length) for s in ("train", "held_out")}
     prompts["held_out"] = prompts["held_out"][: config.eval_prompts]
     counts = f"{len(prompts['train'])} training prompts, {len(prompts['held_out'])} held-out prompts for evaluation"
     console.print(f"{stage}: {counts}")
@@ -403,7 +384,7 @@ def make_score(setup: Setup, roles: Roles, mesh: jax.sharding.Mesh, field: str) 
     def score(rollout: Rollout, prompts: Sequence[PromptExample]) -> tuple[jax.Array, Metrics]:
         texts: list[str] = []
         if on_texts:
-            texts = [setup.tokenizer.decode(c.ids) for c in completions(fetch(rollout), setup.stop_ids)]
+            texts = [setup.tokenizer.decode(c.ids) for c in generate.completions(fetch(rollout), setup.stop_ids)]
         asked, answers = [prompt_text(p.messages) for p in prompts], [p.answer for p in prompts]
         total, metrics = jnp.zeros(()), {}
         for source in sources:
@@ -427,7 +408,7 @@ class Parts(NamedTuple):
     shape_scores: Callable[..., Any]
     experience: Callable[..., tuple[Experience, Metrics]]
     actor_step: Callable[..., tuple[TrainState, Metrics]]
-    critic_step: Callable[..., tuple[TrainState, Metrics]]
+    critic_step: Any  # as actor_step, or None
     actor: train.Placed
     critic: train.Placed | None
 
@@ -436,46 +417,31 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
     """Compile-ready parts of an update."""
     config, model = setup.config, setup.model
     updates = config.num_steps * config.num_epochs * config.num_minibatches
-    actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)
     decoder = (transformer.abstract(model), transformer.axes(model))
     with_head = (scalar.abstract(setup.reward_model), scalar.axes(setup.reward_model))
-    actor = train.place_state(
-        mesh, *lora.trained(config.lora, *(with_head if setup.shares_trunk else decoder)), actor_tx
-    )
-    critic = train.place_state(mesh, *lora.trained(config.lora, *with_head), critic_tx) if setup.has_critic else None
+
+    def trained(loss: Callable[..., losses.Loss], optim: OptimConfig, family: Any, mixed: Any = None):
+        """(update step, where the state lives) of parameters with these shapes and logical axes."""
+        tx = make_optimizer(optim, updates)
+        placed = train.place_state(mesh, *lora.trained(config.lora, *family), tx)
+        settings = {"state_shardings": placed.shardings, "mixed": mixed, "spike_factor": optim.spike_factor}
+        loss = functools.partial(loss, setup=setup)
+        return train.make_step(loss, tx, num_micro=config.num_micro, **settings), placed
 
     def rollout(params: Any, base: Any, batch: Any, key: jax.Array) -> Rollout:
-        return generate(
-            setup.policy(params, base),
-            model,
-            batch["tokens"],
-            batch["mask"],
-            key,
-            index=batch["index"],
-            sampling=config.sampling,
-            stop_ids=setup.stop_ids,
-            pad_id=setup.tokenizer.pad_id,
-            num_samples=config.num_responses,
-        )
+        policy, asked = setup.policy(params, base), (batch["tokens"], batch["mask"], key)
+        samples = {"index": batch["index"], "num_samples": config.num_responses}
+        return generate.generate(policy, model, *asked, **samples, **setup.drawing)
 
-    update = functools.partial(train.make_step, num_micro=config.num_micro)
+    mixed = (functools.partial(ptx_loss, setup=setup), config.ptx.coef) if config.ptx.coef else None
+    actor_step, actor = trained(actor_loss, config.actor, with_head if setup.shares_trunk else decoder, mixed)
+    critic_step, critic = trained(critic_loss, config.critic, with_head) if setup.has_critic else (None, None)
     return Parts(
         rollout=jax.jit(rollout),
         shape_scores=jax.jit(functools.partial(shape_scores, config=config)),
         experience=jax.jit(functools.partial(make_experience, setup=setup)),
-        actor_step=update(
-            functools.partial(actor_loss, setup=setup),
-            actor_tx,
-            state_shardings=actor.shardings,
-            mixed=(functools.partial(ptx_loss, setup=setup), config.ptx.coef) if config.ptx.coef else None,
-            spike_factor=config.actor.spike_factor,
-        ),
-        critic_step=update(
-            functools.partial(critic_loss, setup=setup),
-            critic_tx,
-            state_shardings=critic.shardings if critic else None,
-            spike_factor=config.critic.spike_factor,
-        ),
+        actor_step=actor_step,
+        critic_step=critic_step,
         actor=actor,
         critic=critic,
     )
@@ -513,9 +479,9 @@ def ptx_batches(workspace: Workspace, setup: Setup, stage: str) -> Callable[[int
         return None
     check_batch(workspace.mesh, config.batch_size // setup.config.num_micro, f"{stage}.ptx.batch_size / num_micro")
     length, cache = config.length or setup.model.max_length, workspace.run_dir / "cache"
-    rows = load_rows(config.data, "document", "train", setup.tokenizer, length, cache)
+    rows = data.load_rows(config.data, "document", "train", setup.tokenizer, length, cache)
     sharding = activation(workspace.mesh, "batch", None)
-    return make_batch_at(rows, batch_size=config.batch_size, seed=workspace.seed, sharding=sharding)
+    return data.make_batch_at(rows, batch_size=config.batch_size, seed=workspace.seed, sharding=sharding)
 
 
 def make_step(
@@ -554,8 +520,11 @@ def make_step(
             control = {"target": config.kl_target, "horizon": config.kl_horizon, "batch_size": config.batch_size}
             kl_coef = losses.adapt_kl_coef(kl_coef, kl, **control)
         ema = move(state.ema, actor.params, config.ema_decay) if config.ema_decay else {}
-        metrics |= total(collected) | {"minibatches": (jnp.float32(len(collected)), jnp.ones(()))}
-        metrics |= {"skip_streak": (longest_streak(actor, critic), jnp.ones(()))}
+        metrics |= jax.tree.map(lambda *sums: functools.reduce(jnp.add, sums), *collected)
+        metrics |= {"minibatches": (jnp.float32(len(collected)), jnp.ones(()))}
+        # Minibatches skipped in a row by the policy, or by the critic where that is more.
+        streak = functools.reduce(jnp.maximum, [trained.guard.streak for trained in (actor, critic) if trained])
+        metrics |= {"skip_streak": (streak.astype(jnp.float32), jnp.ones(()))}
         state = PPOState(state.step + 1, actor, critic, kl_coef, ema, moments)
         return state, {f"{stage}/{name}": pair for name, pair in metrics.items()}
 
@@ -576,12 +545,6 @@ def make_step(
     return step
 
 
-def longest_streak(actor: TrainState, critic: Any) -> jax.Array:
-    """float32[]: minibatches skipped in a row by the policy, or by the critic where that is more."""
-    streaks = [state.guard.streak for state in (actor, critic) if state]
-    return functools.reduce(jnp.maximum, streaks).astype(jnp.float32)
-
-
 def minibatches(setup: Setup, number: int) -> np.ndarray:
     """Rows int32[updates, size] of the minibatches of update `number`: a fresh permutation for each epoch."""
     config = setup.config
@@ -597,7 +560,7 @@ def end_at_strings(rollout: Rollout, setup: Setup) -> Rollout:
     """Cut responses at the configured stop strings; without any the rollout stays on its devices."""
     if not setup.config.stop_strings:
         return rollout
-    cut = cut_at_strings(fetch(rollout), setup.config.stop_strings, setup.tokenizer.decode)
+    cut = generate.cut_at_strings(fetch(rollout), setup.config.stop_strings, setup.tokenizer.decode)
     mask, finished = (jax.device_put(getattr(cut, n), getattr(rollout, n).sharding) for n in ("mask", "finished"))
     return rollout._replace(mask=mask, finished=finished)
 
@@ -606,10 +569,6 @@ def end_at_strings(rollout: Rollout, setup: Setup) -> Rollout:
 def move(ema: Any, params: Any, decay: float) -> Any:
     """The running mean, one update on."""
     return jax.tree.map(lambda e, p: e * decay + p * (1.0 - decay), ema, params)
-
-
-def total(collected: list[Metrics]) -> Metrics:
-    return jax.tree.map(lambda *xs: functools.reduce(jnp.add, xs), *collected)
 
 
 def _mean(pair: losses.Pair) -> float:
@@ -635,16 +594,15 @@ def make_experience(
 ) -> tuple[Experience, Metrics]:
     """Per-token rewards and advantages of a batch of rollouts; scores float32[B] is per sequence."""
     config, mask = setup.config, rollout.mask
-    logprobs = functools.partial(response_logprobs, config=setup.model, temperature=config.sampling.temperature)
-    policy, ref_logprobs = (
-        logprobs(setup.policy(actor, roles.actor_base), rollout),
-        logprobs(roles.ref, rollout).logprob,
-    )
+    policy = setup.logprobs(setup.policy(actor, roles.actor_base), rollout)
+    ref_logprobs = setup.logprobs(roles.ref, rollout).logprob
     rewards_ = losses.token_rewards(scores, policy.logprob, ref_logprobs, mask, kl_coef)
     if config.whiten_rewards:
         rewards_ = losses.whiten(rewards_, mask, centre=False)
     if config.advantages == "gae":
-        values = response_values(old_critic(actor, critic, roles, setup), rollout, model=setup.reward_model)
+        # The critic's whole tree: trunk and head, its own or with the policy's trunk.
+        base, trained = (roles.actor_base, actor) if setup.shares_trunk else (roles.critic_base, critic)
+        values = response_values(lora.join(base, trained), rollout, model=setup.reward_model)
         advantages, returns = losses.gae(rewards_, values, mask, discount=config.discount, lam=config.gae_lambda)
     else:
         values = returns = jnp.zeros_like(rewards_)
@@ -658,11 +616,6 @@ def make_experience(
         advantages = losses.whiten(advantages, mask)
     fields = (policy.logprob, ref_logprobs, values, advantages, returns)
     return Experience(rollout.tokens, rollout.prompt_mask, mask, *fields), metrics
-
-
-def old_critic(actor: Any, critic: Any, roles: Roles, setup: Setup) -> Any:
-    """The critic's whole tree: trunk and head, its own or with the policy's trunk."""
-    return lora.join(roles.actor_base, actor) if setup.shares_trunk else lora.join(roles.critic_base, critic)
 
 
 def rollout_metrics(rollout: Rollout, policy: losses.TokenStats, ref_logprobs: jax.Array, advantages) -> Metrics:
@@ -694,7 +647,7 @@ def actor_loss(params: Any, batch: Experience, key: Any, base: Any, *, setup: Se
     del key  # no dropout: the ratio of the first minibatch is exactly 1
     config, mask = setup.config, batch.mask
     policy = setup.policy(params, base)
-    hidden = response_hidden(policy, batch, setup.model)
+    hidden = generate.response_hidden(policy, batch, setup.model)
     targets, head = batch.tokens[:, -mask.shape[1] :], transformer.head(policy)
     stats = losses.token_logprobs(hidden, head, targets, temperature=config.sampling.temperature)
     clips = {"clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": config.dual_clip}
@@ -724,12 +677,12 @@ def ptx_loss(params: Any, batch: Any, key: Any, base: Any, *, setup: Setup) -> l
 
 def response_values(params: Any, batch: Rollout | Experience, *, model: ModelConfig) -> jax.Array:
     """The critic's value float32[B, R] of the state each response token was chosen in (the place before it)."""
-    return scalar.read(params["head"], response_hidden(params["trunk"], batch, model))
+    return scalar.read(params["head"], generate.response_hidden(params["trunk"], batch, model))
 
 
 def reward_scores(params: Any, rollout: Rollout, *, model: ModelConfig) -> jax.Array:
     """The reward model's score float32[B] of each response, read at its last token."""
-    segments, positions = row_inputs(rollout)
+    segments, positions = generate.row_inputs(rollout)
     return scalar.last_value(scalar.apply(params, model, rollout.tokens, segments, positions), segments)
 
 
@@ -737,11 +690,7 @@ def make_evaluation(
     setup: Setup, roles: Roles, score: Score, prompts: list[PromptExample], mesh: jax.sharding.Mesh
 ) -> Callable[[int, PPOState], dict[str, float]]:
     """(step, state) -> score, KL to the reference in nats per response, length and distinct-2 on held-out prompts."""
-    config, tokenizer = setup.config, setup.tokenizer
-    logprobs = jax.jit(
-        functools.partial(response_logprobs, config=setup.model, temperature=config.sampling.temperature)
-    )
-    settings: dict[str, Any] = {"sampling": config.sampling, "stop_ids": setup.stop_ids, "pad_id": tokenizer.pad_id}
+    config, logprobs = setup.config, jax.jit(functools.partial(Setup.logprobs, setup))
 
     def kl(params: Any, rollout: Rollout) -> np.ndarray:
         log_ratio = logprobs(params, rollout).logprob - logprobs(roles.ref, rollout).logprob
@@ -751,22 +700,22 @@ def make_evaluation(
         del step
         params = setup.policy(state.ema if config.ema_decay else state.actor.params, roles.actor_base)
         scores, kls, responses = [], [], []
-        drawn = roll_out(params, setup.model, [p.ids for p in prompts], seed=setup.seed, mesh=mesh, **settings)
+        asked_ids = [prompt.ids for prompt in prompts]
+        drawn = generate.roll_out(params, setup.model, asked_ids, seed=setup.seed, mesh=mesh, **setup.drawing)
         for rollout, count in drawn:
             rollout, begin = end_at_strings(rollout, setup), len(scores)
             asked = [*prompts[begin : begin + count], *[prompts[begin]] * (rollout.mask.shape[0] - count)]
             raw = fetch(score(rollout, asked)[0])
             ended = np.where(fetch(rollout.finished), raw, config.missing_end_score)
             scores, kls = [*scores, *ended[:count].tolist()], [*kls, *kl(params, rollout)[:count].tolist()]
-            responses += completions(fetch(rollout), setup.stop_ids)[:count]
-        numbers = {
-            "score": float(np.mean(scores)),
-            "kl": float(np.mean(kls)),
-            "response_length": float(np.mean([len(r.ids) for r in responses])),
-            "finished": float(np.mean([r.finished for r in responses])),
-            "distinct_2": evaluate.distinct(r.ids for r in responses),
+            responses += generate.completions(fetch(rollout), setup.stop_ids)[:count]
+        return {
+            "eval/score": float(np.mean(scores)),
+            "eval/kl": float(np.mean(kls)),
+            "eval/response_length": float(np.mean([len(r.ids) for r in responses])),
+            "eval/finished": float(np.mean([r.finished for r in responses])),
+            "eval/distinct_2": evaluate.distinct(r.ids for r in responses),
         }
-        return {f"eval/{name}": value for name, value in numbers.items()}
 
     return evaluation
 
@@ -792,7 +741,7 @@ class SampleTable:
             write_whole(self.path, "".join(map(json_line, kept)))
             self._file = self.path.open("a")
         self._last = step
-        rows = zip(prompts, completions(first, self.setup.stop_ids), scores, strict=False)
+        rows = zip(prompts, generate.completions(first, self.setup.stop_ids), scores, strict=False)
         for prompt, response, score in rows:
             text = {"prompt": prompt_text(prompt.messages), "response": self.setup.tokenizer.decode(response.ids)}
             more = {"finished": response.finished, "score": round(float(score), 4)}
