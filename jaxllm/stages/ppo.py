@@ -448,28 +448,20 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
 
 
 def first_state(parts: Parts, config: PPOConfig, mesh: jax.sharding.Mesh, actor: Any, critic: Any) -> PPOState:
-    place = functools.partial(jax.device_put, device=replicated(mesh))
-    ema = jax.tree.map(jnp.copy, actor) if config.ema_decay else {}
-    return PPOState(
-        place(jnp.int32(0)),
-        parts.actor.init(actor),
-        parts.critic.init(critic) if parts.critic else {},
-        place(jnp.float32(config.kl_coef)),
-        jax.device_put(ema, parts.actor.shardings.params) if config.ema_decay else {},
-        Moments(*(place(jnp.float32(0)) for _ in range(3))),
-    )
+    number = lambda dtype, value: jax.device_put(dtype(value), replicated(mesh))
+    ema = jax.device_put(jax.tree.map(jnp.copy, actor), parts.actor.shardings.params) if config.ema_decay else {}
+    return _state(config, number, parts.actor.init(actor), parts.critic.init(critic) if parts.critic else {}, ema)
 
 
 def abstract_state(parts: Parts, config: PPOConfig, mesh: jax.sharding.Mesh) -> PPOState:
-    number = functools.partial(jax.ShapeDtypeStruct, (), sharding=replicated(mesh))
-    return PPOState(
-        number(jnp.int32),
-        parts.actor.abstract,
-        parts.critic.abstract if parts.critic else {},
-        number(jnp.float32),
-        parts.actor.abstract.params if config.ema_decay else {},
-        Moments(*(number(jnp.float32) for _ in range(3))),
-    )
+    number = lambda dtype, _: jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
+    actor, critic = parts.actor.abstract, parts.critic.abstract if parts.critic else {}
+    return _state(config, number, actor, critic, actor.params if config.ema_decay else {})
+
+
+def _state(config: PPOConfig, number: Callable[..., Any], actor: Any, critic: Any, ema: Any) -> PPOState:
+    moments = Moments(*(number(jnp.float32, 0) for _ in range(3)))
+    return PPOState(number(jnp.int32, 0), actor, critic, number(jnp.float32, config.kl_coef), ema, moments)
 
 
 def ptx_batches(workspace: Workspace, setup: Setup, stage: str) -> Callable[[int], Any] | None:
