@@ -1,28 +1,7 @@
 """PPO (Schulman et al. 2017) as InstructGPT; RLOO and GRPO are the same loop with other advantages and no critic.
 
-Defaults and where they come from (RLOO and GRPO differ where `RLOO` and `GRPO` below say):
-
-    field                  default  source
-    num_epochs             4        Ziegler et al. 2019; Stiennon et al. 2020; Huang et al. 2024 (InstructGPT: 1)
-    num_minibatches        4        ours, small batches (InstructGPT: 8 of 64)
-    kl_coef                0.05     Huang et al. 2024 (InstructGPT 0.02; Ziegler 0.15 adaptive)
-    kl_target, kl_horizon  off, 10000   Ziegler (target 6 nats)
-    discount               1.0      InstructGPT, appendix C.4; Ziegler
-    gae_lambda             0.95     Ziegler; Huang (InstructGPT does not say)
-    clip_low, clip_high    0.2      Schulman; InstructGPT (two limits: Yu et al. 2025)
-    value_clip             0.2      Ziegler; Huang
-    value_coef             0.1      Ziegler; Huang (used with a shared trunk only: a separate critic has its own step)
-    whiten_advantages      true     Ziegler; Huang (population variance)
-    whiten_rewards         false    Huang et al. 2024 (Ziegler: true)
-    missing_end_score      -1.0     Ziegler; Huang, detail 13 ("EOS trick")
-    sampling.temperature   1.0      InstructGPT, appendix C.4 (Ziegler and Huang 0.7)
-    critic                 reward   started from the reward model: InstructGPT, Stiennon
-    critic_head            copy     InstructGPT (zero: Huang, detail 11)
-    actor.learning_rate    1e-5     Ziegler (InstructGPT about 9e-6; Huang 3e-6); small models take more
-    critic.learning_rate   1e-5     InstructGPT 9e-6
-    Adam b2, eps           0.95, 1e-5   InstructGPT; Huang, detail 21
-    ema_decay              off      InstructGPT 0.992 an update
-    ptx.coef               off      InstructGPT 27.8, on sums over sequences; ours weighs means per token
+PPOConfig's comments say where a default comes from: Ziegler et al. 2019; Stiennon et al. 2020; InstructGPT (Ouyang et
+al. 2022); Huang et al. 2024. RLOO and GRPO differ where `RLOO` and `GRPO` below say.
 """
 
 import dataclasses
@@ -54,6 +33,7 @@ from jaxllm.tokenizer import Tokenizer
 from jaxllm.train import TrainState
 from jaxllm.workspace import Workspace, describe_model, load_model
 
+# Adam's b2 0.95: InstructGPT; its eps: Huang, detail 21.
 _OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0, eps=1e-5)
 
 
@@ -61,7 +41,7 @@ _OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0, 
 class PtxConfig:
     """PPO-ptx: the pre-training gradient mixed into the policy's (Ouyang et al. 2022, eq. 2)."""
 
-    coef: float = 0.0
+    coef: float = 0.0  # InstructGPT 27.8, on sums over sequences; ours weighs means per token
     """Weight of the next-token loss (mean per token) beside the policy loss (mean per token); 0: off."""
     data: DataConfig = DataConfig()
     """Documents; without sources those of pretrain."""
@@ -77,7 +57,7 @@ class PtxConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-    """Reinforcement learning from a reward. Sources of the defaults: the head of stages/ppo.py."""
+    """Reinforcement learning from a reward. The comments are the sources of the defaults (stages/ppo.py)."""
 
     data: DataConfig = DataConfig()
     """Prompts; without sources those of the sample stage."""
@@ -95,15 +75,15 @@ class PPOConfig:
     """Updates: a batch of rollouts and num_epochs passes over it each."""
     batch_size: int = 64
     """Responses per update, num_responses to each prompt."""
-    num_epochs: int = 4
+    num_epochs: int = 4  # Ziegler; Stiennon; Huang (InstructGPT: 1)
     """Passes over a batch of rollouts."""
-    num_minibatches: int = 4
+    num_minibatches: int = 4  # ours, small batches (InstructGPT: 8 of 64)
     """Optimiser updates per pass."""
     num_micro: int = 1
     """Microbatches per minibatch."""
-    kl_coef: float = 0.05
+    kl_coef: float = 0.05  # Huang (InstructGPT 0.02; Ziegler 0.15 adaptive)
     """Weight of the per-token KL to the reference in the reward."""
-    kl_target: float = 0.0
+    kl_target: float = 0.0  # Ziegler: 6 nats, with kl_horizon 10000
     """KL in nats per response that kl_coef is adapted to (Ziegler et al. 2019, section 2.2); 0: kl_coef is fixed."""
     kl_horizon: float = 10_000.0
     """Responses over which kl_coef adapts; with the error clipped to 0.2, it takes five times as many to double."""
@@ -111,43 +91,43 @@ class PPOConfig:
     """Weight of the k3 estimate in the loss, as in GRPO; beside kl_coef or in its place."""
     max_approx_kl: float = 0.0
     """An update ends early once a minibatch's approximate KL to the old policy, nats per token, passes this; 0: never."""
-    discount: float = 1.0
+    discount: float = 1.0  # InstructGPT, appendix C.4; Ziegler
     """Discount of later rewards."""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.95  # Ziegler; Huang (InstructGPT does not say)
     """Lambda of generalised advantage estimation."""
-    clip_low: float = 0.2
+    clip_low: float = 0.2  # Schulman; InstructGPT (two limits: Yu et al. 2025)
     """The probability ratio is clipped from below at 1 - clip_low."""
     clip_high: float = 0.2
     """And from above at 1 + clip_high."""
     dual_clip: float = 0.0
     """Where the advantage is negative, the loss is at most this times it (above 1; Ye et al. 2020); 0: off."""
-    value_clip: float = 0.2
+    value_clip: float = 0.2  # Ziegler; Huang
     """A new value may move this far from the old one; 0: no limit."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus per token."""
-    whiten_advantages: bool = True
+    whiten_advantages: bool = True  # Ziegler; Huang
     """Normalise advantages over the batch (population variance)."""
-    whiten_rewards: bool = False
+    whiten_rewards: bool = False  # Huang (Ziegler: true)
     """Scale per-token rewards to variance one over the batch, their mean kept."""
     normalise_scores: bool = False
     """Scale scores by the running mean and standard deviation of all scores so far."""
     score_clip: float = 0.0
     """Scores are clipped to +-this, after normalising; 0: not."""
-    missing_end_score: float = -1.0
+    missing_end_score: float = -1.0  # Ziegler; Huang, detail 13 ("EOS trick")
     """Score of a response that never ends, in place of all terms."""
     stop_strings: tuple[str, ...] = ()
     """A response ends with the token that completes one of these, and counts as finished."""
     max_prompt_length: int = 64
     """Prompts longer than this many tokens are refused (or dropped: data.too_long)."""
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingConfig = SamplingConfig()  # temperature 1: InstructGPT, appendix C.4 (Ziegler and Huang 0.7)
     """How responses are drawn; top_k and top_p stay off, the loss knows only the temperature."""
-    critic_trunk: Literal["separate", "shared"] = "separate"
+    critic_trunk: Literal["separate", "shared"] = "separate"  # from the reward model: InstructGPT; Stiennon
     """A critic of its own, started from the reward model, or a value head on the policy's trunk."""
-    critic_head: Literal["copy", "zero"] = "copy"
+    critic_head: Literal["copy", "zero"] = "copy"  # InstructGPT (zero: Huang, detail 11)
     """The critic's head at the start: the reward model's, or zero; without a reward model it is zero."""
-    value_coef: float = 0.1
+    value_coef: float = 0.1  # Ziegler; Huang; a separate critic has its own step
     """Weight of the value loss where the trunk is shared."""
-    ema_decay: float = 0.0
+    ema_decay: float = 0.0  # InstructGPT: 0.992 an update
     """Decay per update of the running mean of the policy, which is then the stage's model; 0: off."""
     lora: LoRAConfig = LoRAConfig()
     """Train adapters of policy and critic; the reference is the policy without them."""
@@ -161,9 +141,9 @@ class PPOConfig:
     """Updates between evaluations on held-out prompts."""
     eval_prompts: int = 64
     """Held-out prompts of an evaluation."""
-    actor: OptimConfig = _OPTIM
+    actor: OptimConfig = _OPTIM  # 1e-5: Ziegler (InstructGPT about 9e-6; Huang 3e-6); small models take more
     """The policy's optimiser."""
-    critic: OptimConfig = _OPTIM
+    critic: OptimConfig = _OPTIM  # 1e-5: InstructGPT 9e-6
     """The critic's optimiser."""
     checkpoint: CheckpointConfig = CheckpointConfig(save_every=20)
     """Saving."""
