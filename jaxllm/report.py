@@ -80,9 +80,9 @@ def write_report(run_dir: epath.PathLike, stages: Sequence[str]) -> dict[str, An
 def _collect(run_dir: epath.Path, stages: Sequence[str]) -> dict[str, Any]:
     read = {stage: _read_stage(run_dir / stage) for stage in stages if (run_dir / stage).exists()}
     origins = [p for stage in read.values() if isinstance(p := stage.pop("provenance"), dict)]
-    simulated = _simulated_stages(read)
-    for name, stage in read.items():
-        stage["annotator_simulated"] = name in simulated
+    flags = {name: _simulated(stage) for name, stage in read.items()}
+    for name, stage in read.items():  # a stage's own flag decides, without one that of the rank stage
+        stage["annotator_simulated"] = bool(flags.get("rank") if flags[name] is None else flags[name])
     seconds = [(stage["result"] or {}).get("wall_seconds") for stage in read.values()]
     named = lambda key: ", ".join(dict.fromkeys(str(p[key]) for p in origins if key in p))
     return {
@@ -138,14 +138,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _simulated_stages(read: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """Stages with numbers of a simulated annotator: their own flag decides, without one that of the rank stage."""
-
-    def flag(stage: str) -> Any:
-        result = read.get(stage, {}).get("result") or {}
-        return result.get("annotator_simulated", result.get("simulated"))
-
-    return {stage for stage in read if (flag("rank") if flag(stage) is None else flag(stage))}
+def _simulated(stage: Mapping[str, Any]) -> Any:
+    result = stage["result"] or {}
+    return result.get("annotator_simulated", result.get("simulated"))
 
 
 def _note(report: Mapping[str, Any], stage: str, name: str) -> str:
@@ -370,34 +365,43 @@ def _panels(report: Mapping[str, Any], stage: str) -> list[str]:
     figures = []
     for title in sorted(groups, key=lambda t: (order.index(t) if t in order else len(order), t)):
         text = title + next((n for name in groups[title] if (n := _note(report, stage, name))), "")
-        figures.append(_figure(text, stage, functools.partial(_picture, groups[title])))
+        figures.append(_figure(text, stage, functools.partial(_curves, groups[title])))
     if bins := (content["result"] or {}).get("reliability"):
         text = "Reliability: share of pairs right by confidence" + _note(report, stage, "accuracy")
         figures.append(_figure(text, stage, functools.partial(_reliability, bins)))
     return figures
 
 
-def _figure(text: str, stage: str, picture: Callable[[str], str]) -> str:
-    dark, light = (picture(theme) for theme in ("dark", "light"))
-    source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-    shown = f'<picture>{source}<img src="{light}" alt="{escape(stage)}: {escape(text)}"></picture>'
+def _figure(text: str, stage: str, draw: Callable[[Any, str], None]) -> str:
+    """A captioned picture, one for each theme: draw(axes, theme) fills it. It stands in the page as a data: URL."""
+    urls = {}
+    for theme, (ink, grid) in INK.items():
+        figure, buffer = Figure(figsize=(4.6, 2.6), dpi=150, layout="constrained"), io.BytesIO()
+        axes = figure.add_subplot()
+        axes.grid(color=grid, lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(colors=ink, labelsize=8, length=0)
+        draw(axes, theme)
+        figure.savefig(buffer, format="png", transparent=True, metadata={"Software": None})
+        urls[theme] = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{urls["dark"]}">'
+    shown = f'<picture>{source}<img src="{urls["light"]}" alt="{escape(stage)}: {escape(text)}"></picture>'
     return f"<figure><figcaption>{escape(text)}</figcaption>{shown}</figure>"
 
 
-def _reliability(bins: Sequence[Sequence[float]], theme: str) -> str:
+def _reliability(bins: Sequence[Sequence[float]], axes: Any, theme: str) -> None:
     """Confidence against the share right, point sizes by the number of pairs; on the diagonal is calibrated."""
-    figure, axes = _axes(theme)
     confidence, right, count = zip(*bins, strict=True)
     axes.plot([0.5, 1], [0.5, 1], color=INK[theme][0], lw=0.8, ls="--")
     axes.plot(confidence, right, color=LINES[theme][0], lw=1.2)
     axes.scatter(confidence, right, s=[8 + 120 * c / max(count) for c in count], color=LINES[theme][0], lw=0)
     axes.set_xlabel("confidence", color=INK[theme][0], size=8)
-    return _encode(figure)
 
 
-def _picture(series: Series, theme: str) -> str:
-    """A data: URL of a PNG with one line for each series over the steps."""
-    text, (figure, axes) = INK[theme][0], _axes(theme)
+def _curves(series: Series, axes: Any, theme: str) -> None:
+    """One line for each series over the steps."""
+    text = INK[theme][0]
     for (name, points), color in zip(sorted(series.items(), reverse=True), LINES[theme] * len(series), strict=False):
         values = [math.nan if v is None else v for _, v in points]
         marker = "o" if len(points) < 25 else ""
@@ -409,21 +413,3 @@ def _picture(series: Series, theme: str) -> str:
     axes.set_xlabel("step", color=text, size=8)
     if len(series) > 1:
         axes.legend(frameon=False, labelcolor=text, fontsize=8)
-    return _encode(figure)
-
-
-def _axes(theme: str) -> tuple[Any, Any]:
-    text, grid = INK[theme]
-    figure = Figure(figsize=(4.6, 2.6), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(color=grid, lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(colors=text, labelsize=8, length=0)
-    return figure, axes
-
-
-def _encode(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", transparent=True, metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -175,12 +175,7 @@ def _has_progress(directory: epath.Path) -> bool:
 
 
 def describe_model(
-    stage_dir: epath.Path,
-    model: ModelConfig,
-    kind: str,
-    path: tuple[str, ...],
-    adapters: LoRAConfig | None = None,
-    base: str = "",
+    stage_dir: epath.Path, model: ModelConfig, kind: str, path: tuple[str, ...], adapters: LoRAConfig, base: str
 ) -> None:
     """Write model.json, by which a stage directory can be used as a model without its config.
 
@@ -188,7 +183,7 @@ def describe_model(
     they are all the checkpoint holds, and base is the stage directory of the policy they belong to.
     """
     record: dict[str, Any] = {"kind": kind, "path": list(path), "model": to_tree(model)}
-    if adapters and adapters.rank:
+    if adapters.rank:
         near = base if "://" in base else os.path.relpath(base, stage_dir)  # the run directory may be moved
         record |= {"adapters": to_tree(adapters), "base": near}
     if jax.process_index() == 0:

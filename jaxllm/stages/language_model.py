@@ -113,14 +113,9 @@ def train_language_model(
 
     describe_model(directory, model, "policy", ("params",), config.lora, source)
     tokens = config.batch_size * length
-    step = train.make_step(
-        functools.partial(loss, model=model, z_loss_coef=config.z_loss_coef),
-        tx,
-        num_micro=config.num_micro,
-        seed=seed,
-        state_shardings=placed.shardings,
-        spike_factor=config.optim.spike_factor,
-    )
+    learn = functools.partial(loss, model=model, z_loss_coef=config.z_loss_coef)
+    settings: dict[str, Any] = {"num_micro": config.num_micro, "seed": seed, "spike_factor": config.optim.spike_factor}
+    step = train.make_step(learn, tx, state_shardings=placed.shardings, **settings)
     state, metrics = train.run_stage(
         directory,
         stage,

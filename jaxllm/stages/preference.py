@@ -171,14 +171,9 @@ def train_on_rankings(
         return ranking_loss(config, scores(params, batch, **frozen), batch)
 
     batch_at = make_ranked_batch_at(rankings["train"], seed=workspace.seed, **batches)
-    step = train.make_step(
-        loss,
-        tx,
-        num_micro=config.num_micro,
-        seed=workspace.seed,
-        state_shardings=place.shardings,
-        spike_factor=config.optim.spike_factor,
-    )
+    settings: dict[str, Any] = {"num_micro": config.num_micro, "seed": workspace.seed}
+    settings |= {"spike_factor": config.optim.spike_factor, "state_shardings": place.shardings}
+    step = train.make_step(loss, tx, **settings)
     rows = math.prod(batch_at(0)["tokens"].shape)
     _, metrics = train.run_stage(
         directory,

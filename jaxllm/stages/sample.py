@@ -56,19 +56,10 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
         prompts += [(split, p) for p in load_prompts(config.data, split, tokenizer, limit)[:count]] if count else []
     batch_size = whole_batch(workspace.mesh, min(config.batch_size, len(prompts)))
     done = _keep_whole_batches(path, batch_size)
-    drawn = complete(
-        params,
-        model,
-        [p.ids for _, p in prompts],
-        sampling=config.sampling,
-        stop_ids=(tokenizer.end_id, tokenizer.eos_id),
-        pad_id=tokenizer.pad_id,
-        mesh=workspace.mesh,
-        seed=workspace.seed,
-        num_samples=config.num_responses,
-        batch_size=batch_size,
-        start=done,
-    )
+    asked, stops = [prompt.ids for _, prompt in prompts], (tokenizer.end_id, tokenizer.eos_id)
+    settings = {"sampling": config.sampling, "stop_ids": stops, "pad_id": tokenizer.pad_id, "seed": workspace.seed}
+    settings |= {"num_samples": config.num_responses, "batch_size": batch_size, "start": done}
+    drawn = complete(params, model, asked, mesh=workspace.mesh, **settings)
     meet("samples so far")
     file = epath.Path(os.devnull if jax.process_index() else path).open("a")
     with file, workspace.signals as signals:
