@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.process import ProcessConfig, Signals, join
 from jaxllm.sharding import MeshConfig, make_mesh, meet
-from jaxllm.stages import dpo, evaluate, ppo, pretrain, rank, reward, sample, sft, tokenizer
+from jaxllm.stages import dpo, evaluate, language_model, ppo, rank, reward, sample, tokenizer
 from jaxllm.stages.evaluate import EvaluateConfig
 from jaxllm.stages.language_model import LanguageModelConfig
 from jaxllm.stages.ppo import GRPO, RLOO, PPOConfig
@@ -202,21 +202,17 @@ def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: st
 
 
 def _call(workspace: Workspace, config: Config, stage: str) -> dict[str, Any]:
-    model = lambda: resolve_model(config.model, workspace.tokenizer().vocab_size)
-    calls: dict[str, Callable[[], dict[str, Any]]] = {
-        "tokenizer": lambda: tokenizer.run(workspace, config.tokenizer),
-        "pretrain": lambda: pretrain.run(workspace, config.pretrain, model(), config.logging),
-        "sft": lambda: sft.run(workspace, config.sft, model(), config.logging),
-        "sample": lambda: sample.run(workspace, config.sample),
-        "rank": lambda: rank.run(workspace, config.rank),
-        "reward": lambda: reward.run(workspace, config.reward, config.logging),
-        "dpo": lambda: dpo.run(workspace, config.dpo, config.logging),
-        "rloo": lambda: ppo.run(workspace, config.rloo, config.logging, "rloo"),
-        "grpo": lambda: ppo.run(workspace, config.grpo, config.logging, "grpo"),
-        "ppo": lambda: ppo.run(workspace, config.ppo, config.logging),
-        "evaluate": lambda: evaluate.run(workspace, config.evaluate, config.pretrain.data, config.sft.data),
-    }
-    return calls[stage]()
+    section, logging = getattr(config, stage), config.logging
+    if stage in ("pretrain", "sft"):
+        model = resolve_model(config.model, workspace.tokenizer().vocab_size)
+        return language_model.run(workspace, stage, section, model, logging)
+    if stage in ("reward", "dpo"):
+        return {"reward": reward, "dpo": dpo}[stage].run(workspace, section, logging)
+    if stage in ("rloo", "grpo", "ppo"):
+        return ppo.run(workspace, section, logging, stage)
+    if stage == "evaluate":
+        return evaluate.run(workspace, section, config.pretrain.data, config.sft.data)
+    return {"tokenizer": tokenizer, "sample": sample, "rank": rank}[stage].run(workspace, section)
 
 
 def resolve_model(model: ModelConfig, vocab_size: int) -> ModelConfig:

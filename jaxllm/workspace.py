@@ -212,15 +212,11 @@ def load_model(
     finished = read_json(stage_dir / "result.json") or {}
     params = checkpoint.load_params(stage_dir, abstract, record["path"], finished.get("checkpoint"))
     if adapters.rank:
-        policy = _load_base(stage_dir, record["base"], mesh, bases or {})
+        source = record["base"] if "://" in record["base"] else os.path.normpath(stage_dir / record["base"])
+        known = {os.path.normpath(path): params for path, params in (bases or {}).items()}
+        policy = known[source] if source in known else lora.merge(load_model(source, mesh)[0])
         params = lora.join(lora.frozen(adapters, policy if kind == "policy" else {"trunk": policy}), params)
     return params, model
-
-
-def _load_base(stage_dir: epath.Path, base: str, mesh: jax.sharding.Mesh, bases: dict[str, Any]) -> Any:
-    source = base if "://" in base else os.path.normpath(stage_dir / base)
-    known = next((params for path, params in bases.items() if os.path.normpath(path) == source), None)
-    return lora.merge(load_model(source, mesh)[0]) if known is None else known
 
 
 def read_json(path: epath.PathLike) -> Any | None:

@@ -1,4 +1,8 @@
-"""What pre-training and supervised fine-tuning share: the next-token loss over packed rows."""
+"""Pre-training and supervised fine-tuning: the next-token loss over packed rows.
+
+Pre-training goes over documents, from fresh parameters; fine-tuning over conversations, from the pre-trained ones,
+where the loss falls on the assistant's tokens only, its end included.
+"""
 
 import dataclasses
 import functools
@@ -64,19 +68,12 @@ class LanguageModelConfig:
             raise ValueError("num_steps: must be positive, or 0 with num_epochs above 0")
 
 
-def train_language_model(
-    workspace: Workspace,
-    stage: str,
-    kind: str,
-    config: LanguageModelConfig,
-    model: ModelConfig,
-    logging: LoggingConfig,
-    source: str,
+def run(
+    workspace: Workspace, stage: str, config: LanguageModelConfig, model: ModelConfig, logging: LoggingConfig
 ) -> dict[str, float]:
-    """Train on packed rows and return the held-out numbers.
-
-    The first parameters are those of the stage directory `source`, fresh ones where that is empty.
-    """
+    """Train the decoder of stage "pretrain" or "sft"; the result has its held-out bits per byte."""
+    kind = "document" if stage == "pretrain" else "chat"
+    source = config.init_from if stage == "pretrain" else workspace.source(config.init_from, "pretrain", stage)
     mesh, directory = workspace.mesh, workspace.stage_dir(stage)
     check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
     tokenizer, length = workspace.tokenizer(), config.length or model.max_length

@@ -582,8 +582,7 @@ def make_experience(
         each = losses.group_advantages(by_prompt, config.advantages).reshape(-1, 1)
         advantages = jnp.where(mask, each, 0.0)
     metrics = rollout_metrics(rollout, policy, ref_logprobs, advantages)
-    if config.advantages == "gae":
-        metrics |= value_metrics(values, returns, mask)
+    metrics |= value_metrics(values, returns, mask) if config.advantages == "gae" else {}
     if config.whiten_advantages:
         advantages = losses.whiten(advantages, mask)
     fields = (policy.logprob, ref_logprobs, values, advantages, returns)
