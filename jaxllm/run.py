@@ -19,7 +19,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.process import ProcessConfig, Signals, join
 from jaxllm.sharding import MeshConfig, make_mesh, meet
-from jaxllm.stages import dpo, evaluate, language_model, ppo, rank, reward, sample, tokenizer
+from jaxllm.stages import evaluate, language_model, ppo, preference, rank, sample, tokenizer
 from jaxllm.stages.evaluate import EvaluateConfig
 from jaxllm.stages.language_model import LanguageModelConfig
 from jaxllm.stages.ppo import GRPO, RLOO, PPOConfig
@@ -207,7 +207,7 @@ def _call(workspace: Workspace, config: Config, stage: str) -> dict[str, Any]:
         model = resolve_model(config.model, workspace.tokenizer().vocab_size)
         return language_model.run(workspace, stage, section, model, logging)
     if stage in ("reward", "dpo"):
-        return {"reward": reward, "dpo": dpo}[stage].run(workspace, section, logging)
+        return preference.run(workspace, stage, section, logging)
     if stage in ("rloo", "grpo", "ppo"):
         return ppo.run(workspace, section, logging, stage)
     if stage == "evaluate":
