@@ -101,7 +101,8 @@ def run(
         limit = 0 if step >= num_steps else config.eval_batches
         batches = epoch_batches(rows["held_out"], batch_size=config.batch_size, sharding=sharding, max_batches=limit)
         nats = evaluate.run(functools.partial(measure, base=base), state.params, batches)["loss"]
-        return {"eval/loss": nats, "eval/bits_per_byte": _bits_per_byte(nats, rows["held_out"])}
+        counts = (sum(getattr(r, name) for r, _ in rows["held_out"]) for name in ("num_tokens", "num_bytes"))
+        return {"eval/loss": nats, "eval/bits_per_byte": evaluate.bits_per_byte(nats, *counts)}
 
     def start() -> train.TrainState:
         key = jax.random.fold_in(jax.random.key(seed), 1)
@@ -165,8 +166,3 @@ def describe(
         f"{f', {dropped} too long and dropped' if dropped else ''}; {transformer.num_params(model):,} parameters, "
         f"{num_steps} steps = {passes} epochs{' of the sources' if len(rows['train']) > 1 else ''}"
     )
-
-
-def _bits_per_byte(nats: float, rows: Sequence[tuple[Rows, float]]) -> float:
-    tokens, num_bytes = (sum(getattr(r, name) for r, _ in rows) for name in ("num_tokens", "num_bytes"))
-    return evaluate.bits_per_byte(nats, tokens, num_bytes)

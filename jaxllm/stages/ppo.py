@@ -519,12 +519,9 @@ def make_step(
 
 def minibatches(setup: Setup, number: int) -> np.ndarray:
     """Rows int32[updates, size] of the minibatches of update `number`: a fresh permutation for each epoch."""
-    config = setup.config
-    orders = (
-        np.random.default_rng([setup.seed, number, epoch]).permutation(config.batch_size)
-        for epoch in range(config.num_epochs)
-    )
-    size = config.batch_size // config.num_minibatches
+    config, size = setup.config, setup.config.batch_size // setup.config.num_minibatches
+    draws = (np.random.default_rng([setup.seed, number, epoch]) for epoch in range(config.num_epochs))
+    orders = (draw.permutation(config.batch_size) for draw in draws)
     return np.concatenate([*orders]).reshape(-1, size).astype(np.int32)
 
 
