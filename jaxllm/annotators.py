@@ -27,9 +27,8 @@ disappointed useless annoying angry wrong cold expensive fail failed waste noisy
 """
 _NEGATIONS = "not no never without hardly cannot isn't wasn't don't doesn't didn't won't can't"
 POSITIVE, NEGATIVE, NEGATIONS = (frozenset(words.split()) for words in (_POSITIVE, _NEGATIVE, _NEGATIONS))
-_WORDS = re.compile(
-    r"[a-z']+|" + "|".join(sorted((w for w in POSITIVE | NEGATIVE if not w.isascii()), key=lambda w: (-len(w), w)))
-)
+_CHINESE = sorted((w for w in POSITIVE | NEGATIVE if not w.isascii()), key=lambda w: (-len(w), w))
+_WORDS = re.compile("|".join(["[a-z']+", *_CHINESE]))
 _CHINESE_NEGATION = re.compile("[不没未别非].?$|没有.?$")
 
 

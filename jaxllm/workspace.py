@@ -160,10 +160,9 @@ class Workspace:
         meet(f"tokenizer of {stage}")
 
 
-def _outcome(sections: dict[str, Any]) -> dict[str, Any]:
+def _outcome(tree: Any) -> Any:
     """Without the fields that change nothing: how many threads prepare batches."""
-    drop = lambda tree: {k: drop(v) for k, v in tree.items() if k != "workers"} if isinstance(tree, dict) else tree
-    return drop(sections)
+    return {k: _outcome(v) for k, v in tree.items() if k != "workers"} if isinstance(tree, dict) else tree
 
 
 def _has_progress(directory: epath.Path) -> bool:

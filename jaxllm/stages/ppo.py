@@ -258,7 +258,7 @@ def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: 
     check_batch(mesh, config.batch_size // config.num_minibatches // config.num_micro, f"{stage} minibatch")
     check_batch(mesh, config.batch_size // config.num_responses, f"{stage}.batch_size / {stage}.num_responses")
     tokenizer = workspace.tokenizer()
-    setup, roles, first_actor, first_critic = load_roles(workspace, config, stage, tokenizer)
+    setup, roles, *starts = load_roles(workspace, config, stage, tokenizer)
     prompts = load_all_prompts(stage, config, tokenizer)
     score, parts = make_score(setup, roles, mesh, f"{stage}.rewards"), build(setup, mesh)
     path = ("ema",) if config.ema_decay else ("actor", "params")
@@ -271,7 +271,8 @@ def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: 
         directory,
         stage,
         keeping=workspace.keeping(stage, data.fingerprint([*prompts["train"], *prompts["held_out"]])),
-        init=lambda: first_state(parts, config, mesh, first_actor(), first_critic()),
+        # Copies: making a state donates, and reference and reward model stay.
+        init=lambda: first_state(parts, config, mesh, *jax.tree.map(jnp.copy, starts)),
         abstract=abstract_state(parts, config, mesh),
         step=make_step(setup, parts, roles, score, prompts["train"], stage, ptx_at, table),
         batch_at=data.make_prompt_batch_at(
@@ -300,7 +301,7 @@ def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: 
 
 
 def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: Tokenizer):
-    """(setup, roles, and the actor's and the critic's first parameters as functions).
+    """(setup, roles, and the actor's and the critic's first parameters, which the roles may share).
 
     The reference is the policy's start; the critic starts from the reward model, without one from the policy.
     """
@@ -322,8 +323,7 @@ def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: T
     critic, critic_base = {}, {}
     if setup.has_critic:
         critic, critic_base = split(config.lora, first_scalar(ref, model, reward, config, of_reward=True))
-    copy = lambda params: jax.tree.map(jnp.copy, params)  # making a state donates; reference and reward model stay
-    return setup, Roles(ref, actor_base, critic_base, reward), lambda: copy(actor), lambda: copy(critic)
+    return setup, Roles(ref, actor_base, critic_base, reward), actor, critic
 
 
 def first_scalar(ref: Any, model: ModelConfig, reward: Any, config: PPOConfig, of_reward: bool = False) -> Any:
@@ -510,7 +510,8 @@ def make_step(
                 critic, more = parts.critic_step(critic, minibatch, base=roles.critic_base)
                 metrics |= {name if name.startswith("value") else f"critic_{name}": pair for name, pair in more.items()}
             collected.append(metrics)
-            if config.max_approx_kl and _mean(metrics["approx_kl"]) > config.max_approx_kl:
+            total, tokens = metrics["approx_kl"]
+            if config.max_approx_kl and float(total) / max(float(tokens), 1.0) > config.max_approx_kl:
                 break
         return actor, critic, collected
 
@@ -538,10 +539,6 @@ def end_at_strings(rollout: Rollout, setup: Setup) -> Rollout:
 def move(ema: Any, params: Any, decay: float) -> Any:
     """The running mean, one update on."""
     return jax.tree.map(lambda e, p: e * decay + p * (1.0 - decay), ema, params)
-
-
-def _mean(pair: losses.Pair) -> float:
-    return float(pair[0]) / max(float(pair[1]), 1.0)
 
 
 def shape_scores(scores: jax.Array, finished: jax.Array, moments: Moments, *, config: PPOConfig):

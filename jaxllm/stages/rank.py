@@ -192,9 +192,8 @@ def _read_samples(path: epath.Path, limit: int) -> list[dict[str, Any]]:
         raise InputError(f"{path}: holds no samples to rank; run the sample stage again")
     for line, where in lines:
         _check_responses(line, where)
-    return [
-        {"messages": s["messages"], "responses": s["responses"], "split": s.get("split", "train")} for s, _ in lines
-    ]
+    kept = lambda line: {k: line[k] for k in ("messages", "responses")} | {"split": line.get("split", "train")}
+    return [kept(line) for line, _ in lines]
 
 
 class _Answers:
@@ -324,9 +323,8 @@ def _simulate(answers: _Answers, config: RankConfig, seed: int) -> None:
     """Rank what is left; the noise is a function of the seed and the prompt's index, so a resumed run is exact."""
     function, name = resolve_function(config.annotator, "annotator"), config.annotator_name or config.annotator
     begin, total = answers.done, len(answers.samples)
-    console.print(
-        f"rank: SIMULATED annotator {config.annotator}, no person: {total - begin} prompts to rank", soft_wrap=True
-    )
+    left = f"{total - begin} prompts to rank"
+    console.print(f"rank: SIMULATED annotator {config.annotator}, no person: {left}", soft_wrap=True)
     columns = (TextColumn("[bold]rank (SIMULATED)"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         for index in bar.track(range(begin, total), total=total, completed=begin):
