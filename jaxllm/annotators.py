@@ -16,25 +16,19 @@ from jaxllm.config import InputError
 Annotator = Callable[[str, str], float]
 
 _POSITIVE = """
-good great excellent wonderful amazing lovely love loved best better nice fine happy
-glad enjoy enjoyed perfect beautiful delicious friendly helpful fast clean comfortable
-recommend thanks bright fun funny kind warm 好 很棒 喜欢 满意 不错 优秀 漂亮 美丽 开心 高兴 快乐 舒服 舒适 推荐 完美
-精彩 干净 热情 值得 方便 感谢 爱 美味 好吃
+good great excellent wonderful amazing lovely love loved best better nice fine happy glad enjoy enjoyed perfect
+beautiful delicious friendly helpful fast clean comfortable recommend thanks bright fun funny kind warm
+好 很棒 喜欢 满意 不错 优秀 漂亮 美丽 开心 高兴 快乐 舒服 舒适 推荐 完美 精彩 干净 热情 值得 方便 感谢 爱 美味 好吃
 """
 _NEGATIVE = """
-bad terrible awful horrible worst worse poor sad boring hate hated ugly slow dirty rude
-broken disappointing disappointed useless annoying angry wrong cold expensive fail
-failed waste noisy pain painful
-差 坏 糟 糟糕 讨厌 失望 难看 难吃 难受 垃圾 后悔 脏 吵 慢 贵 生气 无聊 麻烦 痛苦 伤心 恶心
-破 错
+bad terrible awful horrible worst worse poor sad boring hate hated ugly slow dirty rude broken disappointing
+disappointed useless annoying angry wrong cold expensive fail failed waste noisy pain painful
+差 坏 糟 糟糕 讨厌 失望 难看 难吃 难受 垃圾 后悔 脏 吵 慢 贵 生气 无聊 麻烦 痛苦 伤心 恶心 破 错
 """
-_NEGATIONS = """
-not no never without hardly cannot isn't wasn't don't doesn't didn't won't can't
-"""
+_NEGATIONS = "not no never without hardly cannot isn't wasn't don't doesn't didn't won't can't"
 POSITIVE, NEGATIVE, NEGATIONS = (frozenset(words.split()) for words in (_POSITIVE, _NEGATIVE, _NEGATIONS))
-_WORDS = re.compile(
-    r"[a-z']+|" + "|".join(sorted((w for w in POSITIVE | NEGATIVE if not w.isascii()), key=lambda w: (-len(w), w)))
-)
+_CHINESE = sorted((w for w in POSITIVE | NEGATIVE if not w.isascii()), key=lambda w: (-len(w), w))
+_WORDS = re.compile("|".join(["[a-z']+", *_CHINESE]))
 _CHINESE_NEGATION = re.compile("[不没未别非].?$|没有.?$")
 
 

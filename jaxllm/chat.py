@@ -87,14 +87,14 @@ def _fit(
     messages: list[dict[str, str]], keep: int, tokenizer: Tokenizer, limit: int
 ) -> tuple[list[dict[str, str]], list[int]]:
     """Forget the oldest turns until the conversation fits; the system message stays."""
-    ids, _ = tokenizer.encode_chat(messages, reply=True)
-    while len(ids) > limit and len(messages) > keep + 1:
+    while True:
+        ids, _ = tokenizer.encode_chat(messages, reply=True)
+        if len(ids) <= limit:
+            return messages, ids
+        if len(messages) <= keep + 1:
+            raise InputError(f"the message takes {len(ids)} tokens, and {limit} fit beside the answer; shorten it")
         messages = [*messages[:keep], *messages[keep + 2 :]]
         _note("(the oldest turn no longer fits the context and is forgotten)")
-        ids, _ = tokenizer.encode_chat(messages, reply=True)
-    if len(ids) > limit:
-        raise InputError(f"the message takes {len(ids)} tokens, and {limit} fit beside the answer; shorten it")
-    return messages, ids
 
 
 def _ask(user: TextIO) -> str | None:
@@ -103,10 +103,8 @@ def _ask(user: TextIO) -> str | None:
         if user.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         line = user.readline()
-        if not line:
-            return None
-        if line.strip():
-            return line.strip()
+        if not line or line.strip():
+            return line.strip() or None
 
 
 def _say(text: str) -> str:

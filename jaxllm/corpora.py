@@ -73,14 +73,12 @@ def _sums() -> Iterator[tuple[int, int, str]]:
 
 def _scenes(markdown: str) -> Iterator[str]:
     lines: list[str] = []
-    for paragraph in re.split(r"\n\s*\n|\n(?=\s*\*\*)", markdown):
+    for paragraph in [*re.split(r"\n\s*\n|\n(?=\s*\*\*)", markdown), "#"]:  # a heading ends a scene
         if not paragraph.lstrip().startswith("#"):
             lines += _speech(paragraph.strip())
         elif lines:
             yield "\n".join(lines)
             lines = []
-    if lines:
-        yield "\n".join(lines)
 
 
 def _speech(paragraph: str) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -100,11 +101,11 @@ class MetricLog:
         self._pending: tuple[int, list[Any], float, float] | None = None
         self._interval_began = time.monotonic()
         self._start, self.waited = start, 0.0  # waited: seconds of this interval without a batch
-        self._writers = [_jsonl(self.directory, kept)] if jax.process_index() == 0 else []
-        if jax.process_index() == 0 and config.tensorboard:
-            self._writers.append(_tensorboard(self.directory, start))
-        if jax.process_index() == 0 and config.wandb_project:
-            self._writers.append(_wandb(self.directory, config.wandb_project))
+        self._writers: list[Writer] = []
+        if jax.process_index() == 0:
+            self._writers += [_jsonl(self.directory, kept)]
+            self._writers += [_tensorboard(self.directory, start)] if config.tensorboard else []
+            self._writers += [_wandb(self.directory, config.wandb_project)] if config.wandb_project else []
         self._bar = _progress(title, num_steps, start)
 
     def __call__(self, step: int, state: Any, metrics: Metrics) -> bool:
@@ -124,13 +125,8 @@ class MetricLog:
             self._steps, self._interval_began, self.waited = [], now, 0.0
         if step == self.num_steps:
             self.flush()
-        if self._bar:
-            self._bar.update(self._task, completed=step)
+        self._bar.update(self._bar.task_ids[0], completed=step)
         return ends
-
-    @property
-    def _task(self) -> Any:
-        return self._bar.task_ids[0] if self._bar else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write a point of its own, for example held-out numbers; the time until now is kept off throughput."""
@@ -143,10 +139,9 @@ class MetricLog:
         return [{name: [float(x) for x in pair] for name, pair in step.items()} for step in fetch(self._steps)]
 
     def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._bar.stop()
         for writer in self._writers:
-            writer(None, {})
+            writer.close()
 
     def flush(self) -> None:
         """Write the interval that has ended. Raises Rewind after too many skipped updates."""
@@ -172,20 +167,18 @@ class MetricLog:
 
     def _check_streak(self, step: int, steps: list[Any]) -> None:
         for done, metrics in enumerate(steps, start=step - len(steps) + 1):
-            streak = max(
-                (float(total) for name, (total, _) in metrics.items() if name.endswith("skip_streak")), default=0
-            )
+            streaks = (float(total) for name, (total, _) in metrics.items() if name.endswith("skip_streak"))
+            streak = max(streaks, default=0)
             if self._rewind_after and streak >= self._rewind_after:
                 raise Rewind(max(0, done - int(streak)), done)
 
     def _emit(self, step: int, values: dict[str, float]) -> None:
         self.latest |= values
         for writer in self._writers:
-            writer(step, values)
+            writer.write(step, values)
         text = _line(self.latest, self.shown)
-        if self._bar:
-            self._bar.update(self._task, text=text)
-        elif jax.process_index() == 0:
+        self._bar.update(self._bar.task_ids[0], text=text)
+        if self._bar.disable and jax.process_index() == 0:
             console.print(f"{self.title} {step}/{self.num_steps} {text}", soft_wrap=True)
 
 
@@ -223,11 +216,8 @@ def _measure_matmul(mesh: jax.sharding.Mesh, size: int = 1024) -> float:
 
 
 def _line(values: Mapping[str, float], shown: tuple[str, ...]) -> str:
-    parts = []
-    for name in shown:
-        full = name if "/" in name else f"train/{name}"
-        if full in values:
-            parts.append(f"{full.split('/')[-1]} {values[full]:.4g}")
+    names = [name if "/" in name else f"train/{name}" for name in shown]
+    parts = [f"{name.split('/')[-1]} {values[name]:.4g}" for name in names if name in values]
     if (rate := values.get("throughput/tokens_per_second")) is not None:
         parts.append(f"{rate:,.0f} tokens/s")
     if (mfu := values.get("throughput/mfu")) is not None:
@@ -235,43 +225,36 @@ def _line(values: Mapping[str, float], shown: tuple[str, ...]) -> str:
     return " · ".join(parts)
 
 
-def _progress(title: str, num_steps: int, start: int) -> Progress | None:
-    if not console.is_terminal or jax.process_index() != 0:
-        return None
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
-    bar = Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console)
+def _progress(title: str, num_steps: int, start: int) -> Progress:
+    done = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    disable = not console.is_terminal or jax.process_index() != 0
+    bar = Progress(*done, TextColumn("{task.fields[text]}"), *times, console=console, disable=disable)
     bar.add_task(title, total=num_steps, completed=start, text="compiling")
     bar.start()
     return bar
 
 
-Writer = Callable[[int | None, Mapping[str, float]], None]
+class Writer(NamedTuple):
+    write: Callable[[int, Mapping[str, float]], None]  # (step, values)
+    close: Callable[[], None]
 
 
 def _jsonl(directory: epath.Path, kept: list[dict[str, Any]]) -> Writer:
     """Append to metrics.jsonl; what a killed run wrote past the checkpoint it left is dropped first."""
     path = directory / "metrics.jsonl"
-    partial = directory / ".metrics.jsonl.partial"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
     file = path.open("a")
 
-    def write(step: int | None, values: Mapping[str, float]) -> None:
-        if step is None:
-            return file.close()
+    def write(step: int, values: Mapping[str, float]) -> None:
         file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         file.flush()
 
-    return write
+    return Writer(write, file.close)
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; none where there is no file. A last line without its newline is left out."""
+    """The lines of a metrics.jsonl, or of another JSONL file; none where there is no file. A last line without its newline is left out."""
     path = epath.Path(path)
     if not path.exists():
         return []
@@ -279,16 +262,31 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def json_line(value: Any) -> str:
+    """A line of a JSONL file of texts."""
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def write_whole(path: epath.PathLike, content: str | bytes) -> None:
+    """Write a file at once: a reader sees the old or the new one, never a half. A lone surrogate becomes "?"."""
+    path = epath.Path(path)
+    partial = path.parent / f".{path.name}.partial"
+    with partial.open("wb") as file:
+        file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+        file.flush()
+        if "://" not in str(path):  # on the disk before it takes the old one's place
+            os.fsync(file.fileno())
+    partial.replace(path)
+
+
 def _tensorboard(directory: epath.Path, start: int) -> Writer:
     writer = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
 
-    def write(step: int | None, values: Mapping[str, float]) -> None:
-        if step is None:
-            return writer.close()
+    def write(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             writer.add_scalar(name, value, step)
 
-    return write
+    return Writer(write, writer.close)
 
 
 def _wandb(directory: epath.Path, project: str) -> Writer:
@@ -299,10 +297,4 @@ def _wandb(directory: epath.Path, project: str) -> Writer:
 
     name = f"{directory.parent.name}-{directory.name}"
     run = wandb.init(project=project, name=name, id=name, dir=str(directory), resume="allow")
-
-    def write(step: int | None, values: Mapping[str, float]) -> None:
-        if step is None:
-            return run.finish()
-        run.log(dict(values), step=step)
-
-    return write
+    return Writer(lambda step, values: run.log(dict(values), step=step), run.finish)

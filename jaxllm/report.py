@@ -6,17 +6,21 @@ nothing from elsewhere. They are made from result.json, provenance.json and metr
 
 import base64
 import functools
-import html
+import importlib.resources
 import io
 import json
 import math
+import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 from etils import epath
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from jaxllm.config import InputError
-from jaxllm.metrics import read_metrics
+from jaxllm.metrics import read_metrics, write_whole
 from jaxllm.workspace import read_json, write_json
 
 SIMULATED = "simulated annotator"
@@ -68,26 +72,25 @@ def write_report(run_dir: epath.PathLike, stages: Sequence[str]) -> dict[str, An
     run_dir = epath.Path(run_dir)
     report = _collect(run_dir, stages)
     write_json(run_dir / "report.json", report)
-    _write_text(run_dir / "report.md", _markdown(report))
-    _write_text(run_dir / "report.html", _html(report))
+    write_whole(run_dir / "report.md", _markdown(report))
+    write_whole(run_dir / "report.html", _html(report))
     return report
 
 
 def _collect(run_dir: epath.Path, stages: Sequence[str]) -> dict[str, Any]:
     read = {stage: _read_stage(run_dir / stage) for stage in stages if (run_dir / stage).exists()}
     origins = [p for stage in read.values() if isinstance(p := stage.pop("provenance"), dict)]
-    simulated = _simulated_stages(read)
-    for name, stage in read.items():
-        stage["annotator_simulated"] = name in simulated
-    seconds = [
-        s for stage in read.values() if isinstance(s := (stage["result"] or {}).get("wall_seconds"), int | float)
-    ]
+    flags = {name: _simulated(stage) for name, stage in read.items()}
+    for name, stage in read.items():  # a stage's own flag decides, without one that of the rank stage
+        stage["annotator_simulated"] = bool(flags.get("rank") if flags[name] is None else flags[name])
+    seconds = [(stage["result"] or {}).get("wall_seconds") for stage in read.values()]
+    named = lambda key: ", ".join(dict.fromkeys(str(p[key]) for p in origins if key in p))
     return {
         "name": run_dir.name or str(run_dir),
         "date": max((str(p.get("time", "")) for p in origins), default="")[:16].replace("T", " "),
-        "device": ", ".join(dict.fromkeys(str(p["devices"]) for p in origins if "devices" in p)),
-        "code": ", ".join(dict.fromkeys(str(p["code"]) for p in origins if "code" in p)),
-        "wall_seconds": sum(seconds),
+        "device": named("devices"),
+        "code": named("code"),
+        "wall_seconds": sum(s for s in seconds if isinstance(s, int | float)),
         "stages": read,
         "absent": [stage for stage in stages if stage not in read],
         "order": list(stages),
@@ -98,23 +101,24 @@ def _read_stage(directory: epath.Path) -> dict[str, Any]:
     result = read_json(directory / "result.json")
     if result is not None and not isinstance(result, dict):
         raise InputError(f"{directory / 'result.json'}: must hold a JSON object; remove the file to redo the stage")
+    return {
+        "result": _finite(result),
+        "series": _read_lines(directory / "metrics.jsonl", _series),
+        "rollouts": _read_lines(directory / "rollouts.jsonl", _last_rollouts),
+        "provenance": read_json(directory / "provenance.json"),
+    }
+
+
+def _read_lines(path: epath.Path, use: Callable[[list[dict[str, Any]]], Any]) -> Any:
     try:
-        lines = read_metrics(directory / "metrics.jsonl")
-        series = _series(lines)
+        return use(read_metrics(path))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{directory / 'metrics.jsonl'}: a line is damaged ({error}); remove that line") from None
-    rollouts = _last_rollouts(directory / "rollouts.jsonl")
-    origin = read_json(directory / "provenance.json")
-    return {"result": _finite(result), "series": series, "rollouts": rollouts, "provenance": origin}
-
-
-def _last_rollouts(path: epath.Path) -> list[dict[str, Any]]:
-    """The responses kept of the last update, if the stage draws any."""
-    try:
-        lines = read_metrics(path)
-        return [_finite(line) for line in lines if line["step"] == lines[-1]["step"]]
-    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: a line is damaged ({error}); remove that line") from None
+
+
+def _last_rollouts(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The responses kept of the last update, if the stage draws any."""
+    return [_finite(line) for line in lines if line["step"] == lines[-1]["step"]]
 
 
 def _series(lines: Iterable[Mapping[str, Any]]) -> Series:
@@ -134,14 +138,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _simulated_stages(read: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """Stages with numbers of a simulated annotator: their own flag decides, without one that of the rank stage."""
-
-    def flag(stage: str) -> Any:
-        result = read.get(stage, {}).get("result") or {}
-        return result.get("annotator_simulated", result.get("simulated"))
-
-    return {stage for stage in read if (flag("rank") if flag(stage) is None else flag(stage))}
+def _simulated(stage: Mapping[str, Any]) -> Any:
+    result = stage["result"] or {}
+    return result.get("annotator_simulated", result.get("simulated"))
 
 
 def _note(report: Mapping[str, Any], stage: str, name: str) -> str:
@@ -167,9 +166,8 @@ def _number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        if value.is_integer() and abs(value) < 1e15:
-            return f"{value:,.0f}"
-        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+        whole = (value.is_integer() or abs(value) >= 1e4) and abs(value) < 1e15
+        return f"{value:,.0f}" if whole else f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -224,14 +222,21 @@ def _samples(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
     for stage in report["stages"].values():
         samples = (stage["result"] or {}).get("samples")
         for sample in samples if isinstance(samples, list) else ():
-            if isinstance(sample, dict) and isinstance(sample.get("answers"), dict):
-                found.append(
-                    (
-                        str(sample.get("prompt", "")),
-                        {MODELS.get(k, k): _number(v) for k, v in sample["answers"].items()},
-                    )
-                )
+            answers = sample.get("answers") if isinstance(sample, dict) else None
+            if isinstance(answers, dict):
+                shown = {MODELS.get(k, k): _number(v) for k, v in answers.items()}
+                found.append((str(sample.get("prompt", "")), shown))
     return found
+
+
+def _progress(report: Mapping[str, Any], name: str) -> tuple[Any, list[tuple[str, str]], str]:
+    """(wall seconds, numbers as (label, text), what is shown where the stage has none) of a stage."""
+    if name in report["absent"]:
+        return None, [], "not run"
+    if (result := report["stages"][name]["result"]) is None:
+        return None, [], "not finished"
+    numbers = [(_label(report, name, k), _quantity(k, v)) for k, v in _scalars(result).items()]
+    return result.get("wall_seconds"), numbers, ""
 
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -258,10 +263,9 @@ def _markdown(report: Mapping[str, Any]) -> str:
         for table in _tables(report, name):
             lines += _markdown_table(table._replace(title=f"{name}: {table.title}"))
         if stage["series"]:
-            curves = [_curve_row(report, name, metric, points) for metric, points in stage["series"].items()]
-            lines += _markdown_table(
-                Table(f"{name}: curves", ["metric", "points", "first", "last", "least", "most"], curves)
-            )
+            header = ["metric", "points", "first", "last", "least", "most"]
+            curves = [[n + _note(report, name, n), *_curve(points)] for n, points in stage["series"].items()]
+            lines += _markdown_table(Table(f"{name}: curves", header, curves))
     for i, (prompt, answers) in enumerate(_samples(report), 1):
         lines += [f"## Answers {i}", "", "Prompt:", "", *_indented(prompt)]
         for model, answer in answers.items():
@@ -270,12 +274,8 @@ def _markdown(report: Mapping[str, Any]) -> str:
 
 
 def _markdown_stage(report: Mapping[str, Any], name: str) -> list[str]:
-    if name in report["absent"]:
-        return [name, "–", "not run"]
-    if (result := report["stages"][name]["result"]) is None:
-        return [name, "–", "not finished"]
-    numbers = (f"{_label(report, name, k)} {_quantity(k, v)}" for k, v in _scalars(result).items())
-    return [name, _duration(result.get("wall_seconds")), ", ".join(numbers)]
+    seconds, numbers, missing = _progress(report, name)
+    return [name, _duration(seconds), missing or ", ".join(f"{label} {text}" for label, text in numbers)]
 
 
 def _markdown_table(table: Table) -> list[str]:
@@ -285,7 +285,7 @@ def _markdown_table(table: Table) -> list[str]:
 
 def _cell(text: str) -> str:
     """Text that neither ends its table cell nor acts as HTML."""
-    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", "<br>")
+    return escape(text, quote=False).replace("|", "\\|").replace("\n", "<br>")
 
 
 def _indented(text: str) -> list[str]:
@@ -293,93 +293,71 @@ def _indented(text: str) -> list[str]:
     return [*(f"    {line}" for line in (text or "(empty)").splitlines()), ""]
 
 
-def _curve_row(
-    report: Mapping[str, Any], stage: str, name: str, points: Sequence[tuple[int, float | None]]
-) -> list[str]:
+def _curve(points: Sequence[tuple[int, float | None]]) -> list[str]:
+    """Number of points; the first, last, least and greatest value."""
     values = [v for _, v in points if v is not None] or [math.nan]
-    return [
-        name + _note(report, stage, name),
-        str(len(points)),
-        *map(_number, (values[0], values[-1], min(values), max(values))),
-    ]
+    return [str(len(points)), *map(_number, (values[0], values[-1], min(values), max(values)))]
 
 
 # HTML
 
 
 def _html(report: Mapping[str, Any]) -> str:
-    name, warning = _e(report["name"]), _warning(report)
-    facts = "".join(f"<div><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>" for k, v in _facts(report))
+    name, warning = escape(report["name"]), _warning(report)
+    facts = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in _facts(report))
     parts = [f"<header><p class=kicker>jaxllm run</p><h1>{name}</h1><dl class=facts>{facts}</dl></header>"]
-    parts += [f"<p class=warning>{_e(warning)}</p>"] if warning else []
-    parts += ["<h2>Stages</h2>", _html_stages(report)]
+    parts += [f"<p class=warning>{escape(warning)}</p>"] if warning else []
+    stages = _html_table("stages", ["Stage", "Wall time", "Numbers"], (_html_stage(report, n) for n in report["order"]))
+    parts += [f"<h2>Stages</h2><div class=scroll>{stages}</div>"]
     for stage in report["stages"]:
-        if tables := _tables(report, stage):
-            parts += [f"<h2>{_e(stage.capitalize())}</h2>", *map(_html_table, tables)]
+        tables = _tables(report, stage)
+        parts += [f"<h2>{escape(stage.capitalize())}</h2>"] if tables else []
+        for table in tables:
+            numbers = _html_table("numbers", table.header, map(_html_row, table.rows))
+            parts += [f"<h3>{escape(table.title)}</h3><div class='scroll fit'>{numbers}</div>"]
     if samples := _samples(report):
         parts += ["<h2>The same prompts, answered by each model</h2>", *(_html_sample(*s) for s in samples)]
-    for stage, content in report["stages"].items():
-        panels = _panels(report, stage, content["series"])
-        if bins := (content["result"] or {}).get("reliability"):
-            panels.append(
-                _figure(
-                    "Reliability: share of pairs right by confidence" + _note(report, stage, "accuracy"),
-                    stage,
-                    lambda theme, bins=bins: _reliability(bins, theme),
-                )
-            )
-        if panels:
-            parts += [f"<h2>Curves: {_e(stage)}</h2><div class=panels>{''.join(panels)}</div>"]
-    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
-    head += '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    head += '<meta name="color-scheme" content="light dark">'
-    return f"{head}<style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
+    for stage in report["stages"]:
+        if panels := _panels(report, stage):
+            parts += [f"<h2>Curves: {escape(stage)}</h2><div class=panels>{''.join(panels)}</div>"]
+    page = string.Template(importlib.resources.files("jaxllm").joinpath("report.html").read_text("utf-8"))
+    return page.substitute(title=name, body="".join(parts))
 
 
-def _e(text: str) -> str:
-    return html.escape(text)
+def _html_table(kind: str, header: Iterable[str], rows: Iterable[str]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    return f"<table class={kind}><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _html_stages(report: Mapping[str, Any]) -> str:
-    rows = "".join(_html_stage(report, name) for name in report["order"])
-    head = "<thead><tr><th>Stage</th><th>Wall time</th><th>Numbers</th></tr></thead>"
-    return f"<div class=scroll><table class=stages>{head}<tbody>{rows}</tbody></table></div>"
+def _html_row(row: Sequence[str]) -> str:
+    name, *cells = map(escape, row)
+    return f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
 def _html_stage(report: Mapping[str, Any], name: str) -> str:
-    if name in report["absent"]:
-        return f"<tr class=absent><th>{_e(name)}</th><td>–</td><td><em>not run</em></td></tr>"
-    result = report["stages"][name]["result"]
-    seconds = (result or {}).get("wall_seconds")
+    seconds, numbers, missing = _progress(report, name)
     width = 100 * seconds / (report["wall_seconds"] or 1) if isinstance(seconds, int | float) else 0
     bar = f'<span class=bar><i style="width:{width:.1f}%"></i></span>'
-    numbers = ((_label(report, name, k), _quantity(k, v)) for k, v in _scalars(result or {}).items())
-    chips = "".join(f"<li><span>{_e(label)}</span> <b>{_e(text)}</b></li>" for label, text in numbers)
-    cell = "<em>not finished</em>" if result is None else f"<ul class=chips>{chips}</ul>"
-    return f"<tr><th>{_e(name)}</th><td class=time>{_duration(seconds)}{bar}</td><td>{cell}</td></tr>"
-
-
-def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{_e(cell)}</th>" for cell in table.header)
-    rows = "".join(
-        f"<tr><th>{_e(row[0])}</th>{''.join(f'<td>{_e(c)}</td>' for c in row[1:])}</tr>" for row in table.rows
-    )
-    body = f"<table class=numbers><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return f"<h3>{_e(table.title)}</h3><div class='scroll fit'>{body}</div>"
+    chips = "".join(f"<li><span>{escape(label)}</span> <b>{escape(text)}</b></li>" for label, text in numbers)
+    if name in report["absent"]:
+        return f"<tr class=absent><th>{escape(name)}</th><td>–</td><td><em>{missing}</em></td></tr>"
+    cell = f"<em>{missing}</em>" if missing else f"<ul class=chips>{chips}</ul>"
+    return f"<tr><th>{escape(name)}</th><td class=time>{_duration(seconds)}{bar}</td><td>{cell}</td></tr>"
 
 
 def _html_sample(prompt: str, answers: Mapping[str, str]) -> str:
     columns = "".join(
-        f"<div><h4>{_e(model)}</h4><p class=text>{_e(answer) or '<em>empty</em>'}</p></div>"
+        f"<div><h4>{escape(model)}</h4><p class=text>{escape(answer) or '<em>empty</em>'}</p></div>"
         for model, answer in answers.items()
     )
-    return f'<section class=sample><p class="prompt text">{_e(prompt)}</p><div class=answers>{columns}</div></section>'
+    asked = f'<p class="prompt text">{escape(prompt)}</p>'
+    return f"<section class=sample>{asked}<div class=answers>{columns}</div></section>"
 
 
-def _panels(report: Mapping[str, Any], stage: str, series: Series) -> list[str]:
-    """A picture for each kind of metric, with one line for each series of that kind."""
-    groups: dict[str, Series] = {}
-    for name, points in series.items():
+def _panels(report: Mapping[str, Any], stage: str) -> list[str]:
+    """A picture for each kind of metric, with one line for each series of that kind, and the reliability curve."""
+    content, groups = report["stages"][stage], {}
+    for name, points in content["series"].items():
         if any(value is not None for _, value in points):
             last = name.split("/")[-1]
             groups.setdefault(PANELS.get(last, last[:1].upper() + last[1:].replace("_", " ")), {})[name] = points
@@ -387,33 +365,43 @@ def _panels(report: Mapping[str, Any], stage: str, series: Series) -> list[str]:
     figures = []
     for title in sorted(groups, key=lambda t: (order.index(t) if t in order else len(order), t)):
         text = title + next((n for name in groups[title] if (n := _note(report, stage, name))), "")
-        figures.append(_figure(text, stage, functools.partial(_picture, groups[title])))
+        figures.append(_figure(text, stage, functools.partial(_curves, groups[title])))
+    if bins := (content["result"] or {}).get("reliability"):
+        text = "Reliability: share of pairs right by confidence" + _note(report, stage, "accuracy")
+        figures.append(_figure(text, stage, functools.partial(_reliability, bins)))
     return figures
 
 
-def _figure(text: str, stage: str, picture: Callable[[str], str]) -> str:
-    dark, light = (picture(theme) for theme in ("dark", "light"))
-    source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-    shown = f'<picture>{source}<img src="{light}" alt="{_e(stage)}: {_e(text)}"></picture>'
-    return f"<figure><figcaption>{_e(text)}</figcaption>{shown}</figure>"
+def _figure(text: str, stage: str, draw: Callable[[Any, str], None]) -> str:
+    """A captioned picture, one for each theme: draw(axes, theme) fills it. It stands in the page as a data: URL."""
+    urls = {}
+    for theme, (ink, grid) in INK.items():
+        figure, buffer = Figure(figsize=(4.6, 2.6), dpi=150, layout="constrained"), io.BytesIO()
+        axes = figure.add_subplot()
+        axes.grid(color=grid, lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(colors=ink, labelsize=8, length=0)
+        draw(axes, theme)
+        figure.savefig(buffer, format="png", transparent=True, metadata={"Software": None})
+        urls[theme] = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{urls["dark"]}">'
+    shown = f'<picture>{source}<img src="{urls["light"]}" alt="{escape(stage)}: {escape(text)}"></picture>'
+    return f"<figure><figcaption>{escape(text)}</figcaption>{shown}</figure>"
 
 
-def _reliability(bins: Sequence[Sequence[float]], theme: str) -> str:
+def _reliability(bins: Sequence[Sequence[float]], axes: Any, theme: str) -> None:
     """Confidence against the share right, point sizes by the number of pairs; on the diagonal is calibrated."""
-    figure, axes = _axes(theme)
     confidence, right, count = zip(*bins, strict=True)
     axes.plot([0.5, 1], [0.5, 1], color=INK[theme][0], lw=0.8, ls="--")
     axes.plot(confidence, right, color=LINES[theme][0], lw=1.2)
     axes.scatter(confidence, right, s=[8 + 120 * c / max(count) for c in count], color=LINES[theme][0], lw=0)
     axes.set_xlabel("confidence", color=INK[theme][0], size=8)
-    return _encode(figure)
 
 
-def _picture(series: Series, theme: str) -> str:
-    """A data: URL of a PNG with one line for each series over the steps."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    text, (figure, axes) = INK[theme][0], _axes(theme)
+def _curves(series: Series, axes: Any, theme: str) -> None:
+    """One line for each series over the steps."""
+    text = INK[theme][0]
     for (name, points), color in zip(sorted(series.items(), reverse=True), LINES[theme] * len(series), strict=False):
         values = [math.nan if v is None else v for _, v in points]
         marker = "o" if len(points) < 25 else ""
@@ -425,75 +413,3 @@ def _picture(series: Series, theme: str) -> str:
     axes.set_xlabel("step", color=text, size=8)
     if len(series) > 1:
         axes.legend(frameon=False, labelcolor=text, fontsize=8)
-    return _encode(figure)
-
-
-def _axes(theme: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    text, grid = INK[theme]
-    figure = Figure(figsize=(4.6, 2.6), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(color=grid, lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(colors=text, labelsize=8, length=0)
-    return figure, axes
-
-
-def _encode(figure: Any) -> str:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", transparent=True, metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _write_text(path: epath.Path, text: str) -> None:
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_bytes(text.encode("utf-8", "replace"))
-    partial.replace(path)
-
-
-STYLE = """
-:root{--ink:#1b2027;--soft:#5d6673;--line:#e2e5ea;--page:#fafaf8;--card:#fff;--accent:#2563b8;--warn:#8a4b08;--warnbg:#fdf3e1}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e8ec;--soft:#9aa3b0;--line:#323843;--page:#14171c;--card:#1b1f26;
---accent:#6aa9f4;--warn:#f3c27a;--warnbg:#33270f}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI","PingFang SC",
-"Microsoft YaHei","Noto Sans CJK SC","Noto Sans SC",sans-serif;font-variant-numeric:tabular-nums}
-main{max-width:1120px;margin:0 auto;padding:48px 28px 96px}
-.kicker{margin:0;color:var(--accent);font-size:12px;font-weight:600;letter-spacing:.09em;text-transform:uppercase}
-h1{margin:2px 0 18px;font-size:34px;line-height:1.2;letter-spacing:-.015em;overflow-wrap:anywhere}
-h2{margin:52px 0 14px;font-size:20px;letter-spacing:-.01em}
-h3{margin:22px 0 8px;font-size:14px;color:var(--soft);font-weight:600}
-.facts{display:flex;flex-wrap:wrap;gap:12px 36px;margin:0;padding-top:16px;border-top:1px solid var(--line)}
-dt{color:var(--soft);font-size:12px}dd{margin:0;font-weight:500}
-.warning{margin:22px 0 0;padding:10px 16px;border-radius:8px;background:var(--warnbg);color:var(--warn);font-weight:500}
-.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px}
-table{border-collapse:collapse;width:100%}
-th,td{padding:9px 16px;text-align:left;vertical-align:top}
-tbody tr+tr>*{border-top:1px solid var(--line)}
-thead th{color:var(--soft);font-size:12px;font-weight:600;border-bottom:1px solid var(--line);vertical-align:bottom}
-tbody th{font-weight:600}
-.fit{width:fit-content;max-width:100%}
-tbody th{white-space:nowrap}.numbers td,.numbers thead th:not(:first-child){text-align:right}
-.time{white-space:nowrap;width:130px}
-.bar{display:block;height:3px;margin-top:6px;border-radius:2px;background:var(--line)}
-.bar i{display:block;height:100%;min-width:1px;border-radius:2px;background:var(--accent)}
-.chips{display:flex;flex-wrap:wrap;gap:3px 22px;margin:0;padding:0;list-style:none}
-.chips span{color:var(--soft);font-size:13px}.chips b{font-weight:600;overflow-wrap:anywhere}
-.absent,em{color:var(--soft)}
-.sample{margin:0 0 18px;background:var(--card);border:1px solid var(--line);border-radius:10px;overflow:hidden}
-.text{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
-.prompt{padding:12px 16px;border-bottom:1px solid var(--line);font-weight:600}
-.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(240px,1fr))}
-.answers>div{padding:12px 16px 16px}.answers>div+div{border-left:1px solid var(--line)}
-h4{margin:0 0 4px;color:var(--accent);font-size:12px;font-weight:600}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:16px}
-figure{margin:0;padding:12px 14px 8px;background:var(--card);border:1px solid var(--line);border-radius:10px}
-figcaption{margin-bottom:4px;font-size:13px;font-weight:600}
-img{display:block;width:100%;height:auto}
-@media print{.sample,figure{break-inside:avoid}}
-"""

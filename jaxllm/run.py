@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,13 +14,12 @@ from rich.table import Table
 
 from jaxllm import checkpoint, goodput
 from jaxllm.config import InputError, to_tree
-from jaxllm.goodput import summary
 from jaxllm.metrics import LoggingConfig, console
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.process import ProcessConfig, Signals, join
 from jaxllm.sharding import MeshConfig, make_mesh, meet
-from jaxllm.stages import dpo, evaluate, ppo, pretrain, rank, reward, sample, sft, tokenizer
+from jaxllm.stages import evaluate, language_model, ppo, preference, rank, sample, tokenizer
 from jaxllm.stages.evaluate import EvaluateConfig
 from jaxllm.stages.language_model import LanguageModelConfig
 from jaxllm.stages.ppo import GRPO, RLOO, PPOConfig
@@ -107,15 +106,14 @@ def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
     if not worked:
         console.print(f"Nothing to do: {'all stages are' if len(stages) > 1 else 'it is'} finished in {run_dir}")
     if worked and jax.process_index() == 0:
-        console.print(summary(goodput.read(workspace.ledger.path)))
+        console.print(goodput.summary(goodput.read(workspace.ledger.path)))
     unwritten = worked or not (run_dir / "report.html").exists()  # it may have been killed just before
     if unwritten and jax.process_index() == 0 and stages[-1] == "evaluate":
         from jaxllm.report import write_report  # matplotlib takes seconds to import
 
         write_report(run_dir, [s for s in STAGES if s in config.stages or workspace.result(s) is not None])
-        console.print(
-            f"Report: {run_dir}/report.html and report.md; talk to it: jaxllm chat {run_dir}/{_last_policy(workspace)}"
-        )
+        policy = [stage for stage in POLICIES if workspace.result(stage) is not None][-1]
+        console.print(f"Report: {run_dir}/report.html and report.md; talk to it: jaxllm chat {run_dir}/{policy}")
 
 
 def _work(workspace: Workspace, config: Config, stage: str, config_path: str) -> bool:
@@ -185,14 +183,11 @@ def start_devices(config: Config) -> jax.sharding.Mesh:
 def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: str) -> None:
     began = time.monotonic()
     console.rule(f"[bold]{stage}")
-    model = None
     if stage in ("pretrain", "sft"):
         workspace.require("tokenizer", stage)
+    if stage in ("reward", *POLICIES):
         workspace.share_tokenizer(stage)
-        model = resolve_model(config.model, workspace.tokenizer().vocab_size)
-    elif stage in ("reward", *POLICIES):
-        workspace.share_tokenizer(stage)
-    result = _call(workspace, config, stage, model)
+    result = _call(workspace, config, stage)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result = {**result, "wall_seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": peak}
     meet(f"end of {stage}")
@@ -206,21 +201,18 @@ def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: st
     meet(f"{stage} is finished")
 
 
-def _call(workspace: Workspace, config: Config, stage: str, model: Any) -> dict[str, Any]:
-    calls: dict[str, Callable[[], dict[str, Any]]] = {
-        "tokenizer": lambda: tokenizer.run(workspace, config.tokenizer),
-        "pretrain": lambda: pretrain.run(workspace, config.pretrain, model, config.logging),
-        "sft": lambda: sft.run(workspace, config.sft, model, config.logging),
-        "sample": lambda: sample.run(workspace, config.sample),
-        "rank": lambda: rank.run(workspace, config.rank),
-        "reward": lambda: reward.run(workspace, config.reward, config.logging),
-        "dpo": lambda: dpo.run(workspace, config.dpo, config.logging),
-        "rloo": lambda: ppo.run(workspace, config.rloo, config.logging, "rloo"),
-        "grpo": lambda: ppo.run(workspace, config.grpo, config.logging, "grpo"),
-        "ppo": lambda: ppo.run(workspace, config.ppo, config.logging),
-        "evaluate": lambda: evaluate.run(workspace, config.evaluate, config.pretrain.data, config.sft.data),
-    }
-    return calls[stage]()
+def _call(workspace: Workspace, config: Config, stage: str) -> dict[str, Any]:
+    section, logging = getattr(config, stage), config.logging
+    if stage in ("pretrain", "sft"):
+        model = resolve_model(config.model, workspace.tokenizer().vocab_size)
+        return language_model.run(workspace, stage, section, model, logging)
+    if stage in ("reward", "dpo"):
+        return preference.run(workspace, stage, section, logging)
+    if stage in ("rloo", "grpo", "ppo"):
+        return ppo.run(workspace, section, logging, stage)
+    if stage == "evaluate":
+        return evaluate.run(workspace, section, config.pretrain.data, config.sft.data)
+    return {"tokenizer": tokenizer, "sample": sample, "rank": rank}[stage].run(workspace, section)
 
 
 def resolve_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
@@ -242,15 +234,9 @@ def print_result(stage: str, result: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows = []
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{name}.")
+            yield from _flat(value, f"{prefix}{name}.")
         elif not isinstance(value, list):
-            rows.append((prefix + name, value))
-    return rows
-
-
-def _last_policy(workspace: Workspace) -> str:
-    return [stage for stage in POLICIES if workspace.result(stage) is not None][-1]
+            yield prefix + name, value

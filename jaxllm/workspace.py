@@ -29,13 +29,14 @@ from etils import epath
 from jaxllm import checkpoint
 from jaxllm.config import InputError, build, differences, to_tree
 from jaxllm.goodput import Ledger
+from jaxllm.metrics import write_whole
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.process import Signals
 from jaxllm.sharding import meet, param_shardings
 from jaxllm.tokenizer import Tokenizer
-from jaxllm.train import Keeping, check_unchanged
+from jaxllm.train import Keeping, check_unchanged, with_shardings
 
 # Every stage, in the order of a life; POLICIES are those that leave a model to talk to.
 STAGES = ("tokenizer", "pretrain", "sft", "sample", "rank", "reward", "dpo", "rloo", "grpo", "ppo", "evaluate")
@@ -139,6 +140,12 @@ class Workspace:
             raise InputError(f"{self.stage_dir(stage)}: {needed_by} needs the {stage} stage; run: {hint}")
         return result
 
+    def source(self, given: str, stage: str, needed_by: str) -> str:
+        """The stage directory `given`; where it is empty that of `stage`, which must be finished."""
+        if not given:
+            self.require(stage, needed_by)
+        return given or str(self.stage_dir(stage))
+
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.run_dir / "tokenizer" / "tokenizer")
 
@@ -153,10 +160,9 @@ class Workspace:
         meet(f"tokenizer of {stage}")
 
 
-def _outcome(sections: dict[str, Any]) -> dict[str, Any]:
+def _outcome(tree: Any) -> Any:
     """Without the fields that change nothing: how many threads prepare batches."""
-    drop = lambda tree: {k: drop(v) for k, v in tree.items() if k != "workers"} if isinstance(tree, dict) else tree
-    return drop(sections)
+    return {k: _outcome(v) for k, v in tree.items() if k != "workers"} if isinstance(tree, dict) else tree
 
 
 def _has_progress(directory: epath.Path) -> bool:
@@ -168,12 +174,7 @@ def _has_progress(directory: epath.Path) -> bool:
 
 
 def describe_model(
-    stage_dir: epath.Path,
-    model: ModelConfig,
-    kind: str,
-    path: tuple[str, ...],
-    adapters: LoRAConfig | None = None,
-    base: str = "",
+    stage_dir: epath.Path, model: ModelConfig, kind: str, path: tuple[str, ...], adapters: LoRAConfig, base: str
 ) -> None:
     """Write model.json, by which a stage directory can be used as a model without its config.
 
@@ -181,7 +182,7 @@ def describe_model(
     they are all the checkpoint holds, and base is the stage directory of the policy they belong to.
     """
     record: dict[str, Any] = {"kind": kind, "path": list(path), "model": to_tree(model)}
-    if adapters and adapters.rank:
+    if adapters.rank:
         near = base if "://" in base else os.path.relpath(base, stage_dir)  # the run directory may be moved
         record |= {"adapters": to_tree(adapters), "base": near}
     if jax.process_index() == 0:
@@ -206,20 +207,15 @@ def load_model(
     adapters = build(LoRAConfig, record.get("adapters", {}), name=f"{stage_dir}/model.json")
     family = {"policy": transformer, "reward": scalar}[kind]
     shapes, axes = lora.trained(adapters, family.abstract(model), family.axes(model))
-    shardings = param_shardings(mesh, shapes, axes)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    abstract = with_shardings(shapes, param_shardings(mesh, shapes, axes))
     finished = read_json(stage_dir / "result.json") or {}
     params = checkpoint.load_params(stage_dir, abstract, record["path"], finished.get("checkpoint"))
     if adapters.rank:
-        policy = _load_base(stage_dir, record["base"], mesh, bases or {})
+        source = record["base"] if "://" in record["base"] else os.path.normpath(stage_dir / record["base"])
+        known = {os.path.normpath(path): params for path, params in (bases or {}).items()}
+        policy = known[source] if source in known else lora.merge(load_model(source, mesh)[0])
         params = lora.join(lora.frozen(adapters, policy if kind == "policy" else {"trunk": policy}), params)
     return params, model
-
-
-def _load_base(stage_dir: epath.Path, base: str, mesh: jax.sharding.Mesh, bases: dict[str, Any]) -> Any:
-    source = base if "://" in base else os.path.normpath(stage_dir / base)
-    known = next((params for path, params in bases.items() if os.path.normpath(path) == source), None)
-    return lora.merge(load_model(source, mesh)[0]) if known is None else known
 
 
 def read_json(path: epath.PathLike) -> Any | None:
@@ -234,10 +230,7 @@ def read_json(path: epath.PathLike) -> Any | None:
 
 def write_json(path: epath.PathLike, value: Any) -> None:
     """Write a JSON file at once: a reader sees the old or the new one, never a half."""
-    path = epath.Path(path)
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 def provenance(mesh: jax.sharding.Mesh) -> dict[str, Any]:

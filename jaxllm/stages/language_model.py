@@ -1,16 +1,20 @@
-"""What pre-training and supervised fine-tuning share: the next-token loss over packed rows."""
+"""Pre-training and supervised fine-tuning: the next-token loss over packed rows.
+
+Pre-training goes over documents, from fresh parameters; fine-tuning over conversations, from the pre-trained ones,
+where the loss falls on the assistant's tokens only, its end included.
+"""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 
 from jaxllm import evaluate, losses, train
-from jaxllm.checkpoint import CheckpointConfig
+from jaxllm.checkpoint import CheckpointConfig, compare
 from jaxllm.data import DataConfig, Rows, epoch_batches, epoch_rows, epochs_of, fingerprint, load_rows, make_batch_at
 from jaxllm.metrics import LoggingConfig, Work, console, peak_flops
 from jaxllm.models import lora, transformer
@@ -18,7 +22,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
 from jaxllm.sharding import activation, check_batch, param_shardings
-from jaxllm.workspace import Workspace, describe_model
+from jaxllm.workspace import Workspace, describe_model, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +68,12 @@ class LanguageModelConfig:
             raise ValueError("num_steps: must be positive, or 0 with num_epochs above 0")
 
 
-def train_language_model(
-    workspace: Workspace,
-    stage: str,
-    kind: str,
-    config: LanguageModelConfig,
-    model: ModelConfig,
-    logging: LoggingConfig,
-    source: str,
-    init_params: Callable[[Any], Any],
+def run(
+    workspace: Workspace, stage: str, config: LanguageModelConfig, model: ModelConfig, logging: LoggingConfig
 ) -> dict[str, float]:
-    """Train on packed rows and return the held-out numbers.
-
-    init_params(shardings) makes the first parameters, those of the stage directory `source` where that is not empty.
-    """
+    """Train the decoder of stage "pretrain" or "sft"; the result has its held-out bits per byte."""
+    kind = "document" if stage == "pretrain" else "chat"
+    source = config.init_from if stage == "pretrain" else workspace.source(config.init_from, "pretrain", stage)
     mesh, directory = workspace.mesh, workspace.stage_dir(stage)
     check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
     tokenizer, length = workspace.tokenizer(), config.length or model.max_length
@@ -88,16 +84,25 @@ def train_language_model(
     tx = make_optimizer(config.optim, num_steps, model.moe.bias_rate)
     whole, axes = transformer.abstract(model), transformer.axes(model)
     placed = train.place_state(mesh, *lora.trained(config.lora, whole, axes), tx)
-    first = functools.partial(init_params, param_shardings(mesh, whole, axes))
-    base = lora.frozen(config.lora, first()) if config.lora.rank else {}
     seed, sharding = workspace.seed, activation(mesh, "batch", None)
+
+    def first() -> Any:
+        if not source:
+            init = jax.jit(functools.partial(transformer.init, model), out_shardings=param_shardings(mesh, whole, axes))
+            return init(jax.random.key(seed))
+        params = lora.merge(load_model(source, mesh)[0])
+        compare(params, whole, source)
+        return params
+
+    base = lora.frozen(config.lora, first()) if config.lora.rank else {}
     measure = jax.jit(lambda params, batch, base: loss(params, batch, None, base, model=model, z_loss_coef=0.0)[2])
 
     def evaluation(step: int, state: train.TrainState) -> dict[str, float]:
         limit = 0 if step >= num_steps else config.eval_batches
         batches = epoch_batches(rows["held_out"], batch_size=config.batch_size, sharding=sharding, max_batches=limit)
         nats = evaluate.run(functools.partial(measure, base=base), state.params, batches)["loss"]
-        return {"eval/loss": nats, "eval/bits_per_byte": _bits_per_byte(nats, rows["held_out"])}
+        counts = (sum(getattr(r, name) for r, _ in rows["held_out"]) for name in ("num_tokens", "num_bytes"))
+        return {"eval/loss": nats, "eval/bits_per_byte": evaluate.bits_per_byte(nats, *counts)}
 
     def start() -> train.TrainState:
         key = jax.random.fold_in(jax.random.key(seed), 1)
@@ -106,14 +111,9 @@ def train_language_model(
 
     describe_model(directory, model, "policy", ("params",), config.lora, source)
     tokens = config.batch_size * length
-    step = train.make_step(
-        functools.partial(loss, model=model, z_loss_coef=config.z_loss_coef),
-        tx,
-        num_micro=config.num_micro,
-        seed=seed,
-        state_shardings=placed.shardings,
-        spike_factor=config.optim.spike_factor,
-    )
+    learn = functools.partial(loss, model=model, z_loss_coef=config.z_loss_coef)
+    settings: dict[str, Any] = {"num_micro": config.num_micro, "seed": seed, "spike_factor": config.optim.spike_factor}
+    step = train.make_step(learn, tx, state_shardings=placed.shardings, **settings)
     state, metrics = train.run_stage(
         directory,
         stage,
@@ -170,8 +170,3 @@ def describe(
         f"{f', {dropped} too long and dropped' if dropped else ''}; {transformer.num_params(model):,} parameters, "
         f"{num_steps} steps = {passes} epochs{' of the sources' if len(rows['train']) > 1 else ''}"
     )
-
-
-def _bits_per_byte(nats: float, rows: Sequence[tuple[Rows, float]]) -> float:
-    tokens, num_bytes = (sum(getattr(r, name) for r, _ in rows) for name in ("num_tokens", "num_bytes"))
-    return evaluate.bits_per_byte(nats, tokens, num_bytes)

@@ -1,33 +1,11 @@
 """PPO (Schulman et al. 2017) as InstructGPT; RLOO and GRPO are the same loop with other advantages and no critic.
 
-Defaults and where they come from (RLOO and GRPO differ where `RLOO` and `GRPO` below say):
-
-    field                  default  source
-    num_epochs             4        Ziegler et al. 2019; Stiennon et al. 2020; Huang et al. 2024 (InstructGPT: 1)
-    num_minibatches        4        ours, small batches (InstructGPT: 8 of 64)
-    kl_coef                0.05     Huang et al. 2024 (InstructGPT 0.02; Ziegler 0.15 adaptive)
-    kl_target, kl_horizon  off, 10000   Ziegler (target 6 nats)
-    discount               1.0      InstructGPT, appendix C.4; Ziegler
-    gae_lambda             0.95     Ziegler; Huang (InstructGPT does not say)
-    clip_low, clip_high    0.2      Schulman; InstructGPT (two limits: Yu et al. 2025)
-    value_clip             0.2      Ziegler; Huang
-    value_coef             0.1      Ziegler; Huang (used with a shared trunk only: a separate critic has its own step)
-    whiten_advantages      true     Ziegler; Huang (population variance)
-    whiten_rewards         false    Huang et al. 2024 (Ziegler: true)
-    missing_end_score      -1.0     Ziegler; Huang, detail 13 ("EOS trick")
-    sampling.temperature   1.0      InstructGPT, appendix C.4 (Ziegler and Huang 0.7)
-    critic                 reward   started from the reward model: InstructGPT, Stiennon
-    critic_head            copy     InstructGPT (zero: Huang, detail 11)
-    actor.learning_rate    1e-5     Ziegler (InstructGPT about 9e-6; Huang 3e-6); small models take more
-    critic.learning_rate   1e-5     InstructGPT 9e-6
-    Adam b2, eps           0.95, 1e-5   InstructGPT; Huang, detail 21
-    ema_decay              off      InstructGPT 0.992 an update
-    ptx.coef               off      InstructGPT 27.8, on sums over sequences; ours weighs means per token
+PPOConfig's comments say where a default comes from: Ziegler et al. 2019; Stiennon et al. 2020; InstructGPT (Ouyang et
+al. 2022); Huang et al. 2024. RLOO and GRPO differ where `RLOO` and `GRPO` below say.
 """
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -36,32 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxllm import evaluate, losses, rewards, train
+from jaxllm import data, evaluate, generate, losses, rewards, train
 from jaxllm.annotators import prompt_text
 from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import InputError
-from jaxllm.data import (
-    DataConfig,
-    PromptExample,
-    fingerprint,
-    load_prompts,
-    load_rows,
-    make_batch_at,
-    make_prompt_batch_at,
-)
-from jaxllm.generate import (
-    Rollout,
-    SamplingConfig,
-    completions,
-    cut_at_strings,
-    generate,
-    response_hidden,
-    response_logprobs,
-    roll_out,
-    row_inputs,
-)
+from jaxllm.data import DataConfig, PromptExample
+from jaxllm.generate import Rollout, SamplingConfig
 from jaxllm.losses import Metrics, Moments
-from jaxllm.metrics import LoggingConfig, Work, console, read_metrics
+from jaxllm.metrics import LoggingConfig, Work, console, json_line, read_metrics, write_whole
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
@@ -73,6 +33,7 @@ from jaxllm.tokenizer import Tokenizer
 from jaxllm.train import TrainState
 from jaxllm.workspace import Workspace, describe_model, load_model
 
+# Adam's b2 0.95: InstructGPT; its eps: Huang, detail 21.
 _OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0, eps=1e-5)
 
 
@@ -80,7 +41,7 @@ _OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0, 
 class PtxConfig:
     """PPO-ptx: the pre-training gradient mixed into the policy's (Ouyang et al. 2022, eq. 2)."""
 
-    coef: float = 0.0
+    coef: float = 0.0  # InstructGPT 27.8, on sums over sequences; ours weighs means per token
     """Weight of the next-token loss (mean per token) beside the policy loss (mean per token); 0: off."""
     data: DataConfig = DataConfig()
     """Documents; without sources those of pretrain."""
@@ -96,7 +57,7 @@ class PtxConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-    """Reinforcement learning from a reward. Sources of the defaults: the head of stages/ppo.py."""
+    """Reinforcement learning from a reward. The comments are the sources of the defaults (stages/ppo.py)."""
 
     data: DataConfig = DataConfig()
     """Prompts; without sources those of the sample stage."""
@@ -114,15 +75,15 @@ class PPOConfig:
     """Updates: a batch of rollouts and num_epochs passes over it each."""
     batch_size: int = 64
     """Responses per update, num_responses to each prompt."""
-    num_epochs: int = 4
+    num_epochs: int = 4  # Ziegler; Stiennon; Huang (InstructGPT: 1)
     """Passes over a batch of rollouts."""
-    num_minibatches: int = 4
+    num_minibatches: int = 4  # ours, small batches (InstructGPT: 8 of 64)
     """Optimiser updates per pass."""
     num_micro: int = 1
     """Microbatches per minibatch."""
-    kl_coef: float = 0.05
+    kl_coef: float = 0.05  # Huang (InstructGPT 0.02; Ziegler 0.15 adaptive)
     """Weight of the per-token KL to the reference in the reward."""
-    kl_target: float = 0.0
+    kl_target: float = 0.0  # Ziegler: 6 nats, with kl_horizon 10000
     """KL in nats per response that kl_coef is adapted to (Ziegler et al. 2019, section 2.2); 0: kl_coef is fixed."""
     kl_horizon: float = 10_000.0
     """Responses over which kl_coef adapts; with the error clipped to 0.2, it takes five times as many to double."""
@@ -130,43 +91,43 @@ class PPOConfig:
     """Weight of the k3 estimate in the loss, as in GRPO; beside kl_coef or in its place."""
     max_approx_kl: float = 0.0
     """An update ends early once a minibatch's approximate KL to the old policy, nats per token, passes this; 0: never."""
-    discount: float = 1.0
+    discount: float = 1.0  # InstructGPT, appendix C.4; Ziegler
     """Discount of later rewards."""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.95  # Ziegler; Huang (InstructGPT does not say)
     """Lambda of generalised advantage estimation."""
-    clip_low: float = 0.2
+    clip_low: float = 0.2  # Schulman; InstructGPT (two limits: Yu et al. 2025)
     """The probability ratio is clipped from below at 1 - clip_low."""
     clip_high: float = 0.2
     """And from above at 1 + clip_high."""
     dual_clip: float = 0.0
     """Where the advantage is negative, the loss is at most this times it (above 1; Ye et al. 2020); 0: off."""
-    value_clip: float = 0.2
+    value_clip: float = 0.2  # Ziegler; Huang
     """A new value may move this far from the old one; 0: no limit."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus per token."""
-    whiten_advantages: bool = True
+    whiten_advantages: bool = True  # Ziegler; Huang
     """Normalise advantages over the batch (population variance)."""
-    whiten_rewards: bool = False
+    whiten_rewards: bool = False  # Huang (Ziegler: true)
     """Scale per-token rewards to variance one over the batch, their mean kept."""
     normalise_scores: bool = False
     """Scale scores by the running mean and standard deviation of all scores so far."""
     score_clip: float = 0.0
     """Scores are clipped to +-this, after normalising; 0: not."""
-    missing_end_score: float = -1.0
+    missing_end_score: float = -1.0  # Ziegler; Huang, detail 13 ("EOS trick")
     """Score of a response that never ends, in place of all terms."""
     stop_strings: tuple[str, ...] = ()
     """A response ends with the token that completes one of these, and counts as finished."""
     max_prompt_length: int = 64
     """Prompts longer than this many tokens are refused (or dropped: data.too_long)."""
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingConfig = SamplingConfig()  # temperature 1: InstructGPT, appendix C.4 (Ziegler and Huang 0.7)
     """How responses are drawn; top_k and top_p stay off, the loss knows only the temperature."""
-    critic_trunk: Literal["separate", "shared"] = "separate"
+    critic_trunk: Literal["separate", "shared"] = "separate"  # from the reward model: InstructGPT; Stiennon
     """A critic of its own, started from the reward model, or a value head on the policy's trunk."""
-    critic_head: Literal["copy", "zero"] = "copy"
+    critic_head: Literal["copy", "zero"] = "copy"  # InstructGPT (zero: Huang, detail 11)
     """The critic's head at the start: the reward model's, or zero; without a reward model it is zero."""
-    value_coef: float = 0.1
+    value_coef: float = 0.1  # Ziegler; Huang; a separate critic has its own step
     """Weight of the value loss where the trunk is shared."""
-    ema_decay: float = 0.0
+    ema_decay: float = 0.0  # InstructGPT: 0.992 an update
     """Decay per update of the running mean of the policy, which is then the stage's model; 0: off."""
     lora: LoRAConfig = LoRAConfig()
     """Train adapters of policy and critic; the reference is the policy without them."""
@@ -180,9 +141,9 @@ class PPOConfig:
     """Updates between evaluations on held-out prompts."""
     eval_prompts: int = 64
     """Held-out prompts of an evaluation."""
-    actor: OptimConfig = _OPTIM
+    actor: OptimConfig = _OPTIM  # 1e-5: Ziegler (InstructGPT about 9e-6; Huang 3e-6); small models take more
     """The policy's optimiser."""
-    critic: OptimConfig = _OPTIM
+    critic: OptimConfig = _OPTIM  # 1e-5: InstructGPT 9e-6
     """The critic's optimiser."""
     checkpoint: CheckpointConfig = CheckpointConfig(save_every=20)
     """Saving."""
@@ -213,15 +174,7 @@ class PPOConfig:
 # Ahmadian et al. 2024: the whole response is one action, its KL in the reward, one step per batch.
 RLOO = PPOConfig(advantages="rloo", num_responses=4, num_epochs=1, num_minibatches=1, whiten_advantages=False)
 # Shao et al. 2024: scores normalised within the prompt's responses, the k3 estimate in the loss.
-GRPO = PPOConfig(
-    advantages="grpo",
-    num_responses=8,
-    num_epochs=1,
-    num_minibatches=1,
-    kl_coef=0.0,
-    kl_loss_coef=0.04,
-    whiten_advantages=False,
-)
+GRPO = dataclasses.replace(RLOO, advantages="grpo", num_responses=8, kl_coef=0.0, kl_loss_coef=0.04)
 
 
 class PPOState(NamedTuple):
@@ -271,6 +224,11 @@ class Setup(NamedTuple):
         return self.tokenizer.end_id, self.tokenizer.eos_id
 
     @property
+    def drawing(self) -> dict[str, Any]:
+        """How responses are drawn, for the functions of `generate`."""
+        return {"sampling": self.config.sampling, "stop_ids": self.stop_ids, "pad_id": self.tokenizer.pad_id}
+
+    @property
     def has_critic(self) -> bool:
         """Whether the critic is a model of its own."""
         return self.config.advantages == "gae" and self.config.critic_trunk == "separate"
@@ -284,6 +242,11 @@ class Setup(NamedTuple):
         whole = lora.join(base, params)
         return whole["trunk"] if self.shares_trunk else whole
 
+    def logprobs(self, params: Any, rollout: Rollout) -> losses.TokenStats:
+        """Of the responses, under a decoder at the temperature they are drawn at."""
+        temperature = self.config.sampling.temperature
+        return generate.response_logprobs(params, rollout, config=self.model, temperature=temperature)
+
 
 # (fetchable rollout, its prompts) -> scores float32[B] before anything is done to them, and each term's mean
 Score = Callable[[Rollout, Sequence[PromptExample]], tuple[jax.Array, Metrics]]
@@ -295,23 +258,24 @@ def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: 
     check_batch(mesh, config.batch_size // config.num_minibatches // config.num_micro, f"{stage} minibatch")
     check_batch(mesh, config.batch_size // config.num_responses, f"{stage}.batch_size / {stage}.num_responses")
     tokenizer = workspace.tokenizer()
-    setup, roles, first_actor, first_critic = load_roles(workspace, config, stage, tokenizer)
+    setup, roles, *starts = load_roles(workspace, config, stage, tokenizer)
     prompts = load_all_prompts(stage, config, tokenizer)
     score, parts = make_score(setup, roles, mesh, f"{stage}.rewards"), build(setup, mesh)
     path = ("ema",) if config.ema_decay else ("actor", "params")
     shared = ("trunk",) if setup.shares_trunk else ()
-    source = config.init_from or str(workspace.stage_dir("sft"))
+    source = workspace.source(config.init_from, "sft", stage)
     describe_model(directory, setup.model, "policy", (*path, *shared), config.lora, source)
     table, ptx_at = SampleTable(directory / "rollouts.jsonl", setup), ptx_batches(workspace, setup, stage)
     updates = config.num_steps * config.num_epochs * config.num_minibatches
     _, metrics = train.run_stage(
         directory,
         stage,
-        keeping=workspace.keeping(stage, fingerprint([*prompts["train"], *prompts["held_out"]])),
-        init=lambda: first_state(parts, config, mesh, first_actor(), first_critic()),
+        keeping=workspace.keeping(stage, data.fingerprint([*prompts["train"], *prompts["held_out"]])),
+        # Copies: making a state donates, and reference and reward model stay.
+        init=lambda: first_state(parts, config, mesh, *jax.tree.map(jnp.copy, starts)),
         abstract=abstract_state(parts, config, mesh),
         step=make_step(setup, parts, roles, score, prompts["train"], stage, ptx_at, table),
-        batch_at=make_prompt_batch_at(
+        batch_at=data.make_prompt_batch_at(
             prompts["train"],
             batch_size=config.batch_size // config.num_responses,
             seed=workspace.seed,
@@ -337,20 +301,17 @@ def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: 
 
 
 def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: Tokenizer):
-    """(setup, roles, and the actor's and the critic's first parameters as functions).
+    """(setup, roles, and the actor's and the critic's first parameters, which the roles may share).
 
     The reference is the policy's start; the critic starts from the reward model, without one from the policy.
     """
     mesh, has_reward = workspace.mesh, any(source.source == "model" for source in config.rewards)
-    for needed, given in [("sft", config.init_from), *([("reward", config.reward_from)] if has_reward else [])]:
-        if not given:
-            workspace.require(needed, stage)
-    source = config.init_from or str(workspace.stage_dir("sft"))
+    source = workspace.source(config.init_from, "sft", stage)
+    reward_from = workspace.source(config.reward_from, "reward", stage) if has_reward else ""
     ref, model = load_model(source, mesh)
     ref, reward, reward_model = lora.merge(ref), {}, model
     if has_reward:
-        where = config.reward_from or str(workspace.stage_dir("reward"))
-        reward, reward_model = load_model(where, mesh, "reward", {source: ref})
+        reward, reward_model = load_model(reward_from, mesh, "reward", {source: ref})
     length = config.max_prompt_length + config.sampling.max_new_tokens
     if length > (limit := min(model.max_length, reward_model.max_length)):
         raise InputError(
@@ -362,8 +323,7 @@ def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: T
     critic, critic_base = {}, {}
     if setup.has_critic:
         critic, critic_base = split(config.lora, first_scalar(ref, model, reward, config, of_reward=True))
-    copy = lambda params: jax.tree.map(jnp.copy, params)  # making a state donates; reference and reward model stay
-    return setup, Roles(ref, actor_base, critic_base, reward), lambda: copy(actor), lambda: copy(critic)
+    return setup, Roles(ref, actor_base, critic_base, reward), actor, critic
 
 
 def first_scalar(ref: Any, model: ModelConfig, reward: Any, config: PPOConfig, of_reward: bool = False) -> Any:
@@ -386,7 +346,7 @@ def split(config: LoRAConfig, params: Any) -> tuple[Any, Any]:
 
 
 def load_all_prompts(stage: str, config: PPOConfig, tokenizer: Tokenizer) -> dict[str, list[PromptExample]]:
-    prompts = {s: load_prompts(config.data, s, tokenizer, config.max_prompt_length) for s in ("train", "held_out")}
+    prompts = {s: data.load_prompts(config.data, s, tokenizer, config.max_prompt_length) for s in ("train", "held_out")}
     prompts["held_out"] = prompts["held_out"][: config.eval_prompts]
     counts = f"{len(prompts['train'])} training prompts, {len(prompts['held_out'])} held-out prompts for evaluation"
     console.print(f"{stage}: {counts}")
@@ -404,7 +364,7 @@ def make_score(setup: Setup, roles: Roles, mesh: jax.sharding.Mesh, field: str) 
     def score(rollout: Rollout, prompts: Sequence[PromptExample]) -> tuple[jax.Array, Metrics]:
         texts: list[str] = []
         if on_texts:
-            texts = [setup.tokenizer.decode(c.ids) for c in completions(fetch(rollout), setup.stop_ids)]
+            texts = [setup.tokenizer.decode(c.ids) for c in generate.completions(fetch(rollout), setup.stop_ids)]
         asked, answers = [prompt_text(p.messages) for p in prompts], [p.answer for p in prompts]
         total, metrics = jnp.zeros(()), {}
         for source in sources:
@@ -428,7 +388,7 @@ class Parts(NamedTuple):
     shape_scores: Callable[..., Any]
     experience: Callable[..., tuple[Experience, Metrics]]
     actor_step: Callable[..., tuple[TrainState, Metrics]]
-    critic_step: Callable[..., tuple[TrainState, Metrics]]
+    critic_step: Any  # as actor_step, or None
     actor: train.Placed
     critic: train.Placed | None
 
@@ -437,74 +397,51 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
     """Compile-ready parts of an update."""
     config, model = setup.config, setup.model
     updates = config.num_steps * config.num_epochs * config.num_minibatches
-    actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)
     decoder = (transformer.abstract(model), transformer.axes(model))
     with_head = (scalar.abstract(setup.reward_model), scalar.axes(setup.reward_model))
-    actor = train.place_state(
-        mesh, *lora.trained(config.lora, *(with_head if setup.shares_trunk else decoder)), actor_tx
-    )
-    critic = train.place_state(mesh, *lora.trained(config.lora, *with_head), critic_tx) if setup.has_critic else None
+
+    def trained(loss: Callable[..., losses.Loss], optim: OptimConfig, family: Any, mixed: Any = None):
+        """(update step, where the state lives) of parameters with these shapes and logical axes."""
+        tx = make_optimizer(optim, updates)
+        placed = train.place_state(mesh, *lora.trained(config.lora, *family), tx)
+        settings = {"state_shardings": placed.shardings, "mixed": mixed, "spike_factor": optim.spike_factor}
+        loss = functools.partial(loss, setup=setup)
+        return train.make_step(loss, tx, num_micro=config.num_micro, **settings), placed
 
     def rollout(params: Any, base: Any, batch: Any, key: jax.Array) -> Rollout:
-        return generate(
-            setup.policy(params, base),
-            model,
-            batch["tokens"],
-            batch["mask"],
-            key,
-            index=batch["index"],
-            sampling=config.sampling,
-            stop_ids=setup.stop_ids,
-            pad_id=setup.tokenizer.pad_id,
-            num_samples=config.num_responses,
-        )
+        policy, asked = setup.policy(params, base), (batch["tokens"], batch["mask"], key)
+        samples = {"index": batch["index"], "num_samples": config.num_responses}
+        return generate.generate(policy, model, *asked, **samples, **setup.drawing)
 
-    update = functools.partial(train.make_step, num_micro=config.num_micro)
+    mixed = (functools.partial(ptx_loss, setup=setup), config.ptx.coef) if config.ptx.coef else None
+    actor_step, actor = trained(actor_loss, config.actor, with_head if setup.shares_trunk else decoder, mixed)
+    critic_step, critic = trained(critic_loss, config.critic, with_head) if setup.has_critic else (None, None)
     return Parts(
         rollout=jax.jit(rollout),
         shape_scores=jax.jit(functools.partial(shape_scores, config=config)),
         experience=jax.jit(functools.partial(make_experience, setup=setup)),
-        actor_step=update(
-            functools.partial(actor_loss, setup=setup),
-            actor_tx,
-            state_shardings=actor.shardings,
-            mixed=(functools.partial(ptx_loss, setup=setup), config.ptx.coef) if config.ptx.coef else None,
-            spike_factor=config.actor.spike_factor,
-        ),
-        critic_step=update(
-            functools.partial(critic_loss, setup=setup),
-            critic_tx,
-            state_shardings=critic.shardings if critic else None,
-            spike_factor=config.critic.spike_factor,
-        ),
+        actor_step=actor_step,
+        critic_step=critic_step,
         actor=actor,
         critic=critic,
     )
 
 
 def first_state(parts: Parts, config: PPOConfig, mesh: jax.sharding.Mesh, actor: Any, critic: Any) -> PPOState:
-    place = functools.partial(jax.device_put, device=replicated(mesh))
-    ema = jax.tree.map(jnp.copy, actor) if config.ema_decay else {}
-    return PPOState(
-        place(jnp.int32(0)),
-        parts.actor.init(actor),
-        parts.critic.init(critic) if parts.critic else {},
-        place(jnp.float32(config.kl_coef)),
-        jax.device_put(ema, parts.actor.shardings.params) if config.ema_decay else {},
-        Moments(*(place(jnp.float32(0)) for _ in range(3))),
-    )
+    number = lambda dtype, value: jax.device_put(dtype(value), replicated(mesh))
+    ema = jax.device_put(jax.tree.map(jnp.copy, actor), parts.actor.shardings.params) if config.ema_decay else {}
+    return _state(config, number, parts.actor.init(actor), parts.critic.init(critic) if parts.critic else {}, ema)
 
 
 def abstract_state(parts: Parts, config: PPOConfig, mesh: jax.sharding.Mesh) -> PPOState:
-    number = functools.partial(jax.ShapeDtypeStruct, (), sharding=replicated(mesh))
-    return PPOState(
-        number(jnp.int32),
-        parts.actor.abstract,
-        parts.critic.abstract if parts.critic else {},
-        number(jnp.float32),
-        parts.actor.abstract.params if config.ema_decay else {},
-        Moments(*(number(jnp.float32) for _ in range(3))),
-    )
+    number = lambda dtype, _: jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
+    actor, critic = parts.actor.abstract, parts.critic.abstract if parts.critic else {}
+    return _state(config, number, actor, critic, actor.params if config.ema_decay else {})
+
+
+def _state(config: PPOConfig, number: Callable[..., Any], actor: Any, critic: Any, ema: Any) -> PPOState:
+    moments = Moments(*(number(jnp.float32, 0) for _ in range(3)))
+    return PPOState(number(jnp.int32, 0), actor, critic, number(jnp.float32, config.kl_coef), ema, moments)
 
 
 def ptx_batches(workspace: Workspace, setup: Setup, stage: str) -> Callable[[int], Any] | None:
@@ -514,9 +451,9 @@ def ptx_batches(workspace: Workspace, setup: Setup, stage: str) -> Callable[[int
         return None
     check_batch(workspace.mesh, config.batch_size // setup.config.num_micro, f"{stage}.ptx.batch_size / num_micro")
     length, cache = config.length or setup.model.max_length, workspace.run_dir / "cache"
-    rows = load_rows(config.data, "document", "train", setup.tokenizer, length, cache)
+    rows = data.load_rows(config.data, "document", "train", setup.tokenizer, length, cache)
     sharding = activation(workspace.mesh, "batch", None)
-    return make_batch_at(rows, batch_size=config.batch_size, seed=workspace.seed, sharding=sharding)
+    return data.make_batch_at(rows, batch_size=config.batch_size, seed=workspace.seed, sharding=sharding)
 
 
 def make_step(
@@ -555,8 +492,11 @@ def make_step(
             control = {"target": config.kl_target, "horizon": config.kl_horizon, "batch_size": config.batch_size}
             kl_coef = losses.adapt_kl_coef(kl_coef, kl, **control)
         ema = move(state.ema, actor.params, config.ema_decay) if config.ema_decay else {}
-        metrics |= total(collected) | {"minibatches": (jnp.float32(len(collected)), jnp.ones(()))}
-        metrics |= {"skip_streak": (longest_streak(actor, critic), jnp.ones(()))}
+        metrics |= jax.tree.map(lambda *sums: functools.reduce(jnp.add, sums), *collected)
+        metrics |= {"minibatches": (jnp.float32(len(collected)), jnp.ones(()))}
+        # Minibatches skipped in a row by the policy, or by the critic where that is more.
+        streak = functools.reduce(jnp.maximum, [trained.guard.streak for trained in (actor, critic) if trained])
+        metrics |= {"skip_streak": (streak.astype(jnp.float32), jnp.ones(()))}
         state = PPOState(state.step + 1, actor, critic, kl_coef, ema, moments)
         return state, {f"{stage}/{name}": pair for name, pair in metrics.items()}
 
@@ -570,27 +510,19 @@ def make_step(
                 critic, more = parts.critic_step(critic, minibatch, base=roles.critic_base)
                 metrics |= {name if name.startswith("value") else f"critic_{name}": pair for name, pair in more.items()}
             collected.append(metrics)
-            if config.max_approx_kl and _mean(metrics["approx_kl"]) > config.max_approx_kl:
+            total, tokens = metrics["approx_kl"]
+            if config.max_approx_kl and float(total) / max(float(tokens), 1.0) > config.max_approx_kl:
                 break
         return actor, critic, collected
 
     return step
 
 
-def longest_streak(actor: TrainState, critic: Any) -> jax.Array:
-    """float32[]: minibatches skipped in a row by the policy, or by the critic where that is more."""
-    streaks = [state.guard.streak for state in (actor, critic) if state]
-    return functools.reduce(jnp.maximum, streaks).astype(jnp.float32)
-
-
 def minibatches(setup: Setup, number: int) -> np.ndarray:
     """Rows int32[updates, size] of the minibatches of update `number`: a fresh permutation for each epoch."""
-    config = setup.config
-    orders = (
-        np.random.default_rng([setup.seed, number, epoch]).permutation(config.batch_size)
-        for epoch in range(config.num_epochs)
-    )
-    size = config.batch_size // config.num_minibatches
+    config, size = setup.config, setup.config.batch_size // setup.config.num_minibatches
+    draws = (np.random.default_rng([setup.seed, number, epoch]) for epoch in range(config.num_epochs))
+    orders = (draw.permutation(config.batch_size) for draw in draws)
     return np.concatenate([*orders]).reshape(-1, size).astype(np.int32)
 
 
@@ -598,7 +530,7 @@ def end_at_strings(rollout: Rollout, setup: Setup) -> Rollout:
     """Cut responses at the configured stop strings; without any the rollout stays on its devices."""
     if not setup.config.stop_strings:
         return rollout
-    cut = cut_at_strings(fetch(rollout), setup.config.stop_strings, setup.tokenizer.decode)
+    cut = generate.cut_at_strings(fetch(rollout), setup.config.stop_strings, setup.tokenizer.decode)
     mask, finished = (jax.device_put(getattr(cut, n), getattr(rollout, n).sharding) for n in ("mask", "finished"))
     return rollout._replace(mask=mask, finished=finished)
 
@@ -607,14 +539,6 @@ def end_at_strings(rollout: Rollout, setup: Setup) -> Rollout:
 def move(ema: Any, params: Any, decay: float) -> Any:
     """The running mean, one update on."""
     return jax.tree.map(lambda e, p: e * decay + p * (1.0 - decay), ema, params)
-
-
-def total(collected: list[Metrics]) -> Metrics:
-    return jax.tree.map(lambda *xs: functools.reduce(jnp.add, xs), *collected)
-
-
-def _mean(pair: losses.Pair) -> float:
-    return float(pair[0]) / max(float(pair[1]), 1.0)
 
 
 def shape_scores(scores: jax.Array, finished: jax.Array, moments: Moments, *, config: PPOConfig):
@@ -636,16 +560,15 @@ def make_experience(
 ) -> tuple[Experience, Metrics]:
     """Per-token rewards and advantages of a batch of rollouts; scores float32[B] is per sequence."""
     config, mask = setup.config, rollout.mask
-    logprobs = functools.partial(response_logprobs, config=setup.model, temperature=config.sampling.temperature)
-    policy, ref_logprobs = (
-        logprobs(setup.policy(actor, roles.actor_base), rollout),
-        logprobs(roles.ref, rollout).logprob,
-    )
+    policy = setup.logprobs(setup.policy(actor, roles.actor_base), rollout)
+    ref_logprobs = setup.logprobs(roles.ref, rollout).logprob
     rewards_ = losses.token_rewards(scores, policy.logprob, ref_logprobs, mask, kl_coef)
     if config.whiten_rewards:
         rewards_ = losses.whiten(rewards_, mask, centre=False)
     if config.advantages == "gae":
-        values = response_values(old_critic(actor, critic, roles, setup), rollout, model=setup.reward_model)
+        # The critic's whole tree: trunk and head, its own or with the policy's trunk.
+        base, trained = (roles.actor_base, actor) if setup.shares_trunk else (roles.critic_base, critic)
+        values = response_values(lora.join(base, trained), rollout, model=setup.reward_model)
         advantages, returns = losses.gae(rewards_, values, mask, discount=config.discount, lam=config.gae_lambda)
     else:
         values = returns = jnp.zeros_like(rewards_)
@@ -653,17 +576,11 @@ def make_experience(
         each = losses.group_advantages(by_prompt, config.advantages).reshape(-1, 1)
         advantages = jnp.where(mask, each, 0.0)
     metrics = rollout_metrics(rollout, policy, ref_logprobs, advantages)
-    if config.advantages == "gae":
-        metrics |= value_metrics(values, returns, mask)
+    metrics |= value_metrics(values, returns, mask) if config.advantages == "gae" else {}
     if config.whiten_advantages:
         advantages = losses.whiten(advantages, mask)
     fields = (policy.logprob, ref_logprobs, values, advantages, returns)
     return Experience(rollout.tokens, rollout.prompt_mask, mask, *fields), metrics
-
-
-def old_critic(actor: Any, critic: Any, roles: Roles, setup: Setup) -> Any:
-    """The critic's whole tree: trunk and head, its own or with the policy's trunk."""
-    return lora.join(roles.actor_base, actor) if setup.shares_trunk else lora.join(roles.critic_base, critic)
 
 
 def rollout_metrics(rollout: Rollout, policy: losses.TokenStats, ref_logprobs: jax.Array, advantages) -> Metrics:
@@ -695,7 +612,7 @@ def actor_loss(params: Any, batch: Experience, key: Any, base: Any, *, setup: Se
     del key  # no dropout: the ratio of the first minibatch is exactly 1
     config, mask = setup.config, batch.mask
     policy = setup.policy(params, base)
-    hidden = response_hidden(policy, batch, setup.model)
+    hidden = generate.response_hidden(policy, batch, setup.model)
     targets, head = batch.tokens[:, -mask.shape[1] :], transformer.head(policy)
     temperature, cap = config.sampling.temperature, setup.model.logit_softcap
     stats = losses.token_logprobs(hidden, head, targets, temperature=temperature, cap=cap)
@@ -726,12 +643,12 @@ def ptx_loss(params: Any, batch: Any, key: Any, base: Any, *, setup: Setup) -> l
 
 def response_values(params: Any, batch: Rollout | Experience, *, model: ModelConfig) -> jax.Array:
     """The critic's value float32[B, R] of the state each response token was chosen in (the place before it)."""
-    return scalar.read(params["head"], response_hidden(params["trunk"], batch, model))
+    return scalar.read(params["head"], generate.response_hidden(params["trunk"], batch, model))
 
 
 def reward_scores(params: Any, rollout: Rollout, *, model: ModelConfig) -> jax.Array:
     """The reward model's score float32[B] of each response, read at its last token."""
-    segments, positions = row_inputs(rollout)
+    segments, positions = generate.row_inputs(rollout)
     return scalar.last_value(scalar.apply(params, model, rollout.tokens, segments, positions), segments)
 
 
@@ -739,11 +656,7 @@ def make_evaluation(
     setup: Setup, roles: Roles, score: Score, prompts: list[PromptExample], mesh: jax.sharding.Mesh
 ) -> Callable[[int, PPOState], dict[str, float]]:
     """(step, state) -> score, KL to the reference in nats per response, length and distinct-2 on held-out prompts."""
-    config, tokenizer = setup.config, setup.tokenizer
-    logprobs = jax.jit(
-        functools.partial(response_logprobs, config=setup.model, temperature=config.sampling.temperature)
-    )
-    settings: dict[str, Any] = {"sampling": config.sampling, "stop_ids": setup.stop_ids, "pad_id": tokenizer.pad_id}
+    config, logprobs = setup.config, jax.jit(functools.partial(Setup.logprobs, setup))
 
     def kl(params: Any, rollout: Rollout) -> np.ndarray:
         log_ratio = logprobs(params, rollout).logprob - logprobs(roles.ref, rollout).logprob
@@ -753,22 +666,22 @@ def make_evaluation(
         del step
         params = setup.policy(state.ema if config.ema_decay else state.actor.params, roles.actor_base)
         scores, kls, responses = [], [], []
-        drawn = roll_out(params, setup.model, [p.ids for p in prompts], seed=setup.seed, mesh=mesh, **settings)
+        asked_ids = [prompt.ids for prompt in prompts]
+        drawn = generate.roll_out(params, setup.model, asked_ids, seed=setup.seed, mesh=mesh, **setup.drawing)
         for rollout, count in drawn:
             rollout, begin = end_at_strings(rollout, setup), len(scores)
             asked = [*prompts[begin : begin + count], *[prompts[begin]] * (rollout.mask.shape[0] - count)]
             raw = fetch(score(rollout, asked)[0])
             ended = np.where(fetch(rollout.finished), raw, config.missing_end_score)
             scores, kls = [*scores, *ended[:count].tolist()], [*kls, *kl(params, rollout)[:count].tolist()]
-            responses += completions(fetch(rollout), setup.stop_ids)[:count]
-        numbers = {
-            "score": float(np.mean(scores)),
-            "kl": float(np.mean(kls)),
-            "response_length": float(np.mean([len(r.ids) for r in responses])),
-            "finished": float(np.mean([r.finished for r in responses])),
-            "distinct_2": evaluate.distinct(r.ids for r in responses),
+            responses += generate.completions(fetch(rollout), setup.stop_ids)[:count]
+        return {
+            "eval/score": float(np.mean(scores)),
+            "eval/kl": float(np.mean(kls)),
+            "eval/response_length": float(np.mean([len(r.ids) for r in responses])),
+            "eval/finished": float(np.mean([r.finished for r in responses])),
+            "eval/distinct_2": evaluate.distinct(r.ids for r in responses),
         }
-        return {f"eval/{name}": value for name, value in numbers.items()}
 
     return evaluation
 
@@ -790,19 +703,13 @@ class SampleTable:
         if jax.process_index():
             return
         if self._file is None or step <= self._last:  # a run that goes on, or that has gone back
-            kept = [line for line in read_metrics(self.path) if line["step"] < step]
-            partial = self.path.parent / f".{self.path.name}.partial"
-            partial.write_text("".join(map(_json_line, kept)))
-            partial.replace(self.path)
+            kept = (line for line in read_metrics(self.path) if line["step"] < step)
+            write_whole(self.path, "".join(map(json_line, kept)))
             self._file = self.path.open("a")
         self._last = step
-        rows = zip(prompts, completions(first, self.setup.stop_ids), scores, strict=False)
+        rows = zip(prompts, generate.completions(first, self.setup.stop_ids), scores, strict=False)
         for prompt, response, score in rows:
             text = {"prompt": prompt_text(prompt.messages), "response": self.setup.tokenizer.decode(response.ids)}
             more = {"finished": response.finished, "score": round(float(score), 4)}
-            self._file.write(_json_line({"step": step, **text, **more}))
+            self._file.write(json_line({"step": step, **text, **more}))
         self._file.flush()
-
-
-def _json_line(line: Any) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"

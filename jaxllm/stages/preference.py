@@ -1,9 +1,12 @@
-"""What the reward model and DPO share: K responses to a prompt as one example, and a loss over their scores."""
+"""Reward model and DPO: K responses to a prompt as one example, and a loss over their scores.
+
+The reward model is the fine-tuned model with a scalar head. In DPO (Rafailov et al. 2023) the policy itself is one,
+r = beta * log(policy / reference).
+"""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,14 +18,12 @@ from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import InputError
 from jaxllm.data import DataConfig, RankedExample, Source, fingerprint, load_ranked, make_ranked_batch_at, ranked_epoch
 from jaxllm.metrics import LoggingConfig, Work, console, peak_flops
-from jaxllm.models import transformer
+from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
 from jaxllm.sharding import activation, check_batch, fetch
-from jaxllm.workspace import Workspace, read_json, write_json
-
-Scores = Callable[..., jax.Array]  # (params, batch, **frozen) -> float32[B, K]
+from jaxllm.workspace import Workspace, describe_model, load_model, read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,32 +122,40 @@ def _distance(batch: Any) -> jax.Array:
     return good[:, :, None] - good[:, None, :]
 
 
-def train_on_rankings(
-    workspace: Workspace,
-    stage: str,
-    config: PreferenceConfig,
-    logging: LoggingConfig,
-    *,
-    rankings: dict[str, list[RankedExample]],
-    model: ModelConfig,
-    placed: Callable[[Any], train.Placed],
-    init_params: Callable[[train.Placed], Any],
-    scores: Scores,
-    frozen: dict[str, Any],
-    finalize: Callable[[train.TrainState, np.ndarray], train.TrainState] | None = None,
-) -> dict[str, Any]:
-    """Train parameters whose `scores` rank the responses; returns the held-out numbers.
+def run(workspace: Workspace, stage: str, config: PreferenceConfig, logging: LoggingConfig) -> dict[str, Any]:
+    """Train stage "reward" or "dpo"; returns held-out pairwise accuracy, top-1 accuracy and calibration error.
 
-    placed(optimiser) places the state; frozen: trees `scores` gets besides the trained ones. finalize gets the
-    trained state and the scores of the training responses, float32[N].
+    Of DPO they say how often its implicit reward orders held-out pairs right. It learns from all pairs of K responses,
+    or the Plackett-Luce likelihood of their order (Rafailov et al. 2023, appendix A.3).
     """
-    mesh, directory = workspace.mesh, workspace.stage_dir(stage)
+    is_dpo, mesh, directory = stage == "dpo", workspace.mesh, workspace.stage_dir(stage)
+    if is_dpo and config.loss == "regression":
+        raise InputError("dpo.loss: regression needs a reward model; set it to pairwise or plackett_luce")
+    source = workspace.source(config.init_from, "sft", stage)
+    policy, model = load_model(source, mesh)
+    policy = lora.merge(policy)
+    family, kind = (transformer, "policy") if is_dpo else (scalar, "reward")
+    describe_model(directory, model, kind, ("params",), config.lora, source)
+    rankings = load_rankings(workspace, stage, config, model)
     check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
     num_steps = config.num_steps or math.ceil(config.num_epochs * len(rankings["train"]) / config.batch_size)
     tx = make_optimizer(config.optim, num_steps)
-    place = placed(tx)
+    place = train.place_state(mesh, *lora.trained(config.lora, family.abstract(model), family.axes(model)), tx)
+    if is_dpo:
+        scores = functools.partial(implicit_rewards, model=model, beta=config.beta)
+        fixed = {"base": lora.frozen(config.lora, policy), "ref": policy}
+    else:
+        scores = functools.partial(reward_scores, model=model)
+        fixed = {"base": lora.frozen(config.lora, {"trunk": policy})}
     batches = {"batch_size": config.batch_size, "sharding": activation(mesh, "batch", None, None)}
-    measure = functools.partial(jax.jit(scores), **frozen)
+    measure = functools.partial(jax.jit(scores), **fixed)
+
+    def first(policy: Any) -> Any:
+        key = jax.random.fold_in(jax.random.key(workspace.seed), 1)
+        if is_dpo:
+            return lora.init(config.lora, jax.tree.map(jnp.copy, policy), key)  # a copy: the reference stays
+        head, adapters = jax.random.split(key)
+        return lora.init(config.lora, scalar.init(policy, model, head), adapters)
 
     def evaluation(step: int, state: train.TrainState) -> dict[str, float]:
         every, ranks = all_scores(measure, state.params, rankings["held_out"], batches)
@@ -156,29 +165,24 @@ def train_on_rankings(
 
     def finish(state: train.TrainState) -> train.TrainState:
         every, ranks = all_scores(measure, state.params, rankings["train"], batches)
-        return finalize(state, every[ranks > 0]) if finalize else state
+        return normalise(state, every[ranks > 0], config.normalise)
 
     def loss(params: Any, batch: Any, key: Any, **frozen: Any) -> losses.Loss:
         del key  # no dropout
         return ranking_loss(config, scores(params, batch, **frozen), batch)
 
     batch_at = make_ranked_batch_at(rankings["train"], seed=workspace.seed, **batches)
-    step = train.make_step(
-        loss,
-        tx,
-        num_micro=config.num_micro,
-        seed=workspace.seed,
-        state_shardings=place.shardings,
-        spike_factor=config.optim.spike_factor,
-    )
+    settings: dict[str, Any] = {"num_micro": config.num_micro, "seed": workspace.seed}
+    settings |= {"spike_factor": config.optim.spike_factor, "state_shardings": place.shardings}
+    step = train.make_step(loss, tx, **settings)
     rows = math.prod(batch_at(0)["tokens"].shape)
     _, metrics = train.run_stage(
         directory,
         stage,
         keeping=workspace.keeping(stage, fingerprint([*rankings["train"], *rankings["held_out"]])),
-        init=lambda: place.init(init_params(place)),
+        init=lambda: place.init(jax.jit(first, out_shardings=place.shardings.params)(policy)),
         abstract=place.abstract,
-        step=functools.partial(step, **frozen),
+        step=functools.partial(step, **fixed),
         batch_at=batch_at,
         num_steps=num_steps,
         settings=config,
@@ -187,7 +191,7 @@ def train_on_rankings(
         evaluate=evaluation,
         best="eval/accuracy",
         lower_is_better=False,
-        finalize=finish if finalize else None,
+        finalize=None if is_dpo else finish,
         schedules={"train/learning_rate": learning_rate(config.optim, num_steps)},
         shown=("loss", "accuracy", "eval/accuracy"),
     )
@@ -220,3 +224,40 @@ def breakdown(every: np.ndarray, ranks: np.ndarray, examples: list[RankedExample
         "reliability": evaluate.reliability(margins),
         **({"annotator_agreement": agreed[0], "annotator_agreement_pairs": agreed[1]} if agreed else {}),
     }
+
+
+def reward_scores(params: Any, batch: Any, *, base: Any, model: ModelConfig) -> jax.Array:
+    """Scores float32[B, K] of a batch {tokens, segment_ids int32[B, K, T]}: K rows of one forward."""
+    B, K, T = batch["tokens"].shape
+    tokens, segment_ids = (batch[name].reshape(B * K, T) for name in ("tokens", "segment_ids"))
+    values = scalar.apply(lora.join(base, params), model, tokens, segment_ids)
+    return scalar.last_value(values, segment_ids).reshape(B, K)
+
+
+def normalise(state: train.TrainState, scores: np.ndarray, how: str) -> train.TrainState:
+    """Shift the scores to mean zero (Ouyang et al. 2022, section 3.5), "unit": and scale them to variance one.
+
+    Both keep the order of any two responses; "none" changes nothing. scores float[N]: of the training responses.
+    """
+    head = state.params["head"]
+    shift = 0.0 if how == "none" else float(scores.mean())
+    gain = 1.0 / max(float(scores.std()), 1e-6) if how == "unit" else 1.0
+    bias = (head["bias"] - jnp.float32(shift)) * jnp.float32(gain)
+    new = {"kernel": head["kernel"] * jnp.float32(gain), "bias": bias}
+    return state._replace(params={**state.params, "head": new})
+
+
+def implicit_rewards(params: Any, batch: Any, *, base: Any, ref: Any, model: ModelConfig, beta: float) -> jax.Array:
+    """beta * (log policy - log reference) of each reply, float32[B, K] (Rafailov et al. 2023, eq. 5)."""
+    policy = reply_logprobs(lora.join(base, params), batch, model)
+    return beta * (policy - jax.lax.stop_gradient(reply_logprobs(ref, batch, model)))
+
+
+def reply_logprobs(params: Any, batch: Any, model: ModelConfig) -> jax.Array:
+    """Log-probability float32[B, K] of each reply, its end of turn included, summed over tokens."""
+    B, K, T = batch["tokens"].shape
+    tokens, segments, mask = (batch[name].reshape(B * K, T) for name in ("tokens", "segment_ids", "loss_mask"))
+    targets, on = losses.next_token_targets(tokens, segments, mask)
+    hidden = transformer.apply(params, model, tokens, segments)
+    logprobs = losses.token_logprobs(hidden, transformer.head(params), targets, cap=model.logit_softcap).logprob
+    return jnp.where(on, logprobs, 0.0).sum(1).reshape(B, K)

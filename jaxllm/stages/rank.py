@@ -19,16 +19,16 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from jaxllm.annotators import Annotator, prompt_text, score_all
+from jaxllm.annotators import prompt_text, score_all
 from jaxllm.config import InputError, resolve_function
 from jaxllm.data import DataConfig, is_held_out
-from jaxllm.metrics import console
+from jaxllm.metrics import console, json_line, write_whole
+from jaxllm.sharding import meet
 from jaxllm.workspace import StageCut, Workspace
 
 LABELS = string.ascii_uppercase
@@ -75,8 +75,7 @@ def run(workspace: Workspace, config: RankConfig, ask: Callable[[], str] | None 
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         _rank(workspace, directory, config, ask)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("rank")
+    meet("rank")
     skipped = directory / "skipped.jsonl"
     result = _summary(read_rankings(directory / "rankings.jsonl"), len(_read_lines(skipped)) if skipped.exists() else 0)
     _print_summary(result)
@@ -94,55 +93,34 @@ def _rank(workspace: Workspace, directory: epath.Path, config: RankConfig, ask: 
 
 
 def parse_order(text: str, num_responses: int) -> list[int]:
-    """Ranks of responses A, B, ... from an order such as ``B>A=D>C``.
+    """Ranks of responses A, B, ... (at most 26) from an order such as ``B>A=D>C``: 1 is best, no number is left out.
 
-    Parameters
-    ----------
-    text : str
-        Labels, best first, joined by ``>`` (better than) or ``=`` (as good as). Case, spaces and full width do not
-        matter.
-    num_responses : int
-        How many responses there are, at most 26; each must be named once.
+    The labels, best first, are joined by ``>`` (better than) or ``=`` (as good as, a tie). Case, spaces and full width
+    do not matter. Raises InputError where a label is missing, unknown or given twice.
 
-    Returns
-    -------
-    list of int
-        For each response in the order A, B, ...: 1 for the best, equal numbers for a tie, no number left out.
-
-    Raises
-    ------
-    InputError
-        Where a label is missing, unknown or given twice.
-
-    Examples
-    --------
     >>> parse_order("B>A=D>C", 4)
     [2, 1, 3, 2]
     >>> parse_order("ｃ ＞ a ＝ b", 3)
     [2, 2, 1]
     """
     groups = [group.split("=") for group in "".join(unicodedata.normalize("NFKC", text).upper().split()).split(">")]
-    known, ranks = LABELS[:num_responses], [0] * num_responses
+    known, order, ranks = [*LABELS[:num_responses]], f"order {text.strip()!r}", {}
     for rank, group in enumerate(groups, 1):
         for label in group:
-            if not label or label not in known or len(label) != 1:
+            if label not in known:
                 what = repr(label) if label else "an empty place"
-                raise InputError(
-                    f"order {text.strip()!r}: {what} is not one of {', '.join(known)}; write it as {'>'.join(known)}"
-                )
-            if ranks[known.index(label)]:
-                raise InputError(f"order {text.strip()!r}: {label} is given twice; name every response once")
-            ranks[known.index(label)] = rank
-    if missing := [label for label, rank in zip(known, ranks, strict=True) if not rank]:
-        raise InputError(f"order {text.strip()!r}: {', '.join(missing)} is missing; name every response once")
-    return ranks
+                raise InputError(f"{order}: {what} is not one of {', '.join(known)}; write it as {'>'.join(known)}")
+            if label in ranks:
+                raise InputError(f"{order}: {label} is given twice; name every response once")
+            ranks[label] = rank
+    if missing := [label for label in known if label not in ranks]:
+        raise InputError(f"{order}: {', '.join(missing)} is missing; name every response once")
+    return [ranks[label] for label in known]
 
 
 def format_order(ranks: Sequence[int]) -> str:
     """The order that `parse_order` reads as these ranks.
 
-    Examples
-    --------
     >>> format_order([2, 1, 3, 2])
     'B>A=D>C'
     """
@@ -163,17 +141,16 @@ def _read_lines(path: epath.PathLike) -> list[tuple[dict[str, Any], str]]:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}; give the path of a JSONL file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    return [(_parse(line, f"{path}:{i}"), f"{path}:{i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not valid JSON ({error}); each line is one whole JSON object") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: must be a JSON object, not {type(value).__name__}")
-    return value
+    lines = []
+    for where, line in ((f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{where}: not valid JSON ({error}); each line is one whole JSON object") from None
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: must be a JSON object, not {type(value).__name__}")
+        lines.append((value, where))
+    return lines
 
 
 def _check_responses(line: Mapping[str, Any], where: str) -> None:
@@ -192,9 +169,8 @@ def _check_ranking(line: dict[str, Any], where: str) -> dict[str, Any]:
     _check_responses(line, where)
     ranks = line.get("ranks")
     if not isinstance(ranks, list) or not all(type(r) is int for r in ranks) or len(ranks) != len(line["responses"]):
-        raise InputError(
-            f'{where}: ranks: must be {len(line["responses"])} whole numbers, 1 = best (or give an "order")'
-        )
+        wanted = f'{len(line["responses"])} whole numbers, 1 = best (or give an "order")'
+        raise InputError(f"{where}: ranks: must be {wanted}")
     if set(ranks) != set(range(1, max(ranks) + 1)):
         raise InputError(f"{where}: ranks: must count 1, 2, ... without a gap, equal numbers for a tie, not {ranks}")
     if not isinstance(line.get("annotator"), str) or not line["annotator"]:
@@ -216,19 +192,16 @@ def _read_samples(path: epath.Path, limit: int) -> list[dict[str, Any]]:
         raise InputError(f"{path}: holds no samples to rank; run the sample stage again")
     for line, where in lines:
         _check_responses(line, where)
-    return [
-        {"messages": s["messages"], "responses": s["responses"], "split": s.get("split", "train")} for s, _ in lines
-    ]
+    kept = lambda line: {k: line[k] for k in ("messages", "responses")} | {"split": line.get("split", "train")}
+    return [kept(line) for line, _ in lines]
 
 
 class _Answers:
     """The answers so far, on disk: sample i is ranked, skipped, or not yet reached."""
 
     def __init__(self, directory: epath.Path, samples: list[dict[str, Any]]):
-        self.samples, self.paths = (
-            samples,
-            {name: Path(directory / f"{name}.jsonl") for name in ("rankings", "skipped")},
-        )
+        self.samples = samples
+        self.paths = {name: Path(directory / f"{name}.jsonl") for name in ("rankings", "skipped")}
         for path in self.paths.values():
             _drop_half_line(path)
         self.skipped = [line["index"] for line, _ in _read_lines(self.paths["skipped"])]
@@ -255,11 +228,11 @@ class _Answers:
         self.done -= 1
         path = self.paths["skipped" if self.done in self.skipped else "rankings"]
         self.skipped = [i for i in self.skipped if i != self.done]
-        _replace(path, b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+        write_whole(path, b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with self.paths[name].open("ab") as file:
-            file.write(_encode(line))
+        with self.paths[name].open("a", encoding="utf-8", errors="replace") as file:
+            file.write(json_line(line))
             file.flush()
             os.fsync(file.fileno())
         self.done += 1
@@ -272,20 +245,7 @@ def _drop_half_line(path: Path) -> None:
     if whole != data:
         console.print(f"rank: {path}: the last line was cut in the middle and is dropped", soft_wrap=True)
     if whole != data or not path.exists():
-        _replace(path, whole)
-
-
-def _replace(path: epath.PathLike, data: bytes) -> None:
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _encode(line: Mapping[str, Any]) -> bytes:
-    return json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        write_whole(path, whole)
 
 
 def _now() -> str:
@@ -350,9 +310,8 @@ def _show(sample: Mapping[str, Any], shuffle: np.ndarray, title: str) -> None:
     for message in sample["messages"]:
         console.print(Text(f"{message['role']}: ", style="bold") + Text(_printable(message["content"])))
     for label, i in zip(LABELS, shuffle, strict=False):
-        console.print(
-            Panel(Text(_printable(sample["responses"][i])), title=f"[bold]{label}[/bold]", title_align="left")
-        )
+        response = Text(_printable(sample["responses"][i]))
+        console.print(Panel(response, title=f"[bold]{label}[/bold]", title_align="left"))
 
 
 def _printable(text: str) -> str:
@@ -361,24 +320,18 @@ def _printable(text: str) -> str:
 
 
 def _simulate(answers: _Answers, config: RankConfig, seed: int) -> None:
+    """Rank what is left; the noise is a function of the seed and the prompt's index, so a resumed run is exact."""
     function, name = resolve_function(config.annotator, "annotator"), config.annotator_name or config.annotator
-    left = len(answers.samples) - answers.done
-    console.print(f"rank: SIMULATED annotator {config.annotator}, no person: {left} prompts to rank", soft_wrap=True)
+    begin, total = answers.done, len(answers.samples)
+    left = f"{total - begin} prompts to rank"
+    console.print(f"rank: SIMULATED annotator {config.annotator}, no person: {left}", soft_wrap=True)
     columns = (TextColumn("[bold]rank (SIMULATED)"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("rank", total=len(answers.samples), completed=answers.done)
-        while answers.done < len(answers.samples):
-            index = answers.done
-            scores = _simulated_scores(function, answers.samples[index], config.noise, [seed, index])
+        for index in bar.track(range(begin, total), total=total, completed=begin):
+            messages, responses = (answers.samples[index][key] for key in ("messages", "responses"))
+            scores = score_all(function, [prompt_text(messages)] * len(responses), responses)
+            scores = scores + config.noise * np.random.default_rng([seed, index]).standard_normal(len(responses))
             answers.rank(_rank_scores(scores, config.tie_margin), name, simulated=True)
-            bar.update(task, completed=answers.done)
-
-
-def _simulated_scores(function: Annotator, sample: Mapping[str, Any], noise: float, seed: list[int]) -> np.ndarray:
-    """Scores float64[K]; the noise is a function of the seed and the prompt's index, so a resumed run is exact."""
-    responses = sample["responses"]
-    scores = score_all(function, [prompt_text(sample["messages"])] * len(responses), responses)
-    return scores + noise * np.random.default_rng(seed).standard_normal(len(responses))
 
 
 def _rank_scores(scores: np.ndarray, tie_margin: float) -> list[int]:
@@ -396,7 +349,7 @@ def _import_file(path: Path, directory: epath.Path, config: RankConfig) -> None:
     lines = [_complete(line, where, config) for line, where in _read_lines(path)[: config.max_prompts or None]]
     if not lines:
         raise InputError(f"{path}: holds no rankings; each line is one JSON object with messages, responses and ranks")
-    _replace(directory / "rankings.jsonl", b"".join(map(_encode, lines)))
+    write_whole(directory / "rankings.jsonl", "".join(map(json_line, lines)))
 
 
 def _complete(line: dict[str, Any], where: str, config: RankConfig) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Sample: K responses to each prompt, drawn from the fine-tuned model for ranking."""
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterator
+import os
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from etils import epath
 from jaxllm.config import InputError
 from jaxllm.data import DataConfig, PromptExample, load_prompts
 from jaxllm.generate import SamplingConfig, complete, whole_batch
-from jaxllm.metrics import console
+from jaxllm.metrics import console, json_line, read_metrics, write_whole
 from jaxllm.sharding import meet
 from jaxllm.workspace import Workspace, load_model
 
@@ -44,9 +43,7 @@ class SampleConfig:
 
 def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
     """Write samples.jsonl, a line per prompt; a killed run goes on after its last whole batch."""
-    source = config.init_from or str(workspace.stage_dir("sft"))
-    if not config.init_from:
-        workspace.require("sft", "sample")
+    source = workspace.source(config.init_from, "sft", "sample")
     params, model = load_model(source, workspace.mesh)
     tokenizer, path = workspace.tokenizer(), workspace.stage_dir("sample") / "samples.jsonl"
     limit = model.max_length - config.sampling.max_new_tokens
@@ -59,22 +56,13 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
         prompts += [(split, p) for p in load_prompts(config.data, split, tokenizer, limit)[:count]] if count else []
     batch_size = whole_batch(workspace.mesh, min(config.batch_size, len(prompts)))
     done = _keep_whole_batches(path, batch_size)
-    drawn = complete(
-        params,
-        model,
-        [p.ids for _, p in prompts],
-        sampling=config.sampling,
-        stop_ids=(tokenizer.end_id, tokenizer.eos_id),
-        pad_id=tokenizer.pad_id,
-        mesh=workspace.mesh,
-        seed=workspace.seed,
-        num_samples=config.num_responses,
-        batch_size=batch_size,
-        start=done,
-    )
+    asked, stops = [prompt.ids for _, prompt in prompts], (tokenizer.end_id, tokenizer.eos_id)
+    settings = {"sampling": config.sampling, "stop_ids": stops, "pad_id": tokenizer.pad_id, "seed": workspace.seed}
+    settings |= {"num_samples": config.num_responses, "batch_size": batch_size, "start": done}
+    drawn = complete(params, model, asked, mesh=workspace.mesh, **settings)
     meet("samples so far")
-    write = _append(path)
-    with workspace.signals as signals:
+    file = epath.Path(os.devnull if jax.process_index() else path).open("a")
+    with file, workspace.signals as signals:
         for i, completions in enumerate(drawn, start=done):
             split, prompt = prompts[i]
             line = {
@@ -83,14 +71,14 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
                 "finished": [c.finished for c in completions],
                 **{"split": split, "source": source, "seed": workspace.seed},
             }
-            write(line, (i + 1) % batch_size == 0)
+            file.write(json_line(line))
             if (i + 1) % batch_size == 0:
+                file.flush()
                 console.print(f"sample {i + 1}/{len(prompts)} prompts, {config.num_responses} responses each")
                 if signals.stop_after() and i + 1 < len(prompts):
                     raise signals.stopped(f"sample: {i + 1} of {len(prompts)} prompts are answered")
-    write(None, True)
     meet("samples")
-    lines = list(read_samples(path))
+    lines = read_metrics(path)
     responses = [r for line in lines for r in line["responses"]]
     return {
         **{"prompts": len(lines), "responses": len(responses), "responses_per_prompt": config.num_responses},
@@ -99,38 +87,13 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
     }
 
 
-def _append(path: epath.Path) -> Callable[[Any, bool], None]:
-    """write(line or None at the end, whether to flush); only process 0 writes."""
-    if jax.process_index():
-        return lambda line, flush: None
-    file = path.open("a")
-
-    def write(line: Any, flush: bool) -> None:
-        if line is None:
-            return file.close()
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if flush:
-            file.flush()
-
-    return write
-
-
-def read_samples(path: epath.Path) -> Iterator[dict[str, Any]]:
-    with path.open() as file:
-        yield from map(json.loads, file)
-
-
 def _keep_whole_batches(path: epath.Path, batch_size: int) -> int:
     """Drop what a killed run wrote past its last whole batch; the number of lines kept.
 
     Batches then have the same rows as in a run never cut, and so the same bits.
     """
-    if not path.exists():
-        return 0
-    lines = path.read_text().split("\n")[:-1]
+    lines = read_metrics(path)
     keep = len(lines) // batch_size * batch_size
     if jax.process_index() == 0:
-        partial = path.parent / ".samples.jsonl.partial"
-        partial.write_text("".join(line + "\n" for line in lines[:keep]))
-        partial.replace(path)
+        write_whole(path, "".join(map(json_line, lines[:keep])))
     return keep

@@ -49,9 +49,9 @@ def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
         return {}
     cache = workspace.run_dir / "cache"
     texts, corpus_bytes = sample_texts(load_texts(config.data, "train", cache), config.sample_bytes, config.sample_seed)
-    console.print(
-        f"tokenizer: {len(texts):,} of the texts ({sum(len(t.encode()) for t in texts):,} of {corpus_bytes:,} bytes)"
-    )
+    sample = {"sample_bytes": sum(len(t.encode()) for t in texts), "sample_documents": len(texts)}
+    sample |= {"sample_seed": config.sample_seed, "corpus_bytes": corpus_bytes}
+    console.print(f"tokenizer: {len(texts):,} of the texts ({sample['sample_bytes']:,} of {corpus_bytes:,} bytes)")
     tokenizer = train(
         iter(texts),
         vocab_size=config.vocab_size,
@@ -59,8 +59,6 @@ def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
         character_coverage=config.character_coverage,
         num_threads=config.num_threads or os.cpu_count() or 1,
     )
-    sample = {"sample_bytes": sum(len(t.encode()) for t in texts), "sample_documents": len(texts)}
-    sample |= {"sample_seed": config.sample_seed, "corpus_bytes": corpus_bytes}
     tokenizer.save(workspace.stage_dir("tokenizer") / "tokenizer", {"model_type": config.model_type, **sample})
     measured = compression(tokenizer, load_texts(config.data, "held_out", cache))
     print_compression(measured)
