@@ -32,6 +32,15 @@ class InputError(Exception):
     """Bad input from the user: config, data, checkpoint or command line. Its text is one complete line."""
 
 
+_adapter: Any = functools.cache(pydantic.TypeAdapter)
+
+
+def require(holds: bool, message: str) -> None:
+    """A config's own check, "field: what is wrong": raise ValueError where it does not hold."""
+    if not holds:
+        raise ValueError(message)
+
+
 def load[T](cls: type[T], path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> T:
     """Read a YAML config file into `cls`, `overrides` (a nested mapping) taking precedence.
 
@@ -157,20 +166,16 @@ def _announce(spec: str, field: str) -> None:
 
 
 def _copy_field(path: list[str], parsed: Any, tree: Tree) -> None:
-    if path[-1].startswith("no_") and not hasattr(_walk(parsed, path[:-1]), path[-1]):
-        path = [*path[:-1], path[-1][3:]]
-    for depth, name in enumerate(path):
-        if isinstance(parsed, tuple):  # an element of a list: the whole list is given
-            tree[path[depth - 1]] = [_plain(item) for item in parsed]
-            return
+    *sections, field = path
+    for name in sections:
         parsed = getattr(parsed, name)
-        if depth < len(path) - 1 and not isinstance(parsed, tuple):
-            tree = tree.setdefault(name, {})
-    tree[path[-1]] = _plain(parsed)
-
-
-def _walk(value: Any, path: Sequence[str]) -> Any:
-    return functools.reduce(lambda v, k: v[int(k)] if isinstance(v, tuple) else getattr(v, k), path, value)
+        if isinstance(parsed, tuple):  # an element of a list: the whole list is given
+            tree[name] = [_plain(item) for item in parsed]
+            return
+        tree = tree.setdefault(name, {})
+    if field.startswith("no_") and not hasattr(parsed, field):
+        field = field.removeprefix("no_")
+    tree[field] = _plain(getattr(parsed, field))
 
 
 def _plain(value: Any) -> Any:
@@ -194,17 +199,18 @@ def _locate(node: yaml.Node, path: tuple[Any, ...], file: Path) -> Iterator[tupl
             yield from _locate(value, (*path, i), file)
 
 
-@functools.cache
-def _adapter(cls: type) -> pydantic.TypeAdapter:
-    return pydantic.TypeAdapter(cls)
-
-
-def _expand(cls: type, tree: Any, path: tuple[Any, ...], where: Where, name: str) -> Any:
-    """Refuse unknown keys and let section classes complete themselves, from the outside in."""
-    if not isinstance(tree, Mapping):
+def _expand(cls: Any, tree: Any, path: tuple[Any, ...], where: Where, name: str) -> Any:
+    """Refuse unknown keys and let section classes complete themselves, from the outside in; `cls` is any type."""
+    inner = typing.get_args(cls)
+    if typing.get_origin(cls) is tuple and dataclasses.is_dataclass(inner[0]) and isinstance(tree, list | tuple):
+        return [_expand(inner[0], item, (*path, i), where, name) for i, item in enumerate(tree)]
+    if not dataclasses.is_dataclass(cls) or not isinstance(tree, Mapping):
         return tree
     if hasattr(cls, "expand"):
-        tree = _with_place(lambda: cls.expand(tree), path, where, name)  # type: ignore[attr-defined]
+        try:
+            tree = cls.expand(tree)  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise InputError(f"{_place(path, where, name)}: {error}") from None
     hints = typing.get_type_hints(cls)
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     known, out = [*defaults], {}
@@ -215,7 +221,8 @@ def _expand(cls: type, tree: Any, path: tuple[Any, ...], where: Where, name: str
             raise InputError(f"{_place((*path, key), where, name)}: unknown key; {mend}")
         if isinstance(value, Mapping) and dataclasses.is_dataclass(default := defaults[key]):
             value = merge(_own_defaults(default), value)
-        out[key] = _expand_value(hints[key], value, (*path, key), where, name)
+        empty = value is None and dataclasses.is_dataclass(hints[key])
+        out[key] = {} if empty else _expand(hints[key], value, (*path, key), where, name)
     return out
 
 
@@ -224,22 +231,6 @@ def _own_defaults(default: Any) -> Tree:
     plain = type(default)()
     pairs = ((f.name, getattr(default, f.name), getattr(plain, f.name)) for f in dataclasses.fields(default))
     return {name: _plain(own) for name, own, other in pairs if own != other}
-
-
-def _expand_value(hint: Any, value: Any, path: tuple[Any, ...], where: Where, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return {} if value is None else _expand(typing.cast(type, hint), value, path, where, name)
-    inner = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(inner[0]) and isinstance(value, list | tuple):
-        return [_expand(typing.cast(type, inner[0]), v, (*path, i), where, name) for i, v in enumerate(value)]
-    return value
-
-
-def _with_place(call, path: tuple[Any, ...], where: Where, name: str) -> Any:
-    try:
-        return call()
-    except ValueError as error:
-        raise InputError(f"{_place(path, where, name)}: {error}") from None
 
 
 def _place(path: tuple[Any, ...], where: Where, name: str) -> str:

@@ -5,6 +5,7 @@ Every second of a process belongs to one kind. A line is written at least once a
 went on from is lost; the time from a process's last line to the next one's first is "down".
 """
 
+import contextlib
 import json
 import time
 from collections import defaultdict
@@ -52,10 +53,8 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of a ledger; none where there is no file. A line that was cut when its process was killed is left out."""
     path, lines = epath.Path(path), []
     for text in path.read_text().split("\n") if path.exists() else []:
-        try:
+        with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
-        except ValueError:
-            continue
     return lines
 
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-Pair = tuple[jax.Array, jax.Array]  # (sum, weight)
+Pair = tuple[Array, Array]  # (sum, weight)
 Metrics = dict[str, Pair]
-Loss = tuple[jax.Array, jax.Array, Metrics]
+Loss = tuple[Array, Array, Metrics]
 
 # Logits of one chunk, float32 elements over all devices: 256 MiB. Larger batches are scored in more chunks.
 _CHUNK_ELEMENTS = 1 << 26
@@ -20,15 +21,15 @@ _CHUNK_ELEMENTS = 1 << 26
 class TokenStats(NamedTuple):
     """What the loss needs of the logits of every position, each float32[B, T]."""
 
-    logprob: jax.Array  # log p(target)
-    logsumexp: jax.Array  # log of the partition function
-    entropy: jax.Array  # nats
+    logprob: Array  # log p(target)
+    logsumexp: Array  # log of the partition function
+    entropy: Array  # nats
 
 
 def token_logprobs(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
+    hidden: Array,
+    head: Array,
+    targets: Array,
     *,
     temperature: float = 1.0,
     cap: float = 0.0,
@@ -45,8 +46,17 @@ def token_logprobs(
     chunks = -(-T // size)
     size = -(-T // chunks)
 
-    def score(h: jax.Array, t: jax.Array) -> TokenStats:
-        return _score(h, head, t, temperature, cap)
+    def score(hidden: Array, targets: Array) -> TokenStats:
+        # The head is cast here, inside the chunk, so that its gradient is summed over chunks in float32.
+        weights = head.astype(hidden.dtype)
+        logits = jnp.einsum("btd,vd->btv", hidden, weights, preferred_element_type=jnp.float32)
+        logits = softcap(logits, cap) / temperature
+        top = jax.lax.stop_gradient(logits.max(-1))
+        exp = jnp.exp(logits - top[..., None])
+        total = exp.sum(-1)
+        logsumexp = jnp.log(total) + top
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return TokenStats(chosen - logsumexp, logsumexp, logsumexp - (exp * logits).sum(-1) / total)
 
     if chunks == 1:
         return score(hidden, targets)
@@ -57,26 +67,12 @@ def token_logprobs(
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, chunks * size)[:, :T], stats)
 
 
-def softcap(logits: jax.Array, cap: float) -> jax.Array:
+def softcap(logits: Array, cap: float) -> Array:
     """cap * tanh(logits / cap) (Gemma 2, section 2); cap 0: as they are."""
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
-def _score(hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float, cap: float) -> TokenStats:
-    # The head is cast here, inside the chunk, so that its gradient is summed over chunks in float32.
-    weights = head.astype(hidden.dtype)
-    logits = jnp.einsum("btd,vd->btv", hidden, weights, preferred_element_type=jnp.float32)
-    logits = softcap(logits, cap) / temperature
-    top = jax.lax.stop_gradient(logits.max(-1))
-    exp = jnp.exp(logits - top[..., None])
-    total = exp.sum(-1)
-    logsumexp = jnp.log(total) + top
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    entropy = logsumexp - (exp * logits).sum(-1) / total
-    return TokenStats(chosen - logsumexp, logsumexp, entropy)
-
-
-def next_token_targets(tokens: jax.Array, segment_ids: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def next_token_targets(tokens: Array, segment_ids: Array, loss_mask: Array) -> tuple[Array, Array]:
     """The one place where targets are shifted: position t predicts token t + 1 of the same segment.
 
     tokens, segment_ids: int32[B, T]; loss_mask: bool[B, T], True where a token may be a target. Returns targets
@@ -89,7 +85,7 @@ def next_token_targets(tokens: jax.Array, segment_ids: jax.Array, loss_mask: jax
     return shift(tokens), mask
 
 
-def language_model(stats: TokenStats, mask: jax.Array, z_loss_coef: float = 0.0) -> Loss:
+def language_model(stats: TokenStats, mask: Array, z_loss_coef: float = 0.0) -> Loss:
     """Next-token cross entropy, plus z_loss_coef * logsumexp^2 (PaLM, Chowdhery et al. 2022, section 5)."""
     weight = mask.astype(jnp.float32)
     nats, count = -(stats.logprob * weight).sum(), weight.sum()
@@ -99,12 +95,7 @@ def language_model(stats: TokenStats, mask: jax.Array, z_loss_coef: float = 0.0)
 
 
 def pairwise(
-    scores: jax.Array,
-    ranks: jax.Array,
-    *,
-    margins: jax.Array | None = None,
-    label_smoothing: float = 0.0,
-    per_prompt: bool = True,
+    scores: Array, ranks: Array, *, margins: Array | None = None, label_smoothing: float = 0.0, per_prompt: bool = True
 ) -> Loss:
     """Bradley-Terry loss over all pairs, -mean log sigmoid(r_better - r_worse - margin) (Ouyang et al. 2022, eq. 1).
 
@@ -120,7 +111,7 @@ def pairwise(
     return _per_prompt(nats.sum((1, 2)), better.sum((1, 2)), per_prompt, ranking_metrics(scores, ranks))
 
 
-def plackett_luce(scores: jax.Array, ranks: jax.Array, *, per_prompt: bool = True) -> Loss:
+def plackett_luce(scores: Array, ranks: Array, *, per_prompt: bool = True) -> Loss:
     """Minus log-likelihood of the whole ranking under Plackett-Luce (Luce 1959; Plackett 1975), a mean over choices.
 
     The best is chosen among all by a softmax of scores, the next among the rest, and so on. A response is set
@@ -135,14 +126,14 @@ def plackett_luce(scores: jax.Array, ranks: jax.Array, *, per_prompt: bool = Tru
     return _per_prompt(nats.sum(1), count, per_prompt, ranking_metrics(scores, ranks))
 
 
-def score_regression(scores: jax.Array, targets: jax.Array, ranks: jax.Array, *, per_prompt: bool = True) -> Loss:
+def score_regression(scores: Array, targets: Array, ranks: Array, *, per_prompt: bool = True) -> Loss:
     """Half squared error to given scores float32[B, K]; ranks as in `pairwise`, 0 where there is no response."""
     exists = (ranks > 0).astype(jnp.float32)
     error = 0.5 * exists * jnp.square(jnp.where(ranks > 0, scores - targets, 0.0))
     return _per_prompt(error.sum(1), exists.sum(1), per_prompt, ranking_metrics(scores, ranks))
 
 
-def _per_prompt(sums: jax.Array, counts: jax.Array, per_prompt: bool, metrics: Metrics) -> Loss:
+def _per_prompt(sums: Array, counts: Array, per_prompt: bool, metrics: Metrics) -> Loss:
     """Sums and counts float32[B] of prompts -> the loss: prompts or their parts weigh the same."""
     if per_prompt:
         sums, counts = sums / jnp.maximum(counts, 1.0), (counts > 0).astype(jnp.float32)
@@ -150,7 +141,7 @@ def _per_prompt(sums: jax.Array, counts: jax.Array, per_prompt: bool, metrics: M
     return total, weight, {"loss": (total, weight), **metrics}
 
 
-def ranking_metrics(scores: jax.Array, ranks: jax.Array) -> Metrics:
+def ranking_metrics(scores: Array, ranks: Array) -> Metrics:
     """Pairwise accuracy (equal scores are half right), top-1 accuracy and the mean margin r_better - r_worse."""
     better = _pairs(ranks).astype(jnp.float32)
     gap = scores[:, :, None] - scores[:, None, :]
@@ -166,15 +157,13 @@ def ranking_metrics(scores: jax.Array, ranks: jax.Array) -> Metrics:
     }
 
 
-def _pairs(ranks: jax.Array) -> jax.Array:
+def _pairs(ranks: Array) -> Array:
     """bool[B, K, K]: response i is ranked strictly better than j, and both exist."""
     exists = (ranks[:, :, None] > 0) & (ranks[:, None, :] > 0)
     return exists & (ranks[:, :, None] < ranks[:, None, :])
 
 
-def token_rewards(
-    scores: jax.Array, logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array, kl_coef
-) -> jax.Array:
+def token_rewards(scores: Array, logprobs: Array, ref_logprobs: Array, mask: Array, kl_coef) -> Array:
     """Reward of every response token: -kl_coef * (logprob - ref_logprob), plus the score on the last one.
 
     Ziegler et al. 2019, eq. 2, spread over tokens (Ouyang et al. 2022, eq. 2). scores: float32[B]; the others
@@ -187,16 +176,14 @@ def token_rewards(
     return jnp.where(last, scores[:, None], 0.0) - kl_coef * kl
 
 
-def gae(
-    rewards: jax.Array, values: jax.Array, mask: jax.Array, *, discount: float, lam: float
-) -> tuple[jax.Array, jax.Array]:
+def gae(rewards: Array, values: Array, mask: Array, *, discount: float, lam: float) -> tuple[Array, Array]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16): (advantages, returns), each float32[B, R].
 
     The value after a response's last token is 0; nothing beyond the mask is read.
     """
     rewards, values = (jnp.where(mask, x, 0.0) for x in (rewards, values))
 
-    def back(carry: tuple[jax.Array, jax.Array], now: tuple[jax.Array, jax.Array]):
+    def back(carry: tuple[Array, Array], now: tuple[Array, Array]):
         next_value, next_advantage = carry
         reward, value = now
         advantage = reward + discount * next_value - value + discount * lam * next_advantage
@@ -208,7 +195,7 @@ def gae(
     return advantages, advantages + values
 
 
-def group_advantages(scores: jax.Array, kind: str) -> jax.Array:
+def group_advantages(scores: Array, kind: str) -> Array:
     """Advantages float32[B, K] of K responses to each prompt, from their scores alone.
 
     "rloo": the score minus the mean of the other responses' (Kool et al. 2019, eq. 4; Ahmadian et al. 2024, eq. 8).
@@ -221,7 +208,7 @@ def group_advantages(scores: jax.Array, kind: str) -> jax.Array:
     return centred / (scores.std(1, keepdims=True) + 1e-6)
 
 
-def whiten(x: jax.Array, mask: jax.Array, eps: float = 1e-8, *, centre: bool = True) -> jax.Array:
+def whiten(x: Array, mask: Array, eps: float = 1e-8, *, centre: bool = True) -> Array:
     """(x - mean) / std over the mask, with the population variance (as OpenAI's tf.nn.moments); 0 elsewhere.
 
     centre=False leaves the mean where it is, for rewards (Ziegler et al. 2019; Huang et al., detail 17).
@@ -234,10 +221,10 @@ def whiten(x: jax.Array, mask: jax.Array, eps: float = 1e-8, *, centre: bool = T
 
 
 def policy(
-    logprobs: jax.Array,
-    old_logprobs: jax.Array,
-    advantages: jax.Array,
-    mask: jax.Array,
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -267,7 +254,7 @@ def policy(
     return loss, count, metrics
 
 
-def value(values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, *, clip: float) -> Loss:
+def value(values: Array, old_values: Array, returns: Array, mask: Array, *, clip: float) -> Loss:
     """Half squared error, the larger of clipped and not (as OpenAI baselines' ppo2); clip 0 turns clipping off."""
     count = mask.astype(jnp.float32).sum()
     values, old_values, returns = (jnp.where(mask, x, 0.0) for x in (values, old_values, returns))
@@ -279,7 +266,7 @@ def value(values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: ja
     return loss, count, {"value_loss": (loss, count), "value_clip_fraction": (outside, count)}
 
 
-def kl_k1(log_ratio: jax.Array) -> jax.Array:
+def kl_k1(log_ratio: Array) -> Array:
     """Unbiased estimate of KL(p || q) at samples of p, log_ratio = log p - log q (Schulman 2020, "k1").
 
     The one for the reward: as a reward, k3's gradient is not that of the KL.
@@ -287,12 +274,12 @@ def kl_k1(log_ratio: jax.Array) -> jax.Array:
     return log_ratio
 
 
-def kl_k3(log_ratio: jax.Array) -> jax.Array:
+def kl_k3(log_ratio: Array) -> Array:
     """Low-variance, non-negative estimate at samples of p, log_ratio = log p - log q (Schulman 2020, "k3")."""
     return jnp.expm1(-log_ratio) + log_ratio
 
 
-def adapt_kl_coef(kl_coef: jax.Array, kl: jax.Array, *, target: float, horizon: float, batch_size: int) -> jax.Array:
+def adapt_kl_coef(kl_coef: Array, kl: Array, *, target: float, horizon: float, batch_size: int) -> Array:
     """Ziegler's controller (Ziegler et al. 2019, section 2.2): the coefficient follows the KL to its target.
 
     kl: the mean over responses of the KL summed over their tokens, nats. The error (kl / target - 1), clipped to
@@ -310,7 +297,7 @@ class Moments(NamedTuple):
     m2: Any
 
 
-def update_moments(moments: Moments, x: jax.Array, mask: jax.Array) -> Moments:
+def update_moments(moments: Moments, x: Array, mask: Array) -> Moments:
     """Take in x where mask is True, exactly as if all had been seen at once (Chan et al. 1979, eq. 2.1)."""
     n = mask.astype(jnp.float32).sum()
     mean = _sum(x, mask) / jnp.maximum(n, 1.0)
@@ -320,6 +307,6 @@ def update_moments(moments: Moments, x: jax.Array, mask: jax.Array) -> Moments:
     return Moments(total, moments.mean + delta * share, m2)
 
 
-def _sum(x: jax.Array, mask: jax.Array) -> jax.Array:
+def _sum(x: Array, mask: Array) -> Array:
     """Sum over the mask; what lies beyond it may be anything, inf and NaN included."""
     return jnp.where(mask, x, 0.0).sum()

@@ -6,15 +6,24 @@ from typing import Any, Literal
 import jax
 import optax
 
+from jaxllm.config import require
+
 # Whether weight decay applies, by the name of the leaf. Every parameter must be here: an unknown name is an error.
-DECAYED = {
-    **dict.fromkeys(("tokens", "positions", "q", "k", "v", "out", "gate", "up", "down", "kernel", "a", "b"), True),
-    **dict.fromkeys(("q_a", "q_b", "kv_a", "kv_b", "router"), True),
-    **dict.fromkeys(
-        ("scale", "bias", "q_bias", "k_bias", "v_bias", "out_bias", "gate_bias", "up_bias", "down_bias", "router_bias"),
-        False,
-    ),
-}
+_MATRICES = ("tokens", "positions", "q", "k", "v", "out", "gate", "up", "down", "kernel", "a", "b")
+_MATRICES += ("q_a", "q_b", "kv_a", "kv_b", "router")
+_OTHERS = (
+    "scale",
+    "bias",
+    "q_bias",
+    "k_bias",
+    "v_bias",
+    "out_bias",
+    "gate_bias",
+    "up_bias",
+    "down_bias",
+    "router_bias",
+)
+DECAYED = dict.fromkeys(_MATRICES, True) | dict.fromkeys(_OTHERS, False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +55,11 @@ class OptimConfig:
     finite is skipped."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate < 0:
-            raise ValueError("learning_rate: must not be negative")
-        if self.spike_factor and self.spike_factor <= 1:
-            raise ValueError("spike_factor: must be above 1, or 0 for off")
-        if self.warmup_steps < 0:
-            raise ValueError("warmup_steps: must not be negative")
-        if not 0 <= self.final_fraction <= 1:
-            raise ValueError("final_fraction: must be between 0 and 1")
-        if not 0 < self.decay_fraction <= 1:
-            raise ValueError("decay_fraction: must be above 0 and at most 1")
+        require(self.learning_rate >= 0, "learning_rate: must not be negative")
+        require(not self.spike_factor or self.spike_factor > 1, "spike_factor: must be above 1, or 0 for off")
+        require(self.warmup_steps >= 0, "warmup_steps: must not be negative")
+        require(0 <= self.final_fraction <= 1, "final_fraction: must be between 0 and 1")
+        require(0 < self.decay_fraction <= 1, "decay_fraction: must be above 0 and at most 1")
 
 
 def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
@@ -78,14 +82,8 @@ def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimConfig, num_steps: int, bias_rate: float = 0.0) -> optax.GradientTransformation:
     """AdamW; routers' biases, where bias_rate is given, move by it against the sign of their gradient (`moe.balance`)."""
-    adamw = optax.adamw(
-        learning_rate(config, num_steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
+    rate = learning_rate(config, num_steps)
+    adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
     whole = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
     if not bias_rate:
         return whole

@@ -45,7 +45,12 @@ def resolve(source: RewardSource, field: str) -> Terms:
     Raises InputError where there is no such function, its parameters are others, or the pattern is not one.
     """
     if source.source.startswith("regex:"):
-        return _matching(source.source.removeprefix("regex:"), field)
+        pattern = source.source.removeprefix("regex:")
+        try:
+            compiled = re.compile(pattern, re.DOTALL)
+        except re.error as error:
+            raise InputError(f"{field} {pattern!r}: not a regular expression: {error}") from None
+        return lambda prompts, responses, _: np.array([bool(compiled.fullmatch(r)) for r in responses], np.float64)
     function = resolve_function(source.source, field)
     count = len(inspect.signature(function).parameters)
     if count == 2:
@@ -60,14 +65,6 @@ def resolve(source: RewardSource, field: str) -> Terms:
         return check_scores(scores, responses, f"{field} {source.source}")
 
     return terms
-
-
-def _matching(pattern: str, field: str) -> Terms:
-    try:
-        compiled = re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise InputError(f"{field} {pattern!r}: not a regular expression: {error}") from None
-    return lambda prompts, responses, _: np.array([bool(compiled.fullmatch(r)) for r in responses], np.float64)
 
 
 def exact_match(prompt: str, response: str, answer: str) -> float:

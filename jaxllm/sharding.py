@@ -14,20 +14,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.config import InputError
+from jaxllm.config import InputError, require
 
 MESH_AXES = ("data", "fsdp", "context", "expert", "tensor")  # slowest network first
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
+_BOTH: Rules = {"heads": "tensor", "kv_heads": "tensor", "head_dim": None, "mlp": "tensor", "vocab": "tensor"}
 PARAM_RULES: Rules = {
+    **_BOTH,
     "layers": None,
     "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "vocab": "tensor",
     # The embedding table is split by rows only: split over its embed dimension, XLA's gather falls back to
     # "involuntary full rematerialization" of the whole table.
     "vocab_rows": ("fsdp", "tensor"),
@@ -37,17 +34,7 @@ PARAM_RULES: Rules = {
     "router": None,
     "latent": None,
 }
-ACT_RULES: Rules = {
-    "batch": ("data", "fsdp", "expert"),
-    "seq": "context",
-    "embed": None,
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "cache": None,
-}
+ACT_RULES: Rules = {**_BOTH, "batch": ("data", "fsdp", "expert"), "seq": "context", "embed": None, "cache": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +54,9 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
-        if bad := [name for name, size in sizes.items() if size < 1 and size != -1]:
-            raise ValueError(f"{bad[0]}: must be positive, or -1 for the devices that are left")
-        if list(sizes.values()).count(-1) > 1:
-            raise ValueError("data: only one axis can be -1")
+        for name, size in sizes.items():
+            require(size >= 1 or size == -1, f"{name}: must be positive, or -1 for the devices that are left")
+        require(list(sizes.values()).count(-1) <= 1, "data: only one axis can be -1")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

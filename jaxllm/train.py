@@ -96,15 +96,13 @@ def make_step(
         with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+        chosen = lambda new, old: jnp.where(good, new, old)
+        params, opt_state = jax.tree.map(chosen, (params, opt_state), (state.params, state.opt_state))
         guard = next_guard(state.guard, norm, good)
-        metrics["grad_norm"] = (norm, jnp.ones(()))
-        kept = lambda x: jnp.where(good, x, 0.0)
-        metrics = {name: (kept(total), kept(weight)) for name, (total, weight) in metrics.items()}
-        metrics |= {"skipped": ((~good).astype(jnp.float32), jnp.ones(()))}
-        metrics |= {"skip_streak": (guard.streak.astype(jnp.float32), jnp.ones(()))}
+        one = jnp.ones(())
+        metrics = jax.tree.map(lambda x: jnp.where(good, x, 0.0), {**metrics, "grad_norm": (norm, one)})
+        skips = {"skipped": ~good, "skip_streak": guard.streak}
+        metrics |= {name: (count.astype(jnp.float32), one) for name, count in skips.items()}
         return TrainState(state.step + 1, params, opt_state, guard), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
@@ -151,20 +149,15 @@ def accumulate(loss: LossFunction, params: Any, batch: Batch, key: jax.Array, nu
 
     if num_micro == 1:
         return one(batch, key)
-    micros = jax.tree.map(lambda x: _split(x, num_micro), batch)
+    # [B, ...] -> [num_micro, B / num_micro, ...]: microbatch i takes rows i, i + num_micro, ... Striding keeps each row
+    # on the device that has it: a contiguous cut would move most of the batch.
+    split = lambda x: x.reshape(x.shape[0] // num_micro, num_micro, *x.shape[1:]).swapaxes(0, 1)
+    micros = jax.tree.map(split, batch)
     keys = jax.random.split(key, num_micro)
     first = jax.tree.map(lambda x: x[0], micros)
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first, key))
     add = lambda total, xs: (jax.tree.map(jnp.add, total, one(*xs)), None)
     return jax.lax.scan(add, zero, (micros, keys))[0]
-
-
-def _split(x: jax.Array, num_micro: int) -> jax.Array:
-    """[B, ...] -> [num_micro, B / num_micro, ...]; microbatch i takes rows i, i + num_micro, ...
-
-    Striding keeps each row on the device that has it: a contiguous cut would move most of the batch.
-    """
-    return x.reshape(x.shape[0] // num_micro, num_micro, *x.shape[1:]).swapaxes(0, 1)
 
 
 def fit(run: Run) -> Any:
@@ -186,7 +179,7 @@ class Placed(NamedTuple):
     """How a TrainState is made and where its leaves live."""
 
     init: Callable[[Any], TrainState]  # parameters -> state; the parameters are donated
-    abstract: TrainState  # shapes, dtypes and shardings
+    abstract: TrainState  # shapes, dtypes and shardings, as checkpoints are restored through
     shardings: TrainState
 
 
@@ -200,12 +193,8 @@ def place_state(mesh: jax.sharding.Mesh, abstract_params: Any, axes: Any, tx: op
     )
     shardings = TrainState(everywhere, params, opt_state, Guard(everywhere, everywhere, everywhere))
     init = jax.jit(lambda p: init_state(p, tx), out_shardings=shardings, donate_argnums=0)
-    return Placed(init, with_shardings(shapes, shardings), shardings)
-
-
-def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """ShapeDtypeStructs that carry their shardings, as checkpoints are restored through."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return Placed(init, abstract, shardings)
 
 
 class LoopSettings(Protocol):
@@ -329,23 +318,20 @@ class _Loop:
         if ends:
             self.keeping.ledger.write(self.title, number)
 
-    def evaluate_hook(self, number: int, state: Any, metrics: Metrics) -> None:
-        del metrics
+    def evaluate_hook(self, number: int, state: Any, _: Metrics) -> None:
         self.log.flush()
         self.keeping.signals.alive()
         self.held_out.update(self.evaluate(number, state))
         self.log.write(number, self.held_out)
         self.keeping.ledger.mark("evaluation")
 
-    def save_hook(self, number: int, state: Any, metrics: Metrics) -> None:
-        del metrics
+    def save_hook(self, number: int, state: Any, _: Metrics) -> None:
         self.log.flush()  # what is before the checkpoint is in the log: a run that goes on from here does not make it
         if number < self.num_steps:
             self.saves.save(number, state, self.record(number))
         self.keeping.ledger.mark("save")
 
-    def stop_hook(self, number: int, state: Any, metrics: Metrics) -> None:
-        del metrics
+    def stop_hook(self, number: int, state: Any, _: Metrics) -> None:
         if not self.keeping.signals.stop_after() or number == self.num_steps:
             return
         self.log.flush()
@@ -354,8 +340,7 @@ class _Loop:
         self.keeping.ledger.write(self.title, number, event="stopped")
         raise self.keeping.signals.stopped(f"{self.title}: step {number} of {self.num_steps} is saved")
 
-    def compare_hook(self, number: int, state: Any, metrics: Metrics) -> None:
-        del metrics
+    def compare_hook(self, number: int, state: Any, _: Metrics) -> None:
         if wrong := unequal_replicas(state, self.keeping.mesh):
             raise SilentCorruption(
                 f"{self.title}: after step {number} devices that should hold the same bits do not: "

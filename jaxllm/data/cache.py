@@ -72,12 +72,9 @@ def find(folder: Path) -> dict[str, Any] | None:
         return meta
     print(f"data: {folder / wrong} is damaged (its size or checksum differs); made again", file=sys.stderr, flush=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial~damaged~"))
-    try:
+    with contextlib.suppress(FileNotFoundError):  # another process has done so
         os.replace(folder, aside)
-    except FileNotFoundError:  # another process has done so
-        pass
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
     return None
 
 

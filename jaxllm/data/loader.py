@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxllm.config import InputError
 from jaxllm.data.cache import ArrayFile, key_of, made
@@ -111,25 +112,24 @@ def load_rows(
 def _rows(data: DataConfig, kind: str, each: Examples, length: int, tokenizer: Tokenizer, folder: Path) -> Rows:
     key = key_of(each.key, length, data.too_long if kind == "chat" else "")
     plan = folder / f"rows-{key}"
-    make = functools.partial(_plan_chats, each, data, length, tokenizer) if kind == "chat" else None
-    meta = made(plan, make or functools.partial(_plan_documents, each, length))
+    make = _plan_chats if kind == "chat" else _plan_documents
+    meta = made(plan, functools.partial(make, each, data, length, tokenizer))
     table = ArrayFile(plan / "table", EXAMPLE[kind]) if kind == "chat" else each.table
     counts = {name: meta[name] for name in ("num_examples", "num_dropped", "num_tokens", "num_bytes")}
-    begins = ArrayFile(plan / "begins", _BEGIN)
     places = {"length": length, "pad_id": tokenizer.pad_id, "fingerprint": key, "epochs": each.source.epochs}
-    return Rows(each.tokens, table, begins, **counts, **places)
+    return Rows(each.tokens, table, ArrayFile(plan / "begins", _BEGIN), **counts, **places)
 
 
-def _plan_documents(each: Examples, length: int, folder: Path) -> dict[str, int]:
-    with open(folder / "begins", "wb") as file:
-        for begins in concat_and_split((chunk["size"].astype(np.int64) for chunk in each.table.chunks()), length):
-            file.write(begins.astype("<i8").tobytes())
-    count = len(each.table)
-    targets = {"num_tokens": each.num_tokens - count, "num_bytes": each.num_bytes}
-    return {"num_examples": count, "num_dropped": 0, **targets}
+def _plan_documents(each: Examples, data: DataConfig, length: int, tokenizer: Tokenizer, to: Path) -> dict[str, int]:
+    del data, tokenizer
+    sizes = (chunk["size"].astype(np.int64) for chunk in each.table.chunks())
+    with open(to / "begins", "wb") as file:
+        file.writelines(begins.astype("<i8").tobytes() for begins in concat_and_split(sizes, length))
+    numbers = {"num_tokens": each.num_tokens - len(each.table), "num_bytes": each.num_bytes}
+    return {"num_examples": len(each.table), "num_dropped": 0, **numbers}
 
 
-def _plan_chats(each: Examples, data: DataConfig, length: int, tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
+def _plan_chats(each: Examples, data: DataConfig, length: int, tokenizer: Tokenizer, to: Path) -> dict[str, int]:
     """data.too_long decides about long conversations; the table has the others row by row, truncated."""
     table = each.table.read(0, len(each.table)).copy()
     long = table["size"] > length
@@ -160,10 +160,10 @@ def _plan_chats(each: Examples, data: DataConfig, length: int, tokenizer: Tokeni
             where = slice(firsts[i], firsts[i] + sizes[i])
             table["bytes"][part[i]] = sum(len(tokenizer.token_bytes(int(t))) for t in ids[where][mask[where]])
     plan = best_fit(table["size"].tolist(), length)
-    (folder / "table").write_bytes(table[plan[:, 1]].tobytes())
+    (to / "table").write_bytes(table[plan[:, 1]].tobytes())
     begins = np.zeros(len(np.unique(plan[:, 0])), _BEGIN)
     begins["example"] = np.searchsorted(plan[:, 0], np.arange(len(begins)))
-    (folder / "begins").write_bytes(begins.tobytes())
+    (to / "begins").write_bytes(begins.tobytes())
     numbers = {"num_tokens": targets, "num_bytes": int(table["bytes"].sum(dtype=np.int64))}
     return {"num_examples": len(table), "num_dropped": dropped, **numbers}
 
@@ -174,22 +174,14 @@ def fingerprint(loaded: Sequence[Any]) -> str:
     return key_of(*(rows if loaded and isinstance(loaded[0][0], Rows) else loaded))
 
 
-def make_batch_at(mixture: Mixture, *, batch_size: int, seed: int, sharding: jax.sharding.Sharding) -> BatchAt:
+def make_batch_at(mixture: Mixture, *, batch_size: int, seed: int, sharding: Sharding) -> BatchAt:
     """step -> {tokens, segment_ids, positions int32[B, T], loss_mask bool[B, T]}.
 
     Rows of each source are shuffled anew every epoch, and sources mixed in proportion to their weights (a share of
     rows). Row number n of the run is a function of (data, seed, n) alone.
     """
     order = _order([rows.num_rows for rows, _ in mixture], _phases(mixture, batch_size), seed)
-
-    def batch_at(step: int) -> Batch:
-        def row(i: int) -> Row:
-            source, number = order(step * batch_size + i)
-            return mixture[source][0].row(number)
-
-        return _place(row, batch_size, sharding)
-
-    return batch_at
+    return _batch_at(order, lambda _, source, number: mixture[source][0].row(number), batch_size, sharding)
 
 
 def epoch_rows(mixture: Mixture) -> float:
@@ -205,25 +197,18 @@ def epochs_of(mixture: Mixture, num_steps: int, batch_size: int) -> list[float]:
     return [count / rows.num_rows for count, (rows, _) in zip(drawn, mixture, strict=True)]
 
 
-def epoch_batches(
-    mixture: Mixture, *, batch_size: int, sharding: jax.sharding.Sharding, max_batches: int = 0
-) -> Iterator[Batch]:
+def epoch_batches(mixture: Mixture, *, batch_size: int, sharding: Sharding, max_batches: int = 0) -> Iterator[Batch]:
     """Every row once, in order; the last batch is filled up with rows of padding. max_batches 0: all."""
     ends = np.cumsum([rows.num_rows for rows, _ in mixture])
-    total = count = int(ends[-1])
-    if max_batches and total > max_batches * batch_size:  # rows from everywhere, not the first ones
-        count = max_batches * batch_size
-    for start in range(0, count, batch_size):
-        part = np.arange(start, min(start + batch_size, count))
-        part = part if count == total else np.linspace(0, total - 1, count)[part].astype(int)
+    total = int(ends[-1])
+    count = min(total, max_batches * batch_size or total)
 
-        def row(i: int, part=part) -> Row:
-            number = int(part[min(i, len(part) - 1)])
-            source = int(np.searchsorted(ends, number, "right"))
-            row = mixture[source][0].row(number - int(ends[source]) + mixture[source][0].num_rows)
-            return row if i < len(part) else {name: np.zeros_like(value) for name, value in row.items()}
+    def row(number: int) -> Row:
+        source = int(np.searchsorted(ends, number, "right"))
+        return mixture[source][0].row(number - int(ends[source]) + mixture[source][0].num_rows)
 
-        yield _place(row, batch_size, sharding)
+    # Rows from everywhere, where there are more: not the first ones.
+    return _epoch(np.linspace(0, total - 1, count).astype(int), row, batch_size, sharding)
 
 
 def load_prompts(data: DataConfig, split: str, tokenizer: Tokenizer, max_length: int) -> list[PromptExample]:
@@ -252,31 +237,20 @@ def load_prompts(data: DataConfig, split: str, tokenizer: Tokenizer, max_length:
 
 
 def make_prompt_batch_at(
-    prompts: Sequence[PromptExample],
-    *,
-    batch_size: int,
-    seed: int,
-    length: int,
-    pad_id: int,
-    sharding: jax.sharding.Sharding,
+    prompts: Sequence[PromptExample], *, batch_size: int, seed: int, length: int, pad_id: int, sharding: Sharding
 ) -> BatchAt:
     """step -> {tokens int32[B, P], mask bool[B, P] (left-padded), index, prompt int32[B]}.
 
     index tells the prompts of a batch apart, for their random numbers; prompt is the place in `prompts`.
     """
-    order = _order([len(prompts)], [_Stretch(0, [1], [0])], seed)
 
-    def batch_at(step: int) -> Batch:
-        def row(i: int) -> Row:
-            prompt = order(step * batch_size + i)[1]
-            ids = prompts[prompt].ids
-            tokens, mask = np.full(length, pad_id, np.int32), np.zeros(length, bool)
-            tokens[length - len(ids) :], mask[length - len(ids) :] = ids, True
-            return {"tokens": tokens, "mask": mask, "index": np.int32(i), "prompt": np.int32(prompt)}
+    def row(i: int, _: int, prompt: int) -> Row:
+        ids = prompts[prompt].ids
+        tokens, mask = np.full(length, pad_id, np.int32), np.zeros(length, bool)
+        tokens[length - len(ids) :], mask[length - len(ids) :] = ids, True
+        return {"tokens": tokens, "mask": mask, "index": np.int32(i), "prompt": np.int32(prompt)}
 
-        return _place(row, batch_size, sharding)
-
-    return batch_at
+    return _batch_at(_order([len(prompts)], _WHOLE, seed), row, batch_size, sharding)
 
 
 def load_ranked(data: DataConfig, split: str, tokenizer: Tokenizer, length: int) -> list[RankedExample]:
@@ -306,46 +280,36 @@ def load_ranked(data: DataConfig, split: str, tokenizer: Tokenizer, length: int)
     return ranked
 
 
-def make_ranked_batch_at(
-    ranked: Sequence[RankedExample], *, batch_size: int, seed: int, sharding: jax.sharding.Sharding
-) -> BatchAt:
+def make_ranked_batch_at(ranked: Sequence[RankedExample], *, batch_size: int, seed: int, sharding: Sharding) -> BatchAt:
     """step -> {tokens, segment_ids int32[B, K, T], loss_mask bool[B, K, T], ranks int32[B, K], scores float32[B, K]}.
 
     B prompts, K the most responses of any; loss_mask is True on a reply's tokens, rank 0 is no response.
     """
-    order, shape = _order([len(ranked)], [_Stretch(0, [1], [0])], seed), _ranked_shape(ranked)
-
-    def batch_at(step: int) -> Batch:
-        return _place(lambda i: _ranked_row(ranked[order(step * batch_size + i)[1]], *shape), batch_size, sharding)
-
-    return batch_at
+    row = _ranked_row(ranked)
+    return _batch_at(_order([len(ranked)], _WHOLE, seed), lambda *place: row(place[-1]), batch_size, sharding)
 
 
-def ranked_epoch(
-    ranked: Sequence[RankedExample], *, batch_size: int, sharding: jax.sharding.Sharding
-) -> Iterator[Batch]:
+def ranked_epoch(ranked: Sequence[RankedExample], *, batch_size: int, sharding: Sharding) -> Iterator[Batch]:
     """Every ranking once, in order; the last batch is filled up with prompts without responses (rank 0)."""
-    shape, nothing = _ranked_shape(ranked), RankedExample([], [], 0)
-    for start in range(0, len(ranked), batch_size):
-        part = [*ranked[start : start + batch_size]]
-        part += [nothing] * (batch_size - len(part))
-        yield _place(lambda i, part=part: _ranked_row(part[i], *shape), batch_size, sharding)
+    return _epoch(np.arange(len(ranked)), _ranked_row(ranked), batch_size, sharding)
 
 
-def _ranked_shape(ranked: Sequence[RankedExample]) -> tuple[int, int]:
-    """(K, T): the most responses, and the longest conversation rounded up to 16."""
-    longest = max(len(row) for example in ranked for row in example.rows)
-    return max(len(example.rows) for example in ranked), -(-longest // 16) * 16
+def _ranked_row(ranked: Sequence[RankedExample]) -> Callable[[int], Row]:
+    """Number -> the arrays [K, T] and [K] of a ranking: K the most responses, T the longest rounded up to 16."""
+    num_responses = max(len(example.rows) for example in ranked)
+    length = -(-max(len(ids) for example in ranked for ids in example.rows) // 16) * 16
 
+    def row(number: int) -> Row:
+        example = ranked[number]
+        tokens, segment_ids = (np.zeros((num_responses, length), np.int32) for _ in range(2))
+        ranks, scores = np.zeros(num_responses, np.int32), np.zeros(num_responses, np.float32)
+        ranks[: len(example.ranks)], scores[: len(example.scores)] = example.ranks, example.scores
+        for k, ids in enumerate(example.rows):
+            tokens[k, : len(ids)], segment_ids[k, : len(ids)] = ids, 1
+        loss_mask = (segment_ids > 0) & (np.arange(length)[None] >= example.prompt_length)
+        return {"tokens": tokens, "segment_ids": segment_ids, "loss_mask": loss_mask, "ranks": ranks, "scores": scores}
 
-def _ranked_row(example: RankedExample, num_responses: int, length: int) -> Row:
-    tokens, segment_ids = (np.zeros((num_responses, length), np.int32) for _ in range(2))
-    ranks, scores = np.zeros(num_responses, np.int32), np.zeros(num_responses, np.float32)
-    ranks[: len(example.ranks)], scores[: len(example.scores)] = example.ranks, example.scores
-    for k, ids in enumerate(example.rows):
-        tokens[k, : len(ids)], segment_ids[k, : len(ids)] = ids, 1
-    loss_mask = (segment_ids > 0) & (np.arange(length)[None] >= example.prompt_length)
-    return {"tokens": tokens, "segment_ids": segment_ids, "loss_mask": loss_mask, "ranks": ranks, "scores": scores}
+    return row
 
 
 class _Stretch(NamedTuple):
@@ -367,6 +331,9 @@ class _Stretch(NamedTuple):
             counts.append(before + rows - left)
             rows, rest = left, rest - share
         return counts
+
+
+_WHOLE = [_Stretch(0, [1], [0])]  # of a single source
 
 
 def _phases(mixture: Mixture, batch_size: int) -> list[_Stretch]:
@@ -400,28 +367,36 @@ def _order(sizes: Sequence[int], phases: Sequence[_Stretch], seed: int) -> Calla
     return order
 
 
+def _batch_at(
+    order: Callable[[int], tuple[int, int]], row: Callable[[int, int, int], Row], batch_size: int, sharding: Any
+) -> BatchAt:
+    """step -> the batch of the rows that come then; row(place in the batch, source, row of the source)."""
+    return lambda step: _place(lambda i: row(i, *order(step * batch_size + i)), batch_size, sharding)
+
+
+def _epoch(numbers: np.ndarray, row: Callable[[int], Row], batch_size: int, sharding: Any) -> Iterator[Batch]:
+    """Batches of these rows in order; the last one is filled up with zeros."""
+    for start in range(0, len(numbers), batch_size):
+        part = numbers[start : start + batch_size].tolist()
+
+        def filled(i: int, part=part) -> Row:
+            made = row(part[min(i, len(part) - 1)])
+            return made if i < len(part) else {name: np.zeros_like(value) for name, value in made.items()}
+
+        yield _place(filled, batch_size, sharding)
+
+
 def _place(row: Callable[[int], Row], batch_size: int, sharding: Any) -> Batch:
     """Global arrays [B, ...] from a function of the row number; only the rows of this host's devices are made."""
-    rows: dict[int, Row] = {}
-
-    def part(name: str, index: Any) -> np.ndarray:
-        numbers = range(batch_size)[index[0]]
-        for i in numbers:
-            if i not in rows:
-                rows[i] = row(i)
-        return np.stack([rows[i][name] for i in numbers])[(slice(None), *index[1:])]
-
-    spec = tuple(sharding.spec)
+    row, axes = functools.cache(row), tuple(sharding.spec)
+    along = lambda rank: NamedSharding(sharding.mesh, PartitionSpec(*axes[:rank]))
 
     def array(name: str, shape: tuple[int, ...]) -> jax.Array:
-        where = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec[: len(shape)]))
-        return jax.make_array_from_callback(shape, where, lambda index: part(name, index))
+        def part(index: Any) -> np.ndarray:
+            return np.stack([row(i)[name] for i in range(batch_size)[index[0]]])[(slice(None), *index[1:])]
 
-    first = min(r.start or 0 for r in (i[0] for i in _local_indices(sharding, batch_size)))
-    rows[first] = row(first)
-    return {name: array(name, (batch_size, *np.shape(value))) for name, value in rows[first].items()}
+        return jax.make_array_from_callback(shape, along(len(shape)), part)
 
-
-def _local_indices(sharding: Any, batch_size: int) -> list[Any]:
-    batch_only = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*tuple(sharding.spec)[:1]))
-    return list(batch_only.addressable_devices_indices_map((batch_size,)).values())
+    here: Any = along(1).addressable_devices_indices_map((batch_size,)).values()
+    first = row(min(index[0].start or 0 for index in here))
+    return {name: array(name, (batch_size, *np.shape(value))) for name, value in first.items()}

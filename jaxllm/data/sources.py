@@ -9,6 +9,7 @@ import hashlib
 import heapq
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import fsspec
 
-from jaxllm.config import InputError, resolve_function
+from jaxllm.config import InputError, require, resolve_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,29 +61,22 @@ class Source:
     """Take a sample of this many texts, those with the smallest hashes; 0: all."""
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError("weight: must not be negative")
-        if not 0 < self.epochs < math.inf or (self.weight and self.epochs != 1):
-            raise ValueError("epochs: must be positive, and 1 where a weight is given")
-        groups: set[str] = {"text"}
-        for name, pattern, replacement in [("match", self.match, ""), *(("replace", p, r) for p, r in self.replace)]:
+        require(self.weight >= 0, "weight: must not be negative")
+        epochs_fit = 0 < self.epochs < math.inf and (not self.weight or self.epochs == 1)
+        require(epochs_fit, "epochs: must be positive, and 1 where a weight is given")
+        for name, pattern, replacement in [("match", self.match, ""), *(("replace", *pair) for pair in self.replace)]:
             try:
-                compiled = re.compile(pattern)
-                compiled.sub(replacement, "")  # refuses references to groups that are not there
+                re.compile(pattern).sub(replacement, "")  # refuses references to groups that are not there
             except (re.error, IndexError) as error:
                 wrong = f"{pattern!r} with replacement {replacement!r}" if name == "replace" else repr(pattern)
                 raise ValueError(f"{name}: {wrong} is not a valid regular expression: {error}") from None
-            if name == "match" and "text" in compiled.groupindex:
-                raise ValueError("match: a group cannot be called text, the whole text that decides the split")
-            groups |= set(compiled.groupindex) if name == "match" else set()
+        named = set(re.compile(self.match).groupindex)
+        require("text" not in named, "match: a group cannot be called text, the whole text that decides the split")
         for name in ("system", "prompt", "response"):
-            wanted = {field for field in re.findall(r"\{(\w+)\}", getattr(self, name))}
-            if self.match and (unknown := wanted - groups):
-                raise ValueError(
-                    f"{name}: {{{unknown.pop()}}} is not a group of `match`; known: {', '.join(sorted(groups))}"
-                )
-        if self.response and not self.prompt:
-            raise ValueError("prompt: a response template needs a prompt template")
+            for field in re.findall(r"\{(\w+)\}", getattr(self, name)) if self.match else ():
+                known = sorted({"text", *named})
+                require(field in known, f"{name}: {{{field}}} is not a group of `match`; known: {', '.join(known)}")
+        require(bool(self.prompt or not self.response), "prompt: a response template needs a prompt template")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,21 +107,19 @@ class DataConfig:
     """What happens to a conversation or prompt longer than fits (documents are split)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.held_out_fraction < 1:
-            raise ValueError("held_out_fraction: must be at least 0 and below 1")
-        if len({source.weight > 0 for source in self.sources}) > 1:
-            raise ValueError("sources: give every source a weight, or none")
-        if self.workers < 0:
-            raise ValueError("workers: must not be negative")
+        require(0 <= self.held_out_fraction < 1, "held_out_fraction: must be at least 0 and below 1")
+        weighted = {source.weight > 0 for source in self.sources}
+        require(len(weighted) <= 1, "sources: give every source a weight, or none")
+        require(self.workers >= 0, "workers: must not be negative")
         steps = [0, *(phase.step for phase in self.curriculum)]
-        if steps != sorted(set(steps)):
-            raise ValueError("curriculum: steps must be positive and rise")
+        require(steps == sorted(set(steps)), "curriculum: steps must be positive and rise")
         for phase in self.curriculum:
-            if len(phase.weights) != len(self.sources) or min(phase.weights) < 0 or not any(phase.weights):
-                raise ValueError(
-                    f"curriculum: step {phase.step} needs a weight for each of {len(self.sources)} sources, at least "
-                    "one above 0 and none below"
-                )
+            fit = len(phase.weights) == len(self.sources) and min(phase.weights) >= 0 and any(phase.weights)
+            require(
+                fit,
+                f"curriculum: step {phase.step} needs a weight for each of {len(self.sources)} sources, at least "
+                "one above 0 and none below",
+            )
 
 
 class Record(NamedTuple):
@@ -211,15 +203,13 @@ def _excluded(source: Source) -> frozenset[bytes]:
 def _digests(sources: Sequence[Source], stamps: Any) -> frozenset[bytes]:
     """Of the texts of these sources; kept, as the parts of a source share them, while `stamps` stay as they are."""
     del stamps
-    return frozenset(_digest(text) for source in sources for text in _texts(source))
-
-
-def _texts(source: Source) -> Iterator[str]:
-    for record in _raw_records(source):
+    found = set()
+    for record in (record for source in sources for record in _raw_records(source)):
         text = record.fields.get("text")
         if not isinstance(text, str):
             raise InputError(f"{record.origin}: `exclude` compares texts, and this has none; exclude files of texts")
-        yield text
+        found.add(_digest(text))
+    return frozenset(found)
 
 
 def _keep(source: Source, record: Record, excluded: frozenset[bytes]) -> bool:
@@ -268,11 +258,17 @@ def _resolve(path: str) -> list[str]:
     if path.startswith("pkg://"):
         path = _package_path(path)
     if "://" in path:
-        return _remote(path)
-    found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not Path(path).exists() else [path]
-    found = [f for f in found if Path(f).is_file()]
+        fs, name = _filesystem(path)
+        with _readable(path):
+            found = sorted(fs.glob(name)) if glob.has_magic(name) else [name] if fs.exists(name) else []
+            found = [str(fs.unstrip_protocol(f)) for f in found if fs.isfile(f)]
+    else:
+        is_glob = glob.has_magic(path) and not Path(path).exists()
+        found = sorted(glob.glob(path, recursive=True)) if is_glob else [path]
+        found = [f for f in found if Path(f).is_file()]
     if not found:
-        raise InputError(f"{path}: no such file; give an existing file or a glob that matches one")
+        thing = "object" if "://" in path else "file"
+        raise InputError(f"{path}: no such file; give an existing {thing} or a glob that matches one")
     return found
 
 
@@ -289,16 +285,6 @@ def _package_path(path: str) -> str:
     if not (root / inside).resolve().is_relative_to(root):
         raise InputError(f"{path}: leaves the package's folder; name a file inside it")
     return str(root / inside)
-
-
-def _remote(path: str) -> list[str]:
-    fs, name = _filesystem(path)
-    with _readable(path):
-        found = sorted(fs.glob(name)) if glob.has_magic(name) else [name] if fs.exists(name) else []
-        found = [str(fs.unstrip_protocol(f)) for f in found if fs.isfile(f)]
-    if not found:
-        raise InputError(f"{path}: no such file; give an existing object or a glob that matches one")
-    return found
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
@@ -383,18 +369,11 @@ def _read_text(part: Part, unit: str) -> Iterator[Record]:
     if unit == "line":
         yield from (Record({"text": text.rstrip("\r\n")}, f"{file}:{n}") for n, text in _lines(part))
         return
-    block: list[str] = []
-    first = 1
-    for number, text in _lines(part):
-        if unit == "paragraph" and not text.strip():
-            if block:
-                yield Record({"text": "".join(block).strip("\r\n")}, f"{file}:{first}")
-            block = []
-            continue
-        first = first if block else number
-        block.append(text)
-    if block:
-        yield Record({"text": "".join(block).strip("\r\n")}, f"{file}:{first}")
+    for is_text, lines in itertools.groupby(_lines(part), lambda line: unit == "file" or bool(line[1].strip())):
+        if is_text:
+            lines = [*lines]
+            text = "".join(text for _, text in lines)
+            yield Record({"text": text.strip("\r\n")}, f"{file}:{lines[0][0]}")
 
 
 def _read_jsonl(part: Part) -> Iterator[Record]:

@@ -26,20 +26,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.config import InputError
+from jaxllm.data import sources
 from jaxllm.data.cache import ArrayFile, clean, find, inspect, key_of, made, make_once
 from jaxllm.data.format import Example, not_empty, sided
-from jaxllm.data.sources import (
-    PART_BYTES,
-    DataConfig,
-    Part,
-    Source,
-    canonical,
-    files,
-    format_of,
-    read_records,
-    remote_info,
-    split,
-)
+from jaxllm.data.sources import PART_BYTES, DataConfig, Part, Source, read_records
 from jaxllm.tokenizer import Tokenizer
 
 _VERSION = "v2"
@@ -139,9 +129,9 @@ def _texts(data: DataConfig, split: str, cache_dir: Any) -> Iterator[str]:
     chats = tuple(s for s in data.sources if _is_chat(s))
     plain = tuple(s for s in data.sources if s not in chats)
     with tempfile.TemporaryDirectory() as temporary:
-        for sources, kind in ((plain, "document"), (chats, "chat")):
-            some = dataclasses.replace(data, sources=sources, curriculum=())
-            yield from _kept_texts(some, kind, split, Path(cache_dir or temporary)) if sources else ()
+        for some, kind in ((plain, "document"), (chats, "chat")):
+            of_kind = dataclasses.replace(data, sources=some, curriculum=())
+            yield from _kept_texts(of_kind, kind, split, Path(cache_dir or temporary)) if some else ()
 
 
 def _kept_texts(data: DataConfig, kind: str, split: str, folder: Path) -> Iterator[str]:
@@ -170,39 +160,28 @@ def _units(data: DataConfig, kind: str, tokenizer: Tokenizer | None, folder: Pat
         rules = dataclasses.asdict(source) | {"path": "", "exclude": (), "weight": 0, "epochs": 1}
         others = (dataclasses.replace(source, path=path, exclude=()) for path in source.exclude)
         excluded = [version for other in others for group in _grouped(other, folder) for _, version, _ in group]
-        same = (
-            _VERSION,
-            kind,
-            tokenizer and tokenizer.fingerprint,
-            data.held_out_fraction,
-            data.split_salt,
-            rules,
-            excluded,
-        )
+        side_rules = (data.held_out_fraction, data.split_salt)
+        same = (_VERSION, kind, tokenizer and tokenizer.fingerprint, *side_rules, rules, excluded)
         for pieces in _grouped(source, folder):
-            prints = [(v, *p[1:3], format_of(p.path), p.path.endswith((".gz", ".zst"))) for p, v, _ in pieces]
+            prints = [(v, *p[1:3], sources.format_of(p.path), p.path.endswith((".gz", ".zst"))) for p, v, _ in pieces]
             name = folder / f"unit-{key_of(*same, prints)}"
             units.append(Unit(name, data, kind, index, tuple(p for p, *_ in pieces), sum(n for *_, n in pieces)))
     return units
 
 
-def _look(path: str, folder: Path) -> dict[str, Any]:
-    return remote_info(path) if "://" in path else inspect(path, PART_BYTES, folder)
-
-
 def _grouped(source: Source, folder: Path) -> Iterator[list[tuple[Part, str, int]]]:
     """(part, what changes with its content, bytes) of each unit; a function, or a sample of a source, is one unit."""
-    if not (names := files(source)):
+    if not (names := sources.files(source)):
         digest = hashlib.sha256()
         plain = Source(source.path, text_field=source.text_field, replace=source.replace, min_chars=0)
         for record in read_records(plain):
-            digest.update(canonical(record.fields).encode("utf-8", "surrogatepass") + b"\n")
+            digest.update(sources.canonical(record.fields).encode("utf-8", "surrogatepass") + b"\n")
         yield [(Part(source.path), digest.hexdigest(), 0)]
         return
     group: list[tuple[Part, str, int]] = []
     for name in names:
-        found = _look(name, folder)
-        parts = split(name, source, found["size"], found.get("lines", ()))
+        found = sources.remote_info(name) if "://" in name else inspect(name, PART_BYTES, folder)
+        parts = sources.split(name, source, found["size"], found.get("lines", ()))
         for part in parts:
             group.append((part, found["version"], found["size"] // len(parts)))
             if sum(n for *_, n in group) >= PART_BYTES // 2 and not source.max_records:
@@ -309,9 +288,7 @@ def _dtype(tokenizer: Tokenizer | None) -> np.dtype:
 
 
 def _read(unit: Unit) -> Iterator[tuple[Example, str | None]]:
-    source = unit.data.sources[unit.source]
-    records = read_records(source, None if source.path.startswith("py://") else unit.parts)
-    return sided(unit.data, unit.kind, unit.source, records)
+    return sided(unit.data, unit.kind, unit.source, read_records(unit.data.sources[unit.source], unit.parts))
 
 
 def _write(folder: Path, unit: Unit, tokenizer: Tokenizer | None) -> dict[str, Any]:
