@@ -40,6 +40,7 @@ from jaxllm.data.sources import (
     remote_info,
     split,
 )
+from jaxllm.pretrained_tokenizer import restore
 from jaxllm.tokenizer import Tokenizer
 
 _VERSION = "v2"
@@ -296,10 +297,10 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
-_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer)
+_tokenizer = functools.lru_cache(maxsize=1)(restore)
 
 
-def make_unit(unit: Unit, model: bytes | None) -> bool:
+def make_unit(unit: Unit, model: Any) -> bool:
     """Make a unit if it is not there; False: another process is at it."""
     return make_once(unit.folder, lambda partial: _write(partial, unit, _tokenizer(model) if model else None))
 
@@ -379,7 +380,7 @@ def _encode(
         ids, masks = zip(*(tokenizer.encode_chat(example.messages) for example in chunk), strict=True)
         return list(ids), list(masks)
     texts = tokenizer.encode_batch([example.text for example in chunk])
-    return [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in texts], []
+    return [tokenizer.document(ids) for ids in texts], []
 
 
 def _sorted(keys: Sequence[tuple[bytes, int]]) -> np.ndarray:
