@@ -42,7 +42,10 @@ def load_tokenizer(directory: Any) -> Tokenizer:
     ours = "tokenizer.json" in files and b'"type": "sentencepiece"' in files["tokenizer.json"][:100]
     if ours or not any(_is_vocabulary(name) for name in files):
         return Tokenizer.load(folder)
-    tokenizer = PretrainedTokenizer(files, str(folder))
+    try:
+        tokenizer = PretrainedTokenizer(files, str(folder))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}: the tokenizer's files are damaged ({error!r:.120}); copy them again") from None
     if (record := folder / _RECORD).exists():
         recorded = _json({_RECORD: record.read_bytes()}, _RECORD, str(folder)).get("sha256")
         if tokenizer.fingerprint != recorded:
@@ -64,20 +67,20 @@ class PretrainedTokenizer(Tokenizer):
 
     def __init__(self, files: Mapping[str, bytes], origin: str = "tokenizer"):
         self.model, self._origin = tuple(sorted(files.items())), origin  # type: ignore[assignment]
-        self.fingerprint = hashlib.sha256(
-            b"".join(b"%s %d\n%s" % (n.encode(), len(d), d) for n, d in self.model)
-        ).hexdigest()
+        hashes = [f"{name} {hashlib.sha256(content).hexdigest()}\n" for name, content in self.model]
+        self.fingerprint = hashlib.sha256("".join(hashes).encode()).hexdigest()
         config = {**_json(files, "special_tokens_map.json", origin), **_json(files, "tokenizer_config.json", origin)}
         self._backend = _backend(files, config, origin)
-        named = self._backend.named | {
-            n: _spelling(v) for n, v in config.items() if n.endswith("_token") and _spelling(v)
-        }
+        given = {name: _spelling(value) for name, value in config.items() if name.endswith("_token")}
+        named = self._backend.named | {name: text for name, text in given.items() if text}
         self._template = _template(files, config, named, origin)
-        self._backend.start(_listed(config) | set(named.values()), _scaffold(self._template))
+        scaffold = "".join(_written(self._template, ("user", "assistant", "user")))
+        self._backend.start(list(dict.fromkeys([*named.values(), *_listed(config)])), scaffold)
         self.controls, self._bytes = self._backend.controls, self._backend.bytes
         self.vocab_size, self.dummy_prefix = len(self._bytes), self._backend.dummy_prefix
         self._spellings = _any_of(self.controls)
         self._prefixes = {text[:i] for text in self.controls for i in range(1, len(text))}
+        self._longest = max(map(len, self.controls), default=0)
         self._choose_ids(named, config, _json(files, "generation_config.json", origin).get("eos_token_id"))
         self._check_out_of_reach()
 
@@ -181,9 +184,9 @@ class PretrainedTokenizer(Tokenizer):
         if not isinstance(value, str):
             return value
         body = value.rstrip()  # as templates trim what they join
-        begun = next((n for n in range(len(body), 0, -1) if body[-n:] in self._prefixes), 0) if body else 0
-        head, tail = body[: len(body) - begun], body[len(body) - begun :]
-        return self._spellings.sub(lambda m: _veil(m[0]), head) + (_veil(tail) if tail else "") + value[len(body) :]
+        longest = range(min(self._longest, len(body)), 0, -1)
+        at = len(body) - next((n for n in longest if body[-n:] in self._prefixes), 0)
+        return self._spellings.sub(lambda m: _veil(m[0]), body[:at]) + _veil(body[at:]) + value[len(body) :]
 
     def _unveiled(self, text: str) -> str:
         return _VEILED.sub(lambda m: bytes.fromhex(m[1]).decode(), text) if SECRET in text else text
@@ -198,7 +201,7 @@ _VEILED = re.compile(f"{SECRET}v([0-9a-f]*)z")
 
 
 def _veil(text: str) -> str:
-    return f"{SECRET}v{text.encode().hex()}z"
+    return f"{SECRET}v{text.encode().hex()}z" if text else ""
 
 
 class _Backend:
@@ -216,7 +219,7 @@ class _Backend:
         self.controls: dict[str, int] = {}
         self.bytes: list[bytes] = []
 
-    def start(self, special: set[str], scaffold: str) -> None:
+    def start(self, special: Sequence[str], scaffold: str) -> None:
         """special: what the configuration calls special; scaffold: what the chat template writes around messages."""
 
     def batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
@@ -255,26 +258,33 @@ class _JsonBackend(_Backend):
             if _spelling(record) not in known:
                 self._added.append({**dict.fromkeys((*_ATTRIBUTES, "special"), False), **record, "id": int(token)})
 
-    def start(self, special: set[str], scaffold: str) -> None:
+    def start(self, special: Sequence[str], scaffold: str) -> None:
         for token in self._added:
             text = token["content"]
             token["special"] |= text in special or bool(text.strip() and text in scaffold)
-        self._spec["added_tokens"] = self._added
+        self._tokenizer = self._made({**self._spec, "added_tokens": self._added})
+        known = {token["content"] for token in self._added}
+        for text in [text for text in special if text not in known]:
+            self._tokenizer.add_special_tokens([text])
+            flags = dict.fromkeys(_ATTRIBUTES, False)
+            self._added.append({**flags, "content": text, "id": self._tokenizer.token_to_id(text), "special": True})
+        self.controls = {token["content"]: token["id"] for token in self._added if token["special"]}
+        self.unk_id = self.controls.get(self._spec["model"].get("unk_token"), -1)
+        self._find_bytes()
+        self._add_marks()
+
+    def _made(self, spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self._spec))
+            made = tokenizers.Tokenizer.from_str(json.dumps(spec))
         except Exception as error:
             if type(error) is not Exception:  # the library raises no subclass
                 raise
-            reason = " ".join(f"{error}".split())[:120]
-            raise InputError(
-                f"{self._origin}/tokenizer.json: not a tokenizer ({reason}); copy the file again"
-            ) from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # that is, as the text they are
-        self.controls = {token["content"]: token["id"] for token in self._added if token["special"]}
-        self._find_bytes()
-        self._add_marks()
+            reason = f"{error}".replace("\n", " ")[:120]
+            raise InputError(f"{self._origin}/tokenizer.json: no tokenizer ({reason}); copy the file again") from None
+        made.no_truncation()
+        made.no_padding()
+        made.encode_special_tokens = True  # that is, as the text they are
+        return made
 
     def _find_bytes(self) -> None:
         parts = list(_components(self._spec.get("decoder")))
@@ -282,15 +292,14 @@ class _JsonBackend(_Backend):
         if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
             mend = "only byte-level and SentencePiece-like ones are known"
             raise InputError(f"{self._origin}/tokenizer.json: a decoder of {sorted(kinds)} is not known; {mend}")
-        starts = [part.get("start") or part.get("prepend_scheme", "never") not in ("never", 0) for part in parts]
-        self.dummy_prefix = any(starts)
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        # What takes a space away at the beginning: Strip with a start, Metaspace unless it never puts one there.
+        self.dummy_prefix = any(p.get("start") or p.get("prepend_scheme", "never") != "never" for p in parts)
+        vocabulary, byte_level = self._tokenizer.get_vocab(with_added_tokens=True), "ByteLevel" in kinds
         added, controls = {token["content"] for token in self._added}, set(self.controls.values())
         self.bytes = [b""] * (1 + max(vocabulary.values(), default=-1))
         for text, token in vocabulary.items():
             if token not in controls:
-                literal = "ByteLevel" in kinds and text in added
-                self.bytes[token] = text.encode() if literal else _token_bytes(text, "ByteLevel" in kinds)
+                self.bytes[token] = text.encode() if byte_level and text in added else _token_bytes(text, byte_level)
 
     def _add_marks(self) -> None:
         """Tokens that only `spans` can spell, one for each way in which control tokens treat the text around them.
@@ -300,9 +309,8 @@ class _JsonBackend(_Backend):
         shapes = {t["content"]: tuple(bool(t[name]) for name in _ATTRIBUTES) for t in self._added if t["special"]}
         spelled = {shape: f"{SECRET}m{i}z" for i, shape in enumerate(dict.fromkeys(shapes.values()))}
         for shape, mark in spelled.items():
-            self._tokenizer.add_tokens(
-                [tokenizers.AddedToken(mark, special=False, **dict(zip(_ATTRIBUTES, shape, strict=True)))]
-            )
+            flags = dict(zip(_ATTRIBUTES, shape, strict=True))
+            self._tokenizer.add_tokens([tokenizers.AddedToken(mark, special=False, **flags)])
         self._marks = {text: spelled[shape] for text, shape in shapes.items()}
         self._mark_ids = {self._tokenizer.token_to_id(mark) for mark in spelled.values()}
 
@@ -350,39 +358,26 @@ class _PieceBackend(_Backend):
         return list(found["ids"]), offsets
 
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_CL100K = _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_LLAMA3 = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
-_LLAMA3 += ["finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"]
-_LLAMA3 += ["image", *(f"reserved_special_token_{i}" for i in range(2, 246))]
+_ANY, _REST = r"[^\r\n\p{L}\p{N}]?", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CL100K = rf"{_ENDINGS}|{_ANY}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}"
+_O200K = rf"{_ANY}{_UPPER}*{_LOWER}+{_ENDINGS}?|{_ANY}{_UPPER}+{_LOWER}*{_ENDINGS}?"
+_O200K += rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_REST}"
+_LLAMA3 = "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id step_id "
+_LLAMA3 += "start_header_id end_header_id eom_id eot_id python_tag image"
+_LLAMA3_NAMES = [*_LLAMA3.split(), *(f"reserved_special_token_{i}" for i in range(2, 246))]
+_MORE = {"fim_prefix": 100_258, "fim_middle": 100_259, "fim_suffix": 100_260, "endofprompt": 100_276}
 
 # A rank file says neither how it splits text nor its special tokens: name -> (pattern, ranks, special tokens).
 _RANKS: dict[str, tuple[str, int, dict[str, int]]] = {
-    "gpt2": (
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-        50_256,
-        {"<|endoftext|>": 50_256},
-    ),
-    "cl100k_base": (
-        _CL100K,
-        100_256,
-        {"<|endoftext|>": 100_257, "<|endofprompt|>": 100_276}
-        | {f"<|fim_{name}|>": 100_258 + i for i, name in enumerate(("prefix", "middle", "suffix"))},
-    ),
-    "o200k_base": (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_WORDS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_WORDS}?"
-        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        199_998,
-        {"<|endoftext|>": 199_999, "<|endofprompt|>": 200_018},
-    ),
-    "llama3": (_CL100K, 128_000, {f"<|{name}|>": 128_000 + i for i, name in enumerate(_LLAMA3)}),
+    "gpt2": (_GPT2, 50_256, {"endoftext": 50_256}),
+    "cl100k_base": (_CL100K, 100_256, {"endoftext": 100_257, **_MORE}),
+    "o200k_base": (_O200K, 199_998, {"endoftext": 199_999, "endofprompt": 200_018}),
+    "llama3": (_CL100K, 128_000, {name: 128_000 + i for i, name in enumerate(_LLAMA3_NAMES)}),
 }
-_LLAMA3_NAMES = {
-    "bos_token": "<|begin_of_text|>",
-    "eos_token": "<|end_of_text|>",
-    "pad_token": "<|finetune_right_pad_id|>",
-}
+_ROLES = {"bos_token": "begin_of_text", "eos_token": "end_of_text", "pad_token": "finetune_right_pad_id"}
 
 
 class _RankBackend(_Backend):
@@ -393,24 +388,22 @@ class _RankBackend(_Backend):
         if kind not in _RANKS:
             known = ", ".join(f"{known}.tiktoken" for known in _RANKS)
             raise InputError(f"{origin}/{name}: how these ranks split text is not known; known are {known}: rename it")
-        pattern, count, special = _RANKS[kind]
+        pattern, count, names = _RANKS[kind]
         try:
-            pairs = [line.split() for line in data.splitlines() if line]
+            pairs = (line.split() for line in data.splitlines() if line)
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
         except ValueError:
             ranks = {}
-        if sorted(ranks.values()) != list(range(count)) or not all(bytes([b]) in ranks for b in range(256)):
+        if sorted(ranks.values()) != list(range(count)):
             raise InputError(f"{origin}/{name}: damaged, or not the {count:,} ranks of {kind}; copy the file again")
-        super().__init__(_LLAMA3_NAMES if kind == "llama3" else {"eos_token": "<|endoftext|>"})
-        self._encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.controls, self.bytes = dict(special), [b""] * (1 + max(special.values()))
-        for token, rank in ranks.items():
-            self.bytes[rank] = token
+        roles = _ROLES if kind == "llama3" else {"eos_token": "endoftext"}
+        super().__init__({role: f"<|{token}|>" for role, token in roles.items()})
+        self.controls = {f"<|{token}|>": i for token, i in names.items()}
+        self._encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.controls)
+        self.bytes = [*sorted(ranks, key=ranks.__getitem__)] + [b""] * (1 + max(names.values()) - count)
         self.declare(config)
 
     def batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
-        if num_threads == 1:
-            return [self._encoding.encode_ordinary(text) for text in texts]
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads if num_threads > 0 else 8)
 
     def part(self, text: str) -> tuple[list[int], Sequence[Span]]:
@@ -454,13 +447,11 @@ def _spelling(token: Any) -> str:
     return text if isinstance(text, str) else ""
 
 
-def _listed(config: Mapping[str, Any]) -> set[str]:
-    """Every token of the configuration's lists of special tokens."""
-    found: set[str] = set()
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        value = config.get(name) or []
-        found |= {_spelling(token) for token in (value.values() if isinstance(value, Mapping) else value)}
-    return found - {""}
+def _listed(config: Mapping[str, Any]) -> list[str]:
+    """Every token of the configuration's lists of special tokens, which may have names."""
+    lists = [config.get(name) or [] for name in ("additional_special_tokens", "extra_special_tokens")]
+    every = [token for some in lists for token in (some.values() if isinstance(some, Mapping) else some)]
+    return [text for text in map(_spelling, every) if text]
 
 
 def _template(files: Mapping[str, bytes], config: Mapping[str, Any], named: Mapping[str, str], origin: str):
@@ -481,10 +472,6 @@ def _written(template: ChatTemplate | None, roles: Iterable[str]) -> list[str]:
     except InputError:
         text = ""
     return text.split(SECRET) if text else []
-
-
-def _scaffold(template: ChatTemplate | None) -> str:
-    return "".join(_written(template, ("user", "assistant", "user")))
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

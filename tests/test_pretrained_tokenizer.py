@@ -377,7 +377,8 @@ def test_the_right_kind_is_chosen_or_one_line_says_why_not(tmp_path):
         (
             (b'{"model":', "tokenizer.json: damaged"),
             (b"[]", "must be a JSON object"),
-            (b'{"model": {}, "decoder": {"type": "ByteLevel"}}', "not a tokenizer"),
+            (b'{"model": {}, "decoder": {"type": "ByteLevel"}}', "no tokenizer"),
+            (b'{"model": {}, "added_tokens": [{}]}', "files are damaged"),
         )
     ):
         folder = tmp_path / str(number)
