@@ -416,3 +416,12 @@ def test_data_is_tokenised_with_it(made, tmp_path, kind):
     data = d.DataConfig((d.Source(str(tmp_path / "a.jsonl")),), held_out_fraction=0.3)
     rows = d.load_rows(data, kind, "train", tokenizer, 64, tmp_path / "cache")
     assert len(rows)
+
+
+def test_a_ranked_response_ends_with_its_turn_as_a_rollout_does(made, tmp_path):
+    tokenizer, _ = made
+    record = {"prompt": "the quick", "responses": ["fox", "dog is"], "ranks": [1, 2]}
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({**record, "prompt": f"the {i}"}) for i in range(20)))
+    for example in d.load_ranked(d.DataConfig((d.Source(str(tmp_path / "a.jsonl")),)), "train", tokenizer, 512):
+        assert all(row[-1] == tokenizer.end_id for row in example.rows)
+        assert all(tokenizer.decode(row[example.prompt_length :]).strip() in ("fox", "dog is") for row in example.rows)
