@@ -11,6 +11,7 @@ from jaxllm.config import InputError
 from jaxllm.generate import SamplingConfig, complete, stream
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
+from jaxllm.pretrained_tokenizer import load_tokenizer
 from jaxllm.sharding import MeshConfig, make_mesh
 from jaxllm.tokenizer import StreamDecoder, Tokenizer
 from jaxllm.workspace import load_model
@@ -20,7 +21,7 @@ def load(stage_dir: str) -> tuple[Any, ModelConfig, Tokenizer, jax.sharding.Mesh
     """Model and tokenizer of a stage directory, on one device."""
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     params, model = load_model(stage_dir, mesh)
-    return params, model, Tokenizer.load(epath.Path(stage_dir) / "tokenizer"), mesh
+    return params, model, load_tokenizer(epath.Path(stage_dir) / "tokenizer"), mesh
 
 
 def answer_once(
@@ -42,8 +43,8 @@ def answer_once(
     if chat:
         ids, _ = tokenizer.encode_chat([{"role": "user", "content": prompt}], reply=True)
     else:
-        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    stops = (tokenizer.end_id, tokenizer.eos_id)
+        ids = tokenizer.encode_document(prompt)[:-1]
+    stops = tokenizer.stop_ids
     with jax.set_mesh(mesh):
         settings: dict[str, Any] = {"sampling": sampling, "stop_ids": stops, "pad_id": tokenizer.pad_id}
         count = num_samples * best_of
@@ -63,7 +64,7 @@ def converse(stage_dir: str, sampling: SamplingConfig, seed: int, system: str = 
     params = jax.jit(lambda p: transformer.unstack(p, transformer.decoding(model)))(params)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    stops = (tokenizer.end_id, tokenizer.eos_id)
+    stops = tokenizer.stop_ids
     _note("Talk to the model. /reset starts anew, /quit or end of input ends.")
     with jax.set_mesh(mesh):
         for turn in range(sys.maxsize):

@@ -34,6 +34,9 @@ class Tokenizer:
     decode(encode(text)) == text for every Unicode string (unknown characters are spelled in byte tokens).
     """
 
+    dummy_prefix = False
+    """Whether every text is encoded with a space before it, which decoding takes away."""
+
     def __init__(self, model: bytes):
         self.model = model
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -42,7 +45,8 @@ class Tokenizer:
         ids = {piece: self._sp.piece_to_id(piece) for piece in (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END)}
         self.pad_id, self.bos_id, self.eos_id, self.end_id = (ids[p] for p in (PAD, BOS, EOS, END))
         self.role_ids = {"system": ids[SYSTEM], "user": ids[USER], "assistant": ids[ASSISTANT]}
-        self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
+        self.stop_ids = (self.end_id, self.eos_id)
+        self._bytes = [piece_bytes(self._sp, i) for i in range(self.vocab_size)]
         self._space = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
 
     def encode(self, text: str) -> list[int]:
@@ -64,17 +68,22 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special ones are skipped, invalid UTF-8 becomes U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        data = b"".join(map(self.token_bytes, ids))
+        return data.removeprefix(b" " if self.dummy_prefix else b"").decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes one token stands for; none for special tokens and for the padding of a model's vocabulary."""
         return self._bytes[token] if 0 <= token < self.vocab_size else b""
 
     def encode_document(self, text: str) -> list[int]:
-        return [self.bos_id, *self.encode(text), self.eos_id]
+        return self.document(self.encode(text))
+
+    def document(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a whole text between those that begin and end one; some models have none that begins one."""
+        return [*([] if self.bos_id is None else [self.bos_id]), *ids, self.eos_id]
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, reply: bool = False
+        self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False
     ) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation, and where the assistant speaks (its end of turn included).
 
@@ -102,18 +111,15 @@ class Tokenizer:
 
     def save(self, directory: Any, settings: Mapping[str, Any] | None = None) -> None:
         """Write tokenizer.model and tokenizer.json into a new directory, all at once."""
-        target = Path(directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tokenizer-") as partial:
-            (Path(partial) / "tokenizer.model").write_bytes(self.model)
-            record = {"type": "sentencepiece", "vocab_size": self.vocab_size, "sha256": self.fingerprint}
-            (Path(partial) / "tokenizer.json").write_text(json.dumps({**record, **(settings or {})}, indent=1) + "\n")
-            (Path(partial) / "placed").mkdir()
-            for name in ("tokenizer.model", "tokenizer.json"):
-                os.replace(Path(partial) / name, Path(partial) / "placed" / name)
-            if target.exists():  # an older one
-                os.replace(target, Path(partial) / "old")
-            os.replace(Path(partial) / "placed", target)
+        record = {
+            "type": "sentencepiece",
+            "vocab_size": self.vocab_size,
+            "sha256": self.fingerprint,
+            **(settings or {}),
+        }
+        write_files(
+            directory, {"tokenizer.model": self.model, "tokenizer.json": json.dumps(record, indent=1).encode() + b"\n"}
+        )
 
     @classmethod
     def load(cls, directory: Any) -> "Tokenizer":
@@ -131,11 +137,27 @@ class Tokenizer:
             raise InputError(f"{path}: is not the file that was saved (sha256 differs); run the tokenizer stage again")
         return tokenizer
 
-    def _piece_bytes(self, token: int) -> bytes:
-        if self._sp.is_control(token) or self._sp.is_unknown(token):
-            return b""
-        piece = self._sp.id_to_piece(token)
-        return bytes([int(piece[3:5], 16)]) if self._sp.is_byte(token) else piece.replace(_SPACE, " ").encode()
+
+def piece_bytes(sp: sentencepiece.SentencePieceProcessor, token: int) -> bytes:
+    """The UTF-8 bytes of a SentencePiece token; none for control tokens and the unknown one."""
+    if sp.is_control(token) or sp.is_unknown(token):
+        return b""
+    piece = sp.id_to_piece(token)
+    return bytes([int(piece[3:5], 16)]) if sp.is_byte(token) else piece.replace(_SPACE, " ").encode()
+
+
+def write_files(directory: Any, files: Mapping[str, bytes]) -> None:
+    """Write files {name: content} into a new directory, all at once; an older one is replaced."""
+    target = Path(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tokenizer-") as partial:
+        placed = Path(partial) / "placed"
+        placed.mkdir()
+        for name, content in files.items():
+            (placed / name).write_bytes(content)
+        if target.exists():
+            os.replace(target, Path(partial) / "old")
+        os.replace(placed, target)
 
 
 class StreamDecoder:
@@ -144,10 +166,13 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._prefix = b" " if tokenizer.dummy_prefix else b""
 
     def add(self, token: int) -> str:
         """The text that has become certain with this token; joined, all of them are decode(ids)."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
+        data = self._tokenizer.token_bytes(token)
+        prefix, self._prefix = self._prefix, b"" if data else self._prefix
+        return self._decoder.decode(data.removeprefix(prefix))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)

@@ -33,6 +33,7 @@ from jaxllm.metrics import write_whole
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
+from jaxllm.pretrained_tokenizer import load_tokenizer
 from jaxllm.process import Signals
 from jaxllm.sharding import meet, param_shardings
 from jaxllm.tokenizer import Tokenizer
@@ -147,7 +148,7 @@ class Workspace:
         return given or str(self.stage_dir(stage))
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.run_dir / "tokenizer" / "tokenizer")
+        return load_tokenizer(self.run_dir / "tokenizer" / "tokenizer")
 
     def share_tokenizer(self, stage: str) -> None:
         """Copy the tokenizer into a stage's directory, which is thereby complete by itself."""

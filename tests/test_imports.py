@@ -10,7 +10,8 @@ from jaxllm.run import Config
 PACKAGE = Path(__file__).parent.parent / "jaxllm"
 LEVELS = [
     {"config", "sharding"},
-    {"tokenizer", "losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"}
+    {"tokenizer", "chat_template", "pretrained_tokenizer"}
+    | {"losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"}
     | {"digest", "process", "goodput"},
     {"data", "generate", "train", "workspace"},
     {"evaluate"},
@@ -29,6 +30,8 @@ WITHIN = [
     ("metrics", "checkpoint"),
     ("train", "workspace"),
     ("annotators", "rewards"),
+    ("tokenizer", "pretrained_tokenizer"),
+    ("chat_template", "pretrained_tokenizer"),
 ]
 STAGES = {"tokenizer", "pretrain", "sft", "sample", "rank", "reward", "dpo", "ppo", "evaluate"}
 EXTRAS = {

@@ -273,7 +273,8 @@ def load_ranked(data: DataConfig, split: str, tokenizer: Tokenizer, length: int)
                 "raise the length, or set data.too_long to drop"
             )
         prompt, _ = tokenizer.encode_chat(example.messages, reply=True)
-        rows = [ids[:length] for ids, _ in encoded]
+        # Through the end of turn, as a rollout ends: some templates write a line end behind it.
+        rows = [ids[: min(length, len(mask) - mask[::-1].index(True))] for ids, mask in encoded]
         ranked.append(RankedExample(rows, example.ranks, len(prompt), example.scores, example.annotator))
     if not ranked:
         raise InputError(f"data.sources: every ranking of the {split} split is longer than {length} tokens")

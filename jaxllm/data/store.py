@@ -30,6 +30,7 @@ from jaxllm.data import sources
 from jaxllm.data.cache import ArrayFile, clean, find, inspect, key_of, made, make_once
 from jaxllm.data.format import Example, not_empty, sided
 from jaxllm.data.sources import PART_BYTES, DataConfig, Part, Source, read_records
+from jaxllm.pretrained_tokenizer import restore
 from jaxllm.tokenizer import Tokenizer
 
 _VERSION = "v2"
@@ -275,10 +276,10 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
-_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer)
+_tokenizer = functools.lru_cache(maxsize=1)(restore)
 
 
-def make_unit(unit: Unit, model: bytes | None) -> bool:
+def make_unit(unit: Unit, model: Any) -> bool:
     """Make a unit if it is not there; False: another process is at it."""
     return make_once(unit.folder, lambda partial: _write(partial, unit, _tokenizer(model) if model else None))
 
@@ -356,7 +357,7 @@ def _encode(
         ids, masks = zip(*(tokenizer.encode_chat(example.messages) for example in chunk), strict=True)
         return list(ids), list(masks)
     texts = tokenizer.encode_batch([example.text for example in chunk])
-    return [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in texts], []
+    return [tokenizer.document(ids) for ids in texts], []
 
 
 def _sorted(keys: Sequence[tuple[bytes, int]]) -> np.ndarray:
