@@ -23,6 +23,7 @@ class TokenStats(NamedTuple):
     logprob: jax.Array  # log p(target)
     logsumexp: jax.Array  # log of the partition function
     entropy: jax.Array  # nats
+    top: jax.Array  # log p of the likeliest token: greedy decoding takes the target where it has this
 
 
 def token_logprobs(
@@ -66,7 +67,7 @@ def _score(hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: 
     logsumexp = jnp.log(total) + top
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     entropy = logsumexp - (exp * logits).sum(-1) / total
-    return TokenStats(chosen - logsumexp, logsumexp, entropy)
+    return TokenStats(chosen - logsumexp, logsumexp, entropy, top - logsumexp)
 
 
 def next_token_targets(tokens: jax.Array, segment_ids: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
