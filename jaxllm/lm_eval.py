@@ -15,8 +15,9 @@ from jaxllm.score import Row, fit, generate_texts, score_rows, shorten, split, w
 from jaxllm.sharding import MeshConfig, make_mesh
 from jaxllm.tasks import load
 
-# A special token in a rendered conversation: its id between two of these, so that no text is taken for one.
-_MARK = "\x1e"
+# A special token in a rendered conversation: its id between two of these, so that no text is taken for one. (Not a
+# separator such as \x1e, which counts as white space.)
+_MARK = "\x02"
 
 
 def harness(stage_dir: str, options: Sequence[str]) -> None:
