@@ -109,4 +109,4 @@ class StageLM(LM):
             {"seed": self._seed, "batch_size": self._batch_size},
         )
         with jax.set_mesh(self._model.mesh):
-            return [answer.text for answer in generate_texts(self._model, prompts, sampling, stops, **settings)]
+            return [text for text, _ in generate_texts(self._model, prompts, sampling, stops, **settings)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxllm import losses
 from jaxllm.config import InputError
-from jaxllm.generate import SamplingConfig, completions, cut_at_strings, roll_out, whole_batch
+from jaxllm.generate import Completion, SamplingConfig, completions, cut_at_strings, roll_out, whole_batch
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.sharding import activation, fetch
@@ -45,14 +45,6 @@ class Score(NamedTuple):
     logprob: float  # nats, summed
     count: int  # tokens
     greedy: bool  # greedy decoding would have given exactly these
-
-
-class Answer(NamedTuple):
-    """A generated text."""
-
-    text: str  # up to the first stop text
-    tokens: int
-    finished: bool  # by an end token or a stop text
 
 
 def score_rows(
@@ -162,8 +154,8 @@ def windows(ids: Sequence[int], bos_id: int, max_length: int, stride: int = 0) -
 
 def generate_texts(
     model: Model, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stops: Sequence[str], **settings: Any
-) -> Iterator[Answer]:
-    """The answer to each prompt, in order, cut before the first stop text. settings: seed and batch_size."""
+) -> Iterator[tuple[str, Completion]]:
+    """(text up to the first stop text, completion) for each prompt, in order. settings: seed, batch_size."""
     tokenizer = model.tokenizer
     ends = (tokenizer.end_id, tokenizer.eos_id)
     settings |= {"sampling": sampling, "stop_ids": ends, "pad_id": tokenizer.pad_id, "mesh": model.mesh}
@@ -172,4 +164,4 @@ def generate_texts(
         for drawn in completions(rollout, ends)[:count]:
             text = tokenizer.decode(drawn.ids)
             cut = min((text.index(stop) for stop in stops if stop in text), default=len(text))
-            yield Answer(text[:cut], len(drawn.ids), drawn.finished)
+            yield text[:cut], drawn

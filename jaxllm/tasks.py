@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import fsspec
 import jax
+import numpy as np
 import tyro
 from etils import epath
 from rich.console import Console
@@ -50,8 +51,6 @@ class ScoringConfig:
     """Ask in the chat format; auto: every stage but pretrain."""
     delimiter: str = " "
     """Between question and answer where the chat format is not used."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a generated answer."""
     stride: int = 0
     """Tokens the window moves by in a text longer than the context; 0: as many as it holds."""
     batch_size: int = 32
@@ -103,10 +102,6 @@ class Task(NamedTuple):
     sha256: str
     items: list[Item]  # at least one, all of one kind
 
-    @property
-    def kind(self) -> Kind:
-        return self.items[0].kind
-
 
 def read_task(path: str) -> Task:
     """Read a task file, here or on an object store. Raises InputError on a line that is none, or of another kind."""
@@ -125,36 +120,24 @@ def read_task(path: str) -> Task:
 def _item(record: Record) -> Item:
     fields, origin = record
     asked = next((name for name in ("messages", "prompt", "question") if name in fields), "")
-    if "choices" in fields and asked:
-        return _choices(fields, origin, _messages(fields, asked, origin))
-    if asked:
-        answer = fields.get("answer")
+    answer, choices, text = (fields.get(name) for name in ("answer", "choices", "text"))
+    if not asked and choices is None and isinstance(text, str) and text:
+        return Item("perplexity", origin, text=text)
+    if not asked:
+        wanted = '"question", "choices" and "answer", or "prompt" and "answer", or "text"'
+        raise InputError(f"{origin}: is no task; give {wanted}")
+    known = {"messages" if asked == "messages" else "prompt": fields[asked]}  # checked as training prompts are
+    messages = next(sided(DataConfig((Source(),)), "prompt", 0, [Record(known, origin)]))[0].messages
+    if choices is None:
         if not isinstance(answer, str | int | float) or isinstance(answer, bool):
             raise InputError(f'{origin}: generation needs "answer", a text or a number; add it (or "choices")')
-        return Item("generation", origin, str(answer), messages=_messages(fields, asked, origin))
-    if isinstance(text := fields.get("text"), str) and text and "choices" not in fields:
-        return Item("perplexity", origin, text=text)
-    raise InputError(
-        f'{origin}: is no task; give "question", "choices" and "answer", or "prompt" and "answer", or "text"'
-    )
-
-
-def _choices(fields: Mapping[str, Any], origin: str, messages: Sequence[Mapping[str, str]]) -> Item:
-    choices, right = fields["choices"], fields.get("answer")
-    texts = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
-    if not texts or len(choices) < 2:
+        return Item("generation", origin, str(answer), messages=messages)
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise InputError(f'{origin}: "choices" must be a list of at least 2 texts that are not empty; mend the list')
-    if not isinstance(right, int) or isinstance(right, bool) or not 0 <= right < len(choices):
-        raise InputError(
-            f'{origin}: "answer" must be the right choice\'s index, 0 to {len(choices) - 1}, not {right!r:.40}'
-        )
-    return Item("multiple choice", origin, choices[right], messages=messages, choices=tuple(choices), right=right)
-
-
-def _messages(fields: Mapping[str, Any], asked: str, origin: str) -> Sequence[Mapping[str, str]]:
-    """The conversation up to the question, checked as the prompts of training data are."""
-    known = {("prompt" if name == asked != "messages" else name): fields[name] for name in (asked,)}
-    return next(sided(DataConfig((Source(),)), "prompt", 0, [Record(known, origin)]))[0].messages
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        last = len(choices) - 1
+        raise InputError(f'{origin}: "answer" must be the right choice\'s index, 0 to {last}, not {answer!r:.40}')
+    return Item("multiple choice", origin, choices[answer], messages=messages, choices=tuple(choices), right=answer)
 
 
 def load(stage_dir: epath.PathLike, mesh: jax.sharding.Mesh) -> Model:
@@ -187,14 +170,14 @@ def read_tasks(paths: Sequence[str], config: ScoringConfig) -> list[Task]:
     """`read_task` of each; files of one name go by their paths. Raises InputError where the shots leave no line."""
     tasks = [read_task(path) for path in dict.fromkeys(paths)]
     for task in tasks:
-        if task.kind != "perplexity" and len(task.items) <= config.shots:
+        if task.items[0].kind != "perplexity" and len(task.items) <= config.shots:
             raise InputError(f"{task.path}: {config.shots} shots of {len(task.items)} lines leave none to score")
     often = Counter(task.name for task in tasks)
     return [task._replace(name=task.path) if often[task.name] > 1 else task for task in tasks]
 
 
 def describe(tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
-    return {t.name: {"path": t.path, "sha256": t.sha256, "kind": t.kind, "lines": len(t.items)} for t in tasks}
+    return {t.name: {"path": t.path, "sha256": t.sha256, "kind": t.items[0].kind, "lines": len(t.items)} for t in tasks}
 
 
 def add_scores(
@@ -208,10 +191,10 @@ def add_scores(
 
 def score_task(model: Model, task: Task, config: ScoringConfig, chat: bool, seed: int = 0) -> Numbers:
     """The metrics of a task; `examples` lines are scored, and of `truncated` ones the context was cut."""
-    if task.kind == "perplexity":
+    if task.items[0].kind == "perplexity":
         return _perplexity(model, task.items, config)
     shots, items = task.items[: config.shots], task.items[config.shots :]
-    if task.kind == "multiple choice":
+    if task.items[0].kind == "multiple choice":
         return _multiple_choice(model, shots, items, config, chat)
     return _generation(model, shots, items, config, chat, seed)
 
@@ -221,20 +204,24 @@ def _multiple_choice(model: Model, shots: list[Item], items: list[Item], config:
     (its acc_norm where characters are bytes, else its acc_bytes); majority: always the index that is right most often.
     """
     pairs = [
-        fit(*_choice_ids(model, shots, i, c, config, chat), model.config, i.origin) for i in items for c in i.choices
+        fit(*question_ids(model, shots, i, config, chat, c), model.config, i.origin) for i in items for c in i.choices
     ]
-    rows = [row for row, _ in pairs]
-    found = iter(score_rows(model.params, model.config, rows, mesh=model.mesh, batch_size=config.batch_size))
-    cuts = iter(cut for _, cut in pairs)
-    right, right_by_byte, cut = [], [], 0
+    rows, cuts = zip(*pairs, strict=True)
+    scores = score_rows(*model[:2], rows, mesh=model.mesh, batch_size=config.batch_size)
+    right, right_by_byte, truncated, end = [], [], 0, 0
     for item in items:
-        sums = [next(found).logprob for _ in item.choices]
-        rates = [s / len(c.encode()) for s, c in zip(sums, item.choices, strict=True)]
-        right.append(float(sums.index(max(sums)) == item.right))
-        right_by_byte.append(float(rates.index(max(rates)) == item.right))
-        cut += any([next(cuts) for _ in item.choices])
+        begin, end = end, end + len(item.choices)
+        sums = np.array([score.logprob for score in scores[begin:end]])
+        right.append(float(sums.argmax() == item.right))
+        right_by_byte.append(float((sums / [len(c.encode()) for c in item.choices]).argmax() == item.right))
+        truncated += any(cuts[begin:end])
     majority = Counter(item.right for item in items).most_common(1)[0][1] / len(items)
-    return {**_mean("acc", right), **_mean("acc_norm", right_by_byte), "majority": majority, **_counts(items, cut)}
+    return {
+        **_mean("acc", right),
+        **_mean("acc_norm", right_by_byte),
+        "majority": majority,
+        **_counts(items, truncated),
+    }
 
 
 def _perplexity(model: Model, items: list[Item], config: ScoringConfig) -> Numbers:
@@ -242,7 +229,7 @@ def _perplexity(model: Model, items: list[Item], config: ScoringConfig) -> Numbe
     tokenizer, context = model.tokenizer, model.config.max_length
     encoded = tokenizer.encode_batch([item.text for item in items])
     rows = [row for ids in encoded for row in windows(ids, tokenizer.bos_id, context, min(config.stride, context))]
-    found = score_rows(model.params, model.config, rows, mesh=model.mesh, batch_size=config.batch_size)
+    found = score_rows(*model[:2], rows, mesh=model.mesh, batch_size=config.batch_size)
     nats, tokens = -sum(s.logprob for s in found), sum(s.count for s in found)
     words, size = sum(len(i.text.split()) for i in items), sum(len(i.text.encode()) for i in items)
     per_word = nats / max(words, 1)
@@ -264,20 +251,19 @@ def _generation(
             f"sampling.max_new_tokens: {config.sampling.max_new_tokens} leaves no room for a question in a context "
             f"of {model.config.max_length}; lower it"
         )
-    asked = [_question_ids(model, shots, item, config, chat) for item in items]
-    stops = [*config.stop, *(() if chat or not shots else ("\n\n",))]  # what parts the shots
-    settings = {"seed": seed, "batch_size": config.batch_size}
+    asked = [question_ids(model, shots, item, config, chat)[0] for item in items]
+    stops = [] if chat or not shots else ["\n\n"]  # what parts the shots
     prompts = [shorten(ids, room) for ids in asked]
-    given = [*generate_texts(model, prompts, config.sampling, stops, **settings)]
-    pairs = [(g.text, item.answer) for g, item in zip(given, items, strict=True)]
+    given = [*generate_texts(model, prompts, config.sampling, stops, seed=seed, batch_size=config.batch_size)]
+    pairs = [(text, item.answer) for (text, _), item in zip(given, items, strict=True)]
     plain = [(_plain_number(text), _plain_number(answer)) for text, answer in pairs]
     numeric = [rewards.last_number("", *pair) for pair in plain if re.search(r"\d", pair[1])]
     return {
         **_mean("exact", [rewards.exact_match("", *pair) for pair in pairs]),
         **_mean("normalised", [float(normalise(text) == normalise(answer)) for text, answer in pairs]),
         **(_mean("numeric", numeric) if numeric else {}),
-        "response_tokens": sum(g.tokens for g in given) / len(given),
-        "finished": sum(g.finished for g in given) / len(given),
+        "response_tokens": sum(len(drawn.ids) for _, drawn in given) / len(given),
+        "finished": sum(drawn.finished for _, drawn in given) / len(given),
         **_counts(items, sum(len(p) < len(ids) for p, ids in zip(prompts, asked, strict=True))),
     }
 
@@ -294,25 +280,23 @@ def _plain_number(text: str) -> str:
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
 
 
-def _choice_ids(model: Model, shots: list[Item], item: Item, choice: str, config: ScoringConfig, chat: bool):
-    """(context ids, choice ids)."""
+def question_ids(
+    model: Model, shots: Sequence[Item], item: Item, config: ScoringConfig, chat: bool, choice: str = ""
+) -> tuple[list[int], list[int]]:
+    """(ids of the question behind its answered shots, ids of the choice).
+
+    Plain text: the contents of the messages a line each, blank lines between shots.
+    """
+    tokenizer = model.tokenizer
     if chat:
-        return _question_ids(model, shots, item, config, chat), model.tokenizer.encode(choice)
-    context, ids = split(model.tokenizer.encode, _question(shots, item, config), config.delimiter + choice)
-    return [model.tokenizer.bos_id, *context], ids
-
-
-def _question_ids(model: Model, shots: list[Item], item: Item, config: ScoringConfig, chat: bool) -> list[int]:
-    if not chat:
-        return [model.tokenizer.bos_id, *model.tokenizer.encode(_question(shots, item, config))]
-    answered = [m for s in shots for m in (*s.messages, {"role": "assistant", "content": s.answer})]
-    return model.tokenizer.encode_chat([*answered, *item.messages], reply=True)[0]
-
-
-def _question(shots: list[Item], item: Item, config: ScoringConfig) -> str:
-    """Plain text: the contents of the messages a line each, blank lines between shots."""
+        answered = [m for s in shots for m in (*s.messages, {"role": "assistant", "content": s.answer})]
+        return tokenizer.encode_chat([*answered, *item.messages], reply=True)[0], tokenizer.encode(choice)
     asked = lambda item: "\n".join(m["content"] for m in item.messages)
-    return "\n\n".join([*(asked(shot) + config.delimiter + shot.answer for shot in shots), asked(item)])
+    text = "\n\n".join([*(asked(shot) + config.delimiter + shot.answer for shot in shots), asked(item)])
+    if not choice:
+        return [tokenizer.bos_id, *tokenizer.encode(text)], []
+    context, ids = split(tokenizer.encode, text, config.delimiter + choice)
+    return [tokenizer.bos_id, *context], ids
 
 
 def _mean(name: str, values: list[float]) -> Numbers:
@@ -340,9 +324,12 @@ def _step(stage_dir: epath.Path) -> int | None:
 def table(record: Mapping[str, Any]) -> Table:
     """What `compare` found: a row for each task and metric, a column for each stage."""
     shown = Table("task", "metric", *record["stages"], title="score")
+    show = lambda value: "–" if value is None else f"{value:,.4g}"
     for name, values in record["scores"].items():
-        numbers = ("–" if v is None else f"{v:,.4g}" for v in (values.get(stage) for stage in record["stages"]))
-        shown.add_row(*name.rsplit(" ", 1), *numbers)
+        errors = record["scores"].get(f"{name}_error")
+        cells = [show(value) + (f" ± {errors[stage]:.2g}" if errors else "") for stage, value in values.items()]
+        if not name.endswith("_error"):
+            shown.add_row(*name.rsplit(" ", 1), *cells)
     return shown
 
 

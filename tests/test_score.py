@@ -209,12 +209,12 @@ def test_generation_is_what_complete_gives(named, tmp_path):
         task = tasks.read_task(write(tmp_path / "g.jsonl", *lines))
         found = tasks.score_task(named, task, tasks.ScoringConfig(sampling=sampling), chat=True)
         stop = texts[0][1:3]
-        cut = next(score.generate_texts(named, ids[:1], sampling, [stop], seed=0))
+        text, cut = next(score.generate_texts(named, ids[:1], sampling, [stop], seed=0))
     assert found["exact"] == pytest.approx(1 / 3) and found["normalised"] == pytest.approx(2 / 3)
     assert found["response_tokens"] == np.mean([len(c.ids) for c in drawn])
     assert found["finished"] == np.mean([c.finished for c in drawn])
     assert found["truncated"] == 1 and found["examples"] == 3
-    assert cut.text == texts[0][: texts[0].index(stop)] and cut.finished
+    assert text == texts[0][: texts[0].index(stop)] and cut.finished
 
 
 def test_matches():
@@ -319,7 +319,7 @@ def test_the_harness_sees_the_same_numbers(harness, tmp_path):
     choices = ["good 好", "bad 差"]
     line = {"messages": asked, "choices": choices, "answer": 0}
     task = tasks.read_task(write(tmp_path / "c.jsonl", line))
-    pairs = [score.fit(*tasks._choice_ids(model, [], task.items[0], c, tasks.ScoringConfig(), True), model.config, "")
+    pairs = [score.fit(*tasks.question_ids(model, [], task.items[0], tasks.ScoringConfig(), True, c), model.config, "")
              for c in choices]  # fmt: skip
     with jax.set_mesh(model.mesh):
         want = score.score_rows(model.params, model.config, [row for row, _ in pairs], mesh=model.mesh, batch_size=4)
@@ -335,7 +335,7 @@ def test_the_harness_sees_the_same_numbers(harness, tmp_path):
     assert rolling == pytest.approx(-perplexity["nats_per_token"] * perplexity["tokens"], rel=1e-6)
     greedy, cut = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}, {"until": "oo", "max_gen_toks": 8}
     said = harness.generate_until(requests((template, greedy), (template, cut), (template, greedy)))
-    assert said == [given[0].text, "g", given[0].text] and said[0] == "good 好"
+    assert said == [given[0][0], "g", given[0][0]] and said[0] == "good 好"
     assert harness.tokenizer_name.startswith("jaxllm-") and harness.chat_template() == harness.tokenizer_name
 
 
