@@ -198,7 +198,9 @@ def _score(args: list[str]) -> None:
     from jaxllm.run import set_cpu_devices
 
     set_cpu_devices(0)
-    tasks.command(tyro_cli(tasks.ScoreArgs, args, "jaxllm score"))
+    with _field_errors():
+        parsed = tyro_cli(tasks.ScoreArgs, args, "jaxllm score")
+    tasks.command(parsed)
 
 
 def _harness(args: list[str]) -> None:

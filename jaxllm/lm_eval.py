@@ -1,5 +1,6 @@
 """EleutherAI's lm-evaluation-harness (extra `lm_eval`) on a stage's model: `jaxllm lm_eval`, or its model "jaxllm"."""
 
+import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -68,11 +69,9 @@ class StageLM(LM):
         tokenizer = self._model.tokenizer
         ids, _ = tokenizer.encode_chat(chat_history, reply=add_generation_prompt)
         ids = ids if add_generation_prompt or ids[-1] != tokenizer.end_id else ids[:-1]
-        parts: list[list[int]] = [[]]
-        for i in ids:
-            parts += [[i], []] if not tokenizer.token_bytes(i) else []
-            parts[-1] += [i] if tokenizer.token_bytes(i) else []
-        return "".join(f"{_MARK}{p[0]}{_MARK}" if n % 2 else tokenizer.decode(p) for n, p in enumerate(parts))
+        parts = itertools.groupby(ids, lambda i: not tokenizer.token_bytes(i))
+        mark = lambda special: "".join(f"{_MARK}{i}{_MARK}" for i in special)
+        return "".join(mark(part) if special else tokenizer.decode(part) for special, part in parts)
 
     @property
     def tokenizer_name(self) -> str:

@@ -25,7 +25,8 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from jaxllm import __version__, evaluate, rewards
+import jaxllm
+from jaxllm import evaluate, rewards
 from jaxllm.checkpoint import committed_steps
 from jaxllm.config import InputError, to_tree
 from jaxllm.data.format import sided
@@ -160,7 +161,7 @@ def compare(
         for stage in stage_dirs:
             console.print(f"score: {stage}")
             add_scores(scores, stage, load(stage, mesh), tasks, config, seed)
-    made = {"version": __version__, **provenance(mesh)}
+    made = {"version": jaxllm.__version__, **provenance(mesh)}
     stages = {stage: {"step": step, "chat": _chats(stage, config)} for stage, step in steps.items()}
     settings = {**to_tree(config), "seed": seed}
     return {"provenance": made, "settings": settings, "stages": stages, "tasks": describe(tasks), "scores": scores}
@@ -225,14 +226,14 @@ def _multiple_choice(model: Model, shots: list[Item], items: list[Item], config:
 
 
 def _perplexity(model: Model, items: list[Item], config: ScoringConfig) -> Numbers:
-    """Every token of every text is scored once, the first behind <|bos|>; words are parted by white space."""
+    """Every token of every text is scored once, the first behind <|bos|>; words as the harness counts them."""
     tokenizer, context = model.tokenizer, model.config.max_length
     encoded = tokenizer.encode_batch([item.text for item in items])
     rows = [row for ids in encoded for row in windows(ids, tokenizer.bos_id, context, min(config.stride, context))]
     found = score_rows(*model[:2], rows, mesh=model.mesh, batch_size=config.batch_size)
     nats, tokens = -sum(s.logprob for s in found), sum(s.count for s in found)
-    words, size = sum(len(i.text.split()) for i in items), sum(len(i.text.encode()) for i in items)
-    per_word = nats / max(words, 1)
+    words, size = sum(len(re.split(r"\s+", i.text)) for i in items), sum(len(i.text.encode()) for i in items)
+    per_word = nats / words
     return {
         "nats_per_token": nats / tokens,
         "bits_per_byte": evaluate.bits_per_byte(nats / tokens, tokens, size),
