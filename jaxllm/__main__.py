@@ -27,7 +27,12 @@ STAGE_HELP = {
     "ppo": "reinforcement learning from the reward model",
     "evaluate": "measure the models and write the report",
 }
-OTHER_HELP = {"generate": "complete a prompt with a stage's model", "chat": "talk to a stage's model"}
+OTHER_HELP = {
+    "generate": "complete a prompt with a stage's model",
+    "chat": "talk to a stage's model",
+    "score": "stages' models on tasks in JSONL files, side by side",
+    "lm_eval": "EleutherAI's lm-evaluation-harness on a stage's model",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +162,8 @@ def _train(command: str, args: list[str]) -> None:
 
 
 def _talk(command: str, args: list[str]) -> None:
+    if command in ("score", "lm_eval"):
+        return _score(args) if command == "score" else _harness(args)
     kinds: dict[str, tuple[type, Callable]] = {"generate": (GenerateArgs, _generate), "chat": (ChatArgs, _chat)}
     kind, call = kinds[command]
     call(tyro_cli(kind, args, f"jaxllm {command}"))
@@ -184,6 +191,29 @@ def _chat(args: ChatArgs) -> None:
     with _field_errors():
         sampling = SamplingConfig(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     chat.converse(args.stage_dir, sampling, args.seed, args.system)
+
+
+def _score(args: list[str]) -> None:
+    from jaxllm import tasks
+    from jaxllm.run import set_cpu_devices
+
+    set_cpu_devices(0)
+    with _field_errors():
+        parsed = tyro_cli(tasks.ScoreArgs, args, "jaxllm score")
+    tasks.command(parsed)
+
+
+def _harness(args: list[str]) -> None:
+    if not args or args[0].startswith("-"):
+        raise InputError("jaxllm lm_eval: give a stage directory first, then the harness's options: --tasks NAME ...")
+    from jaxllm.run import set_cpu_devices
+
+    set_cpu_devices(0)
+    try:
+        from jaxllm.lm_eval import harness
+    except ModuleNotFoundError as error:
+        raise InputError(f"jaxllm lm_eval: needs {error.name}; pip install 'jaxllm[lm_eval]'") from None
+    harness(args[0], args[1:])
 
 
 class _field_errors:

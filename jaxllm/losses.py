@@ -24,6 +24,7 @@ class TokenStats(NamedTuple):
     logprob: Array  # log p(target)
     logsumexp: Array  # log of the partition function
     entropy: Array  # nats
+    top: Array  # log p of the likeliest token: greedy decoding takes the target where it has this
 
 
 def token_logprobs(
@@ -56,7 +57,8 @@ def token_logprobs(
         total = exp.sum(-1)
         logsumexp = jnp.log(total) + top
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return TokenStats(chosen - logsumexp, logsumexp, logsumexp - (exp * logits).sum(-1) / total)
+        entropy = logsumexp - (exp * logits).sum(-1) / total
+        return TokenStats(chosen - logsumexp, logsumexp, entropy, top - logsumexp)
 
     if chunks == 1:
         return score(hidden, targets)

@@ -193,8 +193,13 @@ def place_state(mesh: jax.sharding.Mesh, abstract_params: Any, axes: Any, tx: op
     )
     shardings = TrainState(everywhere, params, opt_state, Guard(everywhere, everywhere, everywhere))
     init = jax.jit(lambda p: init_state(p, tx), out_shardings=shardings, donate_argnums=0)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    abstract = with_shardings(shapes, shardings)
     return Placed(init, abstract, shardings)
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs that carry their shardings, as checkpoints are restored through."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 class LoopSettings(Protocol):

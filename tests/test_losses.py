@@ -32,6 +32,7 @@ def test_token_logprobs_equal_log_softmax_whatever_the_chunk(chunk_elements, tem
     np.testing.assert_allclose(stats.logprob, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(stats.entropy, -(np.exp(logp) * logp).sum(-1), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(stats.logsumexp, np.log(np.exp(logits).sum(-1)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(stats.top, logp.max(-1), rtol=1e-5, atol=1e-6)
 
 
 def test_chunked_gradient_equals_whole():
@@ -57,7 +58,7 @@ def test_targets_stay_inside_their_segment():
 
 
 def test_fully_masked_batch_gives_zero_not_nan():
-    stats = losses.TokenStats(*(jnp.full((2, 3), 5.0) for _ in range(3)))
+    stats = losses.TokenStats(*(jnp.full((2, 3), 5.0) for _ in range(4)))
     total, weight, _ = losses.language_model(stats, jnp.zeros((2, 3), bool), 1e-4)
     assert (float(total), float(weight)) == (0.0, 0.0)
     nan = jnp.full((2, 3), jnp.nan)

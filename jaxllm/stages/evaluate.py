@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import evaluate
+from jaxllm import evaluate, tasks
 from jaxllm.annotators import score_all
 from jaxllm.config import InputError, resolve_function
 from jaxllm.data import (
@@ -25,6 +25,7 @@ from jaxllm.generate import SamplingConfig, complete, completions, response_logp
 from jaxllm.metrics import console
 from jaxllm.models.config import ModelConfig
 from jaxllm.sharding import fetch
+from jaxllm.tasks import ScoringConfig
 from jaxllm.tokenizer import Tokenizer
 from jaxllm.workspace import POLICIES, Workspace, load_model
 
@@ -59,6 +60,10 @@ class EvaluateConfig:
     """Look for this many tokens in a row of the evaluation sets in the training data; 0: do not."""
     compare_xz: bool = True
     """Also compress the held-out documents with xz -9 behind the training documents."""
+    tasks: tuple[str, ...] = ()
+    """Files of multiple choice, perplexity or generation, as for `jaxllm score`."""
+    scoring: ScoringConfig = ScoringConfig()
+    """How their questions are asked."""
 
 
 def run(
@@ -77,6 +82,8 @@ def run(
     result: dict[str, Any] = {"stages": {stage: _training_numbers(workspace, stage) for stage in present}}
     answers: dict[str, list[str]] = {}
     scores: dict[str, np.ndarray] = {}
+    files = tasks.read_tasks(config.tasks, config.scoring)
+    task_scores: dict[str, tasks.Numbers] = {}
     reference = load_model(workspace.stage_dir("sft"), workspace.mesh) if "sft" in present else None
     for stage in present:
         console.print(f"evaluate: {stage}")
@@ -95,6 +102,10 @@ def run(
                 mean, error = evaluate.mean_and_error(scores[stage])
                 numbers |= {"annotator_score": mean, "annotator_score_error": error}
             result["samples"] = _side_by_side(prompts, answers, config.num_shown)
+        named = tasks.Model(params, model, tokenizer, workspace.mesh)
+        tasks.add_scores(task_scores, stage, named, files, config.scoring, workspace.seed)
+    if files:
+        result |= {"tasks": task_scores, "task_files": tasks.describe(files)}
     final = present[-1]
     if {"sft", final} <= scores.keys() and final != "sft":
         gain, error = evaluate.mean_and_error(scores[final] - scores["sft"])

@@ -1,0 +1,111 @@
+"""EleutherAI's lm-evaluation-harness (extra `lm_eval`) on a stage's model: `jaxllm lm_eval`, or its model "jaxllm"."""
+
+import itertools
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports] - an extra
+from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+
+from jaxllm.generate import SamplingConfig
+from jaxllm.score import Row, fit, generate_texts, score_rows, shorten, split, windows
+from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.tasks import load
+
+# A special token in a rendered conversation: its id between two of these, so that no text is taken for one. (Not a
+# separator such as \x1e, which counts as white space.)
+_MARK = "\x02"
+
+
+def harness(stage_dir: str, options: Sequence[str]) -> None:
+    """The harness's own command on a stage directory; options: all it takes but the model."""
+    sys.argv = ["lm_eval", "run", "--model", "jaxllm", "--model_args", f"stage_dir={stage_dir}", "--batch_size", "32"]
+    sys.argv += options
+    cli_evaluate()
+
+
+@register_model("jaxllm")
+class StageLM(LM):
+    """A stage's model on all devices. Contexts that are too long lose their oldest tokens."""
+
+    def __init__(self, stage_dir: str, batch_size: int | str = 32, max_gen_toks: int = 256, seed: int = 0, **_: Any):
+        super().__init__()
+        self._model = load(stage_dir, make_mesh(MeshConfig()))
+        self._batch_size = int(batch_size) if str(batch_size).isdigit() else 32  # "auto"
+        self._max_new, self._seed = max_gen_toks, seed
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """(nats, whether greedy decoding gives it) of each request's (context, continuation)."""
+        rows = []
+        for number, (context, text) in enumerate(request.args for request in requests):
+            before, after = split(self._encode, context, text)
+            rows.append(fit(self._begun(before), after, self._model.config, f"loglikelihood request {number}")[0])
+        return [(score.logprob, score.greedy) for score in self._score(rows)]
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """Nats of each request's (text,)."""
+        model = self._model
+        cut = [windows(self._encode(r.args[0]), model.tokenizer.bos_id, model.config.max_length) for r in requests]
+        scores = iter(self._score([row for rows in cut for row in rows]))
+        return [sum(next(scores).logprob for _ in rows) for rows in cut]
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """The text that follows each request's (context, {until, max_gen_toks, do_sample, temperature, ...})."""
+        by_options: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            by_options.setdefault(repr(request.args[1]), []).append(i)
+        texts: dict[int, str] = {}
+        for group in by_options.values():
+            contexts = [self._begun(self._encode(requests[i].args[0])) for i in group]
+            texts |= zip(group, self._generate(contexts, requests[group[0]].args[1]), strict=True)
+        return [texts[i] for i in range(len(requests))]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as a text that `_encode` makes its token ids of; without the prompt the last turn is open."""
+        tokenizer = self._model.tokenizer
+        ids, _ = tokenizer.encode_chat(chat_history, reply=add_generation_prompt)
+        ids = ids if add_generation_prompt or ids[-1] != tokenizer.end_id else ids[:-1]
+        parts = itertools.groupby(ids, lambda i: not tokenizer.token_bytes(i))
+        mark = lambda special: "".join(f"{_MARK}{i}{_MARK}" for i in special)
+        return "".join(mark(part) if special else tokenizer.decode(part) for special, part in parts)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness tells cached requests apart by."""
+        return f"jaxllm-{self._model.tokenizer.fingerprint}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The format's name, for the harness's records: there is one."""
+        del chat_template
+        return self.tokenizer_name
+
+    def _encode(self, text: str) -> list[int]:
+        parts = re.split(f"{_MARK}(\\d+){_MARK}", text)
+        return [i for n, p in enumerate(parts) for i in ([int(p)] if n % 2 else self._model.tokenizer.encode(p))]
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        bos = self._model.tokenizer.bos_id
+        return ids if ids[:1] == [bos] else [bos, *ids]
+
+    def _score(self, rows: list[Row]) -> list[Any]:
+        with jax.set_mesh(self._model.mesh):
+            return score_rows(*self._model[:2], rows, mesh=self._model.mesh, batch_size=self._batch_size)
+
+    def _generate(self, contexts: list[list[int]], options: dict[str, Any]) -> list[str]:
+        """At least half of the model's context is left to the question."""
+        limit, until = self._model.config.max_length, options.get("until") or []
+        room = max(limit - max(map(len, contexts)), limit // 2)
+        most = min(int(options.get("max_gen_toks") or options.get("max_new_tokens") or self._max_new), room)
+        heat = float(options.get("temperature") or 1.0) if options.get("do_sample") else 0.0
+        sampling = SamplingConfig(most, heat, int(options.get("top_k") or 0), float(options.get("top_p") or 1.0))
+        prompts = [shorten(ids, limit - most) for ids in contexts]
+        stops, settings = (
+            [until] if isinstance(until, str) else until,
+            {"seed": self._seed, "batch_size": self._batch_size},
+        )
+        with jax.set_mesh(self._model.mesh):
+            return [text for text, _ in generate_texts(self._model, prompts, sampling, stops, **settings)]
