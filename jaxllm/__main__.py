@@ -30,6 +30,8 @@ STAGE_HELP = {
 OTHER_HELP = {
     "generate": "complete a prompt with a stage's model",
     "chat": "talk to a stage's model",
+    "import": "make a stage directory of a downloaded model (safetensors)",
+    "export": "write a stage's model for others: safetensors, config.json, tokenizer",
     "score": "stages' models on tasks in JSONL files, side by side",
     "lm_eval": "EleutherAI's lm-evaluation-harness on a stage's model",
 }
@@ -81,6 +83,32 @@ class ChatArgs:
     """Seed of the draws."""
     system: str = ""
     """System message."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportArgs:
+    """Make a stage directory of a downloaded model: generate, chat, score, export and init_from take it as it is."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Folder with config.json, *.safetensors and a tokenizer."""
+    out: Annotated[str, tyro.conf.Positional]
+    """Directory to make."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportArgs:
+    """Write a stage's model as safetensors with config.json and tokenizer; a reward model as a classifier."""
+
+    stage_dir: Annotated[str, tyro.conf.Positional]
+    """Directory of a stage that trained a model, or of an imported one."""
+    out: Annotated[str, tyro.conf.Positional]
+    """Directory to make."""
+    dtype: str = ""
+    """float32, bfloat16 or float16; by default that of an imported model, else bfloat16."""
+    shard_gb: float = 5.0
+    """Largest file, in GB."""
+    adapters: bool = False
+    """Only the adapters of a model trained with lora, in PEFT's format."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -164,9 +192,24 @@ def _train(command: str, args: list[str]) -> None:
 def _talk(command: str, args: list[str]) -> None:
     if command in ("score", "lm_eval"):
         return _score(args) if command == "score" else _harness(args)
-    kinds: dict[str, tuple[type, Callable]] = {"generate": (GenerateArgs, _generate), "chat": (ChatArgs, _chat)}
+    kinds: dict[str, tuple[type, Callable]] = {
+        **{"generate": (GenerateArgs, _generate), "chat": (ChatArgs, _chat)},
+        **{"import": (ImportArgs, _import), "export": (ExportArgs, _export)},
+    }
     kind, call = kinds[command]
     call(tyro_cli(kind, args, f"jaxllm {command}"))
+
+
+def _import(args: ImportArgs) -> None:
+    from jaxllm.pretrained import import_model
+
+    import_model(args.source, args.out)
+
+
+def _export(args: ExportArgs) -> None:
+    from jaxllm.pretrained import export_model
+
+    export_model(args.stage_dir, args.out, args.dtype, args.shard_gb, args.adapters)
 
 
 def _generate(args: GenerateArgs) -> None:

@@ -25,8 +25,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxllm import digest
-from jaxllm.config import InputError
+from jaxllm.config import InputError, build
 from jaxllm.metrics import console
+from jaxllm.models import files
+from jaxllm.models.config import ModelConfig
 from jaxllm.sharding import any_process, meet
 
 Record = dict[str, Any]
@@ -231,7 +233,11 @@ def _new_writer(state: Any) -> ocp.AsyncCheckpointer:
 
 
 def load_params(
-    stage_dir: epath.PathLike, abstract: Any, path: Sequence[str] = ("params",), step: int | None = None
+    stage_dir: epath.PathLike,
+    abstract: Any,
+    path: Sequence[str] = ("params",),
+    step: int | None = None,
+    check_files: bool = True,
 ) -> Any:
     """The subtree at `path` of a stage directory's checkpoint, the newest or that of `step`, sharded like `abstract`.
 
@@ -243,7 +249,7 @@ def load_params(
     steps = committed_steps(directory)
     if step is None and not steps:
         raise InputError(f"{directory}: holds no complete checkpoint; run the stage again")
-    return restore(directory / str(steps[-1] if step is None else step), abstract, path)[0]
+    return restore(directory / str(steps[-1] if step is None else step), abstract, path, check_files)[0]
 
 
 def committed_steps(directory: epath.Path) -> list[int]:
@@ -251,13 +257,18 @@ def committed_steps(directory: epath.Path) -> list[int]:
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / SEAL).exists())
 
 
-def restore(step_dir: epath.Path, abstract: Any, path: Sequence[str] = ()) -> tuple[Any, Record]:
+def restore(
+    step_dir: epath.Path, abstract: Any, path: Sequence[str] = (), check_files: bool = True
+) -> tuple[Any, Record]:
     """(state or its subtree at `path`, record), placed by the shardings of `abstract`, a tree of ShapeDtypeStructs.
 
     Raises Damaged where a file or a leaf is not what was saved, InputError where it is of another model.
     """
     seal = read_seal(step_dir)
-    _check_files(step_dir, seal)
+    if check_files:
+        _check_files(step_dir, seal)
+    if seal["record"].get("format") == "safetensors":
+        return _imported(step_dir, seal["record"], abstract, path), seal["record"]
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             saved = reader.metadata(step_dir).item_metadata
@@ -269,11 +280,25 @@ def restore(step_dir: epath.Path, abstract: Any, path: Sequence[str] = ()) -> tu
             state = functools.reduce(lambda tree, key: tree[key], path, reader.restore(step_dir, args=args))
     except _READ_ERRORS as error:
         raise Damaged(step_dir, _short(error)) from None
-    prefix = "".join(f"{key}." for key in path)
-    wanted = {k.removeprefix(prefix): v for k, v in seal["digests"].items() if k.startswith(prefix)}
+    prefix = ".".join(path)  # of the tree, or the name of the only leaf
+    inside = lambda name: not prefix or name == prefix or name.startswith(f"{prefix}.")
+    wanted = {k[len(prefix) :].lstrip("."): v for k, v in seal["digests"].items() if inside(k)}
     if wrong := digest.differing(wanted, digest.digests(state)):
         raise Damaged(step_dir, f"the values of {', '.join(wrong[:3])} are not those that were saved")
     return state, seal["record"]
+
+
+def _imported(step_dir: epath.Path, record: Record, abstract: Any, path: Sequence[str]) -> Any:
+    """Parameters, or those at `path` below "params", of an imported model's own files."""
+    model = build(ModelConfig, record["model"], name=f"{step_dir}/{SEAL}")
+    wanted = functools.reduce(lambda tree, key: {key: tree}, reversed(path[1:]), abstract)
+    found = files.read(Path(step_dir), model, record["family"], wanted)
+    return functools.reduce(lambda tree, key: tree[key], path[1:], found)
+
+
+def seal(step_dir: epath.Path, record: Record) -> None:
+    """Seal a folder of files that were not written by `Checkpoints`."""
+    _seal(step_dir, {"record": record, "digests": {}})
 
 
 def read_seal(step_dir: epath.Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from jaxllm.stages.preference import PreferenceConfig
 from jaxllm.stages.rank import RankConfig
 from jaxllm.stages.sample import SampleConfig
 from jaxllm.stages.tokenizer import TokenizerConfig
-from jaxllm.workspace import POLICIES, STAGES, Workspace
+from jaxllm.workspace import POLICIES, STAGES, Workspace, described_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: st
 def _call(workspace: Workspace, config: Config, stage: str) -> dict[str, Any]:
     section, logging = getattr(config, stage), config.logging
     if stage in ("pretrain", "sft"):
-        model = resolve_model(config.model, workspace.tokenizer().vocab_size)
+        model = resolve_model(config.model, workspace.tokenizer().vocab_size, section.init_from)
         return language_model.run(workspace, stage, section, model, logging)
     if stage in ("reward", "dpo"):
         return preference.run(workspace, stage, section, logging)
@@ -215,8 +215,15 @@ def _call(workspace: Workspace, config: Config, stage: str) -> dict[str, Any]:
     return {"tokenizer": tokenizer, "sample": sample, "rank": rank}[stage].run(workspace, section)
 
 
-def resolve_model(model: ModelConfig, vocab_size: int) -> ModelConfig:
-    """The model with the tokenizer's vocabulary; a larger one given in the config is padding and stays."""
+def resolve_model(model: ModelConfig, vocab_size: int, init_from: str = "") -> ModelConfig:
+    """The model with the tokenizer's vocabulary; a larger one given in the config is padding and stays.
+
+    Where the config gives no model, it is that of init_from, with as many more rows as the tokenizer needs.
+    """
+    how = {name: getattr(model, name) for name in ("remat", "scan_unroll")}
+    if init_from and model == ModelConfig(**how):
+        model = dataclasses.replace(described_model(init_from), **how)
+        return dataclasses.replace(model, vocab_size=max(model.vocab_size, vocab_size))
     if model.vocab_size and model.vocab_size < vocab_size:
         raise InputError(
             f"model.vocab_size: {model.vocab_size} is below the tokenizer's {vocab_size}; set it to 0 to take the tokenizer's"

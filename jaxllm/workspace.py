@@ -175,7 +175,12 @@ def _has_progress(directory: epath.Path) -> bool:
 
 
 def describe_model(
-    stage_dir: epath.Path, model: ModelConfig, kind: str, path: tuple[str, ...], adapters: LoRAConfig, base: str
+    stage_dir: epath.Path,
+    model: ModelConfig,
+    kind: str,
+    path: tuple[str, ...],
+    adapters: LoRAConfig | None = None,
+    base: str = "",
 ) -> None:
     """Write model.json, by which a stage directory can be used as a model without its config.
 
@@ -183,11 +188,18 @@ def describe_model(
     they are all the checkpoint holds, and base is the stage directory of the policy they belong to.
     """
     record: dict[str, Any] = {"kind": kind, "path": list(path), "model": to_tree(model)}
-    if adapters.rank:
+    if adapters and adapters.rank:
         near = base if "://" in base else os.path.relpath(base, stage_dir)  # the run directory may be moved
         record |= {"adapters": to_tree(adapters), "base": near}
     if jax.process_index() == 0:
         write_json(stage_dir / "model.json", record)
+
+
+def described_model(stage_dir: epath.PathLike) -> ModelConfig:
+    """The config of the model in a stage directory. Raises InputError where it holds none."""
+    if (record := read_json(epath.Path(stage_dir) / "model.json")) is None:
+        raise InputError(f"{stage_dir}: is not the directory of a trained stage (no model.json); give runs/NAME/STAGE")
+    return build(ModelConfig, record["model"], name=f"{stage_dir}/model.json")
 
 
 def load_model(
@@ -200,11 +212,9 @@ def load_model(
     not loaded again. Raises InputError where the directory holds no model, or one of another kind.
     """
     stage_dir = epath.Path(stage_dir)
-    if (record := read_json(stage_dir / "model.json")) is None:
-        raise InputError(f"{stage_dir}: is not the directory of a trained stage (no model.json); give runs/NAME/STAGE")
+    model, record = described_model(stage_dir), read_json(stage_dir / "model.json") or {}
     if record["kind"] != kind:
         raise InputError(f"{stage_dir}: holds a {record['kind']} model where a {kind} model is needed")
-    model = build(ModelConfig, record["model"], name=f"{stage_dir}/model.json")
     adapters = build(LoRAConfig, record.get("adapters", {}), name=f"{stage_dir}/model.json")
     family = {"policy": transformer, "reward": scalar}[kind]
     shapes, axes = lora.trained(adapters, family.abstract(model), family.axes(model))

@@ -14,7 +14,7 @@ LEVELS = [
     | {"losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"}
     | {"digest", "process", "goodput"},
     {"data", "generate", "score", "train", "workspace"},
-    {"evaluate", "tasks"},
+    {"evaluate", "tasks", "pretrained"},
     {"stages", "report", "chat", "lm_eval"},
     {"run"},
     {"__main__"},
@@ -22,6 +22,7 @@ LEVELS = [
 # Modules of one level that build on one another, in this order.
 WITHIN = [
     ("losses", "metrics"),
+    ("models", "checkpoint"),
     ("losses", "optim"),
     ("losses", "generate"),
     ("config", "sharding"),

@@ -380,3 +380,96 @@ def _stored(part: Part, shape: tuple[int, ...], family: str) -> tuple[int, ...]:
     if family == "gpt2" and part.path[-1] in ("q", "k", "v", "out", "up", "down"):
         return math.prod(shape[:inputs]), math.prod(shape[inputs:])
     return shape if part.path[0] in ("embed", "head") else (math.prod(shape),)
+
+
+def to_hf(model: ModelConfig) -> tuple[dict[str, Any], str]:
+    """(config.json, family) of a model. Raises InputError where no known family has its parts together."""
+    family = family_of(model)
+    if family == "gpt2":
+        config: dict[str, Any] = {
+            **{"n_positions": model.max_length, "n_embd": model.embed_dim, "n_layer": model.num_layers},
+            **{"n_head": model.num_heads, "n_inner": model.mlp_dim, "layer_norm_epsilon": model.norm_eps},
+            "activation_function": "gelu_new",
+        }
+    else:
+        config = _config_of(model) | _experts_config(model, family)
+    config |= {"vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings}
+    config |= {"model_type": family, "architectures": [FAMILIES[family]], "initializer_range": model.init_std}
+    again = from_hf(config, "export")[0]
+    alike = ("preset", "dtype", "remat", "scan_unroll", "init_std")
+    same = dataclasses.replace(again, **{name: getattr(model, name) for name in alike})
+    balance = {name: getattr(model.moe, name) for name in ("capacity_factor", "aux_coef", "bias_rate")}
+    same = dataclasses.replace(same, moe=dataclasses.replace(same.moe, **balance))
+    if same != model:
+        differ = [f.name for f in dataclasses.fields(model) if getattr(same, f.name) != getattr(model, f.name)]
+        raise InputError(f"export: a {family} model has no {', '.join(differ)} as this one has; no known family has")
+    return config, family
+
+
+def family_of(model: ModelConfig) -> str:
+    """The family that has the parts of this model."""
+    if model.position == "learned":
+        return "gpt2"
+    if model.mla.kv_rank:
+        return "deepseek_v3" if model.moe.router == "sigmoid" else "deepseek_v2"
+    if model.moe.num_experts:
+        return "qwen3_moe" if model.qk_norm == "head" else "mixtral"
+    if model.norm_place == "both":
+        return "gemma3_text" if model.qk_norm == "head" else "gemma2"
+    if model.norm_place == "after":
+        return "olmo2"
+    if model.qk_norm == "head":
+        return "qwen3"
+    return "qwen2" if model.qkv_bias else "mistral" if model.window else "llama"
+
+
+def _config_of(model: ModelConfig) -> dict[str, Any]:
+    c, gemma = model, model.mlp == "geglu"
+    config: dict[str, Any] = {
+        **{"max_position_embeddings": c.max_length, "num_hidden_layers": c.num_layers, "hidden_size": c.embed_dim},
+        **{"num_attention_heads": c.num_heads, "num_key_value_heads": c.num_kv_heads, "head_dim": c.head_dim},
+        **{"intermediate_size": c.mlp_dim, "rms_norm_eps": c.norm_eps, "attention_bias": c.bias, "mlp_bias": c.bias},
+        "rope_theta": c.rope_theta,
+    }
+    config |= {"hidden_activation": "gelu_pytorch_tanh"} if gemma else {"hidden_act": "silu"}
+    if (scaling := c.rope_scaling).kind != "none":
+        names = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+        yarn = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+        rope = {name: getattr(scaling, name) for name in names.get(scaling.kind, yarn)}
+        length = {"original_max_position_embeddings": scaling.original_length} if scaling.original_length else {}
+        config["rope_scaling"] = {"rope_type": scaling.kind, **rope, **length}
+    if c.window:
+        config |= {"sliding_window": c.window, "use_sliding_window": True, "max_window_layers": 0}
+        kinds = ["sliding_attention" if c.windowed(i) else "full_attention" for i in range(c.num_layers)]
+        config |= {"layer_types": kinds} if c.global_every else {}
+    if gemma:
+        config |= {"query_pre_attn_scalar": 1 / c.attention_scale**2 if c.attention_scale else c.head_dim}
+        config |= {
+            "attn_logit_softcapping": c.attention_softcap or None,
+            "final_logit_softcapping": c.logit_softcap or None,
+        }
+        config |= {"sliding_window_pattern": c.global_every, "rope_local_base_freq": c.local_rope_theta}
+    return config
+
+
+def _experts_config(model: ModelConfig, family: str) -> dict[str, Any]:
+    e, m = model.moe, model.mla
+    if not e.num_experts:
+        return {}
+    config: dict[str, Any] = {"num_experts_per_tok": e.per_token}
+    if family == "mixtral":
+        return config | {"num_local_experts": e.num_experts}
+    config |= {"moe_intermediate_size": e.mlp_dim or model.mlp_dim, "norm_topk_prob": e.normalise}
+    if family == "qwen3_moe":
+        return config | {"num_experts": e.num_experts}
+    method = (
+        {} if family == "deepseek_v3" else {"topk_method": "group_limited_greedy" if e.num_groups > 1 else "greedy"}
+    )
+    return {
+        **config,
+        **method,
+        **{"n_routed_experts": e.num_experts, "n_shared_experts": e.num_shared, "routed_scaling_factor": e.scale},
+        **{"n_group": e.num_groups, "topk_group": e.groups_per_token, "first_k_dense_replace": e.first_dense},
+        **{"kv_lora_rank": m.kv_rank, "q_lora_rank": m.q_rank or None, "qk_nope_head_dim": m.nope_dim},
+        **{"qk_rope_head_dim": m.rope_dim, "v_head_dim": m.value_dim, "head_dim": m.rope_dim},
+    }

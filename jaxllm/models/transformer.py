@@ -128,6 +128,19 @@ def head(params: Params) -> jax.Array:
     return params["head"]["tokens"] if "head" in params else params["embed"]["tokens"]
 
 
+def grow_vocab(params: Params, vocab_size: int) -> Params:
+    """Parameters with more rows of embeddings and head, each the mean of those that are there; enough: as they are."""
+
+    def grow(table: jax.Array) -> jax.Array:
+        more = max(vocab_size - table.shape[0], 0)
+        return jnp.concatenate([table, jnp.broadcast_to(table.mean(0, keepdims=True), (more, table.shape[1]))])
+
+    tables = {
+        name: {**params[name], "tokens": grow(params[name]["tokens"])} for name in ("embed", "head") if name in params
+    }
+    return {**params, **tables}
+
+
 def empty_cache(config: ModelConfig, batch_size: int, length: int) -> KVCache:
     m, heads = config.mla, config.num_kv_heads
     keys, values = (heads, config.head_dim), (heads, config.head_dim)

@@ -90,7 +90,7 @@ def run(
         if not source:
             init = jax.jit(functools.partial(transformer.init, model), out_shardings=param_shardings(mesh, whole, axes))
             return init(jax.random.key(seed))
-        params = lora.merge(load_model(source, mesh)[0])
+        params = transformer.grow_vocab(lora.merge(load_model(source, mesh)[0]), model.vocab_size)
         compare(params, whole, source)
         return params
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
+from etils import epath
 from rich.table import Table
 
 from jaxllm.data import DataConfig, load_texts
 from jaxllm.metrics import console
+from jaxllm.pretrained_tokenizer import load_tokenizer
 from jaxllm.tokenizer import MAX_VOCAB_SIZE, RULE_OF_THUMB, compression, train
 from jaxllm.workspace import Workspace
 
@@ -19,6 +21,8 @@ from jaxllm.workspace import Workspace
 class TokenizerConfig:
     """A SentencePiece vocabulary with byte fallback: every Unicode string survives encoding and decoding."""
 
+    init_from: str = ""
+    """Stage directory, or folder of a downloaded model, whose tokenizer is taken; nothing is trained then."""
     data: DataConfig = DataConfig()
     """Text to train on; without sources that of pretrain."""
     vocab_size: int = 4096
@@ -47,7 +51,12 @@ def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
     """Train, save and measure, on process 0; the result records the sample's size and seed."""
     if jax.process_index():
         return {}
-    cache = workspace.run_dir / "cache"
+    target, cache = workspace.stage_dir("tokenizer") / "tokenizer", workspace.run_dir / "cache"
+    if config.init_from:
+        inside = epath.Path(config.init_from) / "tokenizer"
+        tokenizer = load_tokenizer(inside if inside.exists() else config.init_from)
+        tokenizer.save(target)
+        return {"vocab_size": tokenizer.vocab_size, "init_from": config.init_from}
     texts, corpus_bytes = sample_texts(load_texts(config.data, "train", cache), config.sample_bytes, config.sample_seed)
     sample = {"sample_bytes": sum(len(t.encode()) for t in texts), "sample_documents": len(texts)}
     sample |= {"sample_seed": config.sample_seed, "corpus_bytes": corpus_bytes}
@@ -59,7 +68,7 @@ def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
         character_coverage=config.character_coverage,
         num_threads=config.num_threads or os.cpu_count() or 1,
     )
-    tokenizer.save(workspace.stage_dir("tokenizer") / "tokenizer", {"model_type": config.model_type, **sample})
+    tokenizer.save(target, {"model_type": config.model_type, **sample})
     measured = compression(tokenizer, load_texts(config.data, "held_out", cache))
     print_compression(measured)
     return {"vocab_size": tokenizer.vocab_size, "model_type": config.model_type, **sample, **measured}

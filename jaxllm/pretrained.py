@@ -1,0 +1,245 @@
+"""Models from and to the format that others read: `jaxllm import` and `jaxllm export`.
+
+An imported directory is a stage directory whose checkpoint is the safetensors files themselves, sealed like any other;
+parameters are read from them straight onto the mesh. An export goes leaf by leaf, so that no whole model is in memory.
+"""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from etils import epath
+
+from jaxllm import checkpoint
+from jaxllm.config import InputError, to_tree
+from jaxllm.metrics import console
+from jaxllm.models import lora, scalar, transformer
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.families import FAMILIES, file_shapes, from_hf, tensors, to_file, to_hf
+from jaxllm.models.files import Files
+from jaxllm.pretrained_tokenizer import load_tokenizer
+from jaxllm.sharding import MeshConfig, make_mesh, replicated
+from jaxllm.workspace import describe_model, described_model, load_model, read_json, write_json
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def import_model(source: str, out: str) -> None:
+    """Make the stage directory `out` of a folder with config.json, *.safetensors and a tokenizer.
+
+    Raises InputError where `out` exists, the family is not known, or a tensor is missing, unknown or misshapen.
+    """
+    folder, target = Path(source), Path(out)
+    if target.exists():
+        raise InputError(f"{target}: exists already; give another directory, or remove it")
+    if (config := read_json(folder / "config.json")) is None:
+        raise InputError(f"{folder}: has no config.json; give the folder of a downloaded model")
+    model, family = from_hf(config, str(folder / "config.json"))
+    files = Files(folder)
+    if not files.paths:
+        pickled = (
+            " (files of pickles are not read: they can run code)"
+            if [*folder.glob("*.bin"), *folder.glob("*.pt")]
+            else ""
+        )
+        raise InputError(f"{folder}: has no *.safetensors{pickled}; convert the model to safetensors")
+    if unused := files.check(model, family):
+        console.print(f"not needed: {len(unused)} tensors ({', '.join(unused[:3])})")
+    kinds = {files.about(name)[0] for name in files.where}
+    if other := kinds - set(_STORED):
+        raise InputError(f"{folder}: tensors of type {', '.join(sorted(other))}; known: {', '.join(_STORED)}")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    step = partial / "checkpoints" / "0"
+    step.mkdir(parents=True)
+    for path in files.paths:  # the system copies them: nothing passes through this process
+        console.print(f"copying {path.name}")
+        shutil.copyfile(path, step / path.name)
+    record = {"format": "safetensors", "family": family, "model": to_tree(model), "stored": sorted(kinds)}
+    checkpoint.seal(epath.Path(step), record)
+    _take_tokenizer(folder, partial, model)
+    (partial / "hf").mkdir()
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, partial / "hf" / name)
+    describe_model(epath.Path(partial), model, "policy", ("params",))
+    count = transformer.num_params(model)
+    write_json(partial / "result.json", {"parameters": count, "family": family, "checkpoint": 0})
+    partial.rename(target)
+    console.print(f"{target}: {family}, {count:,} parameters, {', '.join(sorted(kinds))}; next: jaxllm chat {target}")
+
+
+def _take_tokenizer(folder: Path, partial: Path, model: ModelConfig) -> None:
+    try:
+        tokenizer = load_tokenizer(folder)
+    except InputError as error:
+        console.print(f"warning: no tokenizer ({error}); the model can be exported and started from, not talked to")
+        return
+    if tokenizer.vocab_size > model.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size} rows"
+        )
+    tokenizer.save(partial / "tokenizer")
+
+
+def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.0, adapters: bool = False) -> None:
+    """Write a stage's model as safetensors with config.json and its tokenizer; a reward model as a classifier.
+
+    dtype: "float32", "bfloat16" or "float16"; empty: that of an imported model, else bfloat16.
+    """
+    source, target = epath.Path(stage_dir), Path(out)
+    if target.exists():
+        raise InputError(f"{target}: exists already; give another directory, or remove it")
+    if dtype not in ("", *DTYPES):
+        raise InputError(f"--dtype: {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    model, record = described_model(source), read_json(source / "model.json") or {}
+    config, family = to_hf(model)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if adapters:
+        _write_adapters(source, record, model, family, mesh, partial)
+    else:
+        stored = dtype or _dtype_of(source)
+        leaf = _leaves(source, record, model, mesh)
+        reward = record["kind"] == "reward"
+        _write(partial, _named(model, family, leaf, DTYPES[stored], reward), shard_gb)
+        given = read_json(source / "hf" / "config.json") or {}
+        config = {**config, **given, "dtype": stored, "vocab_size": model.vocab_size}
+        if reward:
+            config |= {"architectures": [FAMILIES[family].replace("ForCausalLM", "ForSequenceClassification")]}
+            config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, "num_labels": 1}
+            bias = float(leaf(("head", "bias")))
+            console.print(
+                f"a classifier's head has no bias: its scores are lower than the reward model's by {bias:.6g}"
+            )
+        _describe_tokens(source, partial, config)
+    partial.rename(target)
+    console.print(f"{target}: {family}{' adapters' if adapters else ''}")
+
+
+def _dtype_of(source: epath.Path) -> str:
+    steps = checkpoint.committed_steps(source / "checkpoints")
+    record = checkpoint.read_seal(source / "checkpoints" / str(steps[-1]))["record"] if steps else {}
+    stored = [_STORED[kind] for kind in record.get("stored", [])]
+    return stored[0] if len(stored) == 1 else "float32" if stored else "bfloat16"
+
+
+def _leaves(source: epath.Path, record: Any, model: ModelConfig, mesh: Any) -> Callable[[tuple[str, ...]], np.ndarray]:
+    """A function from a leaf's path in the parameters to its float32 values, read when it is asked for.
+
+    A model trained as adapters is put together first, in memory.
+    """
+    family = {"policy": transformer, "reward": scalar}[record["kind"]]
+    pick = lambda tree, path: functools.reduce(lambda t, key: t[key], path, tree)
+    if record.get("adapters"):
+        whole = lora.merge(load_model(source, mesh, record["kind"])[0])
+        return lambda path: np.asarray(pick(whole, path))
+    shapes, files = family.abstract(model), [True]
+
+    def leaf(path: tuple[str, ...]) -> np.ndarray:
+        want = pick(shapes, path)
+        want = jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=replicated(mesh))
+        step = (read_json(source / "result.json") or {}).get("checkpoint")
+        where = (*record["path"], *path)
+        value = checkpoint.load_params(source, want, where, step, check_files=files.pop() if files else False)
+        return np.asarray(value)
+
+    return leaf
+
+
+def _named(
+    model: ModelConfig, family: str, leaf: Any, dtype: np.dtype, reward: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the file with its name, leaf after leaf, so that one leaf of ours is in memory at a time."""
+    shapes = file_shapes(model, family, transformer.abstract(model))
+    held = functools.lru_cache(maxsize=3)(leaf)  # GPT-2's tensors are made of three
+    trunk = ("trunk",) if reward else ()
+    for tensor in sorted(tensors(model, family), key=lambda t: t.parts[0].path):
+        shape = shapes[tensor.name]
+        part_shape = (*shape[:-1], shape[-1] // len(tensor.parts))
+        parts = [to_file(p, held((*trunk, *p.path))[p.index], part_shape) for p in tensor.parts]
+        if tensor.name != "lm_head.weight" or not reward:
+            yield tensor.name, np.ascontiguousarray(np.concatenate(parts, -1).astype(dtype))
+    if reward:
+        yield "score.weight", held(("head", "kernel"))[None].astype(dtype)
+
+
+def _write(folder: Path, named: Iterator[tuple[str, np.ndarray]], shard_gb: float) -> None:
+    """Files of at most shard_gb (a larger tensor is a file of its own) and their index."""
+    written: list[dict[str, int]] = []
+    held: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        safetensors.numpy.save_file(held, folder / f"{len(written)}.safetensors", metadata={"format": "pt"})
+        written.append({name: value.nbytes for name, value in held.items()})
+        held.clear()
+
+    for name, value in named:
+        if held and sum(x.nbytes for x in held.values()) + value.nbytes > shard_gb * 10**9:
+            flush()
+        held[name] = value
+    flush()
+    names = ["model.safetensors"]
+    if len(written) > 1:
+        names = [f"model-{i + 1:05}-of-{len(written):05}.safetensors" for i in range(len(written))]
+        where = {name: file for file, shard in zip(names, written, strict=True) for name in shard}
+        size = {"total_size": sum(sum(shard.values()) for shard in written)}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": size, "weight_map": where}, indent=1)
+        )
+    for i, name in enumerate(names):
+        (folder / f"{i}.safetensors").rename(folder / name)
+
+
+def _describe_tokens(source: epath.Path, folder: Path, config: dict[str, Any]) -> None:
+    """config.json, generation_config.json and the tokenizer's files."""
+    generation = read_json(source / "hf" / "generation_config.json")
+    if (Path(source) / "tokenizer").exists():
+        tokenizer = load_tokenizer(Path(source) / "tokenizer")
+        stops = [*dict.fromkeys(tokenizer.stop_ids)]
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
+        generation = generation or ids
+        config |= {name: value for name, value in ids.items() if config.get(name) is None}
+        for path in sorted((Path(source) / "tokenizer").iterdir()):
+            if path.name != "jaxllm.json":
+                shutil.copyfile(path, folder / path.name)
+    write_json(folder / "config.json", config)
+    if generation:
+        write_json(folder / "generation_config.json", generation)
+
+
+def _write_adapters(source: epath.Path, record: Any, model: ModelConfig, family: str, mesh: Any, folder: Path) -> None:
+    """LoRA adapters in PEFT's format."""
+    if not record.get("adapters") or record["kind"] != "policy" or family == "gpt2":
+        raise InputError(f"{source}: --adapters needs a policy trained with lora.rank above 0 (and no fused matrices)")
+    own = load_model(source, mesh)[0]["lora"]
+    values, modules = {}, set()
+    for tensor in tensors(model, family):
+        part = tensor.parts[0]
+        found = functools.reduce(lambda tree, key: tree.get(key, {}) if isinstance(tree, dict) else {}, part.path, own)
+        if not isinstance(found, dict) or "a" not in found:
+            continue
+        if part.interleaved:
+            raise InputError(
+                f"{source}: {tensor.name} has rotary pairs side by side, which adapters cannot be turned into"
+            )
+        a, b = (np.asarray(found[name][part.index[0]]) for name in "ab")
+        name = f"base_model.model.{tensor.name.removesuffix('.weight')}"
+        values[f"{name}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, a.shape[-1]).T)
+        values[f"{name}.lora_B.weight"] = np.ascontiguousarray(b.reshape(b.shape[0], -1).T)
+        modules.add(name.rsplit(".", 1)[1])
+    settings = record["adapters"]
+    safetensors.numpy.save_file(values, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": settings["rank"], "lora_alpha": settings["alpha"]}
+    about |= {"target_modules": sorted(modules), "bias": "none", "base_model_name_or_path": record["base"]}
+    write_json(folder / "adapter_config.json", about)
