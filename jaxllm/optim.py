@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxllm.config import require
@@ -87,10 +88,13 @@ def make_optimizer(config: OptimConfig, num_steps: int, bias_rate: float = 0.0) 
     whole = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
     if not bias_rate:
         return whole
-    signed = optax.chain(optax.scale_by_sign(), optax.scale(-bias_rate))
-    label = lambda path, _: "bias" if path[-1].key == "router_bias" else "rest"
-    labels = lambda params: jax.tree_util.tree_map_with_path(label, params)
-    return optax.partition({"bias": signed, "rest": whole}, labels)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        moves, state = whole.update(updates, state, params)
+        one = lambda path, move, grad: -bias_rate * jnp.sign(grad) if path[-1].key == "router_bias" else move
+        return jax.tree_util.tree_map_with_path(one, moves, updates), state
+
+    return optax.GradientTransformation(whole.init, update)
 
 
 def decay_mask(params: Any) -> Any:

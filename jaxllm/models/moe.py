@@ -191,6 +191,8 @@ def balance(load: Load, bias: jax.Array | None, config: MoEConfig) -> jax.Array:
     share = jax.lax.stop_gradient(load.load / tokens)
     total = config.aux_coef * config.num_experts * (share * load.probability / tokens).sum(-1).mean()
     if bias is not None and config.bias_rate:
-        pull = (bias * (share - share.mean(-1, keepdims=True))).sum()
+        # Counts are whole numbers: an expert with exactly its share has exactly no excess, on any mesh.
+        excess = jax.lax.stop_gradient(load.load * config.num_experts - load.load.sum(-1, keepdims=True))
+        pull = (bias * excess / tokens).sum()
         total = total + 1e-6 * (pull - jax.lax.stop_gradient(pull))  # small: the gradient's norm does not feel it
     return total
