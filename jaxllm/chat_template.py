@@ -63,7 +63,7 @@ class ChatTemplate:
         """Where the assistant speaks in text = render(messages, ...): from behind the header of each of its turns
         through the first of `ends`, the places of the end-of-turn tokens. Raises InputError where that cannot be told.
         """
-        spans, last = [], 0
+        spans: list[Span] = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -71,13 +71,12 @@ class ChatTemplate:
             end = next((end for begin, end in ends if begin >= start), -1)
             said = None if message.get("tool_calls") else message.get("content")  # beside calls it may be left out
             said = said.split("</think>")[-1].strip() if isinstance(said, str) else ""
-            if start < last or end < 0 or said not in text[start:end]:
+            if start < (spans[-1][1] if spans else 0) or end < 0 or said not in text[start:end]:
                 raise InputError(
                     f"{self.origin}: the chat template does not tell where message {number + 1} (the assistant's) "
                     "begins and ends, so there is no mask; put {% generation %} ... {% endgeneration %} around its text"
                 )
             spans.append((start, end))
-            last = end
         return spans
 
     def _start(self, text: str, number: int, messages: Sequence[Mapping[str, Any]], **inputs: Any) -> int:
@@ -86,13 +85,12 @@ class ChatTemplate:
         A template that shows the past in another way later (thoughts dropped, tools moved to the last question) gives
         no such beginning; there it is where the text changes with the message. -1 where that cannot be told.
         """
-        if number:
-            try:
-                shown, _ = self.render(messages[:number], **{**inputs, "reply": True})
-            except InputError:  # the template takes whole conversations only
-                shown = SECRET
-            if text.startswith(shown):
-                return len(shown)
+        try:
+            shown, _ = self.render(messages[:number], **{**inputs, "reply": True})
+        except InputError:  # no messages, or the template takes whole conversations only
+            shown = SECRET
+        if text.startswith(shown):
+            return len(shown)
         mark = next(letter for letter in "zq" if not str(messages[number].get("content")).startswith(letter)) + SECRET
         probe = [*messages[:number], {**messages[number], "content": mark}, *messages[number + 1 :]]
         changed, _ = self.render(probe, **inputs)

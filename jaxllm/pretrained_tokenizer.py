@@ -56,8 +56,8 @@ def load_tokenizer(directory: Any) -> Tokenizer:
         return Tokenizer.load(folder)
     tokenizer = PretrainedTokenizer(files, str(folder))
     if (record := folder / PretrainedTokenizer.record).exists():
-        recorded = _json({record.name: record.read_bytes()}, record.name, str(folder)).get("sha256")
-        if tokenizer.fingerprint != recorded:
+        recorded = _json({record.name: record.read_bytes()}, record.name, str(folder))
+        if tokenizer.fingerprint != recorded.get("sha256"):
             raise InputError(f"{folder}: are not the files that were saved (sha256 differs); import the model again")
     return tokenizer
 
@@ -128,10 +128,7 @@ class PretrainedTokenizer(Tokenizer):
             return []
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """Token ids of a text; control tokens that it spells are text unless parse_special.
-
-        Raises InputError on a lone surrogate.
-        """
+        """Token ids of a text; control tokens that it spells are text unless parse_special. InputError: not Unicode."""
         if not parse_special:
             return self.encode_batch([text])[0]
         check_unicode([text])
@@ -196,10 +193,8 @@ def _unveiled(text: str) -> str:
 
 
 class _JsonBackend:
-    """tokenizer.json, through the library that defines it.
-
-    special: what the configuration calls special; scaffold: what the chat template writes around messages.
-    """
+    """tokenizer.json, through the library that defines it. special: what the configuration calls special; scaffold:
+    what the chat template writes around messages."""
 
     def __init__(self, spec: dict[str, Any], special: Collection[str], scaffold: str, origin: str):
         model, added, marks = spec["model"], spec.get("added_tokens") or [], {}
@@ -208,18 +203,16 @@ class _JsonBackend:
             if token["special"] or text in special or (text.strip() and text in scaffold):
                 marks[text] = token["content"] = _hidden("m", text)
         # The library knows control tokens as their marks only: no text spells one, and a conversation is one text.
-        vocabulary = model.get("vocab", {})
-        if not isinstance(vocabulary, dict):
+        if not isinstance(vocabulary := model.get("vocab", {}), dict):
             raise InputError(f"{origin}/tokenizer.json: only BPE and SentencePiece vocabularies are supported")
         model["vocab"] = {marks.get(text, text): token for text, token in vocabulary.items()}
+        spec |= {"truncation": None, "padding": None}
         model["unk_token"] = marks.get(model.get("unk_token"), model.get("unk_token"))
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
         except Exception as error:  # the library raises no other
             reason = f"{error}".replace("\n", " ")[:120]
             raise InputError(f"{origin}/tokenizer.json: no tokenizer ({reason}); copy the file again") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self.controls = {text: self._tokenizer.token_to_id(mark) for text, mark in marks.items()}
         self._find_bytes(spec.get("decoder") or {"type": None}, {token["content"] for token in added}, origin)
 
@@ -227,8 +220,7 @@ class _JsonBackend:
         parts = decoder.get("decoders", [decoder])
         kinds = {part["type"] for part in parts}
         if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
-            mend = "only byte-level and SentencePiece-like ones are known"
-            raise InputError(f"{origin}/tokenizer.json: a decoder of {kinds} is not known; {mend}")
+            raise InputError(f"{origin}/tokenizer.json: a decoder of {kinds}; byte-level and SentencePiece's are known")
         # What takes a space away at the beginning: Strip with a start, Metaspace unless it never puts one there.
         self.dummy_prefix = any(p.get("start") or p.get("prepend_scheme", "never") != "never" for p in parts)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -260,11 +252,8 @@ _ALPHABET = dict(zip(map(chr, [*_VISIBLE, *range(256, 324)]), _SPELLED, strict=T
 
 
 class _Backend:
-    """Another vocabulary: its control tokens {spelling: id} are out of any text's reach.
-
-    named: {"bos_token": ...} as it says; bytes: what each token decodes to, nothing for control tokens; part: (ids of a
-    text, where each begins and ends).
-    """
+    """Another vocabulary: what it names {"bos_token": ...}, its control tokens {spelling: id}, out of any text's reach,
+    what each token decodes to (nothing for control tokens), and `part`: (ids of a text, where each begins and ends)."""
 
     dummy_prefix = False
 
@@ -350,9 +339,8 @@ def _of_ranks(name: str, data: bytes, config: Mapping[str, Any], origin: str) ->
         return ids, [(owner[a], owner[b - 1] + 1) for a, b in itertools.pairwise(edges)]
 
     backend = _Backend(named, special, tokens, config)
-    backend.batch = lambda texts, threads: encoding.encode_ordinary_batch(
-        list(texts), num_threads=threads if threads > 0 else 8
-    )
+    encode = encoding.encode_ordinary_batch
+    backend.batch = lambda texts, threads: encode(list(texts), num_threads=threads if threads > 0 else 8)
     backend.part = part
     return backend
 

@@ -20,10 +20,7 @@ from jaxllm.config import InputError
 PAD, BOS, EOS, UNK = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 MAX_VOCAB_SIZE = 262_144
-
-# The publishers' rule of thumb: 1,000 tokens are about 750 English words or 500 Chinese characters.
-RULE_OF_THUMB = 1000
-
+RULE_OF_THUMB = 1000  # tokens are about 750 English words or 500 Chinese characters, as publishers say
 _SPACE = "\u2581"  # SentencePiece writes a space as this character, and would read it back as one
 _MAX_SENTENCE_BYTES = 4096
 
@@ -43,9 +40,9 @@ class Tokenizer:
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._sp.vocab_size()
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        ids = {piece: self._sp.piece_to_id(piece) for piece in (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END)}
-        self.pad_id, self.bos_id, self.eos_id, self.end_id = (ids[p] for p in (PAD, BOS, EOS, END))
-        self.role_ids = {"system": ids[SYSTEM], "user": ids[USER], "assistant": ids[ASSISTANT]}
+        self.pad_id, self.bos_id, self.eos_id, self.end_id = map(self._sp.piece_to_id, (PAD, BOS, EOS, END))
+        roles = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+        self.role_ids = {role: self._sp.piece_to_id(piece) for role, piece in roles.items()}
         self.stop_ids = (self.end_id, self.eos_id)
         self._bytes = [piece_bytes(self._sp, i) for i in range(self.vocab_size)]
         self._space = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
@@ -206,12 +203,13 @@ def train(
             **ids,
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        if limit := re.search(r"too high.*<= (\d+)", reason):
+        text = " ".join(str(error).split())
+        reason = f"(or the corpus) is refused by SentencePiece: {text:.200}"
+        if limit := re.search(r"too high.*<= (\d+)", text):
             reason = f"is larger than the corpus supports; set it to at most {limit[1]} or give more text"
-        elif "smaller than required_chars" in reason or "too small" in reason:
+        elif "smaller than required_chars" in text or "too small" in text:
             reason = "is too small for the corpus and the 256 bytes; raise it or lower tokenizer.character_coverage"
-        raise InputError(f"tokenizer.vocab_size: {vocab_size} {reason[:200]}") from None
+        raise InputError(f"tokenizer.vocab_size: {vocab_size} {reason}") from None
     return Tokenizer(out.getvalue())
 
 
@@ -241,7 +239,7 @@ def compression(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, float |
     names = ("bytes_per_token", "characters_per_token", "words_per_token")
     measured: dict[str, float | None] = dict(zip(names, (total[:3] / max(total[3], 1)).tolist(), strict=True))
     for name, count, (tokens, unit) in (("750_english_words", 750, english), ("500_chinese_characters", 500, chinese)):
-        measured[f"tokens_per_{name}"] = float(count * tokens / unit) if unit else None
+        measured[f"tokens_per_{name}"] = count * float(tokens) / float(unit) if unit else None
     return measured
 
 
