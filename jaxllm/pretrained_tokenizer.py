@@ -202,6 +202,7 @@ class _JsonBackend:
             text = token["content"]
             if token["special"] or text in special or (text.strip() and text in scaffold):
                 marks[text] = token["content"] = _hidden("m", text)
+                token["single_word"] = False  # else a mark beside a letter were text
         # The library knows control tokens as their marks only: no text spells one, and a conversation is one text.
         if not isinstance(vocabulary := model.get("vocab", {}), dict):
             raise InputError(f"{origin}/tokenizer.json: only BPE and SentencePiece vocabularies are supported")
