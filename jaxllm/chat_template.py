@@ -1,16 +1,15 @@
 """A published model's chat template: Jinja in a sandbox, rendered as `transformers` does, and who speaks where."""
 
-import datetime
+import functools
 import json
 import re
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
+from jinja2 import ext, nodes, sandbox
 
 from jaxllm.config import InputError
 
@@ -18,24 +17,21 @@ from jaxllm.config import InputError
 SECRET = f"q{secrets.token_hex(12)}"
 _OPEN, _CLOSE = f"{SECRET}open", f"{SECRET}close"
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 _REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 Span = tuple[int, int]
 
 
 class ChatTemplate:
-    """Jinja sources by name ("default", "tool_use"), and the special tokens that they may use, as {"bos_token": ...}.
+    """A Jinja source, and the special tokens that it may use, as {"bos_token": ...}; InputError where it is not Jinja."""
 
-    Raises InputError where a source is not Jinja.
-    """
-
-    def __init__(self, sources: Mapping[str, str], tokens: Mapping[str, str], origin: str):
+    def __init__(self, source: str, tokens: Mapping[str, str], origin: str):
         self.tokens, self.origin = tokens, origin
         try:
-            self._compiled = {name: _ENVIRONMENT.from_string(source) for name, source in sources.items()}
-        except jinja2.TemplateSyntaxError as error:
-            raise InputError(f"{origin}: the chat template is not valid Jinja ({error}); repair it") from None
+            self._compiled = _ENVIRONMENT.from_string(source)
+        except (jinja2.TemplateSyntaxError, TypeError, AttributeError) as error:  # a list of templates is not known
+            mend = "repair it, or give one as chat_template.jinja"
+            raise InputError(f"{origin}: the chat template is not valid Jinja ({error}); {mend}") from None
 
     def render(self, messages: Sequence[Any], *, reply: bool = False, **inputs: Any) -> tuple[str, list[Span]]:
         """(text of a conversation, where its {% generation %} blocks are); reply opens the assistant's next turn.
@@ -44,87 +40,65 @@ class ChatTemplate:
         """
         if not messages or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
             raise InputError('messages: must be a list of objects with a "role"; give at least one')
-        use = "tool_use" if inputs.get("tools") is not None and "tool_use" in self._compiled else "default"
         given = {"tools": None, "documents": None, **self.tokens, **inputs, "add_generation_prompt": reply}
+        filled = [{name: value for name, value in message.items() if value is not None} for message in messages]
         try:
-            marked = self._compiled[use].render(messages=[_message(m) for m in messages], **given)
+            marked = self._compiled.render(messages=filled, **given)
         except _REFUSALS as error:
             reason = " ".join(f"{error}".split())[:200]
             raise InputError(f"{self.origin}: the chat template refuses the conversation ({reason})") from None
-        return _unmarked(marked)
+        text, spans, opened = "", [], []
+        for piece in re.split(f"({_OPEN}|{_CLOSE})", marked):
+            if piece == _OPEN:
+                opened.append(len(text))
+            elif piece == _CLOSE:
+                spans.append((opened.pop(), len(text)))
+            else:
+                text += piece
+        return text, spans
 
     def assistant_spans(
         self, text: str, ends: Sequence[Span], messages: Sequence[Mapping[str, Any]], **inputs: Any
     ) -> list[Span]:
         """Where the assistant speaks in text = render(messages, ...): from behind the header of each of its turns
-        through the first of `ends`, the places of the end-of-turn tokens that the template wrote.
-
-        Raises InputError where that cannot be told.
+        through the first of `ends`, the places of the end-of-turn tokens. Raises InputError where that cannot be told.
         """
-        spans, last = [], 0
+        spans: list[Span] = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             start = self._start(text, number, messages, **inputs)
             end = next((end for begin, end in ends if begin >= start), -1)
-            said = message.get("content")
-            checked = isinstance(said, str) and not message.get("tool_calls")  # beside calls it may be left out
-            said = str(said).split("</think>")[-1].strip() if checked else ""
-            if start < last or end < 0 or said not in text[start:end]:
-                raise self._unclear(number)
+            said = None if message.get("tool_calls") else message.get("content")  # beside calls it may be left out
+            said = said.split("</think>")[-1].strip() if isinstance(said, str) else ""
+            if start < (spans[-1][1] if spans else 0) or end < 0 or said not in text[start:end]:
+                raise InputError(
+                    f"{self.origin}: the chat template does not tell where message {number + 1} (the assistant's) "
+                    "begins and ends, so there is no mask; put {% generation %} ... {% endgeneration %} around its text"
+                )
             spans.append((start, end))
-            last = end
         return spans
 
     def _start(self, text: str, number: int, messages: Sequence[Mapping[str, Any]], **inputs: Any) -> int:
         """Where message `number` begins: behind what the model is shown when it has to write that message.
 
         A template that shows the past in another way later (thoughts dropped, tools moved to the last question) gives
-        no such beginning; there it is where the text changes with the message.
+        no such beginning; there it is where the text changes with the message. -1 where that cannot be told.
         """
-        if number:
-            try:
-                shown, _ = self.render(messages[:number], **{**inputs, "reply": True})
-            except InputError:  # the template takes whole conversations only
-                shown = SECRET
-            if text.startswith(shown):
-                return len(shown)
+        try:
+            shown, _ = self.render(messages[:number], **{**inputs, "reply": True})
+        except InputError:  # no messages, or the template takes whole conversations only
+            shown = SECRET
+        if text.startswith(shown):
+            return len(shown)
         mark = next(letter for letter in "zq" if not str(messages[number].get("content")).startswith(letter)) + SECRET
         probe = [*messages[:number], {**messages[number], "content": mark}, *messages[number + 1 :]]
         changed, _ = self.render(probe, **inputs)
-        if changed.count(mark) != 1:
-            raise self._unclear(number)
-        same = (a == b for a, b in zip(text, changed, strict=False))
-        return next((i for i, equal in enumerate(same) if not equal), len(text))
-
-    def _unclear(self, number: int) -> InputError:
-        return InputError(
-            f"{self.origin}: the chat template does not tell where message {number + 1} (the assistant's) begins and "
-            "ends, so there is no mask for it; put {% generation %} ... {% endgeneration %} around its text"
-        )
+        same = next((i for i, (a, b) in enumerate(zip(text, changed, strict=False)) if a != b), len(text))
+        return same if changed.count(mark) == 1 else -1
 
 
-def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the fields that are None; thoughts also under the names that templates read."""
-    fields = {name: value for name, value in message.items() if value is not None}
-    if (thought := next((fields[name] for name in _REASONING if name in fields), None)) is not None:
-        fields = {"thinking": thought, **fields, "reasoning_content": thought}
-    return fields
-
-
-def _unmarked(marked: str) -> tuple[str, list[Span]]:
-    text, spans, opened = "", [], []
-    for piece in re.split(f"({_OPEN}|{_CLOSE})", marked):
-        if piece == _OPEN:
-            opened.append(len(text))
-        elif piece == _CLOSE:
-            spans.append((opened.pop(), len(text)))
-        else:
-            text += piece
-    return text, spans
-
-
-class _Generation(jinja2.ext.Extension):
+class _Generation(ext.Extension):
     """{% generation %} ... {% endgeneration %}: what is between is the assistant's; marked, and the marks removed."""
 
     tags = {"generation"}  # noqa: RUF012
@@ -132,7 +106,7 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: Any) -> str:
         return f"{_OPEN}{caller()}{_CLOSE}"
@@ -142,18 +116,7 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-):
-    # Jinja's own filter would escape HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-_ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-)
-_ENVIRONMENT.filters["tojson"] = _tojson
-_ENVIRONMENT.globals |= {
-    "raise_exception": _refuse,
-    "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-}
+_OPTIONS = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [_Generation, ext.loopcontrols]}
+_ENVIRONMENT = sandbox.ImmutableSandboxedEnvironment(**_OPTIONS)
+_ENVIRONMENT.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
+_ENVIRONMENT.globals |= {"raise_exception": _refuse, "strftime_now": time.strftime}

@@ -157,7 +157,7 @@ def generate_texts(
 ) -> Iterator[tuple[str, Completion]]:
     """(text up to the first stop text, completion) for each prompt, in order. settings: seed, batch_size."""
     tokenizer = model.tokenizer
-    ends = (tokenizer.end_id, tokenizer.eos_id)
+    ends = tokenizer.stop_ids
     settings |= {"sampling": sampling, "stop_ids": ends, "pad_id": tokenizer.pad_id, "mesh": model.mesh}
     for rollout, count in roll_out(model.params, model.config, prompts, **settings):
         rollout = cut_at_strings(fetch(rollout), stops, tokenizer.decode)

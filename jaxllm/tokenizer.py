@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 
 from jaxllm.config import InputError
@@ -19,10 +20,7 @@ from jaxllm.config import InputError
 PAD, BOS, EOS, UNK = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 MAX_VOCAB_SIZE = 262_144
-
-# The publishers' rule of thumb: 1,000 tokens are about 750 English words or 500 Chinese characters.
-RULE_OF_THUMB = 1000
-
+RULE_OF_THUMB = 1000  # tokens are about 750 English words or 500 Chinese characters, as publishers say
 _SPACE = "\u2581"  # SentencePiece writes a space as this character, and would read it back as one
 _MAX_SENTENCE_BYTES = 4096
 
@@ -34,17 +32,17 @@ class Tokenizer:
     decode(encode(text)) == text for every Unicode string (unknown characters are spelled in byte tokens).
     """
 
-    dummy_prefix = False
-    """Whether every text is encoded with a space before it, which decoding takes away."""
+    kind, record = "sentencepiece", "tokenizer.json"
+    dummy_prefix = False  # whether every text is encoded with a space before it, which decoding takes away
 
     def __init__(self, model: bytes):
-        self.model = model
+        self.model, self._files = model, {"tokenizer.model": model}
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._sp.vocab_size()
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        ids = {piece: self._sp.piece_to_id(piece) for piece in (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END)}
-        self.pad_id, self.bos_id, self.eos_id, self.end_id = (ids[p] for p in (PAD, BOS, EOS, END))
-        self.role_ids = {"system": ids[SYSTEM], "user": ids[USER], "assistant": ids[ASSISTANT]}
+        self.pad_id, self.bos_id, self.eos_id, self.end_id = map(self._sp.piece_to_id, (PAD, BOS, EOS, END))
+        roles = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+        self.role_ids = {role: self._sp.piece_to_id(piece) for role, piece in roles.items()}
         self.stop_ids = (self.end_id, self.eos_id)
         self._bytes = [piece_bytes(self._sp, i) for i in range(self.vocab_size)]
         self._space = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
@@ -55,11 +53,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
         """`encode` of many texts, in as many threads (-1: all cores)."""
-        try:
-            plain = [text.replace(_SPACE, "") if _SPACE in text else text for text in texts]
-            encoded = self._sp.encode(plain, num_threads=num_threads)
-        except (UnicodeEncodeError, TypeError) as error:  # the latter from SentencePiece, for lists
-            raise InputError(f"text: not valid Unicode ({error}); repair the source's encoding") from None
+        check_unicode(texts)
+        encoded = self._sp.encode([text.replace(_SPACE, "") for text in texts], num_threads=num_threads)
         for i, text in enumerate(texts):
             if _SPACE in text:
                 parts = [self._sp.encode(part) for part in text.split(_SPACE)]
@@ -98,10 +93,8 @@ class Tokenizer:
         for number, message in enumerate(messages, start=1):
             role, content = message.get("role"), message.get("content")
             if role not in self.role_ids or not isinstance(content, str):
-                known = ", ".join(self.role_ids)
-                raise InputError(
-                    f"message {number}: needs a role ({known}) and content (a string), not {message!r:.80}"
-                )
+                needs = f"a role ({', '.join(self.role_ids)}) and content (a string)"
+                raise InputError(f"message {number}: needs {needs}, not {message!r:.80}")
             body = [*self.encode(content), self.end_id]
             ids += [self.role_ids[role], *body]
             mask += [False, *[role == "assistant"] * len(body)]
@@ -110,16 +103,19 @@ class Tokenizer:
         return ids, mask
 
     def save(self, directory: Any, settings: Mapping[str, Any] | None = None) -> None:
-        """Write tokenizer.model and tokenizer.json into a new directory, all at once."""
-        record = {
-            "type": "sentencepiece",
-            "vocab_size": self.vocab_size,
-            "sha256": self.fingerprint,
-            **(settings or {}),
-        }
-        write_files(
-            directory, {"tokenizer.model": self.model, "tokenizer.json": json.dumps(record, indent=1).encode() + b"\n"}
-        )
+        """Write the model's files and a record of them into a new directory, all at once; an older one is replaced."""
+        record = {"type": self.kind, "vocab_size": self.vocab_size, "sha256": self.fingerprint, **(settings or {})}
+        target = Path(directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tokenizer-") as partial:
+            placed = Path(partial) / "placed"
+            placed.mkdir()
+            for name, content in self._files.items():
+                (placed / name).write_bytes(content)
+            (placed / self.record).write_text(json.dumps(record, indent=1) + "\n")
+            if target.exists():
+                os.replace(target, Path(partial) / "old")
+            os.replace(placed, target)
 
     @classmethod
     def load(cls, directory: Any) -> "Tokenizer":
@@ -146,18 +142,12 @@ def piece_bytes(sp: sentencepiece.SentencePieceProcessor, token: int) -> bytes:
     return bytes([int(piece[3:5], 16)]) if sp.is_byte(token) else piece.replace(_SPACE, " ").encode()
 
 
-def write_files(directory: Any, files: Mapping[str, bytes]) -> None:
-    """Write files {name: content} into a new directory, all at once; an older one is replaced."""
-    target = Path(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tokenizer-") as partial:
-        placed = Path(partial) / "placed"
-        placed.mkdir()
-        for name, content in files.items():
-            (placed / name).write_bytes(content)
-        if target.exists():
-            os.replace(target, Path(partial) / "old")
-        os.replace(placed, target)
+def check_unicode(texts: Iterable[str]) -> None:
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"text: not valid Unicode ({error}); repair the source's encoding") from None
 
 
 class StreamDecoder:
@@ -189,10 +179,9 @@ def train(
     if (first := next(sentences, None)) is None:
         raise InputError("tokenizer.data: the corpus is empty; name sources that hold text")
     out = io.BytesIO()
-    specials = {"pad": PAD, "bos": BOS, "eos": EOS, "unk": UNK}
-    ids: dict[str, Any] = {f"{name}_id": i for i, name in enumerate(specials)} | {
-        f"{k}_piece": v for k, v in specials.items()
-    }
+    ids: dict[str, Any] = {}
+    for i, (name, piece) in enumerate((("pad", PAD), ("bos", BOS), ("eos", EOS), ("unk", UNK))):
+        ids |= {f"{name}_id": i, f"{name}_piece": piece}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=itertools.chain([first], sentences),
@@ -214,22 +203,14 @@ def train(
             **ids,
         )
     except RuntimeError as error:
-        raise InputError(_train_error(str(error), vocab_size)) from None
+        text = " ".join(str(error).split())
+        reason = f"(or the corpus) is refused by SentencePiece: {text:.200}"
+        if limit := re.search(r"too high.*<= (\d+)", text):
+            reason = f"is larger than the corpus supports; set it to at most {limit[1]} or give more text"
+        elif "smaller than required_chars" in text or "too small" in text:
+            reason = "is too small for the corpus and the 256 bytes; raise it or lower tokenizer.character_coverage"
+        raise InputError(f"tokenizer.vocab_size: {vocab_size} {reason}") from None
     return Tokenizer(out.getvalue())
-
-
-def _train_error(text: str, vocab_size: int) -> str:
-    if limit := re.search(r"too high.*<= (\d+)", text):
-        return (
-            f"tokenizer.vocab_size: {vocab_size} is larger than the corpus supports; "
-            f"set it to at most {limit[1]} or give more text"
-        )
-    if "smaller than required_chars" in text or "too small" in text:
-        return (
-            f"tokenizer.vocab_size: {vocab_size} is too small for the characters of the corpus and the 256 bytes; "
-            "raise it or lower tokenizer.character_coverage"
-        )
-    return f"tokenizer: SentencePiece refused the corpus: {' '.join(text.split())[:200]}"
 
 
 def _sentences(text: str) -> Iterator[str]:
@@ -243,25 +224,23 @@ def _sentences(text: str) -> Iterator[str]:
 def compression(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, float | None]:
     """How much text a token holds: bytes, characters and words per token, and the rule of thumb's two counts.
 
-    Words are whitespace-separated runs with an ASCII letter. tokens_per_750_english_words is measured on texts
-    whose letters are mostly ASCII, tokens_per_500_chinese_characters on texts mostly of Chinese characters; None
-    where there is no such text.
+    Words are whitespace-separated runs with an ASCII letter. tokens_per_750_english_words is of texts whose letters are
+    mostly ASCII, tokens_per_500_chinese_characters of texts mostly of Chinese characters; None where there is none.
     """
-    total: dict[str, float] = dict.fromkeys(("bytes", "characters", "words", "tokens"), 0.0)
-    english, chinese = [0.0, 0.0], [0.0, 0.0]
+    total, english, chinese = np.zeros(4), np.zeros(2), np.zeros(2)
     for text in texts:
         tokens, words = len(tokenizer.encode(text)), len(_WORD.findall(text))
         han, letters = len(_HAN.findall(text)), len(_LETTER.findall(text))
-        for name, value in zip(total, (len(text.encode()), len(text), words, tokens), strict=True):
-            total[name] += value
+        total += (len(text.encode()), len(text), words, tokens)
         if letters > 4 * han and words:
-            english = [english[0] + tokens, english[1] + words]
+            english += (tokens, words)
         elif han > letters:
-            chinese = [chinese[0] + tokens, chinese[1] + han]
-    per_token: dict[str, float | None] = {f"{n}_per_token": total[n] / max(total["tokens"], 1) for n in list(total)[:3]}
-    per_token["tokens_per_750_english_words"] = 750 * english[0] / english[1] if english[1] else None
-    per_token["tokens_per_500_chinese_characters"] = 500 * chinese[0] / chinese[1] if chinese[1] else None
-    return per_token
+            chinese += (tokens, han)
+    names = ("bytes_per_token", "characters_per_token", "words_per_token")
+    measured: dict[str, float | None] = dict(zip(names, (total[:3] / max(total[3], 1)).tolist(), strict=True))
+    for name, count, (tokens, unit) in (("750_english_words", 750, english), ("500_chinese_characters", 500, chinese)):
+        measured[f"tokens_per_{name}"] = count * float(tokens) / float(unit) if unit else None
+    return measured
 
 
 _WORD, _LETTER = re.compile(r"\S*[A-Za-z]\S*"), re.compile(r"[A-Za-z]")

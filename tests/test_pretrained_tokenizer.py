@@ -144,6 +144,20 @@ def test_control_tokens_are_those_that_the_template_writes_as_well(made, style):
     assert "<think>" not in tokenizer.controls  # a message may hold it
 
 
+def test_control_tokens_that_take_the_spaces_around_them(tmp_path):
+    reference = write(tmp_path, "chatml")
+    taking = tokenizers.AddedToken("<|taking|>", lstrip=True, rstrip=True, special=True)
+    word = tokenizers.AddedToken("word", lstrip=True, normalized=True, special=True)
+    reference.add_special_tokens([taking, word])
+    reference.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in ("a  <|taking|> \n b", "<|taking|><|im_end|> c", " word words <|taking|> word", "<|taking|>word"):
+        for parsed in (True, False):
+            reference.encode_special_tokens = not parsed
+            expected = reference.encode(text, add_special_tokens=False).ids
+            assert tokenizer.encode(text, parse_special=parsed) == expected
+
+
 CHATS = [
     [("user", "hello"), ("assistant", "the quick fox")],
     [("user", " a "), ("assistant", "b"), ("user", "c\n"), ("assistant", "  狐狸😀 \n")],
@@ -261,6 +275,9 @@ def test_the_templates_sandbox_and_its_refusals(tmp_path):
     write(tmp_path / "broken", "chatml", "{% for %}")
     with pytest.raises(InputError, match="not valid Jinja"):
         load_tokenizer(tmp_path / "broken")
+    write(tmp_path / "many", "chatml", config={"chat_template": [{"name": "default", "template": CHATML}]})
+    with pytest.raises(InputError, match=r"not valid Jinja .*give one as chat_template.jinja"):
+        load_tokenizer(tmp_path / "many")
     write(tmp_path / "none", "chatml")
     with pytest.raises(InputError, match=r"no chat template; give a chat_template.jinja"):
         load_tokenizer(tmp_path / "none").encode_chat(messages_of(CHATS[0]))
@@ -323,7 +340,6 @@ def test_tiktoken_ranks(ranks, tmp_path):
     lines = (ranks / "gpt2.tiktoken").read_bytes()
     for name, content, error in (
         ("gpt2.tiktoken", lines[:1000], "damaged, or not the 50,256 ranks"),
-        ("gpt3.tiktoken", lines, "how these ranks split text is not known"),
         ("tokenizer.model", lines, "not the 128,000 ranks of llama3"),
     ):
         (tmp_path / name).write_bytes(content)
@@ -379,6 +395,7 @@ def test_the_right_kind_is_chosen_or_one_line_says_why_not(tmp_path):
             (b"[]", "must be a JSON object"),
             (b'{"model": {}, "decoder": {"type": "ByteLevel"}}', "no tokenizer"),
             (b'{"model": {}, "added_tokens": [{}]}', "files are damaged"),
+            (b'{"model": {"vocab": [["a", 0.0]]}}', "only BPE and SentencePiece"),
         )
     ):
         folder = tmp_path / str(number)

@@ -150,7 +150,7 @@ def _training_numbers(workspace: Workspace, stage: str) -> dict[str, Any]:
 
 
 def _settings(workspace: Workspace, config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    stops = {"stop_ids": (tokenizer.end_id, tokenizer.eos_id), "pad_id": tokenizer.pad_id}
+    stops = {"stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
     return {**stops, "mesh": workspace.mesh, "seed": workspace.seed, "batch_size": config.batch_size}
 
 

@@ -221,7 +221,7 @@ class Setup(NamedTuple):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        return self.tokenizer.end_id, self.tokenizer.eos_id
+        return self.tokenizer.stop_ids
 
     @property
     def drawing(self) -> dict[str, Any]:

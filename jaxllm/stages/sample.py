@@ -56,7 +56,7 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
         prompts += [(split, p) for p in load_prompts(config.data, split, tokenizer, limit)[:count]] if count else []
     batch_size = whole_batch(workspace.mesh, min(config.batch_size, len(prompts)))
     done = _keep_whole_batches(path, batch_size)
-    asked, stops = [prompt.ids for _, prompt in prompts], (tokenizer.end_id, tokenizer.eos_id)
+    asked, stops = [prompt.ids for _, prompt in prompts], tokenizer.stop_ids
     settings = {"sampling": config.sampling, "stop_ids": stops, "pad_id": tokenizer.pad_id, "seed": workspace.seed}
     settings |= {"num_samples": config.num_responses, "batch_size": batch_size, "start": done}
     drawn = complete(params, model, asked, mesh=workspace.mesh, **settings)

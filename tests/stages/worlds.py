@@ -25,6 +25,7 @@ class Letters:
     pad_id: int = 0
     end_id: int = 1
     eos_id: int = 1
+    stop_ids: tuple[int, ...] = (1, 1)
 
     def decode(self, ids):
         return "".join(chr(ord("a") + i) for i in ids)
