@@ -40,10 +40,7 @@ class Row(NamedTuple):
 
 
 def score_rows(model: Model, rows: Sequence[Row], batch_size: int = 32) -> list[tuple[float, bool]]:
-    """(log-probability in nats, whether greedy decoding gives exactly these) of each row's scored tokens.
-
-    Rows of at most max_length + 1 ids; the longest are scored first.
-    """
+    """(nats, whether greedy decoding gives exactly these) of the scored tokens of each row of max_length + 1 at most."""
     limit, scores = model.config.max_length, {}
     if bad := next((r for r in rows if not 0 < r.count < len(r.ids) <= limit + 1), None):
         raise ValueError(f"row: {bad.count} scored of {len(bad.ids)} ids, and the context holds {limit}")

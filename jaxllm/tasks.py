@@ -100,10 +100,7 @@ class Asking(NamedTuple):
 
 
 def read_tasks(paths: Sequence[str], config: ScoringConfig) -> list[Task]:
-    """Read task files, here or on an object store; files of one name go by their paths.
-
-    Raises InputError on a line that is no task, or of another kind, and where the shots leave no line.
-    """
+    """Read task files, here or on an object store; files of one name go by their paths."""
     tasks = []
     for path in dict.fromkeys(paths):
         items = [_item(record) for record in read_records(Source(path, min_chars=0))]
@@ -170,9 +167,8 @@ def add_scores(
 
 
 def _multiple_choice(asking: Asking) -> Numbers:
-    """acc: the right choice has the highest summed log-probability (the harness's acc); acc_norm: the highest per byte
-    (its acc_norm where characters are bytes, else its acc_bytes); majority: always the index that is right most often.
-    """
+    """acc, acc_norm: the right choice has the highest log-probability, summed (the harness's acc) or per byte (its
+    acc_norm where characters are bytes, else its acc_bytes); majority: always the index that is right most often."""
     model, _, items, config, *_ = asking
     asked = [(item, *question_ids(asking, item, choice)) for item in items for choice in item.responses]
     rows = [fit(context, ids, model.config, item.origin) for item, context, ids in asked]

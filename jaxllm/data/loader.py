@@ -1,7 +1,6 @@
 """Examples -> tokenised store -> rows -> `batch_at(step)`, a pure function of (data, seed, step).
 
-Batches never depend on the number of hosts: every process computes the same global indices, and reads only the
-rows its own devices hold.
+Batches never depend on the number of hosts: every process reads only the rows its own devices hold.
 """
 
 import fractions
@@ -181,14 +180,13 @@ def epoch_rows(mixture: Mixture) -> float:
 
 def epochs_of(mixture: Mixture, num_steps: int, batch_size: int) -> list[float]:
     """Passes over each source in so many steps."""
-    rows = num_steps * batch_size
-    phase = next(phase for phase in reversed(_phases(mixture, batch_size)) if phase.begin <= rows)
-    drawn = phase.until(rows)
-    return [count / rows.num_rows for count, (rows, _) in zip(drawn, mixture, strict=True)]
+    total = num_steps * batch_size
+    phase = next(phase for phase in reversed(_phases(mixture, batch_size)) if phase.begin <= total)
+    return [count / rows.num_rows for count, (rows, _) in zip(phase.until(total), mixture, strict=True)]
 
 
 def epoch_batches(mixture: Mixture, *, batch_size: int, sharding: Sharding, max_batches: int = 0) -> Iterator[Batch]:
-    """Every row once, in order; the last batch is filled up with rows of padding. max_batches 0: all."""
+    """Every row once, in order, or from everywhere as many as max_batches hold; the last is filled up with padding."""
     ends = np.cumsum([rows.num_rows for rows, _ in mixture])
     total = int(ends[-1])
     count = min(total, max_batches * batch_size or total)
@@ -197,7 +195,6 @@ def epoch_batches(mixture: Mixture, *, batch_size: int, sharding: Sharding, max_
         source = int(np.searchsorted(ends, number, "right"))
         return mixture[source][0].row(number - int(ends[source]) + mixture[source][0].num_rows)
 
-    # Rows from everywhere, where there are more: not the first ones.
     return _epoch(np.linspace(0, total - 1, count).astype(int), row, batch_size, sharding)
 
 
@@ -299,10 +296,8 @@ class _Stretch(NamedTuple):
     drawn: list[int]  # of each source, before
 
     def until(self, number: int) -> list[int]:
-        """How many of the first `number` rows come from each source: with each row, one more from one of them.
-
-        The first source gives its share of the phase's rows, rounded, the second its share of the rest, and so on.
-        """
+        """How many of the first `number` rows come from each source: of the first its share of the phase's rows, rounded,
+        of the second its share of the rest, and so on."""
         rows, rest, counts = number - self.begin, sum(self.shares), []
         for share, before in zip(self.shares, self.drawn, strict=True):
             left = rows * (rest - share) // rest if rest else 0

@@ -150,7 +150,7 @@ def read_records(source: Source, parts: Sequence[Part] | None = None) -> Iterato
 
 
 def canonical(fields: dict[str, Any]) -> str:
-    """One spelling of a record's fields, for hashing; Parquet values that JSON lacks are spelled by str."""
+    """One spelling of a record's fields, for hashing."""
     return json.dumps(fields, sort_keys=True, default=str)
 
 
@@ -257,18 +257,16 @@ def _resolve(path: str) -> list[str]:
         found = sorted(glob.glob(path, recursive=True)) if is_glob else [path]
         found = [f for f in found if Path(f).is_file()]
     if not found:
-        thing = "object" if "://" in path else "file"
-        raise InputError(f"{path}: no such file; give an existing {thing} or a glob that matches one")
+        raise InputError(f"{path}: no such file; give an existing one or a glob that matches one")
     return found
 
 
 def _package_path(path: str) -> str:
     """Find a package's folder without importing it: its code is not run to read its data."""
     package, _, inside = path.removeprefix("pkg://").partition("/")
-    try:
+    spec = None
+    with contextlib.suppress(ModuleNotFoundError):  # of the package above it
         spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:  # of the package above it
-        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"{path}: package {package} is not installed; pip install {package} (demos: 'jaxllm[demo]')")
     root = Path(spec.submodule_search_locations[0]).resolve()
@@ -345,15 +343,13 @@ def _lines(part: Part) -> Iterator[tuple[int, str]]:
 
 
 def _read_text(part: Part, unit: str) -> Iterator[Record]:
-    file = part.path
     if unit == "line":
-        yield from (Record({"text": text.rstrip("\r\n")}, f"{file}:{n}") for n, text in _lines(part))
+        yield from (Record({"text": text.rstrip("\r\n")}, f"{part.path}:{n}") for n, text in _lines(part))
         return
     for is_text, lines in itertools.groupby(_lines(part), lambda line: unit == "file" or bool(line[1].strip())):
         if is_text:
-            lines = [*lines]
-            text = "".join(text for _, text in lines)
-            yield Record({"text": text.strip("\r\n")}, f"{file}:{lines[0][0]}")
+            numbers, texts = zip(*lines, strict=True)
+            yield Record({"text": "".join(texts).strip("\r\n")}, f"{part.path}:{numbers[0]}")
 
 
 def _read_jsonl(part: Part) -> Iterator[Record]:
@@ -363,15 +359,11 @@ def _read_jsonl(part: Part) -> Iterator[Record]:
 
 
 def _read_json(part: Part) -> Iterator[Record]:
-    file = part.path
-    try:
-        with _opened(file) as opened:
-            values = json.load(opened)
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON: {error}") from None
+    with _opened(part.path) as file:
+        values = json.load(file)
     if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
-        raise InputError(f"{file}: must hold a list of objects; one object a line goes into a .jsonl file")
-    yield from (Record(v, f"{file}:{n}") for n, v in enumerate(values, start=1))
+        raise InputError(f"{part.path}: must hold a list of objects; one object a line goes into a .jsonl file")
+    yield from (Record(value, f"{part.path}:{n}") for n, value in enumerate(values, start=1))
 
 
 def _decoded(value: bytes, origin: str) -> str:

@@ -1,8 +1,7 @@
 """Tokenise once. Sources -> units, made in parallel -> the examples of each source and split, without duplicates.
 
-A unit is ~32 MB of a source: a folder with its tokens and examples of both splits, and a hash of each content. Its
-name is a key of everything it depends on, so that a cut preparation goes on where it was, and text that was there
-before is not tokenised again. A store joins units: of each content it says which example stays, and in which split.
+A unit is ~32 MB of a source: a folder with its tokens and examples of both splits, and a hash of each content, named
+by a key of everything it depends on. A store joins units: of each content it says which example stays, in which split.
 No JAX here: the worker processes import this module.
 """
 
@@ -93,10 +92,7 @@ class Examples(NamedTuple):
 def open_store(
     data: DataConfig, kind: str, tokenizer: Tokenizer | None, folder: Path, share: tuple[int, int] = (0, 1)
 ) -> dict[str, list[Examples]]:
-    """split -> the examples of each source, tokenised and cached if they are not. kind: "document" or "chat".
-
-    share: (number of this process, of how many) that prepare the same cache. Raises InputError on malformed input.
-    """
+    """split -> the examples of each source, tokenised and cached if they are not; share: (this process, of how many)."""
     if not data.sources:
         raise InputError(f"data.sources: none given, and {kind} examples are needed; name at least one source")
     folder.mkdir(parents=True, exist_ok=True)
@@ -314,17 +310,14 @@ def _chunks(stream: Iterator[Item]) -> Iterator[list[Item]]:
         yield chunk
 
 
-def _encode(
-    chunk: Sequence[Example], kind: str, tokenizer: Tokenizer | None
-) -> tuple[list[list[int]], list[list[bool]]]:
+def _encode(chunk: Sequence[Example], kind: str, tokenizer: Tokenizer | None) -> tuple[Any, Any]:
     """(token ids, targets) of each example; of a document all but the first token are targets, and none are given."""
     if tokenizer is None:
         return [[0]] * len(chunk), []
     if kind == "chat":
         ids, masks = zip(*(tokenizer.encode_chat(example.messages) for example in chunk), strict=True)
-        return list(ids), list(masks)
-    texts = tokenizer.encode_batch([example.text for example in chunk])
-    return [tokenizer.document(ids) for ids in texts], []
+        return ids, masks
+    return [*map(tokenizer.document, tokenizer.encode_batch([example.text for example in chunk]))], []
 
 
 def _sorted(keys: Sequence[tuple[bytes, int]]) -> np.ndarray:
@@ -368,8 +361,7 @@ def _join(folder: Path, units: Sequence[Unit], metas: Sequence[Any], bases: np.n
 def _decide(stays: int, runs: Sequence[tuple[Path, int]], opened: Callable[..., ArrayFile]) -> None:
     """Write 1 + its split, or 0, for every key of all runs into the file `stays`, in the order of the keys.
 
-    Of examples with one content the first stays; a content that is held out anywhere is held out everywhere. The
-    hashes go through memory in ranges of about _RUN keys, each a slice of every sorted run.
+    Of examples with one content the first held-out one stays, else the first. About _RUN keys are in memory at once.
     """
     read = lambda run, a, b: opened(run[0], _KEY).read(run[1] + int(a), run[1] + int(b))
     sizes = [min(_RUN, len(opened(path, _KEY)) - begin) for path, begin in runs]
