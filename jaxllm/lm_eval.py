@@ -6,19 +6,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports] - an extra
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
 from jaxllm.generate import SamplingConfig
-from jaxllm.score import Row, fit, generate_texts, score_rows, shorten, split, windows
+from jaxllm.score import fit, generate_texts, score_rows, split, windows
 from jaxllm.sharding import MeshConfig, make_mesh
 from jaxllm.tasks import load
 
-# A special token in a rendered conversation: its id between two of these, so that no text is taken for one. (Not a
-# separator such as \x1e, which counts as white space.)
-_MARK = "\x02"
+_MARK = "\x02"  # a special token's id stands between two in a rendered conversation, so that no text is taken for one
 
 
 def harness(stage_dir: str, options: Sequence[str]) -> None:
@@ -41,27 +38,36 @@ class StageLM(LM):
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """(nats, whether greedy decoding gives it) of each request's (context, continuation)."""
         rows = []
-        for number, (context, text) in enumerate(request.args for request in requests):
-            before, after = split(self._encode, context, text)
-            rows.append(fit(self._begun(before), after, self._model.config, f"loglikelihood request {number}")[0])
-        return [(score.logprob, score.greedy) for score in self._score(rows)]
+        for number, request in enumerate(requests):
+            before, after = split(self._encode, *request.args)
+            rows.append(fit(self._begun(before), after, self._model.config, f"loglikelihood request {number}"))
+        return score_rows(self._model, rows, self._batch_size)
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """Nats of each request's (text,)."""
-        model = self._model
-        cut = [windows(self._encode(r.args[0]), model.tokenizer.bos_id, model.config.max_length) for r in requests]
-        scores = iter(self._score([row for rows in cut for row in rows]))
-        return [sum(next(scores).logprob for _ in rows) for rows in cut]
+        bos, length = self._model.tokenizer.bos_id, self._model.config.max_length
+        cut = [windows(self._encode(request.args[0]), bos, length) for request in requests]
+        scores = iter(score_rows(self._model, [*itertools.chain(*cut)], self._batch_size))
+        return [sum(next(scores)[0] for _ in rows) for rows in cut]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """The text that follows each request's (context, {until, max_gen_toks, do_sample, temperature, ...})."""
-        by_options: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            by_options.setdefault(repr(request.args[1]), []).append(i)
+        """What follows each request's (context, {until, max_gen_toks, do_sample, ...}); half of the model's context,
+        if not more, is left to the question."""
         texts: dict[int, str] = {}
-        for group in by_options.values():
-            contexts = [self._begun(self._encode(requests[i].args[0])) for i in group]
-            texts |= zip(group, self._generate(contexts, requests[group[0]].args[1]), strict=True)
+        limit, options_of = self._model.config.max_length, lambda i: requests[i].args[1]
+        by_options = lambda i: repr(options_of(i))
+        for _, group in itertools.groupby(sorted(range(len(requests)), key=by_options), key=by_options):
+            numbers = [*group]
+            options, until = options_of(numbers[0]), options_of(numbers[0]).get("until") or []
+            prompts = [self._begun(self._encode(requests[i].args[0])) for i in numbers]
+            most = int(options.get("max_gen_toks") or options.get("max_new_tokens") or self._max_new)
+            most = min(most, max(limit - max(map(len, prompts)), limit // 2))
+            heat = float(options.get("temperature") or 1.0) if options.get("do_sample") else 0.0
+            sampling = SamplingConfig(most, heat, int(options.get("top_k") or 0), float(options.get("top_p") or 1.0))
+            settings = {"seed": self._seed, "batch_size": self._batch_size}
+            stops = [until] if isinstance(until, str) else until
+            given = generate_texts(self._model, prompts, sampling, stops, **settings)
+            texts |= zip(numbers, (text for text, _ in given), strict=True)
         return [texts[i] for i in range(len(requests))]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -78,11 +84,6 @@ class StageLM(LM):
         """What the harness tells cached requests apart by."""
         return f"jaxllm-{self._model.tokenizer.fingerprint}"
 
-    def chat_template(self, chat_template: bool | str = False) -> str:
-        """The format's name, for the harness's records: there is one."""
-        del chat_template
-        return self.tokenizer_name
-
     def _encode(self, text: str) -> list[int]:
         parts = re.split(f"{_MARK}(\\d+){_MARK}", text)
         return [i for n, p in enumerate(parts) for i in ([int(p)] if n % 2 else self._model.tokenizer.encode(p))]
@@ -90,22 +91,3 @@ class StageLM(LM):
     def _begun(self, ids: list[int]) -> list[int]:
         bos = self._model.tokenizer.bos_id
         return ids if ids[:1] == [bos] else [bos, *ids]
-
-    def _score(self, rows: list[Row]) -> list[Any]:
-        with jax.set_mesh(self._model.mesh):
-            return score_rows(*self._model[:2], rows, mesh=self._model.mesh, batch_size=self._batch_size)
-
-    def _generate(self, contexts: list[list[int]], options: dict[str, Any]) -> list[str]:
-        """At least half of the model's context is left to the question."""
-        limit, until = self._model.config.max_length, options.get("until") or []
-        room = max(limit - max(map(len, contexts)), limit // 2)
-        most = min(int(options.get("max_gen_toks") or options.get("max_new_tokens") or self._max_new), room)
-        heat = float(options.get("temperature") or 1.0) if options.get("do_sample") else 0.0
-        sampling = SamplingConfig(most, heat, int(options.get("top_k") or 0), float(options.get("top_p") or 1.0))
-        prompts = [shorten(ids, limit - most) for ids in contexts]
-        stops, settings = (
-            [until] if isinstance(until, str) else until,
-            {"seed": self._seed, "batch_size": self._batch_size},
-        )
-        with jax.set_mesh(self._model.mesh):
-            return [text for text, _ in generate_texts(self._model, prompts, sampling, stops, **settings)]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 import types
 
@@ -59,50 +60,39 @@ def test_every_row_scores_as_if_it_were_alone(model):
     assert [greedy for _, greedy in want].count(True) >= 2
     for config in MESHES:
         mesh = make_mesh(config)
-        with jax.set_mesh(mesh):
-            found = score.score_rows(place(params, model, mesh), model, rows, mesh=mesh, batch_size=4)
-        np.testing.assert_allclose([s.logprob for s in found], [nats for nats, _ in want], rtol=1e-4, atol=1e-4)
-        assert [s.greedy for s in found] == [greedy for _, greedy in want]
-        assert [s.count for s in found] == [row.count for row in rows]
-    with pytest.raises(ValueError, match="row: 1 scored of 98 ids"):
-        score.score_rows(params, LLAMA, [Row([1] * 98, 1)], mesh=make_mesh(MeshConfig()))
-
-
-def test_few_shapes_are_compiled():
-    lengths = {score._padded(n, 1000) for n in range(1, 1001)}
-    assert lengths == {32, 64, 128, 256, 512, 1000}
+        compiled = score._row_sums._cache_size()
+        found = score.score_rows(score.Model(place(params, model, mesh), model, None, mesh), rows, batch_size=4)
+        np.testing.assert_allclose([nats for nats, _ in found], [nats for nats, _ in want], rtol=1e-4, atol=1e-4)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in want]
+        assert score._row_sums._cache_size() - compiled == 3  # 32, 64 and the context's length
+    with pytest.raises(ValueError, match=r"row: 1 scored of \d+ ids"):
+        score.score_rows(score.Model(params, model, None, mesh), [Row([1] * (model.max_length + 2), 1)])
 
 
 def test_a_long_context_loses_its_oldest_tokens_but_the_first_and_a_long_answer_is_refused():
-    assert score.fit([1, 5, 6], [7, 8], LLAMA, "x:1") == (Row([1, 5, 6, 7, 8], 2), False)
-    row, cut = score.fit([1, *range(200, 400)], [7, 8], LLAMA, "x:1")
-    assert cut and len(row.ids) == 97 and row.ids[:2] == [1, 306] and row.ids[-3:] == [399, 7, 8]
-    with pytest.raises(InputError, match="x:1: the answer takes 97 tokens and the context of the model holds 96"):
+    assert score.fit([1, 5, 6], [7, 8], LLAMA, "x:1") == Row([1, 5, 6, 7, 8], 2)
+    row = score.fit([1, *range(200, 400)], [7, 8], LLAMA, "x:1")
+    assert len(row.ids) == 97 and row.ids[:2] == [1, 306] and row.ids[-3:] == [399, 7, 8]
+    with pytest.raises(InputError, match="x:1: the answer takes 97 tokens and the context holds 96"):
         score.fit([1], [7] * 97, LLAMA, "x:1")
 
 
 def test_windows_score_each_token_once_and_are_the_harness_ones():
-    assert score.windows(range(6), 9, 4, 2) == [Row([9, 0, 1, 2, 3], 4), Row([1, 2, 3, 4, 5], 2)]
+    assert score.windows(range(6), 9, 4) == [Row([9, 0, 1, 2, 3], 4), Row([1, 2, 3, 4, 5], 2)]
     ten = [Row([99, 0, 1, 2, 3], 4), Row([3, 4, 5, 6, 7], 4), Row([5, 6, 7, 8, 9], 2)]  # the harness's own example
     assert score.windows(range(10), 99, 4) == ten
     for n in range(1, 30):
-        for stride in range(5):
-            rows = score.windows(range(n), 99, 4, stride)
-            assert [i for row in rows for i in row.ids[-row.count :]] == [*range(n)]
-            assert all(row.count < len(row.ids) <= 5 for row in rows)
+        rows = score.windows(range(n), 99, 4)
+        assert [i for row in rows for i in row.ids[-row.count :]] == [*range(n)]
+        assert all(row.count < len(row.ids) <= 5 for row in rows)
 
 
 def test_windows_where_the_text_fits_are_one_forward_pass():
     params, ids = transformer.init(LLAMA, jax.random.key(1)), np.random.default_rng(1).integers(3, 40, 96).tolist()
-    mesh = make_mesh(MeshConfig())
-    with jax.set_mesh(mesh):
-        rows = score.windows(ids, 1, 96)
-        found = score.score_rows(params, LLAMA, rows, mesh=mesh)
-        parts = score.score_rows(params, LLAMA, score.windows(ids, 1, 40, 10), mesh=mesh)
-    assert len(found) == 1 and found[0].count == 96 == sum(s.count for s in parts)
-    assert found[0].logprob == pytest.approx(oracle(params, LLAMA, Row([1, *ids], 96))[0], rel=1e-5)
-    want = [oracle(params, LLAMA, row)[0] for row in score.windows(ids, 1, 40, 10)]
-    np.testing.assert_allclose([s.logprob for s in parts], want, rtol=1e-4)
+    model, rows = score.Model(params, LLAMA, None, make_mesh(MeshConfig())), score.windows(ids, 1, 96)
+    ((nats, _),) = score.score_rows(model, rows)
+    assert rows == [Row([1, *ids], 96)]
+    assert nats == pytest.approx(oracle(params, LLAMA, rows[0])[0], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +130,13 @@ def write(path, *lines):
     return str(path)
 
 
+def score_file(model, path, chat=False, **settings):
+    """The metrics of one task file on one model."""
+    config, scores = tasks.ScoringConfig(chat="always" if chat else "never", **settings), {}
+    tasks.add_scores(scores, "stage", model, tasks.read_tasks([path], config), config, 0)
+    return {name.split()[1]: values["stage"] for name, values in scores.items()}
+
+
 CHOICES = [
     {"question": "the sky is", "choices": ["green", "blue", "deep sea and one"], "answer": 1},
     {"messages": [{"role": "user", "content": "grass is"}], "choices": ["green", "1"], "answer": 0},
@@ -151,9 +148,7 @@ CHOICES = [
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
 @pytest.mark.parametrize("shots", [0, 1])
 def test_multiple_choice_picks_what_the_oracle_picks(named, tmp_path, chat, shots):
-    task = tasks.read_task(write(tmp_path / "c.jsonl", *CHOICES))
-    with jax.set_mesh(named.mesh):
-        found = tasks.score_task(named, task, tasks.ScoringConfig(shots=shots, batch_size=2), chat)
+    found = score_file(named, write(tmp_path / "c.jsonl", *CHOICES), chat, shots=shots, batch_size=2)
     right, by_byte, tk = [], [], named.tokenizer
     for line in CHOICES[shots:]:
         said = lambda x: x.get("question") or x["messages"][0]["content"]
@@ -184,11 +179,8 @@ def test_the_scores_of_a_model_that_knows_one_token(named, tmp_path):
     params["embed"]["tokens"] = jnp.zeros_like(params["embed"]["tokens"]).at[:, 0].set(0.01).at[blue, 0].set(1.0)
     model = named._replace(params=params)
     lines = [{"question": "a", "choices": ["b", "c"], "answer": i} for i in (0, 0, 0, 1)]
-    with jax.set_mesh(named.mesh):
-        task = tasks.read_task(write(tmp_path / "c.jsonl", *lines))
-        found = tasks.score_task(model, task, tasks.ScoringConfig(delimiter=""), chat=False)
-        text = tasks.read_task(write(tmp_path / "t.jsonl", {"text": "bbbb bb"}))
-        nats = tasks.score_task(model, text, tasks.ScoringConfig(), chat=False)
+    found = score_file(model, write(tmp_path / "c.jsonl", *lines), delimiter="")
+    nats = score_file(model, write(tmp_path / "t.jsonl", {"text": "bbbb bb"}))
     assert found["acc"] == found["acc_norm"] == found["majority"] == 0.75
     ids = named.tokenizer.encode("bbbb bb")
     want = -oracle(params, named.config, Row([named.tokenizer.bos_id, *ids], len(ids)))[0]
@@ -207,10 +199,8 @@ def test_generation_is_what_complete_gives(named, tmp_path):
         texts = [tk.decode(c.ids) for c in drawn]
         answers = [texts[0], "no", f"The {texts[2]}!"]
         lines = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
-        task = tasks.read_task(write(tmp_path / "g.jsonl", *lines))
-        found = tasks.score_task(named, task, tasks.ScoringConfig(sampling=sampling), chat=True)
-        stop = texts[0][1:3]
-        text, cut = next(score.generate_texts(named, ids[:1], sampling, [stop], seed=0))
+    found, stop = score_file(named, write(tmp_path / "g.jsonl", *lines), chat=True, sampling=sampling), texts[0][1:3]
+    ((text, cut),) = score.generate_texts(named, ids[:1], sampling, [stop], seed=0)
     assert found["exact"] == pytest.approx(1 / 3) and found["normalised"] == pytest.approx(2 / 3)
     assert found["response_tokens"] == np.mean([len(c.ids) for c in drawn])
     assert found["finished"] == np.mean([c.finished for c in drawn])
@@ -220,7 +210,7 @@ def test_generation_is_what_complete_gives(named, tmp_path):
 
 def test_matches():
     assert tasks.normalise("The  answer, is：ＡＢＣ!") == "answer isabc" == tasks.normalise("answer isabc")
-    assert tasks._plain_number("1,234,567 and 1,2 or 12,3456") == "1234567 and 1,2 or 12,3456"
+    assert re.sub(tasks._SEPARATOR, "", "1,234,567 and 1,2 or 12,3456") == "1234567 and 1,2 or 12,3456"
 
 
 MALFORMED = {
@@ -242,7 +232,7 @@ MALFORMED = {
 @pytest.mark.parametrize("line", MALFORMED)
 def test_a_malformed_line_is_named(line, tmp_path):
     with pytest.raises(InputError) as error:
-        tasks.read_task(write(tmp_path / "t.jsonl", {"text": "fine"}, line))
+        tasks.read_tasks([write(tmp_path / "t.jsonl", {"text": "fine"}, line)], tasks.ScoringConfig())
     assert MALFORMED[line] in str(error.value) and "\n" not in str(error.value)
 
 
@@ -278,7 +268,7 @@ def test_one_command_compares_stages_and_records_where_numbers_come_from(tmp_pat
     assert "acc_norm" in out and "bits_per_byte" in out
     record = json.loads((tmp_path / "out.json").read_text())
     assert [record["stages"][s] for s in stages] == [{"step": 160, "chat": False}, {"step": 12, "chat": True}]
-    assert len(record["tasks"]["quiz"]["sha256"]) == 64 and record["settings"]["stride"] == 0
+    assert len(record["tasks"]["quiz"]["sha256"]) == 64 and record["settings"]["shots"] == 0
     params, config = load_model(stages[0], make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     config = dataclasses.replace(config, dtype="float32")
     tk = tasks.Tokenizer.load(tiny_run / "pretrain" / "tokenizer")
@@ -319,25 +309,21 @@ def test_the_harness_sees_the_same_numbers(harness, tmp_path):
     assert harness._encode(harness.apply_chat_template(begun, False)) == tk.encode_chat(begun)[0][:-1]
     choices = ["good 好", "bad 差"]
     line = {"messages": asked, "choices": choices, "answer": 0}
-    task = tasks.read_task(write(tmp_path / "c.jsonl", line))
-    pairs = [score.fit(*tasks.question_ids(model, [], task.items[0], tasks.ScoringConfig(), True, c), model.config, "")
-             for c in choices]  # fmt: skip
-    with jax.set_mesh(model.mesh):
-        want = score.score_rows(model.params, model.config, [row for row, _ in pairs], mesh=model.mesh, batch_size=4)
-        text = tasks.read_task(write(tmp_path / "t.jsonl", {"text": "The tea looks beautiful as always. " * 20}))
-        perplexity = tasks.score_task(model, text, tasks.ScoringConfig(batch_size=4), False)
-        given = [
-            *score.generate_texts(model, [tk.encode_chat(asked, reply=True)[0]], SamplingConfig(8, 0.0), [], seed=0)
-        ]
+    (task,) = tasks.read_tasks([write(tmp_path / "c.jsonl", line)], tasks.ScoringConfig())
+    asking = tasks.Asking(model, [], task.items, tasks.ScoringConfig(), True, 0)
+    rows = [score.fit(*tasks.question_ids(asking, task.items[0], c), model.config, "") for c in choices]
+    want, text = score.score_rows(model, rows, batch_size=4), "The tea looks beautiful as always. " * 20
+    perplexity = score_file(model, write(tmp_path / "t.jsonl", {"text": text}), batch_size=4)
+    given = score.generate_texts(model, [tk.encode_chat(asked, reply=True)[0]], SamplingConfig(8, 0.0), [], seed=0)
     found = harness.loglikelihood(requests(*((template, c) for c in choices)))
-    np.testing.assert_allclose([nats for nats, _ in found], [s.logprob for s in want], rtol=1e-6)
+    np.testing.assert_allclose([nats for nats, _ in found], [nats for nats, _ in want], rtol=1e-6)
     assert [greedy for _, greedy in found] == [True, False]
-    (rolling,) = harness.loglikelihood_rolling(requests((text.items[0].text,)))
+    (rolling,) = harness.loglikelihood_rolling(requests((text,)))
     assert rolling == pytest.approx(-perplexity["nats_per_token"] * perplexity["tokens"], rel=1e-6)
     greedy, cut = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}, {"until": "oo", "max_gen_toks": 8}
     said = harness.generate_until(requests((template, greedy), (template, cut), (template, greedy)))
     assert said == [given[0][0], "g", given[0][0]] and said[0] == "good 好"
-    assert harness.tokenizer_name.startswith("jaxllm-") and harness.chat_template() == harness.tokenizer_name
+    assert harness.tokenizer_name.startswith("jaxllm-")
 
 
 def test_the_harness_itself_agrees_on_a_local_task(tmp_path, tiny_run):

@@ -1,7 +1,6 @@
 """Examples -> tokenised store -> rows -> `batch_at(step)`, a pure function of (data, seed, step).
 
-Batches never depend on the number of hosts: every process computes the same global indices, and reads only the
-rows its own devices hold.
+Batches never depend on the number of hosts: every process reads only the rows its own devices hold.
 """
 
 import fractions
@@ -61,7 +60,7 @@ class Rows(NamedTuple):
 
 
 class PromptExample(NamedTuple):
-    """A prompt, ready for the model to answer."""
+    """A prompt for the model to answer."""
 
     messages: list[dict[str, str]]
     ids: list[int]
@@ -86,8 +85,7 @@ def load_rows(
 ) -> list[tuple[Rows, float]]:
     """Packed rows of `length` tokens and the weight of each source; kind "document" or "chat".
 
-    Tokenised examples and plans are kept in cache_dir, by keys of everything they depend on. Raises InputError: an
-    example that does not fit (data.too_long: error), one without a target, a split without examples.
+    Raises InputError: an example that does not fit (data.too_long: error), one without a target, an empty split.
     """
     if length < 2:
         raise InputError(f"length: rows of {length} tokens hold no target; set it to at least 2")
@@ -115,13 +113,12 @@ def _rows(data: DataConfig, kind: str, each: Examples, length: int, tokenizer: T
     make = _plan_chats if kind == "chat" else _plan_documents
     meta = made(plan, functools.partial(make, each, data, length, tokenizer))
     table = ArrayFile(plan / "table", EXAMPLE[kind]) if kind == "chat" else each.table
-    counts = {name: meta[name] for name in ("num_examples", "num_dropped", "num_tokens", "num_bytes")}
-    places = {"length": length, "pad_id": tokenizer.pad_id, "fingerprint": key, "epochs": each.source.epochs}
-    return Rows(each.tokens, table, ArrayFile(plan / "begins", _BEGIN), **counts, **places)
+    del meta["files"]
+    names = {"fingerprint": key, "epochs": each.source.epochs}
+    return Rows(each.tokens, table, ArrayFile(plan / "begins", _BEGIN), length, tokenizer.pad_id, **meta, **names)
 
 
 def _plan_documents(each: Examples, data: DataConfig, length: int, tokenizer: Tokenizer, to: Path) -> dict[str, int]:
-    del data, tokenizer
     sizes = (chunk["size"].astype(np.int64) for chunk in each.table.chunks())
     with open(to / "begins", "wb") as file:
         file.writelines(begins.astype("<i8").tobytes() for begins in concat_and_split(sizes, length))
@@ -135,10 +132,8 @@ def _plan_chats(each: Examples, data: DataConfig, length: int, tokenizer: Tokeni
     long = table["size"] > length
     if long.any() and data.too_long == "error":
         worst = table[np.argmax(long)]
-        raise InputError(
-            f"{each.origin(worst)}: this conversation takes {worst['size']} tokens and a row holds {length}; "
-            "raise the length, shorten it, or set data.too_long to drop or truncate"
-        )
+        takes = f"this conversation takes {worst['size']} tokens and a row holds {length}"
+        raise InputError(f"{each.origin(worst)}: {takes}; raise the length, or set data.too_long to drop or truncate")
     dropped = int(long.sum()) if data.too_long == "drop" else 0
     table = table[~long] if dropped else table
     cut = table["size"] > length
@@ -151,10 +146,8 @@ def _plan_chats(each: Examples, data: DataConfig, length: int, tokenizer: Tokeni
         mask[firsts] = False
         counts = np.add.reduceat(mask, firsts, dtype=np.int64)
         if not counts.all():
-            raise InputError(
-                f"{each.origin(table[part[np.argmin(counts)]])}: not one token of this example is a target (no reply is "
-                f"left in {length} tokens); remove it, raise the length, or set data.too_long to drop"
-            )
+            wrong = f"{each.origin(table[part[np.argmin(counts)]])}: not one token of this example is a target"
+            raise InputError(f"{wrong} (no reply in {length} tokens); raise the length, or set data.too_long to drop")
         targets += int(counts.sum())
         for i in np.flatnonzero(cut[part]):  # only the bytes of the targets that are left
             where = slice(firsts[i], firsts[i] + sizes[i])
@@ -175,11 +168,7 @@ def fingerprint(loaded: Sequence[Any]) -> str:
 
 
 def make_batch_at(mixture: Mixture, *, batch_size: int, seed: int, sharding: Sharding) -> BatchAt:
-    """step -> {tokens, segment_ids, positions int32[B, T], loss_mask bool[B, T]}.
-
-    Rows of each source are shuffled anew every epoch, and sources mixed in proportion to their weights (a share of
-    rows). Row number n of the run is a function of (data, seed, n) alone.
-    """
+    """step -> {tokens, segment_ids, positions int32[B, T], loss_mask bool[B, T]}; see `_order` and `_Stretch`."""
     order = _order([rows.num_rows for rows, _ in mixture], _phases(mixture, batch_size), seed)
     return _batch_at(order, lambda _, source, number: mixture[source][0].row(number), batch_size, sharding)
 
@@ -191,14 +180,13 @@ def epoch_rows(mixture: Mixture) -> float:
 
 def epochs_of(mixture: Mixture, num_steps: int, batch_size: int) -> list[float]:
     """Passes over each source in so many steps."""
-    rows = num_steps * batch_size
-    phase = next(phase for phase in reversed(_phases(mixture, batch_size)) if phase.begin <= rows)
-    drawn = phase.until(rows)
-    return [count / rows.num_rows for count, (rows, _) in zip(drawn, mixture, strict=True)]
+    total = num_steps * batch_size
+    phase = next(phase for phase in reversed(_phases(mixture, batch_size)) if phase.begin <= total)
+    return [count / rows.num_rows for count, (rows, _) in zip(phase.until(total), mixture, strict=True)]
 
 
 def epoch_batches(mixture: Mixture, *, batch_size: int, sharding: Sharding, max_batches: int = 0) -> Iterator[Batch]:
-    """Every row once, in order; the last batch is filled up with rows of padding. max_batches 0: all."""
+    """Every row once, in order, or from everywhere as many as max_batches hold; the last is filled up with padding."""
     ends = np.cumsum([rows.num_rows for rows, _ in mixture])
     total = int(ends[-1])
     count = min(total, max_batches * batch_size or total)
@@ -207,7 +195,6 @@ def epoch_batches(mixture: Mixture, *, batch_size: int, sharding: Sharding, max_
         source = int(np.searchsorted(ends, number, "right"))
         return mixture[source][0].row(number - int(ends[source]) + mixture[source][0].num_rows)
 
-    # Rows from everywhere, where there are more: not the first ones.
     return _epoch(np.linspace(0, total - 1, count).astype(int), row, batch_size, sharding)
 
 
@@ -217,20 +204,15 @@ def load_prompts(data: DataConfig, split: str, tokenizer: Tokenizer, max_length:
     Raises InputError on a longer one, unless data.too_long is "drop", and where no prompt would fit.
     """
     if max_length < 1:
-        raise InputError(
-            "sampling.max_new_tokens: a response of so many tokens leaves no room for a prompt in model.max_length; "
-            "lower the one or raise the other"
-        )
+        raise InputError("sampling.max_new_tokens: leaves no room for a prompt in model.max_length; lower it")
     prompts = []
     for example in shuffled(examples(data, "prompt", split)):
         ids, _ = tokenizer.encode_chat(example.messages, reply=True)
         if len(ids) <= max_length:
             prompts.append(PromptExample(example.messages, ids, example.answer))
         elif data.too_long != "drop":
-            raise InputError(
-                f"{example.origin}: the prompt takes {len(ids)} tokens and {max_length} fit beside the response; "
-                "shorten it, raise model.max_length, or set data.too_long to drop"
-            )
+            takes = f"the prompt takes {len(ids)} tokens and {max_length} fit beside the response"
+            raise InputError(f"{example.origin}: {takes}; raise model.max_length, or set data.too_long to drop")
     if not prompts:
         raise InputError(f"data.sources: every prompt of the {split} split is longer than {max_length} tokens")
     return prompts
@@ -239,10 +221,7 @@ def load_prompts(data: DataConfig, split: str, tokenizer: Tokenizer, max_length:
 def make_prompt_batch_at(
     prompts: Sequence[PromptExample], *, batch_size: int, seed: int, length: int, pad_id: int, sharding: Sharding
 ) -> BatchAt:
-    """step -> {tokens int32[B, P], mask bool[B, P] (left-padded), index, prompt int32[B]}.
-
-    index tells the prompts of a batch apart, for their random numbers; prompt is the place in `prompts`.
-    """
+    """step -> {tokens int32[B, P], mask bool[B, P] (left-padded), index, prompt int32[B]}: in the batch, in prompts."""
 
     def row(i: int, _: int, prompt: int) -> Row:
         ids = prompts[prompt].ids
@@ -261,17 +240,13 @@ def load_ranked(data: DataConfig, split: str, tokenizer: Tokenizer, length: int)
         encoded = [tokenizer.encode_chat(messages) for messages in replies]
         longest = max(len(ids) for ids, _ in encoded)
         if longest > length and data.too_long == "error":
-            raise InputError(
-                f"{example.origin}: prompt and response take {longest} tokens and the limit is {length}; "
-                "raise the length, or set data.too_long to drop or truncate"
-            )
+            take = f"prompt and response take {longest} tokens and the limit is {length}"
+            raise InputError(f"{example.origin}: {take}; raise the length, or set data.too_long to drop or truncate")
         if longest > length and data.too_long == "drop":
             continue
         if not all(any(mask[:length]) for _, mask in encoded):
-            raise InputError(
-                f"{example.origin}: no token of a response is left in {length} tokens, so nothing tells them apart; "
-                "raise the length, or set data.too_long to drop"
-            )
+            left = f"no token of a response is left in {length} tokens"
+            raise InputError(f"{example.origin}: {left}; raise the length, or set data.too_long to drop")
         prompt, _ = tokenizer.encode_chat(example.messages, reply=True)
         # Through the end of turn, as a rollout ends: some templates write a line end behind it.
         rows = [ids[: min(length, len(mask) - mask[::-1].index(True))] for ids, mask in encoded]
@@ -284,7 +259,7 @@ def load_ranked(data: DataConfig, split: str, tokenizer: Tokenizer, length: int)
 def make_ranked_batch_at(ranked: Sequence[RankedExample], *, batch_size: int, seed: int, sharding: Sharding) -> BatchAt:
     """step -> {tokens, segment_ids int32[B, K, T], loss_mask bool[B, K, T], ranks int32[B, K], scores float32[B, K]}.
 
-    B prompts, K the most responses of any; loss_mask is True on a reply's tokens, rank 0 is no response.
+    loss_mask is True on a reply's tokens, rank 0 is no response.
     """
     row = _ranked_row(ranked)
     return _batch_at(_order([len(ranked)], _WHOLE, seed), lambda *place: row(place[-1]), batch_size, sharding)
@@ -321,11 +296,8 @@ class _Stretch(NamedTuple):
     drawn: list[int]  # of each source, before
 
     def until(self, number: int) -> list[int]:
-        """How many of the first `number` rows come from each source: with each row, one more from one of them.
-
-        The first source gives its share of the phase's rows, rounded, the second its share of the rest, and so on:
-        after every sum(shares) rows the proportions are exact.
-        """
+        """How many of the first `number` rows come from each source: of the first its share of the phase's rows, rounded,
+        of the second its share of the rest, and so on."""
         rows, rest, counts = number - self.begin, sum(self.shares), []
         for share, before in zip(self.shares, self.drawn, strict=True):
             left = rows * (rest - share) // rest if rest else 0

@@ -14,10 +14,8 @@ import json
 import math
 import os
 import re
-import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -68,8 +66,7 @@ class Source:
             try:
                 re.compile(pattern).sub(replacement, "")  # refuses references to groups that are not there
             except (re.error, IndexError) as error:
-                wrong = f"{pattern!r} with replacement {replacement!r}" if name == "replace" else repr(pattern)
-                raise ValueError(f"{name}: {wrong} is not a valid regular expression: {error}") from None
+                raise ValueError(f"{name}: {pattern!r} -> {replacement!r}: {error}") from None
         named = set(re.compile(self.match).groupindex)
         require("text" not in named, "match: a group cannot be called text, the whole text that decides the split")
         for name in ("system", "prompt", "response"):
@@ -117,8 +114,7 @@ class DataConfig:
             fit = len(phase.weights) == len(self.sources) and min(phase.weights) >= 0 and any(phase.weights)
             require(
                 fit,
-                f"curriculum: step {phase.step} needs a weight for each of {len(self.sources)} sources, at least "
-                "one above 0 and none below",
+                f"curriculum: step {phase.step} needs a weight for each of {len(self.sources)} sources, one above 0",
             )
 
 
@@ -144,8 +140,7 @@ PART_BYTES = 1 << 25
 def read_records(source: Source, parts: Sequence[Part] | None = None) -> Iterator[Record]:
     """The records of a source (or of some parts of it), in the order of its files; texts after `replace`, filtered.
 
-    A text record has the field "text"; JSON records keep all their fields. Raises InputError: nothing at the
-    path, an unreadable or malformed record (with its line), a function that is not there.
+    Text becomes the field "text"; others stay. Raises InputError where something cannot be read, with its line.
     """
     excluded = _excluded(source) if source.exclude else frozenset()
     kept = (r for r in _raw_records(source, parts) if _keep(source, r, excluded))
@@ -155,7 +150,7 @@ def read_records(source: Source, parts: Sequence[Part] | None = None) -> Iterato
 
 
 def canonical(fields: dict[str, Any]) -> str:
-    """One spelling of a record's fields, for hashing; Parquet values that JSON lacks are spelled by str."""
+    """One spelling of a record's fields, for hashing."""
     return json.dumps(fields, sort_keys=True, default=str)
 
 
@@ -176,7 +171,7 @@ def split(path: str, source: Source, size: int, lines: Sequence[int]) -> list[Pa
     if kind == "parquet":
         return _row_groups(path)
     if kind == "array_record":
-        with _array_record(path) as reader:
+        with _readable(path), _array_record(path) as reader:
             step = max(1, reader.num_records() * PART_BYTES // max(size, PART_BYTES))
             return [Part(path, i, i + step, i + 1) for i in range(0, reader.num_records(), step)]
     by_line = kind == "jsonl" or (kind == "text" and source.record == "line")
@@ -199,10 +194,8 @@ def _excluded(source: Source) -> frozenset[bytes]:
     return _digests(tuple(others), tuple(stamps) or time.time_ns())
 
 
-@functools.lru_cache(maxsize=4)
-def _digests(sources: Sequence[Source], stamps: Any) -> frozenset[bytes]:
-    """Of the texts of these sources; kept, as the parts of a source share them, while `stamps` stay as they are."""
-    del stamps
+@functools.lru_cache(maxsize=4)  # the parts of a source share it
+def _digests(sources: Sequence[Source], _stamps: Any) -> frozenset[bytes]:
     found = set()
     for record in (record for source in sources for record in _raw_records(source)):
         text = record.fields.get("text")
@@ -230,13 +223,16 @@ def _keep(source: Source, record: Record, excluded: frozenset[bytes]) -> bool:
 def _raw_records(source: Source, parts: Sequence[Part] | None = None) -> Iterator[Record]:
     if source.path.startswith("py://"):
         function = resolve_function(source.path.removeprefix("py://"), "data.sources: path py://")
-        records = (_function_record(r, f"{source.path}:{n}") for n, r in enumerate(function(), start=1))
+        records = (Record(value, f"{source.path}:{n}") for n, value in enumerate(function(), start=1))
     else:
         parts = [Part(file) for file in _resolve(source.path)] if parts is None else parts
         records = (record for part in parts for record in _read_file(part, source))
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in source.replace]
-    for record in records:
-        text = record.fields.get(source.text_field)
+    for fields, origin in records:
+        if not isinstance(fields, dict):  # of a function
+            raise InputError(f"{origin}: the function must yield dicts, not {type(fields).__name__}")
+        record = Record(dict(fields), origin)
+        text = fields.get(source.text_field)
         if isinstance(text, str):
             for pattern, replacement in patterns:
                 text = pattern.sub(replacement, text)
@@ -244,12 +240,6 @@ def _raw_records(source: Source, parts: Sequence[Part] | None = None) -> Iterato
         elif source.text_field != "text":
             record.fields.pop("text", None)  # another field was asked for
         yield record
-
-
-def _function_record(value: Any, origin: str) -> Record:
-    if not isinstance(value, dict):
-        raise InputError(f"{origin}: the function must yield dicts, not {type(value).__name__}")
-    return Record(dict(value), origin)
 
 
 def _resolve(path: str) -> list[str]:
@@ -267,18 +257,16 @@ def _resolve(path: str) -> list[str]:
         found = sorted(glob.glob(path, recursive=True)) if is_glob else [path]
         found = [f for f in found if Path(f).is_file()]
     if not found:
-        thing = "object" if "://" in path else "file"
-        raise InputError(f"{path}: no such file; give an existing {thing} or a glob that matches one")
+        raise InputError(f"{path}: no such file; give an existing one or a glob that matches one")
     return found
 
 
 def _package_path(path: str) -> str:
     """Find a package's folder without importing it: its code is not run to read its data."""
     package, _, inside = path.removeprefix("pkg://").partition("/")
-    try:
+    spec = None
+    with contextlib.suppress(ModuleNotFoundError):  # of the package above it
         spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:  # of the package above it
-        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"{path}: package {package} is not installed; pip install {package} (demos: 'jaxllm[demo]')")
     root = Path(spec.submodule_search_locations[0]).resolve()
@@ -301,16 +289,11 @@ def _readable(path: str) -> Iterator[None]:
     """What can go wrong with a file becomes one line with its name."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, *_foreign_errors()) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError(f"{path}: cannot be read: {reason}") from None
-
-
-def _foreign_errors() -> list[type[Exception]]:
-    """What the optional packages raise besides OSError, of those that are imported by now."""
-    names = "zstandard.ZstdError botocore.exceptions.BotoCoreError google.auth.exceptions.GoogleAuthError "
-    pairs = (name.rsplit(".", 1) for name in (names + "gcsfs.retry.HttpError aiohttp.ClientError").split())
-    return [getattr(sys.modules[module], name) for module, name in pairs if sys.modules.get(module)]
+    except InputError:
+        raise
+    except Exception as error:  # each of the packages has errors of its own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: cannot be read: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -355,25 +338,18 @@ def _lines(part: Part) -> Iterator[tuple[int, str]]:
             if part.stop and place >= part.stop:
                 return
             place += len(line)
-            try:
-                yield number, line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{part.path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); convert the file"
-                ) from None
+            yield number, _decoded(line, f"{part.path}:{number}")
             number += 1
 
 
 def _read_text(part: Part, unit: str) -> Iterator[Record]:
-    file = part.path
     if unit == "line":
-        yield from (Record({"text": text.rstrip("\r\n")}, f"{file}:{n}") for n, text in _lines(part))
+        yield from (Record({"text": text.rstrip("\r\n")}, f"{part.path}:{n}") for n, text in _lines(part))
         return
     for is_text, lines in itertools.groupby(_lines(part), lambda line: unit == "file" or bool(line[1].strip())):
         if is_text:
-            lines = [*lines]
-            text = "".join(text for _, text in lines)
-            yield Record({"text": text.strip("\r\n")}, f"{file}:{lines[0][0]}")
+            numbers, texts = zip(*lines, strict=True)
+            yield Record({"text": "".join(texts).strip("\r\n")}, f"{part.path}:{numbers[0]}")
 
 
 def _read_jsonl(part: Part) -> Iterator[Record]:
@@ -383,15 +359,18 @@ def _read_jsonl(part: Part) -> Iterator[Record]:
 
 
 def _read_json(part: Part) -> Iterator[Record]:
-    file = part.path
-    try:
-        with _opened(file) as opened:
-            values = json.load(opened)
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON: {error}") from None
+    with _opened(part.path) as file:
+        values = json.load(file)
     if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
-        raise InputError(f"{file}: must hold a list of objects; one object a line goes into a .jsonl file")
-    yield from (Record(v, f"{file}:{n}") for n, v in enumerate(values, start=1))
+        raise InputError(f"{part.path}: must hold a list of objects; one object a line goes into a .jsonl file")
+    yield from (Record(value, f"{part.path}:{n}") for n, value in enumerate(values, start=1))
+
+
+def _decoded(value: bytes, origin: str) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{origin}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
 
 
 def _object(line: str, origin: str) -> dict[str, Any]:
@@ -408,10 +387,7 @@ def _object(line: str, origin: str) -> dict[str, Any]:
 def _parquet(path: str) -> Iterator[Any]:
     parquet = _extra("pyarrow.parquet", path)
     with _opened(path) as file:
-        try:
-            yield parquet.ParquetFile(file)
-        except ValueError as error:
-            raise InputError(f"{path}: not a Parquet file: {error}") from None
+        yield parquet.ParquetFile(file)
 
 
 def _row_groups(path: str) -> list[Part]:
@@ -442,12 +418,8 @@ def _array_record(path: str) -> Iterator[Any]:
         if name != path:
             fs, there = _filesystem(path)
             fs.get(there, name)
-        try:
-            reader = module.ArrayRecordReader(name)
+        with contextlib.closing(module.ArrayRecordReader(name)) as reader:
             yield reader
-            reader.close()
-        except (ValueError, RuntimeError, IndexError) as error:
-            raise InputError(f"{path}: not a whole ArrayRecord file: {' '.join(str(error).split())[:120]}") from None
 
 
 def _read_array_record(part: Part) -> Iterator[Record]:
@@ -457,10 +429,7 @@ def _read_array_record(part: Part) -> Iterator[Record]:
         for start in range(part.start, stop, 256):
             for number, value in enumerate(reader.read(start, min(start + 256, stop)), start=start + 1):
                 origin = f"{part.path}:{number}"
-                try:
-                    text = value.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise InputError(f"{origin}: not UTF-8 ({error.reason}); write JSON objects or texts") from None
+                text = _decoded(value, origin)
                 fields = _object(text, origin) if text.startswith("{") else {"text": text}
                 yield Record(fields, origin)
 

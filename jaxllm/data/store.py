@@ -1,8 +1,7 @@
 """Tokenise once. Sources -> units, made in parallel -> the examples of each source and split, without duplicates.
 
-A unit is ~32 MB of a source: a folder with its tokens and examples of both splits, and a hash of each content. Its
-name is a key of everything it depends on, so that a cut preparation goes on where it was, and text that was there
-before is not tokenised again. A store joins units: of each content it says which example stays, and in which split.
+A unit is ~32 MB of a source: a folder with its tokens and examples of both splits, and a hash of each content, named
+by a key of everything it depends on. A store joins units: of each content it says which example stays, in which split.
 No JAX here: the worker processes import this module.
 """
 
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
+from rich.progress import DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxllm.config import InputError
 from jaxllm.data import sources
@@ -91,10 +92,7 @@ class Examples(NamedTuple):
 def open_store(
     data: DataConfig, kind: str, tokenizer: Tokenizer | None, folder: Path, share: tuple[int, int] = (0, 1)
 ) -> dict[str, list[Examples]]:
-    """split -> the examples of each source, tokenised and cached if they are not. kind: "document" or "chat".
-
-    share: (number of this process, of how many) that prepare the same cache. Raises InputError on malformed input.
-    """
+    """split -> the examples of each source, tokenised and cached if they are not; share: (this process, of how many)."""
     if not data.sources:
         raise InputError(f"data.sources: none given, and {kind} examples are needed; name at least one source")
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,26 +115,23 @@ def open_store(
 
 
 def load_texts(data: DataConfig, split: str, cache_dir: Any = None) -> Iterator[str]:
-    """The texts of one split, for the tokenizer and for xz; a conversation gives its contents, a line each.
-
-    cache_dir keeps which of them are no duplicates; None: found out again.
-    """
+    """The texts of one split, for the tokenizer and for xz; a conversation gives its contents, a line each."""
     if not data.sources:
         raise InputError("data.sources: none given, and texts are needed; name at least one source")
-    yield from not_empty(_texts(data, split, cache_dir), data, "text", split)
-
-
-def _texts(data: DataConfig, split: str, cache_dir: Any) -> Iterator[str]:
     chats = tuple(s for s in data.sources if _is_chat(s))
     plain = tuple(s for s in data.sources if s not in chats)
     with tempfile.TemporaryDirectory() as temporary:
-        for some, kind in ((plain, "document"), (chats, "chat")):
-            of_kind = dataclasses.replace(data, sources=some, curriculum=())
-            yield from _kept_texts(of_kind, kind, split, Path(cache_dir or temporary)) if some else ()
+        texts = (
+            _kept_texts(dataclasses.replace(data, sources=some, curriculum=()), kind, split, cache_dir or temporary)
+            for some, kind in ((plain, "document"), (chats, "chat"))
+            if some
+        )
+        yield from not_empty(itertools.chain.from_iterable(texts), data, "text", split)
 
 
-def _kept_texts(data: DataConfig, kind: str, split: str, folder: Path) -> Iterator[str]:
+def _kept_texts(data: DataConfig, kind: str, split: str, cache_dir: Any) -> Iterator[str]:
     """A store without a tokenizer has a token for each example, so that `start` numbers them; then a second pass."""
+    folder = Path(cache_dir)
     tables = [each.table for each in open_store(data, kind, None, folder)[split]]
     kept = (number for table in tables for chunk in table.chunks() for number in chunk["start"].tolist())
     stream = itertools.chain.from_iterable(_distinct(_read(unit)) for unit in _units(data, kind, None, folder))
@@ -193,21 +188,28 @@ def _grouped(source: Source, folder: Path) -> Iterator[list[tuple[Part, str, int
 
 
 def _prepare(units: Sequence[Unit], tokenizer: Tokenizer | None, share: tuple[int, int]) -> list[dict[str, Any]]:
-    """What is remembered of each unit; those that are not there are made, by worker processes where there is much."""
+    """What is remembered of each unit; missing ones are made, by worker processes where there is much text."""
     metas = {unit.folder: find(unit.folder) for unit in units}
     first = share[0] * len(units) // share[1]  # every process begins elsewhere
     missing = [u for u in {u.folder: u for u in (*units[first:], *units[:first])}.values() if metas[u.folder] is None]
     total = sum(unit.size for unit in missing)
-    make = functools.partial(make_unit, model=tokenizer and tokenizer.model)
-    with _progress(total if share[0] == 0 else 0) as advance, _pool(len(missing), total) as pool:
+    make = functools.partial(_make_unit, model=tokenizer and tokenizer.model)
+    quiet = total < _IN_PROCESS or share[0] > 0
+    columns = (TextColumn("data:"), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), disable=quiet)
+    task = bar.add_task("", total=total)
+    with bar, _pool(len(missing), total) as pool:
         while missing:
             functions = [u for u in missing if u.data.sources[u.source].path.startswith("py://")]
             others = [u for u in missing if u not in functions]  # a function of the user's stays in this process
-            with _hidden_main():
+            main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+            try:  # workers that start here do not run the user's script again, as `spawn` would have them
                 made_there, busy = (pool.map if pool else map)(make, others), []
+            finally:
+                sys.modules["__main__"] = main
             results = itertools.chain(map(make, functions), made_there)
             for unit, done in zip((*functions, *others), results, strict=True):
-                advance(unit.size if done else 0)
+                bar.advance(task, unit.size if done else 0)
                 busy += [] if done else [unit]
             if len(busy) == len(missing):  # all of them in the hands of other processes
                 time.sleep(0.1)
@@ -232,55 +234,16 @@ def _pool(num_units: int, total: int) -> Iterator[concurrent.futures.ProcessPool
         pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def _hidden_main() -> Iterator[None]:
-    """Workers that start here do not run the user's script again, as `spawn` would have them."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
     if (parent := multiprocessing.parent_process()) is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """advance(bytes): a bar with the time left on a terminal, else a line now and then; nothing for little text."""
-    if total < _IN_PROCESS:
-        yield lambda size: None
-        return
-    from rich.progress import DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    from jaxllm.metrics import console  # not above: the workers need no JAX
-
-    columns = (TextColumn("data:"), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, disable=not console.is_terminal)
-    task, began, said = bar.add_task("", total=total), time.monotonic(), time.monotonic()
-
-    def advance(size: int) -> None:
-        nonlocal said
-        bar.advance(task, size)
-        done, now = bar.tasks[0].completed, time.monotonic()
-        if not console.is_terminal and done and (now - said > 10 or done == total):
-            said, left = now, (now - began) * (total - done) / done
-            rate = done / 1e6 / (now - began)
-            console.print(f"data: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate:.1f} MB/s, {left:,.0f} s left")
-
-    with bar:
-        yield advance
-
-
 _tokenizer = functools.lru_cache(maxsize=1)(restore)
 
 
-def make_unit(unit: Unit, model: Any) -> bool:
-    """Make a unit if it is not there; False: another process is at it."""
+def _make_unit(unit: Unit, model: Any) -> bool:
     return make_once(unit.folder, lambda partial: _write(partial, unit, _tokenizer(model) if model else None))
 
 
@@ -335,7 +298,7 @@ def _distinct(stream: Iterator[tuple[Example, str | None]]) -> Iterator[Item]:
 
 
 def _chunks(stream: Iterator[Item]) -> Iterator[list[Item]]:
-    """At most 1,024 examples, and not many more than a million characters."""
+    """At most 1,024 examples, of about a million characters."""
     chunk, size = [], 0
     for item in stream:
         chunk.append(item)
@@ -347,17 +310,14 @@ def _chunks(stream: Iterator[Item]) -> Iterator[list[Item]]:
         yield chunk
 
 
-def _encode(
-    chunk: Sequence[Example], kind: str, tokenizer: Tokenizer | None
-) -> tuple[list[list[int]], list[list[bool]]]:
+def _encode(chunk: Sequence[Example], kind: str, tokenizer: Tokenizer | None) -> tuple[Any, Any]:
     """(token ids, targets) of each example; of a document all but the first token are targets, and none are given."""
     if tokenizer is None:
         return [[0]] * len(chunk), []
     if kind == "chat":
         ids, masks = zip(*(tokenizer.encode_chat(example.messages) for example in chunk), strict=True)
-        return list(ids), list(masks)
-    texts = tokenizer.encode_batch([example.text for example in chunk])
-    return [tokenizer.document(ids) for ids in texts], []
+        return ids, masks
+    return [*map(tokenizer.document, tokenizer.encode_batch([example.text for example in chunk]))], []
 
 
 def _sorted(keys: Sequence[tuple[bytes, int]]) -> np.ndarray:
@@ -401,8 +361,7 @@ def _join(folder: Path, units: Sequence[Unit], metas: Sequence[Any], bases: np.n
 def _decide(stays: int, runs: Sequence[tuple[Path, int]], opened: Callable[..., ArrayFile]) -> None:
     """Write 1 + its split, or 0, for every key of all runs into the file `stays`, in the order of the keys.
 
-    Of examples with one content the first stays; a content that is held out anywhere is held out everywhere. The
-    hashes go through memory in ranges of about _RUN keys, each a slice of every sorted run.
+    Of examples with one content the first held-out one stays, else the first. About _RUN keys are in memory at once.
     """
     read = lambda run, a, b: opened(run[0], _KEY).read(run[1] + int(a), run[1] + int(b))
     sizes = [min(_RUN, len(opened(path, _KEY)) - begin) for path, begin in runs]
