@@ -45,7 +45,7 @@ class StageLM(LM):
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """Nats of each request's (text,)."""
-        bos, length = self._model.tokenizer.bos_id, self._model.config.max_length
+        bos, length = self._model.tokenizer.start_id, self._model.config.max_length
         cut = [windows(self._encode(request.args[0]), bos, length) for request in requests]
         scores = iter(score_rows(self._model, [*itertools.chain(*cut)], self._batch_size))
         return [sum(next(scores)[0] for _ in rows) for rows in cut]
@@ -89,5 +89,5 @@ class StageLM(LM):
         return [i for n, p in enumerate(parts) for i in ([int(p)] if n % 2 else self._model.tokenizer.encode(p))]
 
     def _begun(self, ids: list[int]) -> list[int]:
-        bos = self._model.tokenizer.bos_id
+        bos = self._model.tokenizer.start_id
         return ids if ids[:1] == [bos] else [bos, *ids]

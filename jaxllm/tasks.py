@@ -186,7 +186,7 @@ def _perplexity(asking: Asking) -> Numbers:
     """Every token of every text is scored once, the first behind <|bos|>; words as the harness counts them."""
     model, texts = asking.model, [item.text for item in asking.items]
     encoded = model.tokenizer.encode_batch(texts)
-    rows = [row for ids in encoded for row in windows(ids, model.tokenizer.bos_id, model.config.max_length)]
+    rows = [row for ids in encoded for row in windows(ids, model.tokenizer.start_id, model.config.max_length)]
     nats, tokens = -sum(nats for nats, _ in score_rows(model, rows, asking.config.batch_size)), sum(map(len, encoded))
     per_word = nats / sum(len(re.split(r"\s+", text)) for text in texts)
     return {
@@ -246,7 +246,7 @@ def question_ids(asking: Asking, item: Example, choice: str = "") -> tuple[list[
     said = lambda item: "\n".join(m["content"] for m in item.messages)
     text = "\n\n".join([*(said(shot) + delimiter + shot.answer for shot in shots), said(item)])
     context, ids = split(tokenizer.encode, text, delimiter + choice) if choice else (tokenizer.encode(text), [])
-    return [tokenizer.bos_id, *context], ids
+    return [tokenizer.start_id, *context], ids
 
 
 def command(args: ScoreArgs) -> None:

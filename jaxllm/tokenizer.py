@@ -47,6 +47,11 @@ class Tokenizer:
         self._bytes = [piece_bytes(self._sp, i) for i in range(self.vocab_size)]
         self._space = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
 
+    @property
+    def start_id(self) -> int:
+        """What stands before the first token of a text that is scored: bos_id, or eos_id where there is none."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, never a special one. Raises InputError on a lone surrogate."""
         return self.encode_batch([text])[0]
