@@ -128,7 +128,9 @@ class ModelConfig:
         name = tree.get("preset") or ""
         if name and name not in PRESETS:
             raise ValueError(f"preset: {name!r} is unknown; known: {', '.join(PRESETS)}")
-        return {**PRESETS.get(name, {}), **tree}
+        defaults, parts = PRESETS.get(name, {}), ("moe", "mla", "rope_scaling")
+        both = {k: {**defaults[k], **tree[k]} for k in parts if k in defaults and isinstance(tree.get(k), Mapping)}
+        return {**defaults, **tree, **both}
 
     def windowed(self, layer: int) -> bool:
         """Whether a layer's attention has the window."""
@@ -147,7 +149,10 @@ class ModelConfig:
 
 def preset(name: str, **fields: Any) -> ModelConfig:
     """A ModelConfig from a preset, `fields` taking precedence."""
-    return ModelConfig(**ModelConfig.expand({"preset": name, **fields}))
+    found = dict(ModelConfig.expand({"preset": name, **fields}))
+    kinds = {"moe": MoEConfig, "mla": MLAConfig, "rope_scaling": RopeScaling}
+    found |= {k: kind(**found[k]) for k, kind in kinds.items() if isinstance(found.get(k), Mapping)}
+    return ModelConfig(**found)
 
 
 def _gpt(num_layers: int, embed_dim: int, num_heads: int, max_length: int = 1024, head_dim: int = 0) -> dict:
@@ -170,6 +175,50 @@ def _llama(num_layers: int, embed_dim: int, num_heads: int, num_kv_heads: int, m
 
 _LLAMA2 = {"vocab_size": 32000, "max_length": 4096, "rope_theta": 10_000.0}
 _SMOLLM = {"vocab_size": 49152, "rope_theta": 100_000.0, "tie_embeddings": True}
+_LLAMA31 = {
+    "max_length": 131_072,
+    "rope_scaling": {"kind": "llama3", "factor": 8.0, "original_length": 8192},
+}
+_LLAMA32 = {
+    "max_length": 131_072,
+    "rope_scaling": {"kind": "llama3", "factor": 32.0, "original_length": 8192},
+    "tie_embeddings": True,
+}
+_QWEN25 = {"vocab_size": 151_936, "max_length": 32_768, "rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True}
+_QWEN3 = {
+    **{"vocab_size": 151_936, "max_length": 40_960, "rope_theta": 1e6, "norm_eps": 1e-6, "qk_norm": "head"},
+    "head_dim": 128,
+}
+_GEMMA = {
+    **{"vocab_size": 256_000, "norm_eps": 1e-6, "norm_place": "both", "norm_offset": True, "mlp": "geglu"},
+    **{"scale_embeddings": True, "tie_embeddings": True, "head_dim": 256, "attention_scale": 256**-0.5},
+}
+_GEMMA2 = {
+    **_GEMMA,
+    **{"window": 4096, "global_every": 2, "attention_softcap": 50.0, "logit_softcap": 30.0, "rope_theta": 10_000.0},
+}
+_GEMMA3 = {
+    **_GEMMA,
+    **{"vocab_size": 262_144, "max_length": 32_768, "window": 512, "global_every": 6, "qk_norm": "head"},
+    **{"rope_theta": 1e6, "local_rope_theta": 10_000.0},
+}
+_OLMO2 = {
+    **{"vocab_size": 100_352, "max_length": 4096, "norm_eps": 1e-6, "norm_place": "after", "qk_norm": "all"},
+}
+
+
+def _deepseek(num_layers: int, embed_dim: int, num_heads: int, mlp_dim: int, q_rank: int, moe: dict, **more) -> dict:
+    """DeepSeek-V2 (2024) and V3 (2024): latent attention, shared experts, rotary positions stretched by YaRN."""
+    yarn = {"kind": "yarn", "factor": 40.0, "original_length": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
+    return {
+        **_llama(num_layers, embed_dim, num_heads, num_heads, mlp_dim, norm_eps=1e-6, rope_theta=10_000.0),
+        **{"max_length": 163_840, "head_dim": 192, "rope_scaling": yarn, "mla": {"kv_rank": 512, "q_rank": q_rank}},
+        **{"moe": moe, **more},
+    }
+
+
+_V2 = {"router": "softmax", "normalise": False, "first_dense": 1, "num_shared": 2, "per_token": 6}
+_V2_YARN = {"kind": "yarn", "factor": 40.0, "original_length": 4096, "mscale": 0.707, "mscale_all_dim": 0.707}
 # Sizes below any published model, for CPUs; the vocabulary is the tokenizer's.
 _SMALL = {"vocab_size": 0, "max_length": 256, "rope_theta": 10_000.0, "tie_embeddings": True}
 
@@ -196,4 +245,63 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama2-70b": _llama(80, 8192, 64, 8, 28672, **_LLAMA2),
     "llama3-8b": _llama(32, 4096, 32, 8, 14336),
     "llama3-70b": _llama(80, 8192, 64, 8, 28672),
+    "llama3.1-8b": _llama(32, 4096, 32, 8, 14336, **_LLAMA31),
+    "llama3.1-70b": _llama(80, 8192, 64, 8, 28672, **_LLAMA31),
+    "llama3.1-405b": _llama(126, 16384, 128, 8, 53248, **_LLAMA31),
+    "llama3.2-1b": _llama(16, 2048, 32, 8, 8192, **_LLAMA32),
+    "llama3.2-3b": _llama(28, 3072, 24, 8, 8192, **_LLAMA32),
+    "mistral-7b": _llama(32, 4096, 32, 8, 14336, vocab_size=32000, max_length=32768, rope_theta=1e4, window=4096),
+    "qwen2.5-0.5b": _llama(24, 896, 14, 2, 4864, **{**_QWEN25, "tie_embeddings": True}),
+    "qwen2.5-7b": _llama(28, 3584, 28, 4, 18944, **{**_QWEN25, "vocab_size": 152_064}),
+    "qwen3-0.6b": _llama(28, 1024, 16, 8, 3072, **{**_QWEN3, "tie_embeddings": True}),
+    "qwen3-8b": _llama(36, 4096, 32, 8, 12288, **_QWEN3),
+    "qwen3-30b-a3b": _llama(48, 2048, 32, 4, 6144, **_QWEN3, moe={"num_experts": 128, "per_token": 8, "mlp_dim": 768}),
+    "gemma2-2b": _llama(26, 2304, 8, 4, 9216, **_GEMMA2),
+    "gemma2-9b": _llama(42, 3584, 16, 8, 14336, **_GEMMA2),
+    "gemma3-1b": _llama(26, 1152, 4, 1, 6912, **_GEMMA3),
+    "olmo2-7b": _llama(32, 4096, 32, 32, 11008, **_OLMO2),
+    "mixtral-8x7b": _llama(
+        32,
+        4096,
+        32,
+        8,
+        14336,
+        vocab_size=32000,
+        max_length=32768,
+        rope_theta=1e6,
+        moe={"num_experts": 8, "per_token": 2},
+    ),
+    "deepseek-v2-lite": _deepseek(
+        27, 2048, 16, 10944, 0, {**_V2, "num_experts": 64, "mlp_dim": 1408}, vocab_size=102_400, rope_scaling=_V2_YARN
+    ),
+    "deepseek-v2": _deepseek(
+        60,
+        5120,
+        128,
+        12288,
+        1536,
+        {**_V2, "num_experts": 160, "mlp_dim": 1536, "num_groups": 8, "groups_per_token": 3, "scale": 16.0},
+        vocab_size=102_400,
+        rope_scaling=_V2_YARN,
+    ),
+    "deepseek-v3": _deepseek(
+        61,
+        7168,
+        128,
+        18432,
+        1536,
+        {
+            "num_experts": 256,
+            "per_token": 8,
+            "mlp_dim": 2048,
+            "num_shared": 1,
+            "router": "sigmoid",
+            "scale": 2.5,
+            "num_groups": 8,
+            "groups_per_token": 4,
+            "first_dense": 3,
+            "bias_rate": 0.001,
+        },
+        vocab_size=129_280,
+    ),
 }

@@ -12,12 +12,16 @@ import pytest
 from jaxllm import losses
 from jaxllm.generate import SamplingConfig, complete, left_pad
 from jaxllm.models import families, transformer
+from jaxllm.models.config import preset
 from jaxllm.sharding import MeshConfig, make_mesh
 from tests.oracles.families import HERE, VOCAB, probe, tokens, weight
 
 RECORD = json.loads((Path(HERE) / "families.json").read_text())["cases"]
 ARRAYS = np.load(Path(HERE) / "families.npz")
 CASES = pytest.mark.parametrize("case", RECORD)
+# Decoding and padding of every part once; of the other families by the documented command (-m "slow or not slow").
+_PARTS = ("gpt2", "llama3", "gemma3", "deepseek_v3")
+MOST = pytest.mark.parametrize("case", [c if c in _PARTS else pytest.param(c, marks=pytest.mark.slow) for c in RECORD])
 
 
 @functools.cache
@@ -108,7 +112,7 @@ def test_loss_and_gradients(case):
         )
 
 
-@CASES
+@MOST
 def test_prefill_and_decode_equal_the_full_forward(case):
     """Greedy tokens are those of `transformers`, in rows padded to different lengths."""
     model, _, params = load(case)
@@ -121,7 +125,7 @@ def test_prefill_and_decode_equal_the_full_forward(case):
     assert drawn[2][0].ids[:11] == want[9:]
 
 
-@CASES
+@MOST
 def test_left_padded_rows_equal_single_rows(case):
     model, _, params = load(case)
     rows = [tokens(0, 1)[0, :n].tolist() for n in (40, 23, 7)]
@@ -146,3 +150,20 @@ def test_to_file_is_the_inverse_of_to_ours(case):
         part_shape = (*whole.shape[:-1], whole.shape[-1] // len(tensor.parts))
         parts = [families.to_file(p, np.asarray(pick(p.path))[p.index], part_shape) for p in tensor.parts]
         np.testing.assert_array_equal(np.concatenate(parts, -1), whole)
+
+
+PUBLISHED = {
+    **{"llama3.1-8b": 8_030_261_248, "llama3.1-70b": 70_553_706_496, "llama3.1-405b": 405_853_388_800},
+    **{"llama3.2-1b": 1_235_814_400, "llama3.2-3b": 3_212_749_824, "mistral-7b": 7_241_732_096},
+    **{"qwen2.5-0.5b": 494_032_768, "qwen2.5-7b": 7_615_616_512, "qwen3-0.6b": 596_049_920},
+    **{"qwen3-8b": 8_190_735_360, "qwen3-30b-a3b": 30_532_122_624, "gemma2-2b": 2_614_341_888},
+    **{"gemma2-9b": 9_241_705_984, "gemma3-1b": 999_885_952, "olmo2-7b": 7_298_617_344},
+    **{"mixtral-8x7b": 46_702_792_704, "deepseek-v2-lite": 15_706_484_224, "deepseek-v2": 235_741_434_880},
+    **{"deepseek-v3": 671_026_419_200},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(name):
+    """Those that the published files' index or card gives (DeepSeek-V3 without its module for the token after next)."""
+    assert transformer.num_params(preset(name)) == PUBLISHED[name]

@@ -147,7 +147,9 @@ def two_updates(mesh_config, num_micro=1):
     return found, jax.tree.map(np.asarray, state.params)
 
 
-@pytest.mark.parametrize("mesh", ["data", "expert", "mixed", "fsdp"])
+@pytest.mark.parametrize(
+    "mesh", ["mixed", *[pytest.param(m, marks=pytest.mark.slow) for m in ("data", "expert", "fsdp")]]
+)
 def test_training_on_a_mesh_equals_one_device(mesh):
     alone, params = two_updates(MeshConfig(data=1))
     together, sharded = two_updates(MESHES[mesh])
