@@ -114,6 +114,7 @@ def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
         write_report(run_dir, [s for s in STAGES if s in config.stages or workspace.result(s) is not None])
         policy = [stage for stage in POLICIES if workspace.result(stage) is not None][-1]
         console.print(f"Report: {run_dir}/report.html and report.md; talk to it: jaxllm chat {run_dir}/{policy}")
+    meet("everything is written")  # who leaves first waits for the others only heartbeat_seconds, then counts them lost
 
 
 def _work(workspace: Workspace, config: Config, stage: str, config_path: str) -> bool:
@@ -222,7 +223,7 @@ def resolve_model(model: ModelConfig, vocab_size: int, init_from: str = "") -> M
     """
     how = {name: getattr(model, name) for name in ("remat", "scan_unroll")}
     if init_from and model == ModelConfig(**how):
-        model = dataclasses.replace(described_model(init_from), **how)
+        model = dataclasses.replace(described_model(init_from)[0], **how)
         return dataclasses.replace(model, vocab_size=max(model.vocab_size, vocab_size))
     if model.vocab_size and model.vocab_size < vocab_size:
         raise InputError(
