@@ -5,23 +5,20 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 import jax
-from etils import epath
 
 from jaxllm.config import InputError
 from jaxllm.generate import SamplingConfig, complete, stream
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.pretrained_tokenizer import load_tokenizer
 from jaxllm.sharding import MeshConfig, make_mesh
 from jaxllm.tokenizer import StreamDecoder, Tokenizer
-from jaxllm.workspace import load_model
+from jaxllm.workspace import load_model, load_policy
 
 
 def load(stage_dir: str) -> tuple[Any, ModelConfig, Tokenizer, jax.sharding.Mesh]:
     """Model and tokenizer of a stage directory, on one device."""
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    params, model = load_model(stage_dir, mesh)
-    return params, model, load_tokenizer(epath.Path(stage_dir) / "tokenizer"), mesh
+    return *load_policy(stage_dir, mesh), mesh
 
 
 def answer_once(

@@ -180,7 +180,7 @@ class Checkpoints:
         try:
             writer.wait_until_finished()  # of all processes
             if jax.process_index() == 0:
-                _seal(self.directory / str(step), seal)
+                write_seal(self.directory / str(step), seal)
                 self._prune()
         except _IO_ERRORS as error:
             self._error = _short(error)
@@ -296,11 +296,6 @@ def _imported(step_dir: epath.Path, record: Record, abstract: Any, path: Sequenc
     return functools.reduce(lambda tree, key: tree[key], path[1:], found)
 
 
-def seal(step_dir: epath.Path, record: Record) -> None:
-    """Seal a folder of files that were not written by `Checkpoints`."""
-    _seal(step_dir, {"record": record, "digests": {}})
-
-
 def read_seal(step_dir: epath.Path) -> dict[str, Any]:
     """{record, digests, files}. Raises Damaged where there is none or it is not what was written."""
     try:
@@ -312,7 +307,8 @@ def read_seal(step_dir: epath.Path) -> dict[str, Any]:
         raise Damaged(step_dir, f"{SEAL}: {_short(error)}") from None
 
 
-def _seal(step_dir: epath.Path, seal: dict[str, Any]) -> None:
+def write_seal(step_dir: epath.Path, seal: dict[str, Any]) -> None:
+    """Commit a step's folder: {record, digests}, with the hashes of the files that are there."""
     seal["files"] = {} if _is_remote(step_dir) else _hash_files(step_dir, _files(step_dir))
     partial = step_dir / f".{SEAL}"
     partial.write_text(json.dumps({**seal, "sha256": _hash_of(seal)}))

@@ -5,7 +5,6 @@ parameters are read from them straight onto the mesh. An export goes leaf by lea
 """
 
 import functools
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from jaxllm.config import InputError, to_tree
 from jaxllm.metrics import console
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.families import FAMILIES, file_shapes, from_hf, tensors, to_file, to_hf
+from jaxllm.models.families import FAMILIES, file_shapes, file_value, from_hf, pick, tensors, to_hf
 from jaxllm.models.files import Files
 from jaxllm.pretrained_tokenizer import load_tokenizer
 from jaxllm.sharding import MeshConfig, make_mesh, replicated
@@ -45,11 +44,8 @@ def import_model(source: str, out: str) -> None:
     model, family = from_hf(config, str(folder / "config.json"))
     files = Files(folder)
     if not files.paths:
-        pickled = (
-            " (files of pickles are not read: they can run code)"
-            if [*folder.glob("*.bin"), *folder.glob("*.pt")]
-            else ""
-        )
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt")]
+        pickled = " (files of pickles are not read: they can run code)" if pickles else ""
         raise InputError(f"{folder}: has no *.safetensors{pickled}; convert the model to safetensors")
     if unused := files.check(model, family):
         console.print(f"not needed: {len(unused)} tensors ({', '.join(unused[:3])})")
@@ -64,7 +60,7 @@ def import_model(source: str, out: str) -> None:
         console.print(f"copying {path.name}")
         shutil.copyfile(path, step / path.name)
     record = {"format": "safetensors", "family": family, "model": to_tree(model), "stored": sorted(kinds)}
-    checkpoint.seal(epath.Path(step), record)
+    checkpoint.write_seal(epath.Path(step), {"record": record, "digests": {}})
     _take_tokenizer(folder, partial, model)
     (partial / "hf").mkdir()
     for name in ("config.json", "generation_config.json"):
@@ -100,7 +96,7 @@ def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.
         raise InputError(f"{target}: exists already; give another directory, or remove it")
     if dtype not in ("", *DTYPES):
         raise InputError(f"--dtype: {dtype!r} is unknown; known: {', '.join(DTYPES)}")
-    model, record = described_model(source), read_json(source / "model.json") or {}
+    model, record = described_model(source)
     config, family = to_hf(model)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     partial = target.with_name(f".{target.name}.partial")
@@ -140,19 +136,18 @@ def _leaves(source: epath.Path, record: Any, model: ModelConfig, mesh: Any) -> C
     A model trained as adapters is put together first, in memory.
     """
     family = {"policy": transformer, "reward": scalar}[record["kind"]]
-    pick = lambda tree, path: functools.reduce(lambda t, key: t[key], path, tree)
     if record.get("adapters"):
         whole = lora.merge(load_model(source, mesh, record["kind"])[0])
         return lambda path: np.asarray(pick(whole, path))
-    shapes, files = family.abstract(model), [True]
+    shapes, everywhere = family.abstract(model), replicated(mesh)
+    step = (read_json(source / "result.json") or {}).get("checkpoint")
+    unchecked = [True]  # the files, until the first leaf is read
 
     def leaf(path: tuple[str, ...]) -> np.ndarray:
         want = pick(shapes, path)
-        want = jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=replicated(mesh))
-        step = (read_json(source / "result.json") or {}).get("checkpoint")
-        where = (*record["path"], *path)
-        value = checkpoint.load_params(source, want, where, step, check_files=files.pop() if files else False)
-        return np.asarray(value)
+        want = jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=everywhere)
+        first = unchecked.pop() if unchecked else False
+        return np.asarray(checkpoint.load_params(source, want, (*record["path"], *path), step, check_files=first))
 
     return leaf
 
@@ -165,11 +160,9 @@ def _named(
     held = functools.lru_cache(maxsize=3)(leaf)  # GPT-2's tensors are made of three
     trunk = ("trunk",) if reward else ()
     for tensor in sorted(tensors(model, family), key=lambda t: t.parts[0].path):
-        shape = shapes[tensor.name]
-        part_shape = (*shape[:-1], shape[-1] // len(tensor.parts))
-        parts = [to_file(p, held((*trunk, *p.path))[p.index], part_shape) for p in tensor.parts]
         if tensor.name != "lm_head.weight" or not reward:
-            yield tensor.name, np.ascontiguousarray(np.concatenate(parts, -1).astype(dtype))
+            value = file_value(tensor, shapes[tensor.name], lambda path: held((*trunk, *path)))
+            yield tensor.name, np.ascontiguousarray(value.astype(dtype))
     if reward:
         yield "score.weight", held(("head", "kernel"))[None].astype(dtype)
 
@@ -178,6 +171,7 @@ def _write(folder: Path, named: Iterator[tuple[str, np.ndarray]], shard_gb: floa
     """Files of at most shard_gb (a larger tensor is a file of its own) and their index."""
     written: list[dict[str, int]] = []
     held: dict[str, np.ndarray] = {}
+    size = 0  # of what is held
 
     def flush() -> None:
         safetensors.numpy.save_file(held, folder / f"{len(written)}.safetensors", metadata={"format": "pt"})
@@ -185,18 +179,18 @@ def _write(folder: Path, named: Iterator[tuple[str, np.ndarray]], shard_gb: floa
         held.clear()
 
     for name, value in named:
-        if held and sum(x.nbytes for x in held.values()) + value.nbytes > shard_gb * 10**9:
+        if held and size + value.nbytes > shard_gb * 10**9:
             flush()
+            size = 0
         held[name] = value
+        size += value.nbytes
     flush()
     names = ["model.safetensors"]
     if len(written) > 1:
         names = [f"model-{i + 1:05}-of-{len(written):05}.safetensors" for i in range(len(written))]
         where = {name: file for file, shard in zip(names, written, strict=True) for name in shard}
-        size = {"total_size": sum(sum(shard.values()) for shard in written)}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": size, "weight_map": where}, indent=1)
-        )
+        total = {"total_size": sum(sum(shard.values()) for shard in written)}
+        write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": where})
     for i, name in enumerate(names):
         (folder / f"{i}.safetensors").rename(folder / name)
 

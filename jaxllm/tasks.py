@@ -33,8 +33,7 @@ from jaxllm.generate import SamplingConfig
 from jaxllm.metrics import console
 from jaxllm.score import Model, fit, generate_texts, score_rows, split, windows
 from jaxllm.sharding import MeshConfig, make_mesh
-from jaxllm.tokenizer import Tokenizer
-from jaxllm.workspace import load_model, provenance, read_json, write_json
+from jaxllm.workspace import load_policy, provenance, read_json, write_json
 
 Numbers = dict[str, float | None]
 
@@ -151,8 +150,7 @@ def describe(tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
 
 def load(stage_dir: epath.PathLike, mesh: jax.sharding.Mesh) -> Model:
     """Model and tokenizer of a stage directory. Raises InputError where it holds none."""
-    params, config = load_model(stage_dir, mesh)
-    return Model(params, config, Tokenizer.load(epath.Path(stage_dir) / "tokenizer"), mesh)
+    return Model(*load_policy(stage_dir, mesh), mesh)
 
 
 def add_scores(

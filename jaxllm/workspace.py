@@ -195,11 +195,11 @@ def describe_model(
         write_json(stage_dir / "model.json", record)
 
 
-def described_model(stage_dir: epath.PathLike) -> ModelConfig:
-    """The config of the model in a stage directory. Raises InputError where it holds none."""
+def described_model(stage_dir: epath.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
+    """(config of the model in a stage directory, what `describe_model` wrote). Raises InputError where it holds none."""
     if (record := read_json(epath.Path(stage_dir) / "model.json")) is None:
         raise InputError(f"{stage_dir}: is not the directory of a trained stage (no model.json); give runs/NAME/STAGE")
-    return build(ModelConfig, record["model"], name=f"{stage_dir}/model.json")
+    return build(ModelConfig, record["model"], name=f"{stage_dir}/model.json"), record
 
 
 def load_model(
@@ -212,7 +212,7 @@ def load_model(
     not loaded again. Raises InputError where the directory holds no model, or one of another kind.
     """
     stage_dir = epath.Path(stage_dir)
-    model, record = described_model(stage_dir), read_json(stage_dir / "model.json") or {}
+    model, record = described_model(stage_dir)
     if record["kind"] != kind:
         raise InputError(f"{stage_dir}: holds a {record['kind']} model where a {kind} model is needed")
     adapters = build(LoRAConfig, record.get("adapters", {}), name=f"{stage_dir}/model.json")
@@ -227,6 +227,12 @@ def load_model(
         policy = known[source] if source in known else lora.merge(load_model(source, mesh)[0])
         params = lora.join(lora.frozen(adapters, policy if kind == "policy" else {"trunk": policy}), params)
     return params, model
+
+
+def load_policy(stage_dir: epath.PathLike, mesh: jax.sharding.Mesh) -> tuple[Any, ModelConfig, Tokenizer]:
+    """(parameters, config, tokenizer) of the policy in a stage directory, trained here or imported."""
+    params, model = load_model(stage_dir, mesh)
+    return params, model, load_tokenizer(epath.Path(stage_dir) / "tokenizer")
 
 
 def read_json(path: epath.PathLike) -> Any | None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from jaxllm.config import build, merge
 from jaxllm.models.moe import MoEConfig
 from jaxllm.models.rope import RopeScaling
 
@@ -128,9 +129,7 @@ class ModelConfig:
         name = tree.get("preset") or ""
         if name and name not in PRESETS:
             raise ValueError(f"preset: {name!r} is unknown; known: {', '.join(PRESETS)}")
-        defaults, parts = PRESETS.get(name, {}), ("moe", "mla", "rope_scaling")
-        both = {k: {**defaults[k], **tree[k]} for k in parts if k in defaults and isinstance(tree.get(k), Mapping)}
-        return {**defaults, **tree, **both}
+        return merge(PRESETS.get(name, {}), tree)
 
     def windowed(self, layer: int) -> bool:
         """Whether a layer's attention has the window."""
@@ -149,10 +148,7 @@ class ModelConfig:
 
 def preset(name: str, **fields: Any) -> ModelConfig:
     """A ModelConfig from a preset, `fields` taking precedence."""
-    found = dict(ModelConfig.expand({"preset": name, **fields}))
-    kinds = {"moe": MoEConfig, "mla": MLAConfig, "rope_scaling": RopeScaling}
-    found |= {k: kind(**found[k]) for k, kind in kinds.items() if isinstance(found.get(k), Mapping)}
-    return ModelConfig(**found)
+    return build(ModelConfig, {"preset": name, **fields})
 
 
 def _gpt(num_layers: int, embed_dim: int, num_heads: int, max_length: int = 1024, head_dim: int = 0) -> dict:

@@ -7,7 +7,7 @@ a model has, so that `tensors` serves all families but GPT-2, whose matrices are
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,6 +66,17 @@ def to_file(part: Part, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
         turned = np.stack([value[..., -2 * half : -half], value[..., -half:]], -1)
         value = np.concatenate([value[..., : -2 * half], turned.reshape(*value.shape[:-1], 2 * half)], -1)
     return value.reshape(shape[::-1]).T if part.linear else value.reshape(shape)
+
+
+def pick(tree: Any, path: tuple[str, ...]) -> Any:
+    """What is at this path of nested mappings."""
+    return functools.reduce(lambda inner, key: inner[key], path, tree)
+
+
+def file_value(tensor: Tensor, shape: tuple[int, ...], leaf: Callable[[tuple[str, ...]], np.ndarray]) -> np.ndarray:
+    """The tensor as a file holds it, in this shape, from our leaves: path -> array."""
+    part_shape = (*shape[:-1], shape[-1] // len(tensor.parts))
+    return np.concatenate([to_file(p, leaf(p.path)[p.index], part_shape) for p in tensor.parts], -1)
 
 
 def tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
@@ -348,6 +359,10 @@ class Place(NamedTuple):
     number: int
     count: int
 
+    def ours(self, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The slice, of this shape, from the whole tensor of the file."""
+        return to_ours(self.part, np.split(value, self.count, -1)[self.number], shape)
+
 
 def places(model: ModelConfig, family: str) -> dict[tuple[str, ...], dict[tuple[int, ...], Place]]:
     """{path of a leaf: {index of its slice (layer, expert): place}}: every leaf of ours, once."""
@@ -362,10 +377,7 @@ def file_shapes(model: ModelConfig, family: str, shapes: Any) -> dict[str, tuple
     """The shape of every tensor in a file; shapes: `transformer.abstract(model)`."""
     sizes: dict[str, tuple[int, ...]] = {}
     for tensor in tensors(model, family):
-        ours = [
-            functools.reduce(lambda tree, key: tree[key], part.path, shapes).shape[len(part.index) :]
-            for part in tensor.parts
-        ]
+        ours = [pick(shapes, part.path).shape[len(part.index) :] for part in tensor.parts]
         part = tensor.parts[0]
         stored = [_stored(part, shape, family) for shape in ours]
         sizes[tensor.name] = (*stored[0][:-1], sum(shape[-1] for shape in stored))

@@ -12,7 +12,7 @@ import safetensors
 
 from jaxllm.config import InputError
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.families import file_shapes, places, to_ours
+from jaxllm.models.families import file_shapes, places
 from jaxllm.models.transformer import abstract
 
 # Buffers that old files hold; they are computed, not learnt.
@@ -88,8 +88,7 @@ def read(folder: Path, model: ModelConfig, family: str, wanted: Any) -> Any:
             out = np.empty([len(r) for r in ranges], want.dtype)
             for numbers in itertools.product(*(enumerate(r) for r in ranges[:lead])):
                 place = slices[tuple(number for _, number in numbers)]
-                whole = np.split(files.get(place.tensor), place.count, -1)[place.number]
-                ours = to_ours(place.part, whole, want.shape[lead:])
+                ours = place.ours(files.get(place.tensor), want.shape[lead:])
                 out[tuple(i for i, _ in numbers)] = ours[tuple(index[lead:])].astype(want.dtype)
             return out
 

@@ -8,6 +8,7 @@ shape depends on the routing.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.sharding import ACT_RULES, spec
 
-_TOKEN_AXES = ("data", "fsdp", "expert", "context")  # mesh axes over which tokens are spread
+_TOKEN_AXES = ("data", "fsdp", "context")  # over which tokens stay spread where those of the expert axis are gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +105,10 @@ def _local(x, mask, weights, config: MoEConfig, sizes: dict[str, int]) -> tuple[
     flat, real = x.reshape(-1, x.shape[-1]), mask.reshape(-1)
     chosen, expert, probability = route(flat, weights["router"], weights.get("router_bias"), config)
     expert = jnp.where(real[:, None], expert, config.num_experts)  # nobody's
-    run = _capacity if config.capacity_factor else _dropless
+    run = functools.partial(_capacity, config=config) if config.capacity_factor else _dropless
     first = jax.lax.axis_index("expert") * (config.num_experts // shards) if shards > 1 else 0
-    y, dropped = run(flat, chosen, expert, weights["experts"], config, first)
+    local = jnp.where(real[:, None], (expert - first) % config.num_experts, config.num_experts)  # this device's first
+    y, dropped = run(flat, chosen, local, weights["experts"])
     if sizes.get("tensor", 1) > 1:
         y = jax.lax.psum(y, "tensor")
     y = y.reshape(x.shape)
@@ -114,7 +116,7 @@ def _local(x, mask, weights, config: MoEConfig, sizes: dict[str, int]) -> tuple[
         y, dropped = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True), jax.lax.psum(dropped, "expert")
     load = jnp.zeros(config.num_experts, jnp.float32).at[expert.reshape(-1)].add(1.0, mode="drop")
     stats = Load(real.astype(jnp.float32).sum(), load, jnp.where(real[:, None], probability, 0.0).sum(0), dropped)
-    over = tuple(axis for axis in _TOKEN_AXES if axis != "expert" and sizes.get(axis, 1) > 1)
+    over = tuple(axis for axis in _TOKEN_AXES if sizes.get(axis, 1) > 1)
     return y.astype(x.dtype), jax.tree.map(lambda a: jax.lax.psum(a, over), stats) if over else stats
 
 
@@ -140,41 +142,41 @@ def route(x: jax.Array, router: jax.Array, bias: jax.Array | None, config: MoECo
     return weights * c.scale, expert, scores / scores.sum(-1, keepdims=True)
 
 
-def _dropless(x, weights, expert, experts, config: MoEConfig, first) -> tuple[jax.Array, jax.Array]:
-    """Tokens sorted by expert, this device's experts first, and one grouped product a matrix: float32[N, D]."""
-    N, k = expert.shape
+def _swiglu(rows: jax.Array, experts: dict[str, jax.Array], product: Callable[..., jax.Array]) -> jax.Array:
+    """Rows through their experts' MLPs; product(rows, one of the matrices)."""
+    return product(jax.nn.silu(product(rows, experts["gate"])) * product(rows, experts["up"]), experts["down"])
+
+
+def _dropless(x, weights, local, experts) -> tuple[jax.Array, jax.Array]:
+    """Tokens sorted by expert, and one grouped product a matrix: (float32[N, D], 0).
+
+    local int32[N, k]: numbers of experts, those of this device first; the number after the last is nobody's.
+    """
+    N, k = local.shape
     here = experts["gate"].shape[0]
-    local = jnp.where(expert < config.num_experts, (expert - first) % config.num_experts, config.num_experts)
     order = jnp.argsort(local.reshape(-1), stable=True)
     sizes = jnp.zeros(here, jnp.int32).at[local.reshape(-1)].add(1, mode="drop")
-    rows = x[order // k]
-    hidden = jax.nn.silu(jax.lax.ragged_dot(rows, experts["gate"], sizes)) * jax.lax.ragged_dot(
-        rows, experts["up"], sizes
-    )
+    out = _swiglu(x[order // k], experts, lambda rows, matrix: jax.lax.ragged_dot(rows, matrix, sizes))
     # What follows the last group belongs to another device's experts, or to none.
     mine = jnp.arange(N * k)[:, None] < sizes.sum()
-    out = jnp.where(mine, jax.lax.ragged_dot(hidden, experts["down"], sizes), 0.0)
+    out = jnp.where(mine, out, 0.0)
     back = jnp.zeros_like(order).at[order].set(jnp.arange(N * k, dtype=order.dtype))
     out = out[back].reshape(N, k, -1).astype(jnp.float32)
     return (out * weights[:, :, None]).sum(1), jnp.float32(0)
 
 
-def _capacity(x, weights, expert, experts, config: MoEConfig, first) -> tuple[jax.Array, jax.Array]:
+def _capacity(x, weights, local, experts, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
     """Each expert has so many places, given in the order of the tokens: (float32[N, D], places not found)."""
-    N, k = expert.shape
-    here, E = experts["gate"].shape[0], config.num_experts
-    capacity = min(N, max(1, math.ceil(N * k / E * config.capacity_factor)))
-    local = jnp.where(expert < E, (expert - first) % E, E).reshape(-1)
+    N, k = local.shape
+    here, local = experts["gate"].shape[0], local.reshape(-1)
+    capacity = min(N, max(1, math.ceil(N * k / config.num_experts * config.capacity_factor)))
     chosen = jax.nn.one_hot(local, here, dtype=jnp.int32)  # [N k, here]
     place = ((jnp.cumsum(chosen, axis=0) - 1) * chosen).sum(-1)
     fits = (local < here) & (place < capacity)
     at = jnp.where(fits, local * capacity + place, here * capacity)
     rows = jnp.zeros((here * capacity, x.shape[1]), x.dtype).at[at].set(jnp.repeat(x, k, axis=0), mode="drop")
     rows = rows.reshape(here, capacity, -1)
-    hidden = jax.nn.silu(jnp.einsum("ecd,edf->ecf", rows, experts["gate"])) * jnp.einsum(
-        "ecd,edf->ecf", rows, experts["up"]
-    )
-    out = jnp.einsum("ecf,efd->ecd", hidden, experts["down"]).reshape(here * capacity, -1)
+    out = _swiglu(rows, experts, functools.partial(jnp.einsum, "eci,eio->eco")).reshape(here * capacity, -1)
     out = jnp.where(fits[:, None], out[jnp.minimum(at, here * capacity - 1)], 0.0).reshape(N, k, -1)
     dropped = ((local < here) & ~fits).astype(jnp.float32).sum()
     return (out.astype(jnp.float32) * weights[:, :, None]).sum(1), dropped

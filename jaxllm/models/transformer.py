@@ -218,10 +218,9 @@ def _met(block: ModelConfig) -> float:
     """Parameters of the matrices of a layer that one token is multiplied by."""
     every = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: _init(Block, block, jax.random.key(0))))
     share = block.moe.per_token / block.moe.num_experts if block.moe.num_experts else 1.0
-    routed = lambda path: any(getattr(key, "key", "") == "experts" for key in path)
-    biases = ("norm" in jax.tree_util.keystr(path) or "bias" in jax.tree_util.keystr(path) for path, _ in every)
-    matrices = [leaf for leaf, bias in zip(every, biases, strict=True) if not bias]
-    return sum(math.prod(leaf.shape) * (share if routed(path) else 1.0) for path, leaf in matrices)
+    named = ((jax.tree_util.keystr(path), math.prod(leaf.shape)) for path, leaf in every)
+    matrices = [(name, size) for name, size in named if "norm" not in name and "bias" not in name]
+    return sum(size * (share if "'experts'" in name else 1.0) for name, size in matrices)
 
 
 class _Embed(nnx.Module):

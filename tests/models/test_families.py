@@ -39,8 +39,7 @@ def put_together(model, family, file):
     def leaf(path, shape):
         out = np.zeros(shape.shape, np.float32)
         for index, place in at[tuple(key.key for key in path)].items():
-            part = np.split(file[place.tensor], place.count, -1)[place.number]
-            out[index] = families.to_ours(place.part, part, shape.shape[len(index) :])
+            out[index] = place.ours(file[place.tensor], shape.shape[len(index) :])
         return jnp.array(out)
 
     return jax.tree_util.tree_map_with_path(leaf, transformer.abstract(model))
@@ -99,13 +98,9 @@ def test_loss_and_gradients(case):
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert abs(float(value) - RECORD[case]["loss"]) < 1e-4
     shapes = families.file_shapes(model, family, transformer.abstract(model))
-    pick = lambda path: functools.reduce(lambda tree, key: tree[key], path, grads)
+    leaf = lambda path: np.asarray(families.pick(grads, path))
     for tensor in families.tensors(model, family):
-        parts = [np.asarray(pick(p.path))[p.index] for p in tensor.parts]
-        part_shape = (*shapes[tensor.name][:-1], shapes[tensor.name][-1] // len(parts))
-        found = np.concatenate(
-            [families.to_file(p, g, part_shape) for p, g in zip(tensor.parts, parts, strict=True)], -1
-        )
+        found = families.file_value(tensor, shapes[tensor.name], leaf)
         noise, size = probe(tensor.name, shapes[tensor.name]), float(np.linalg.norm(found)) + 1e-6
         assert abs(float((found * noise).sum()) - RECORD[case]["gradients"][tensor.name]) < 1e-3 * size + 1e-5, (
             tensor.name
@@ -144,12 +139,10 @@ def test_left_padded_rows_equal_single_rows(case):
 def test_to_file_is_the_inverse_of_to_ours(case):
     model, family, params = load(case)
     shapes = families.file_shapes(model, family, transformer.abstract(model))
+    leaf = lambda path: np.asarray(families.pick(params, path))
     for tensor in families.tensors(model, family):
         whole = weight(tensor.name, shapes[tensor.name])
-        pick = lambda path: functools.reduce(lambda tree, key: tree[key], path, params)
-        part_shape = (*whole.shape[:-1], whole.shape[-1] // len(tensor.parts))
-        parts = [families.to_file(p, np.asarray(pick(p.path))[p.index], part_shape) for p in tensor.parts]
-        np.testing.assert_array_equal(np.concatenate(parts, -1), whole)
+        np.testing.assert_array_equal(families.file_value(tensor, whole.shape, leaf), whole)
 
 
 PUBLISHED = {
