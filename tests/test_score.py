@@ -19,7 +19,7 @@ from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.score import Row
 from jaxllm.sharding import MeshConfig, make_mesh, param_shardings
-from jaxllm.tokenizer import train
+from jaxllm.tokenizer import Tokenizer, train
 from jaxllm.workspace import load_model
 from tests.conftest import jaxllm
 
@@ -271,7 +271,7 @@ def test_one_command_compares_stages_and_records_where_numbers_come_from(tmp_pat
     assert len(record["tasks"]["quiz"]["sha256"]) == 64 and record["settings"]["shots"] == 0
     params, config = load_model(stages[0], make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     config = dataclasses.replace(config, dtype="float32")
-    tk = tasks.Tokenizer.load(tiny_run / "pretrain" / "tokenizer")
+    tk = Tokenizer.load(tiny_run / "pretrain" / "tokenizer")
     want = sum(oracle(params, config, row)[0] for row in score.windows(tk.encode("in spring " * 90), tk.bos_id, 64))
     nats, tokens = (record["scores"][f"prose {name}"][stages[0]] for name in ("nats_per_token", "tokens"))
     assert nats * tokens == pytest.approx(-want, rel=2e-2)  # bfloat16

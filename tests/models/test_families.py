@@ -12,7 +12,7 @@ import pytest
 from jaxllm import losses
 from jaxllm.generate import SamplingConfig, complete, left_pad
 from jaxllm.models import families, transformer
-from jaxllm.models.config import preset
+from jaxllm.models.config import PRESETS, preset
 from jaxllm.sharding import MeshConfig, make_mesh
 from tests.oracles.families import HERE, VOCAB, probe, tokens, weight
 
@@ -145,7 +145,12 @@ def test_to_file_is_the_inverse_of_to_ours(case):
         np.testing.assert_array_equal(families.file_value(tensor, whole.shape, leaf), whole)
 
 
+# From the published files' index, the model cards and, rounded to 2.5%, GPT-3's paper (table 2.1).
 PUBLISHED = {
+    **{"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200},
+    **{"smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384},
+    **{"llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320, "llama2-70b": 68_976_648_192},
+    **{"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496},
     **{"llama3.1-8b": 8_030_261_248, "llama3.1-70b": 70_553_706_496, "llama3.1-405b": 405_853_388_800},
     **{"llama3.2-1b": 1_235_814_400, "llama3.2-3b": 3_212_749_824, "mistral-7b": 7_241_732_096},
     **{"qwen2.5-0.5b": 494_032_768, "qwen2.5-7b": 7_615_616_512, "qwen3-0.6b": 596_049_920},
@@ -156,7 +161,19 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_parameter_counts_are_the_published_ones(name):
-    """Those that the published files' index or card gives (DeepSeek-V3 without its module for the token after next)."""
-    assert transformer.num_params(preset(name)) == PUBLISHED[name]
+ROUNDED = {
+    **{"gpt3-125m": 125e6, "gpt3-350m": 350e6, "gpt3-760m": 760e6, "gpt3-1.3b": 1.3e9},
+    **{"gpt3-2.7b": 2.7e9, "gpt3-6.7b": 6.7e9, "gpt3-13b": 13e9},
+}
+
+
+def test_presets_have_the_published_number_of_parameters():
+    """DeepSeek-V3 without its module for the token after next."""
+    ours = {"tiny-1m": (0.8e6, 1.4e6), "small-5m": (4e6, 7e6), "small-14m": (1e7, 1.5e7)}
+    assert {*ours, *PUBLISHED, *ROUNDED} == PRESETS.keys()
+    for name, count in PUBLISHED.items():
+        assert transformer.num_params(preset(name)) == count, name
+    for name, count in ROUNDED.items():
+        assert abs(transformer.num_params(preset(name)) / count - 1) < 0.025, name
+    for name, (low, high) in ours.items():
+        assert low < transformer.num_params(preset(name, vocab_size=4096)) < high
