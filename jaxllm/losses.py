@@ -74,15 +74,15 @@ def softcap(logits: Array, cap: float) -> Array:
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
-def next_token_targets(tokens: Array, segment_ids: Array, loss_mask: Array) -> tuple[Array, Array]:
-    """The one place where targets are shifted: position t predicts token t + 1 of the same segment.
+def next_token_targets(tokens: Array, segment_ids: Array, loss_mask: Array, ahead: int = 1) -> tuple[Array, Array]:
+    """The one place where targets are shifted: position t predicts token t + ahead of its segment.
 
     tokens, segment_ids: int32[B, T]; loss_mask: bool[B, T], True where a token may be a target. Returns targets
     int32[B, T] and mask bool[B, T]. Five places, two segments, everything may be learnt:
 
         tokens   a b | c d e      targets  b c d e -      mask  1 . 1 1 .
     """
-    shift = lambda x: jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
+    shift = lambda x: jnp.pad(x[:, ahead:], ((0, 0), (0, ahead)))
     mask = (shift(segment_ids) == segment_ids) & (segment_ids > 0) & shift(loss_mask)
     return shift(tokens), mask
 

@@ -10,7 +10,7 @@ import optax
 from jaxllm.config import require
 
 # Whether weight decay applies, by the name of the leaf. Every parameter must be here: an unknown name is an error.
-_MATRICES = ("tokens", "positions", "q", "k", "v", "out", "gate", "up", "down", "kernel", "a", "b")
+_MATRICES = ("tokens", "positions", "project", "q", "k", "v", "out", "gate", "up", "down", "kernel", "a", "b")
 _MATRICES += ("q_a", "q_b", "kv_a", "kv_b", "router")
 _OTHERS = (
     "scale",

@@ -4,6 +4,7 @@ An imported directory is a stage directory whose checkpoint is the safetensors f
 parameters are read from them straight onto the mesh. An export goes leaf by leaf, so that no whole model is in memory.
 """
 
+import dataclasses
 import functools
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from jaxllm.config import InputError, to_tree
 from jaxllm.metrics import console
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.families import FAMILIES, file_shapes, file_value, from_hf, pick, tensors, to_hf
+from jaxllm.models.families import FAMILIES, family_of, file_shapes, file_value, from_hf, pick, present, tensors, to_hf
 from jaxllm.models.files import Files
 from jaxllm.pretrained_tokenizer import load_tokenizer
 from jaxllm.sharding import MeshConfig, make_mesh, replicated
@@ -32,13 +33,29 @@ _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def import_model(source: str, out: str) -> None:
-    """Make the stage directory `out` of a folder with config.json, *.safetensors and a tokenizer.
+    """Make the stage directory `out` of a folder with config.json, *.safetensors and a tokenizer, or of a GGUF file.
 
     Raises InputError where `out` exists, the family is not known, or a tensor is missing, unknown or misshapen.
     """
     folder, target = Path(source), Path(out)
     if target.exists():
         raise InputError(f"{target}: exists already; give another directory, or remove it")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if folder.suffix == ".gguf":
+            file, folder = folder, partial / "gguf"
+            _unpack(file, folder)
+        _fill(partial, folder, move=folder.parent == partial)
+        shutil.rmtree(partial / "gguf", ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    console.print(f"next: jaxllm chat {target}")
+
+
+def _fill(stage: Path, folder: Path, move: bool) -> None:
+    """Put what is in the folder into the directory of a stage."""
     if (config := read_json(folder / "config.json")) is None:
         raise InputError(f"{folder}: has no config.json; give the folder of a downloaded model")
     model, family = from_hf(config, str(folder / "config.json"))
@@ -47,30 +64,40 @@ def import_model(source: str, out: str) -> None:
         pickles = [*folder.glob("*.bin"), *folder.glob("*.pt")]
         pickled = " (files of pickles are not read: they can run code)" if pickles else ""
         raise InputError(f"{folder}: has no *.safetensors{pickled}; convert the model to safetensors")
+    model = present(model, files.where)
     if unused := files.check(model, family):
         console.print(f"not needed: {len(unused)} tensors ({', '.join(unused[:3])})")
     kinds = {files.about(name)[0] for name in files.where}
     if other := kinds - set(_STORED):
         raise InputError(f"{folder}: tensors of type {', '.join(sorted(other))}; known: {', '.join(_STORED)}")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    step = partial / "checkpoints" / "0"
+    step = stage / "checkpoints" / "0"
     step.mkdir(parents=True)
     for path in files.paths:  # the system copies them: nothing passes through this process
         console.print(f"copying {path.name}")
-        shutil.copyfile(path, step / path.name)
+        (shutil.move if move else shutil.copyfile)(path, step / path.name)
     record = {"format": "safetensors", "family": family, "model": to_tree(model), "stored": sorted(kinds)}
     checkpoint.write_seal(epath.Path(step), {"record": record, "digests": {}})
-    _take_tokenizer(folder, partial, model)
-    (partial / "hf").mkdir()
+    _take_tokenizer(folder, stage, model)
+    (stage / "hf").mkdir()
     for name in ("config.json", "generation_config.json"):
         if (folder / name).exists():
-            shutil.copyfile(folder / name, partial / "hf" / name)
-    describe_model(epath.Path(partial), model, "policy", ("params",))
+            shutil.copyfile(folder / name, stage / "hf" / name)
+    describe_model(epath.Path(stage), model, "policy", ("params",))
     count = transformer.num_params(model)
-    write_json(partial / "result.json", {"parameters": count, "family": family, "checkpoint": 0})
-    partial.rename(target)
-    console.print(f"{target}: {family}, {count:,} parameters, {', '.join(sorted(kinds))}; next: jaxllm chat {target}")
+    write_json(stage / "result.json", {"parameters": count, "family": family, "checkpoint": 0})
+    console.print(f"{family}, {count:,} parameters, {', '.join(sorted(kinds))}")
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    """Make a folder of safetensors from a GGUF file."""
+    from jaxllm import gguf_file  # an extra
+
+    config, named, tokenizer = gguf_file.read(file)
+    folder.mkdir(parents=True)
+    _write(folder, named, shard_gb=2.0)
+    write_json(folder / "config.json", config)
+    for name, content in tokenizer.items():
+        (folder / name).write_bytes(content)
 
 
 def _take_tokenizer(folder: Path, partial: Path, model: ModelConfig) -> None:
@@ -97,6 +124,9 @@ def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.
     if dtype not in ("", *DTYPES):
         raise InputError(f"--dtype: {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     model, record = described_model(source)
+    if model.mtp_modules and family_of(model) != "deepseek_v3":
+        console.print("left out: the modules that predict further tokens, which no file of this family has")
+        model = dataclasses.replace(model, mtp_modules=0)
     config, family = to_hf(model)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     partial = target.with_name(f".{target.name}.partial")

@@ -27,7 +27,15 @@ _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ANY, _REST = r"[^\r\n\p{L}\p{N}]?", r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CL100K = rf"{_ENDINGS}|{_ANY}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}"
+
+
+def split_pattern(digits: int) -> str:
+    """How cl100k, Llama 3 (3 digits at most) and Qwen 2 (1) split a text into words."""
+    number = rf"\p{{N}}{{1,{digits}}}" if digits > 1 else r"\p{N}"
+    return rf"{_ENDINGS}|{_ANY}\p{{L}}+|{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}"
+
+
+_CL100K = split_pattern(3)
 _O200K = rf"{_ANY}{_UPPER}*{_LOWER}+{_ENDINGS}?|{_ANY}{_UPPER}+{_LOWER}*{_ENDINGS}?"
 _O200K += rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_REST}"
 _LLAMA3 = "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id step_id "

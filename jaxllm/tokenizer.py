@@ -83,7 +83,7 @@ class Tokenizer:
         return [*([] if self.bos_id is None else [self.bos_id]), *ids, self.eos_id]
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False
+        self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False, **inputs: Any
     ) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation, and where the assistant speaks (its end of turn included).
 
@@ -92,8 +92,12 @@ class Tokenizer:
             ids   <|bos|> <|user|> hi <|end|> <|assistant|> ok <|end|>
             mask     .       .     .     .         .        1     1
 
-        Raises InputError on an unknown role or a message without text.
+        Raises InputError on an unknown role, a message without text, and on tools.
         """
+        if inputs or any(message.get("tool_calls") for message in messages):
+            raise InputError(
+                "tools: the chat template of a tokenizer trained here has none; import a model's tokenizer"
+            )
         ids, mask = [self.bos_id], [False]
         for number, message in enumerate(messages, start=1):
             role, content = message.get("role"), message.get("content")

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 
 from jaxllm.config import InputError
 from jaxllm.data.sources import DataConfig, Record, Source, read_records
+from jaxllm.tokenizer import Tokenizer
 
 KINDS = ("document", "chat", "prompt", "ranked")
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
+# What a message may have besides its role; which of them a model is shown is its chat template's matter.
+_IN_MESSAGES = ("content", "reasoning_content", "tool_calls", "tool_call_id", "name")
 _spelled = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder each time
 
 
@@ -32,11 +35,13 @@ class Example(NamedTuple):
     scores: tuple[float, ...] = ()  # of the responses, where the record has them
     answer: str = ""  # what a verifiable reward compares with
     annotator: str = ""  # who ranked
+    tools: Sequence[Any] = ()  # of a chat: descriptions of the functions that may be called
 
     def content(self) -> str:
         """What makes two examples the same one."""
         ranking = [self.responses, self.ranks, self.scores, self.annotator] if self.responses else []
-        return _spelled([self.text, self.messages, *ranking])
+        tools = [self.tools] if self.tools else []
+        return _spelled([self.text, self.messages, *ranking, *tools])
 
     def digest(self) -> bytes:
         """16 bytes of the content's sha256."""
@@ -44,12 +49,30 @@ class Example(NamedTuple):
 
     def learnt(self) -> str:
         """The text whose tokens are targets."""
-        return self.text or "".join(m["content"] for m in self.messages if m["role"] == "assistant")
+        return self.text or "".join(said(m) for m in self.messages if m["role"] == "assistant")
+
+    def whole(self) -> str:
+        """All of its text."""
+        return self.text or "\n".join(map(said, self.messages))
 
     def question(self) -> str:
         """What the model is asked: one user message as it is, or all messages before the reply."""
         asked = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
         return asked[0]["content"] if len(asked) == 1 else json.dumps(asked, ensure_ascii=False)
+
+    def encode(self, tokenizer: Tokenizer, *replies: str, reply: bool = False) -> tuple[list[int], list[bool]]:
+        """`encode_chat` of its messages, and of replies to them; what the template refuses is named by its place."""
+        messages = [*self.messages, *({"role": "assistant", "content": text} for text in replies)]
+        try:
+            return tokenizer.encode_chat(messages, reply=reply, **({"tools": self.tools} if self.tools else {}))
+        except InputError as error:
+            raise InputError(f"{self.origin}: {error}") from None
+
+
+def said(message: Mapping[str, Any]) -> str:
+    """The text of a message, the functions it calls included."""
+    calls = message.get("tool_calls")
+    return (message.get("content") or "") + (_spelled(calls) if calls else "")
 
 
 def examples(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
@@ -135,11 +158,15 @@ def _make(kind: str, source: Source, record: Record, index: int) -> Example:
                 f"{origin}: a document needs the field {source.text_field!r} with a string; set text_field"
             )
         return Example(text, [], [], [], index, origin)
-    messages = _messages(source, fields, origin, with_reply=kind == "chat")
+    messages, tools = _messages(source, fields, origin, with_reply=kind == "chat"), fields.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(f'{origin}: "tools" must be a list of objects')
+    if tools and kind != "chat":
+        raise InputError(f'{origin}: "tools" are for conversations only; a {kind} has none')
     if kind == "prompt":
         return Example("", messages, [], [], index, origin, answer=_answer(source, fields, origin))
     if kind == "chat":
-        return Example("", messages, [], [], index, origin)
+        return Example("", messages, [], [], index, origin, tools=tools)
     responses, scores = _responses(fields, origin), fields.get("scores")
     ranks = fields.get("ranks") or (_ranks_of(scores, responses, origin) if scores is not None else None)
     who = str(fields.get("annotator", ""))
@@ -177,13 +204,13 @@ def _messages(source: Source, fields: Mapping[str, Any], origin: str, with_reply
     _check_messages(messages, origin)
     if not with_reply and messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    wanted = "assistant" if with_reply else "user"
-    if not messages or messages[-1]["role"] != wanted:
+    wanted = ("assistant",) if with_reply else ("user", "tool")
+    if not messages or messages[-1]["role"] not in wanted:
         raise InputError(
-            f'{origin}: the conversation must end with the {wanted}; give "messages", or "prompt" and "response", '
+            f'{origin}: the conversation must end with the {wanted[0]}; give "messages", or "prompt" and "response", '
             "or templates in the source"
         )
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return [{name: m[name] for name in ("role", *_IN_MESSAGES) if m.get(name) is not None} for m in messages]
 
 
 def _templates(source: Source, with_reply: bool) -> list[tuple[str, str]]:
@@ -206,11 +233,11 @@ def _check_messages(messages: Any, origin: str) -> None:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise InputError(f'{origin}: "messages" must be a list of objects with role and content')
     for m in messages:
-        if m.get("role") not in ("system", "user", "assistant") or not isinstance(m.get("content"), str):
-            raise InputError(
-                f"{origin}: a message needs a role (system, user, assistant) and content (a string): {m!r:.80}"
-            )
-    if messages and messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
+        calls, roles = m.get("tool_calls"), ("system", "user", "assistant", "tool")
+        called = m.get("role") == "assistant" and isinstance(calls, list) and m.get("content") is None
+        if m.get("role") not in roles or not (called or isinstance(m.get("content"), str)):
+            raise InputError(f"{origin}: a message needs a role ({', '.join(roles)}) and content (a string): {m!r:.80}")
+    if messages and messages[-1]["role"] == "assistant" and not said(messages[-1]):
         raise InputError(f"{origin}: the last reply is empty, so there is nothing to learn; remove the line")
 
 

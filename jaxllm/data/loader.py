@@ -207,7 +207,7 @@ def load_prompts(data: DataConfig, split: str, tokenizer: Tokenizer, max_length:
         raise InputError("sampling.max_new_tokens: leaves no room for a prompt in model.max_length; lower it")
     prompts = []
     for example in shuffled(examples(data, "prompt", split)):
-        ids, _ = tokenizer.encode_chat(example.messages, reply=True)
+        ids, _ = example.encode(tokenizer, reply=True)
         if len(ids) <= max_length:
             prompts.append(PromptExample(example.messages, ids, example.answer))
         elif data.too_long != "drop":
@@ -236,8 +236,7 @@ def load_ranked(data: DataConfig, split: str, tokenizer: Tokenizer, length: int)
     """Rankings whose conversations fit `length` tokens. Raises InputError on a longer one (data.too_long: error)."""
     ranked = []
     for example in examples(data, "ranked", split):
-        replies = [[*example.messages, {"role": "assistant", "content": r}] for r in example.responses]
-        encoded = [tokenizer.encode_chat(messages) for messages in replies]
+        encoded = [example.encode(tokenizer, response) for response in example.responses]
         longest = max(len(ids) for ids, _ in encoded)
         if longest > length and data.too_long == "error":
             take = f"prompt and response take {longest} tokens and the limit is {length}"
@@ -247,7 +246,7 @@ def load_ranked(data: DataConfig, split: str, tokenizer: Tokenizer, length: int)
         if not all(any(mask[:length]) for _, mask in encoded):
             left = f"no token of a response is left in {length} tokens"
             raise InputError(f"{example.origin}: {left}; raise the length, or set data.too_long to drop")
-        prompt, _ = tokenizer.encode_chat(example.messages, reply=True)
+        prompt, _ = example.encode(tokenizer, reply=True)
         # Through the end of turn, as a rollout ends: some templates write a line end behind it.
         rows = [ids[: min(length, len(mask) - mask[::-1].index(True))] for ids, mask in encoded]
         ranked.append(RankedExample(rows, example.ranks, len(prompt), example.scores, example.annotator))

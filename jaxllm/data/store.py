@@ -138,7 +138,7 @@ def _kept_texts(data: DataConfig, kind: str, split: str, cache_dir: Any) -> Iter
     wanted = next(kept, None)
     for number, (example, *_) in enumerate(stream):
         if number == wanted:
-            yield example.text or "\n".join(m["content"] for m in example.messages)
+            yield example.whole()
             wanted = next(kept, None)
 
 
@@ -302,7 +302,7 @@ def _chunks(stream: Iterator[Item]) -> Iterator[list[Item]]:
     chunk, size = [], 0
     for item in stream:
         chunk.append(item)
-        size += len(item[0].text) + sum(len(message["content"]) for message in item[0].messages)
+        size += len(item[0].whole())
         if len(chunk) == 1024 or size > 1 << 20:
             yield chunk
             chunk, size = [], 0
@@ -315,7 +315,7 @@ def _encode(chunk: Sequence[Example], kind: str, tokenizer: Tokenizer | None) ->
     if tokenizer is None:
         return [[0]] * len(chunk), []
     if kind == "chat":
-        ids, masks = zip(*(tokenizer.encode_chat(example.messages) for example in chunk), strict=True)
+        ids, masks = zip(*(example.encode(tokenizer) for example in chunk), strict=True)
         return ids, masks
     return [*map(tokenizer.document, tokenizer.encode_batch([example.text for example in chunk]))], []
 

@@ -85,6 +85,8 @@ class ModelConfig:
     """Gated SiLU or gated GELU (three matrices), or tanh-approximated GELU (two)."""
     moe: MoEConfig = MoEConfig()
     """Experts in place of the MLP."""
+    mtp_modules: int = 0
+    """Modules that each predict one token further, for training (DeepSeek-V3, section 2.2)."""
     bias: bool = False
     """Biases in every projection, as in GPT-2 and GPT-3."""
     qkv_bias: bool = False
@@ -120,6 +122,8 @@ class ModelConfig:
             raise ValueError("moe.first_dense: must be less than num_layers")
         if self.mla.kv_rank and (self.position != "rope" or self.bias or self.qkv_bias or self.qk_norm != "none"):
             raise ValueError("mla: latent attention has rotary positions and neither biases nor qk_norm")
+        if self.mtp_modules < 0 or (self.mtp_modules and self.position == "learned"):
+            raise ValueError("mtp_modules: must not be negative, and positions rotary")
         if min(self.window, self.global_every, self.attention_softcap, self.logit_softcap) < 0:
             raise ValueError("window: it, global_every and the soft caps must not be negative (0 is off)")
 

@@ -7,7 +7,7 @@ a model has, so that `tensors` serves all families but GPT-2, whose matrices are
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,6 +96,12 @@ def tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
                     prefix + name, tuple(p._replace(path=(stack, *p.path), index=(i, *p.index)) for p in parts)
                 )
             number += 1
+    for k in range(model.mtp_modules):  # with copies of the embedding and the head
+        prefix = f"{trunk}layers.{number + k}."
+        for name, parts in _ahead(model, family):
+            yield Tensor(prefix + name, tuple(p._replace(path=("mtp", *p.path), index=(k, *p.index)) for p in parts))
+        yield one(f"{prefix}embed_tokens.weight", ("embed", "tokens"))
+        yield one(f"{prefix}shared_head.head.weight", ("embed" if model.tie_embeddings else "head", "tokens"))
     yield one(f"{trunk}{'ln_f' if gpt2 else 'norm'}.weight", ("norm", "norm", "scale"))
     if model.norm == "layernorm":
         yield one(f"{trunk}{'ln_f' if gpt2 else 'norm'}.bias", ("norm", "norm", "bias"))
@@ -127,6 +133,14 @@ def _block(block: ModelConfig, family: str) -> Iterator[tuple[str, list[Part]]]:
         yield from _experts(block, family)
     else:
         yield from _mlp("mlp", ("mlp",), block.bias)
+
+
+def _ahead(model: ModelConfig, family: str) -> Iterator[tuple[str, list[Part]]]:
+    for name, ours in (("enorm", "embed_norm"), ("hnorm", "hidden_norm"), ("shared_head.norm", "norm")):
+        yield f"{name}.weight", [Part((ours, "scale"))]
+    yield "eh_proj.weight", [Part(("project",), linear=True)]
+    for name, parts in _block(model, family):
+        yield name, [part._replace(path=("block", *part.path)) for part in parts]
 
 
 def _norm_names(block: ModelConfig) -> tuple[dict[str, str], dict[str, str]]:
@@ -202,6 +216,12 @@ def from_hf(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, str]:
         if (kind == "sliding_attention") != model.windowed(i):
             raise InputError(f"{where}: layer_types mixes windows in a way that is not known (layer {i} is {kind})")
     return model, family
+
+
+def present(model: ModelConfig, names: Iterable[str]) -> ModelConfig:
+    """The model less the modules that no file has: a tuned model's config may still name them."""
+    found = any(name.endswith("eh_proj.weight") for name in names)
+    return model if found else dataclasses.replace(model, mtp_modules=0)
 
 
 def _gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -348,7 +368,9 @@ def _deepseek(config: Mapping[str, Any], family: str) -> dict[str, Any]:
         config["qk_rope_head_dim"],
         config["v_head_dim"],
     )
-    return {"moe": moe, "mla": mla, "num_kv_heads": heads, "head_dim": mla.nope_dim + mla.rope_dim}
+    ahead = (config.get("num_nextn_predict_layers") or 0) if third else 0
+    head_dim = mla.nope_dim + mla.rope_dim
+    return {"moe": moe, "mla": mla, "num_kv_heads": heads, "head_dim": head_dim, "mtp_modules": ahead}
 
 
 class Place(NamedTuple):
@@ -369,7 +391,8 @@ def places(model: ModelConfig, family: str) -> dict[tuple[str, ...], dict[tuple[
     found: dict[tuple[str, ...], dict[tuple[int, ...], Place]] = {}
     for tensor in tensors(model, family):
         for number, part in enumerate(tensor.parts):
-            found.setdefault(part.path, {})[part.index] = Place(tensor.name, part, number, len(tensor.parts))
+            place = Place(tensor.name, part, number, len(tensor.parts))
+            found.setdefault(part.path, {}).setdefault(part.index, place)  # others are copies of the first
     return found
 
 
@@ -455,7 +478,9 @@ def _config_of(model: ModelConfig) -> dict[str, Any]:
         kinds = ["sliding_attention" if c.windowed(i) else "full_attention" for i in range(c.num_layers)]
         config |= {"layer_types": kinds} if c.global_every else {}
     if gemma:
-        config |= {"query_pre_attn_scalar": 1 / c.attention_scale**2 if c.attention_scale else c.head_dim}
+        scalar = 1 / c.attention_scale**2 if c.attention_scale else c.head_dim
+        whole = math.isclose(scalar, round(scalar))  # `transformers` takes nothing else
+        config |= {"query_pre_attn_scalar": round(scalar) if whole else scalar}
         config |= {
             "attn_logit_softcapping": c.attention_softcap or None,
             "final_logit_softcapping": c.logit_softcap or None,
@@ -477,9 +502,11 @@ def _experts_config(model: ModelConfig, family: str) -> dict[str, Any]:
     method = (
         {} if family == "deepseek_v3" else {"topk_method": "group_limited_greedy" if e.num_groups > 1 else "greedy"}
     )
+    ahead = {"num_nextn_predict_layers": model.mtp_modules} if family == "deepseek_v3" else {}
     return {
         **config,
         **method,
+        **ahead,
         **{"n_routed_experts": e.num_experts, "n_shared_experts": e.num_shared, "routed_scaling_factor": e.scale},
         **{"n_group": e.num_groups, "topk_group": e.groups_per_token, "first_k_dense_replace": e.first_dense},
         **{"kv_lora_rank": m.kv_rank, "q_lora_rank": m.q_rank or None, "qk_nope_head_dim": m.nope_dim},

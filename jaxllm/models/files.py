@@ -49,16 +49,19 @@ class Files:
         part = self.where[name].get_slice(self._own(name))
         return part.get_dtype(), tuple(part.get_shape())
 
+    def _equal(self, name: str, other: str) -> bool:
+        return name == other or np.array_equal(self.get(name), self.get(other))
+
     def check(self, model: ModelConfig, family: str) -> list[str]:
         """Names that are not needed. Raises InputError listing what is missing, not known, or of another shape."""
         wanted = file_shapes(model, family, abstract(model))
-        beyond = rf"model\.layers\.({'|'.join(str(model.num_layers + i) for i in range(4))})\."
         extra = [name for name in self.where if name not in wanted]
-        unused = [n for n in extra if _BUFFERS.search(n) or (family == "deepseek_v3" and re.match(beyond, n))]
-        if model.tie_embeddings and "lm_head.weight" in extra:
-            table = next(name for name in wanted if name.endswith(("embed_tokens.weight", "wte.weight")))
-            if np.array_equal(self.get("lm_head.weight"), self.get(table)):
-                unused.append("lm_head.weight")
+        unused = [name for name in extra if _BUFFERS.search(name)]
+        table = next(iter(wanted))
+        if model.tie_embeddings and "lm_head.weight" in extra and self._equal("lm_head.weight", table):
+            unused.append("lm_head.weight")
+        copies = {"embed_tokens.weight": table, "shared_head.head.weight": "lm_head.weight"}
+        copied = [(name, first) for name in wanted for end, first in copies.items() if name.endswith(end)]
         faults = {
             "missing": [name for name in wanted if name not in self.where],
             "not known": [name for name in extra if name not in unused],
@@ -66,6 +69,9 @@ class Files:
                 f"{name} {list(self.about(name)[1])} for {list(shape)}"
                 for name, shape in wanted.items()
                 if name in self.where and self.about(name)[1] != shape
+            ],
+            "not the copies they should be": [
+                name for name, first in copied if {name, first} <= self.where.keys() and not self._equal(name, first)
             ],
         }
         if text := "; ".join(

@@ -292,6 +292,24 @@ class Block(nnx.Module):
         return constrain(x + y, "batch", "seq", "embed")
 
 
+class Ahead(nnx.Module):
+    """Predicts one token further from a hidden state and the next token (DeepSeek-V3, section 2.2, eq. 21 to 23)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.embed_norm, self.hidden_norm, self.norm = (Norm(config) for _ in range(3))
+        self.project = normal(rngs, config.init_std, latent=2 * config.embed_dim, embed=config.embed_dim)
+        self.block = Block(config, rngs)
+
+    def __call__(
+        self, hidden: jax.Array, embedded: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """(normed hidden [B, T, D], the experts' load) from the model's, or the module's before, and embeddings."""
+        both = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], -1)
+        x = constrain(both @ self.project[...].astype(both.dtype), "batch", "seq", "embed")
+        x, load = self.block(x, positions, segment_ids, False)
+        return self.norm(x), load
+
+
 def _like(param: nnx.Param, x: jax.Array) -> jax.Array:
     """A parameter over the last dimensions, cast and broadcast to the rank of x."""
     value = param[...].astype(x.dtype)

@@ -1,7 +1,7 @@
 """The decoder as functions of plain nested dicts: `init`, `apply`, `head`, and `apply_cached` for generation.
 
 Parameters: {"embed": {"tokens" [V, D], "positions"?}, "dense_layers"?, "layers": stacked block [L, ...], "norm": {...},
-"head"?: [V, D]}. Layers are always stacked, so there is one checkpoint layout; where the first ones have a dense MLP and
+"head"?: [V, D], "mtp"?: stacked `layers.Ahead`}. Layers are always stacked, so there is one checkpoint layout; where the first ones have a dense MLP and
 the rest experts, they are two stacks. NNX is used inside this package only: a block is
 split into a graph definition (cached per config) and a dict of arrays, and merged where it is called.
 """
@@ -17,7 +17,7 @@ from flax import nnx
 
 from jaxllm.models import lora, moe
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.layers import Block, Norm, normal
+from jaxllm.models.layers import Ahead, Block, Norm, normal
 from jaxllm.sharding import constrain, platform
 
 Params = dict[str, Any]
@@ -43,6 +43,9 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
         params[name] = jax.vmap(lambda k, block=block: _init(Block, block, k))(layer_keys[numbers.start : numbers.stop])
     if not config.tie_embeddings:
         params["head"] = _init(_Head, config, head_key)
+    if config.mtp_modules:
+        keys = jax.random.split(jax.random.fold_in(layers_key, 1), config.mtp_modules)
+        params["mtp"] = jax.vmap(lambda k: _init(Ahead, config, k))(keys)
     return params
 
 
@@ -51,6 +54,7 @@ def axes(config: ModelConfig) -> Params:
     tree = {"embed": _axes(_Embed, config), "norm": _axes(_FinalNorm, config)}
     stacked = functools.partial(jax.tree.map, lambda names: ("layers", *names), is_leaf=_is_axes)
     tree |= {name: stacked(_axes(Block, block)) for name, block, _ in stacks(config)}
+    tree |= {"mtp": stacked(_axes(Ahead, config))} if config.mtp_modules else {}
     return tree if config.tie_embeddings else {**tree, "head": _axes(_Head, config)}
 
 
@@ -112,10 +116,37 @@ def apply_routed(
     return _merge(_FinalNorm, config, params["norm"]).norm(x), load
 
 
-def routing_loss(params: Params, config: ModelConfig, load: moe.Load) -> tuple[jax.Array, dict[str, Any]]:
-    """(what is added to the mean loss of a token, {metric: (sum, weight)}) for the loads of `apply_routed`."""
+def ahead(
+    params: Params,
+    config: ModelConfig,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+) -> tuple[list[jax.Array], Any]:
+    """([hidden states [B, T, D] that predict the token after the next, ...], the experts' loads [M, ...] or {}).
+
+    hidden is what `apply` returns; module k adds token t + k at place t. Near the end of a segment that token is
+    another's: what is made there predicts nothing, and no place before it sees it.
+    """
+    made, loads = [], []
+    for k in range(config.mtp_modules):
+        tokens = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+        body = functools.partial(_ahead, config, positions, segment_ids)
+        module = jax.tree.map(lambda w, k=k: w[k], params["mtp"])
+        hidden, load = _remat(body, config)(module, hidden, _embed(params, config, tokens, positions))
+        made, loads = [*made, hidden], [*loads, load]
+    return made, jax.tree.map(lambda *x: jnp.stack(x), *loads)
+
+
+def _ahead(config: ModelConfig, positions: Any, segment_ids: Any, module: Params, hidden: Any, embedded: Any) -> Any:
+    return _merge(Ahead, config, module)(hidden, embedded, positions, segment_ids)
+
+
+def routing_loss(layers: Params, config: ModelConfig, load: moe.Load) -> tuple[jax.Array, dict[str, Any]]:
+    """(what is added to the mean loss of a token, {metric: (sum, weight)}) for the loads of these layers."""
     one, places = jnp.ones(()), jnp.maximum(load.load.sum(-1), 1.0)
-    total = moe.balance(load, params["layers"]["mlp"].get("router_bias"), config.moe)
+    total = moe.balance(load, layers["mlp"].get("router_bias"), config.moe)
     busiest = (load.load.max(-1) * config.moe.num_experts / places).mean()
     idle = (load.load == 0).astype(jnp.float32).mean()
     metrics = {"router/balance_loss": total, "router/busiest_expert": busiest, "router/idle_experts": idle}
@@ -208,10 +239,12 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     mask needs half); with a window of W tokens, those within it.
     """
     c, m = config, config.mla
-    matmul = c.vocab_size * c.embed_dim + sum(len(numbers) * _met(block) for _, block, numbers in stacks(c))
+    heads = (1 + c.mtp_modules) * c.vocab_size * c.embed_dim
+    matmul = heads + sum(len(numbers) * _met(block) for _, block, numbers in stacks(c))
+    matmul += c.mtp_modules * (_met(c) + 2 * c.embed_dim**2)
     sizes = (m.nope_dim + m.rope_dim + m.value_dim) if m.kv_rank else 2 * c.head_dim
     seen = lambda i: length - (length - c.window) ** 2 / length if c.windowed(i) and c.window < length else length
-    return 6.0 * matmul + 3.0 * c.num_heads * sizes * sum(map(seen, range(c.num_layers)))
+    return 6.0 * matmul + 3.0 * c.num_heads * sizes * sum(map(seen, range(c.num_layers + c.mtp_modules)))
 
 
 def _met(block: ModelConfig) -> float:

@@ -18,6 +18,7 @@ from jaxllm.data import (
     load_texts,
     measure_contamination,
     open_store,
+    said,
     shuffled,
     some_documents,
 )
@@ -139,7 +140,7 @@ def contamination(
     found = {"held_out_in_pretrain": (some_documents(pretrain["held_out"], MAX_HELD_OUT), "pretrain")}
     if config.accuracy.sources:
         chosen = shuffled(examples(config.accuracy, "chat", "held_out"))[: config.max_accuracy_examples]
-        asked = tokenizer.encode_batch(["\n".join(m["content"] for m in example.messages[:-1]) for example in chosen])
+        asked = tokenizer.encode_batch(["\n".join(map(said, example.messages[:-1])) for example in chosen])
         found |= {f"accuracy_in_{name}": (asked, name) for name in training}
     return {k: measure_contamination(ids, training[name], config.contamination_n) for k, (ids, name) in found.items()}
 
@@ -165,7 +166,7 @@ def label_accuracy(
         ids, _ = tokenizer.encode_chat(list(example.messages[:-1]), reply=True)
         if len(ids) <= limit and len(prompts) < config.max_accuracy_examples:
             prompts.append(ids)
-            labels.append(example.messages[-1]["content"])
+            labels.append(said(example.messages[-1]))
     if not prompts:
         raise InputError(
             "evaluate.accuracy: no held-out example fits the context; give more data or raise model.max_length"
@@ -200,7 +201,7 @@ def open_answers(
         **{"finished": float(np.mean([c.finished for c in drawn]))},
         **({"kl_to_sft": float(np.mean(kls))} if kls else {}),
     }
-    return numbers, [tokenizer.decode(c.ids) for c in drawn], [p.messages[-1]["content"] for p in held_out]
+    return numbers, [tokenizer.decode(c.ids) for c in drawn], [said(p.messages[-1]) for p in held_out]
 
 
 def _side_by_side(prompts: list[str], answers: dict[str, list[str]], count: int) -> list[dict[str, Any]]:

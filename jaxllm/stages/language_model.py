@@ -45,6 +45,8 @@ class LanguageModelConfig:
     """Tokens per row; 0: model.max_length."""
     z_loss_coef: float = 0.0
     """Coefficient of logsumexp^2 (PaLM)."""
+    mtp_coef: float = 0.3
+    """Weight of the losses of model.mtp_modules, together (DeepSeek-V3, eq. 25)."""
     log_every: int = 10
     """Steps per logged interval."""
     eval_every: int = 200
@@ -95,7 +97,7 @@ def run(
         return params
 
     base = lora.frozen(config.lora, first()) if config.lora.rank else {}
-    measure = jax.jit(lambda params, batch, base: loss(params, batch, None, base, model=model, z_loss_coef=0.0)[2])
+    measure = jax.jit(lambda params, batch, base: loss(params, batch, None, base, model=model)[2])
 
     def evaluation(step: int, state: train.TrainState) -> dict[str, float]:
         limit = 0 if step >= num_steps else config.eval_batches
@@ -111,7 +113,7 @@ def run(
 
     describe_model(directory, model, "policy", ("params",), config.lora, source)
     tokens = config.batch_size * length
-    learn = functools.partial(loss, model=model, z_loss_coef=config.z_loss_coef)
+    learn = functools.partial(loss, model=model, z_loss_coef=config.z_loss_coef, mtp_coef=config.mtp_coef)
     settings: dict[str, Any] = {"num_micro": config.num_micro, "seed": seed, "spike_factor": config.optim.spike_factor}
     step = train.make_step(learn, tx, state_shardings=placed.shardings, **settings)
     state, metrics = train.run_stage(
@@ -140,21 +142,48 @@ def run(
     }
 
 
-def loss(params: Any, batch: Any, key: Any, base: Any, *, model: ModelConfig, z_loss_coef: float) -> losses.Loss:
+def loss(
+    params: Any,
+    batch: Any,
+    key: Any,
+    base: Any,
+    *,
+    model: ModelConfig,
+    z_loss_coef: float = 0.0,
+    mtp_coef: float = 0.0,
+) -> losses.Loss:
     """Next-token loss of packed rows {tokens, segment_ids, positions, loss_mask}, each [B, T].
 
     base: the frozen parameters under adapters, {} where `params` are all (`lora.join`).
     """
     del key  # no dropout
     params = lora.join(base, params)
-    hidden, load = transformer.apply_routed(params, model, batch["tokens"], batch["segment_ids"], batch["positions"])
-    targets, mask = losses.next_token_targets(batch["tokens"], batch["segment_ids"], batch["loss_mask"])
-    stats = losses.token_logprobs(hidden, transformer.head(params), targets, cap=model.logit_softcap)
-    total, weight, metrics = losses.language_model(stats, mask, z_loss_coef)
-    if not load:
+    tokens, segment_ids, positions = (batch[name] for name in ("tokens", "segment_ids", "positions"))
+    hidden, load = transformer.apply_routed(params, model, tokens, segment_ids, positions)
+    targets, mask = losses.next_token_targets(tokens, segment_ids, batch["loss_mask"])
+    score = lambda hidden: losses.token_logprobs(hidden, transformer.head(params), targets, cap=model.logit_softcap)
+    total, weight, metrics = losses.language_model(score(hidden), mask, z_loss_coef)
+    if load:
+        balance, routing = transformer.routing_loss(params["layers"], model, load)
+        total, metrics = total + balance * weight, {**metrics, **routing}
+    if not (model.mtp_modules and mtp_coef):
         return total, weight, metrics
-    balance, routing = transformer.routing_loss(params, model, load)
-    return total + balance * weight, weight, {**metrics, **routing}
+    nats, count, load = _further(params, model, hidden, batch)
+    if load:
+        total = total + transformer.routing_loss(params["mtp"]["block"], model, load)[0] * weight
+    return total + mtp_coef / model.mtp_modules * nats, weight, {**metrics, "mtp_loss": (nats, count)}
+
+
+def _further(params: Any, model: ModelConfig, hidden: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array, Any]:
+    """(sum of -log p of the tokens after the next, their number, the experts' loads) of all of the model's modules."""
+    tokens, segment_ids, positions = (batch[name] for name in ("tokens", "segment_ids", "positions"))
+    further, load = transformer.ahead(params, model, hidden, tokens, segment_ids, positions)
+    found = []
+    for k, states in enumerate(further):
+        targets, mask = losses.next_token_targets(tokens, segment_ids, batch["loss_mask"], ahead=k + 2)
+        stats = losses.token_logprobs(states, transformer.head(params), targets, cap=model.logit_softcap)
+        found.append(losses.language_model(stats, mask)[:2])
+    return sum(nats for nats, _ in found), sum(count for _, count in found), load  # pyright: ignore[reportReturnType]
 
 
 def describe(

@@ -638,7 +638,7 @@ def critic_loss(params: Any, batch: Experience, key: Any, base: Any, *, setup: S
 
 def ptx_loss(params: Any, batch: Any, key: Any, base: Any, *, setup: Setup) -> losses.Loss:
     """Next-token loss of the policy on documents."""
-    return language_model.loss(setup.policy(params, base), batch, key, {}, model=setup.model, z_loss_coef=0.0)
+    return language_model.loss(setup.policy(params, base), batch, key, {}, model=setup.model)
 
 
 def response_values(params: Any, batch: Rollout | Experience, *, model: ModelConfig) -> jax.Array:

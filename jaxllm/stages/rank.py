@@ -26,7 +26,7 @@ from rich.text import Text
 
 from jaxllm.annotators import prompt_text, score_all
 from jaxllm.config import InputError, resolve_function
-from jaxllm.data import DataConfig, is_held_out
+from jaxllm.data import DataConfig, is_held_out, said
 from jaxllm.metrics import console, json_line, write_whole
 from jaxllm.sharding import meet
 from jaxllm.workspace import StageCut, Workspace
@@ -308,7 +308,7 @@ def _show(sample: Mapping[str, Any], shuffle: np.ndarray, title: str) -> None:
     """The prompt and the responses, labelled in shuffled order: nothing tells where one comes from."""
     console.rule(f"Prompt {title}")
     for message in sample["messages"]:
-        console.print(Text(f"{message['role']}: ", style="bold") + Text(_printable(message["content"])))
+        console.print(Text(f"{message['role']}: ", style="bold") + Text(_printable(said(message))))
     for label, i in zip(LABELS, shuffle, strict=False):
         response = Text(_printable(sample["responses"][i]))
         console.print(Panel(response, title=f"[bold]{label}[/bold]", title_align="left"))
@@ -370,7 +370,7 @@ def _complete(line: dict[str, Any], where: str, config: RankConfig) -> dict[str,
 
 def _split(messages: Sequence[Mapping[str, Any]], held_out: float) -> str:
     """By content, as the data of every stage is split: a prompt stands on the same side in all of them."""
-    content = json.dumps([{"role": m["role"], "content": m["content"]} for m in messages], ensure_ascii=False)
+    content = json.dumps([{"role": m["role"], "content": said(m)} for m in messages], ensure_ascii=False)
     return "held_out" if is_held_out(content, DataConfig(held_out_fraction=held_out)) else "train"
 
 

@@ -20,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = "tests/faults/life.yaml"
+STAGES = ("tokenizer", "pretrain", "sft", "sample", "rank", "reward", "ppo", "evaluate")
 TRAINED = ("pretrain", "sft", "reward", "ppo")
 FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
 PATIENCE = 90.0  # seconds until processes that should end have ended: many times the heartbeat
@@ -38,6 +39,7 @@ class Life:
     processes: int = 1
     devices: int = 2
     cache: str = ""
+    stages: tuple[str, ...] = STAGES
     alive: list[subprocess.Popen] = dataclasses.field(default_factory=list)
     clock: str = ""  # libfaketime's offset for the next start
 
@@ -47,6 +49,7 @@ class Life:
             port = free.getsockname()[1]
         many = ["--distributed"] if self.processes > 1 else []
         command = [sys.executable, "-m", "jaxllm", "run", CONFIG, "--run-dir", str(self.directory)]
+        command += ["--stages", *self.stages]
         for number in range(self.processes):
             env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": self.cache}
             env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -77,7 +80,9 @@ class Life:
         return codes
 
     def finished(self) -> bool:
-        return (self.directory / "evaluate" / "result.json").exists() and (self.directory / "report.html").exists()
+        last = self.stages[-1]
+        reported = last != "evaluate" or (self.directory / "report.html").exists()
+        return reported and (self.directory / last / "result.json").exists()
 
     def log(self) -> str:
         return "".join(
@@ -289,18 +294,19 @@ def live_through(life: Life, faults: Iterator[tuple[str, Fault]], rng: random.Ra
 # --- the verdict
 
 
-def outcome(directory: Path) -> dict[str, object]:
+def outcome(directory: Path, stages: Sequence[str] = STAGES) -> dict[str, object]:
     """Everything that must not depend on what happened: a value for each thing that is compared."""
     found: dict[str, object] = {}
-    for stage in TRAINED:
+    for stage in (s for s in TRAINED if s in stages):
         steps = sorted(int(p.name) for p in (directory / stage / "checkpoints").iterdir() if p.name.isdigit())
         seal = json.loads((directory / stage / "checkpoints" / str(steps[-1]) / "seal.json").read_text())
         found |= {f"{stage} {name}": words for name, words in seal["digests"].items()}
         found[f"{stage} step"] = steps[-1]
         found[f"{stage} metrics"] = [_without_times(line) for line in _lines(directory / stage / "metrics.jsonl")]
-    for file in ("sample/samples.jsonl", "rank/rankings.jsonl", "ppo/rollouts.jsonl"):
-        found[file] = [_without_times(line) for line in _lines(directory / file)]
-    for stage in (*TRAINED, "tokenizer", "sample", "rank", "evaluate"):
+    for stage, file in (("sample", "samples.jsonl"), ("rank", "rankings.jsonl"), ("ppo", "rollouts.jsonl")):
+        if stage in stages:
+            found[file] = [_without_times(line) for line in _lines(directory / stage / file)]
+    for stage in stages:
         found[f"{stage} result"] = _without_times(json.loads((directory / stage / "result.json").read_text()))
     found["tokenizer"] = (directory / "tokenizer" / "tokenizer" / "tokenizer.model").read_bytes()
     return found

@@ -18,20 +18,27 @@ def chosen(*names):
 
 
 @pytest.mark.parametrize(
-    ("processes", "names"),
+    ("processes", "names", "stages"),
     [
-        (1, ["SIGKILL in a save", "bit flipped in a checkpoint", "bit flipped in a data shard"]),
-        (2, ["SIGTERM", "SIGKILL of one process"]),
+        (2, ["SIGTERM", "SIGKILL of one process"], ("tokenizer", "pretrain", "sft")),
+        pytest.param(2, ["SIGTERM", "SIGKILL of one process"], harness.STAGES, marks=pytest.mark.slow),
+        pytest.param(
+            1,
+            ["SIGKILL in a save", "bit flipped in a checkpoint", "bit flipped in a data shard"],
+            harness.STAGES,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_a_life_ends_with_the_same_bits_whatever_happens_to_it(tmp_path, processes, names):
+def test_a_life_ends_with_the_same_bits_whatever_happens_to_it(tmp_path, processes, names, stages):
     cache = str(SESSION / "compiled")
-    whole, life = (Life(tmp_path / name, processes, cache=cache) for name in ("whole", "life"))
+    whole, life = (Life(tmp_path / name, processes, cache=cache, stages=stages) for name in ("whole", "life"))
     whole.start()
     assert whole.wait(600.0) and not any(whole.clear()), whole.log()[-2000:]
     happened = [*harness.live_through(life, chosen(*names), random.Random(3), quiet_after=len(names))]
     assert len(happened) > 0 and not any(complaint for _, complaint in happened), happened
-    assert harness.differences(harness.outcome(whole.directory), harness.outcome(life.directory)) == []
+    ends = [harness.outcome(each.directory, stages) for each in (whole, life)]
+    assert harness.differences(*ends) == []
 
 
 def test_the_verdict_sees_a_single_changed_bit(tmp_path):

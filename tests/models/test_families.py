@@ -29,6 +29,7 @@ def load(case: str):
     """(config, family, parameters) of a recorded model."""
     model, family = families.from_hf(RECORD[case]["config"], case)
     sizes = {name: tuple(shape) for name, shape in RECORD[case]["tensors"].items()}
+    model = families.present(model, sizes)
     return model, family, put_together(model, family, {name: weight(name, shape) for name, shape in sizes.items()})
 
 

@@ -120,7 +120,7 @@ def test_the_bias_moves_towards_balance_and_weighs_nothing():
 
 MODEL = ModelConfig(
     vocab_size=40, max_length=16, num_layers=3, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48, dtype="float32",
-    moe=dataclasses.replace(CONFIG, first_dense=1, num_shared=1, aux_coef=0.01, bias_rate=0.01),
+    mtp_modules=1, moe=dataclasses.replace(CONFIG, first_dense=1, num_shared=1, aux_coef=0.01, bias_rate=0.01),
 )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def two_updates(mesh_config, num_micro=1):
     with jax.set_mesh(mesh):
         init = jax.jit(functools.partial(transformer.init, MODEL), out_shardings=param_shardings(mesh, whole, axes))
         state = placed.init(init(jax.random.key(0)))
-        run = functools.partial(loss, model=MODEL, z_loss_coef=0.0)
+        run = functools.partial(loss, model=MODEL, mtp_coef=0.3)
         step = train.make_step(run, tx, num_micro=num_micro, state_shardings=placed.shardings)
         found = []
         for _ in range(2):
@@ -171,7 +171,7 @@ def test_fifty_steps_equal_a_plain_pytorch_loop(case):
     placed = train.place_state(mesh, transformer.abstract(model), transformer.axes(model), tx)
     with jax.set_mesh(mesh):
         state = placed.init(jax.tree.map(jnp.copy, params))
-        run = functools.partial(loss, model=model, z_loss_coef=0.0)
+        run = functools.partial(loss, model=model)
         step = train.make_step(run, tx, state_shardings=placed.shardings)
         ones, places = np.ones((BATCH, LENGTH), np.int32), np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
         for number, want in enumerate(RECORD[case]["curve"]):
