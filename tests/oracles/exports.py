@@ -4,7 +4,8 @@
 
 Every recorded family is imported, exported again from a checkpoint of ours (so that config.json is written by us), and
 loaded by the peer with its own check of the keys; both continue the same prompts greedily, in float32. A reward model
-is loaded as a sequence classifier, and its scores are compared.
+is loaded as a sequence classifier, and its scores are compared. GGUF files (PYTHON needs the gguf package) are read by
+both: the same greedy text again.
 """
 
 import argparse
@@ -20,10 +21,12 @@ import numpy as np
 
 from jaxllm.generate import SamplingConfig, complete
 from jaxllm.models import scalar
-from jaxllm.pretrained import export_model
+from jaxllm.pretrained import export_model, import_model
 from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.workspace import load_model
 from tests.models.test_families import RECORD, load
 from tests.oracles.families import tokens
+from tests.test_gguf import write_gguf
 from tests.test_pretrained import save_stage
 
 PEER = """
@@ -31,7 +34,10 @@ import json, sys, torch, transformers
 found = {}
 for case, kind, folder, prompts in json.load(open(sys.argv[1])):
     auto = transformers.AutoModelForSequenceClassification if kind == "reward" else transformers.AutoModelForCausalLM
-    model, info = auto.from_pretrained(folder, output_loading_info=True, attn_implementation="eager", dtype="float32")
+    more = {"gguf_file": "m.gguf"} if kind == "gguf" else {}
+    model, info = auto.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager", dtype="float32", **more
+    )
     keys = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     with torch.no_grad():
         if kind == "reward":
@@ -43,6 +49,15 @@ for case, kind, folder, prompts in json.load(open(sys.argv[1])):
 json.dump(found, open(sys.argv[2], "w"))
 """
 PROMPTS = [tokens(50 + i, 1)[0, : 6 + 3 * i].tolist() for i in range(4)]
+
+
+def some_tokens(writer) -> None:
+    """A vocabulary of the right size, which the peer takes the model's from."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([chr(256 + i) for i in range(64)])
+    writer.add_token_merges([])
+    writer.add_eos_token_id(0)
 
 
 def main() -> None:
@@ -68,6 +83,14 @@ def main() -> None:
         export_model(str(root / "reward"), str(root / "reward-out"), "float32")
         ours["reward"] = [float(scalar.score_rows(params, model, [p])[0]) for p in PROMPTS]
         jobs.append(("reward", "reward", str(root / "reward-out"), PROMPTS))
+        for case in ("llama2", "qwen2"):  # of the others the peer takes sizes or scales from elsewhere
+            (root / f"{case}-gguf").mkdir()
+            write_gguf(root / f"{case}-gguf" / "m.gguf", case, tokens=some_tokens)
+            import_model(str(root / f"{case}-gguf" / "m.gguf"), str(root / f"{case}-imported"))
+            params, model = load_model(root / f"{case}-imported", mesh)
+            drawn = complete(params, dataclasses.replace(model, dtype="float32"), PROMPTS, **settings)
+            ours[f"{case}.gguf"] = [each[0].ids for each in drawn]
+            jobs.append((f"{case}.gguf", "gguf", str(root / f"{case}-gguf"), PROMPTS))
         (root / "jobs.json").write_text(json.dumps(jobs))
         subprocess.run([args.peer, "-c", PEER, root / "jobs.json", root / "found.json"], check=True)
         found = json.loads((root / "found.json").read_text())
