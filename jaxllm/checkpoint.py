@@ -237,19 +237,24 @@ def load_params(
     abstract: Any,
     path: Sequence[str] = ("params",),
     step: int | None = None,
-    check_files: bool = True,
+    check: bool = True,
 ) -> Any:
     """The subtree at `path` of a stage directory's checkpoint, the newest or that of `step`, sharded like `abstract`.
 
     Raises Damaged where that checkpoint is not whole.
     """
+    return restore(newest(stage_dir, step), abstract, path, check)[0]
+
+
+def newest(stage_dir: epath.PathLike, step: int | None = None) -> epath.Path:
+    """The folder of a stage's newest checkpoint, or that of `step`. Raises InputError where there is none."""
     directory = _absolute(epath.Path(stage_dir) / "checkpoints")
     if not directory.exists():
         raise InputError(f"{stage_dir}: has no checkpoints; give the directory of a stage that trains a model")
     steps = committed_steps(directory)
     if step is None and not steps:
         raise InputError(f"{directory}: holds no complete checkpoint; run the stage again")
-    return restore(directory / str(steps[-1] if step is None else step), abstract, path, check_files)[0]
+    return directory / str(steps[-1] if step is None else step)
 
 
 def committed_steps(directory: epath.Path) -> list[int]:
@@ -257,16 +262,14 @@ def committed_steps(directory: epath.Path) -> list[int]:
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / SEAL).exists())
 
 
-def restore(
-    step_dir: epath.Path, abstract: Any, path: Sequence[str] = (), check_files: bool = True
-) -> tuple[Any, Record]:
+def restore(step_dir: epath.Path, abstract: Any, path: Sequence[str] = (), check: bool = True) -> tuple[Any, Record]:
     """(state or its subtree at `path`, record), placed by the shardings of `abstract`, a tree of ShapeDtypeStructs.
 
     Raises Damaged where a file or a leaf is not what was saved, InputError where it is of another model.
     """
     seal = read_seal(step_dir)
-    if check_files:
-        _check_files(step_dir, seal)
+    if check:
+        check_files(step_dir, seal)
     if seal["record"].get("format") == "safetensors":
         return _imported(step_dir, seal["record"], abstract, path), seal["record"]
     try:
@@ -315,7 +318,7 @@ def write_seal(step_dir: epath.Path, seal: dict[str, Any]) -> None:
     partial.replace(step_dir / SEAL)
 
 
-def _check_files(step_dir: epath.Path, seal: dict[str, Any]) -> None:
+def check_files(step_dir: epath.Path, seal: dict[str, Any]) -> None:
     """Raise Damaged, on all processes together, where a file is missing, too many, or has other bytes.
 
     Each process reads its share of the files. An object store checks its own bytes; the leaves' digests still count.

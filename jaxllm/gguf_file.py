@@ -9,14 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
 from jaxllm.config import InputError
 from jaxllm.models.families import file_shapes, from_hf, tensors
+from jaxllm.models.files import KINDS
 from jaxllm.models.rope import RopeScaling, frequencies
 from jaxllm.models.transformer import abstract
+from jaxllm.pretrained import Planned
 from jaxllm.pretrained_tokenizer import split_pattern
 
 # general.architecture -> model_type
@@ -34,8 +35,8 @@ _PRE = {
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type, as in SentencePiece
 
 
-def read(path: Path) -> tuple[dict[str, Any], Iterator[tuple[str, np.ndarray]], dict[str, bytes]]:
-    """(config.json, tensors by their names in a folder of safetensors, the tokenizer's files) of a GGUF file.
+def read(path: Path) -> tuple[dict[str, Any], Iterator[Planned], dict[str, bytes]]:
+    """(config.json, tensors with their names in a folder of safetensors, the tokenizer's files) of a GGUF file.
 
     Raises InputError: not such a file, an architecture that is not known, tensors missing, unknown or misshapen.
     """
@@ -110,7 +111,7 @@ def _scaling(about: Mapping[str, Any], arch: str, held: Any, config: Any, where:
     return {"rope_type": "llama3", **fields, "original_max_position_embeddings": 8192}
 
 
-def _tensors(gguf: Any, held: Mapping[str, Any], config: Any, about: Any, where: str) -> Iterator[Any]:
+def _tensors(gguf: Any, held: Mapping[str, Any], config: Any, about: Any, where: str) -> Iterator[Planned]:
     model, family = from_hf(config, where)
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[about["general.architecture"]]
     names = gguf.get_tensor_name_map(arch, model.num_layers)
@@ -121,24 +122,16 @@ def _tensors(gguf: Any, held: Mapping[str, Any], config: Any, about: Any, where:
     if missing or unknown:
         raise InputError(f"{where}: not the tensors of a {family} model; missing: {missing[:4]}, unknown: {unknown}")
 
-    @functools.lru_cache(1)  # experts lie in one tensor
-    def value(name: str) -> np.ndarray:
-        tensor = held[name]
-        stored = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(tensor.tensor_type.name, np.float32)
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(stored)
+    def value(name: str, theirs: str, expert: int | None) -> np.ndarray:
+        tensor = held[theirs]  # experts lie in one
+        array = gguf.quants.dequantize(tensor.data if expert is None else tensor.data[expert], tensor.tensor_type)
+        if arch == gguf.MODEL_ARCH.LLAMA and (".q_proj." in name or ".k_proj." in name):
+            array = _halves(array, model.num_heads if ".q_proj." in name else model.num_kv_heads)
+        return array - np.float32(1) if model.norm_offset and name.endswith("norm.weight") else array
 
-    def stream() -> Iterator[tuple[str, np.ndarray]]:
-        for name, (theirs, expert) in found.items():
-            array = value(theirs) if expert is None else value(theirs)[expert]
-            if arch == gguf.MODEL_ARCH.LLAMA and (".q_proj." in name or ".k_proj." in name):
-                array = _halves(array, model.num_heads if ".q_proj." in name else model.num_kv_heads)
-            if model.norm_offset and name.endswith("norm.weight"):
-                array = array - np.ones((), array.dtype)
-            if array.shape != shapes[name]:
-                raise InputError(f"{where}: {theirs} is {list(array.shape)}, not {list(shapes[name])}")
-            yield name, np.ascontiguousarray(array)
-
-    return stream()
+    for name, (theirs, expert) in found.items():
+        dtype = KINDS.get(held[theirs].tensor_type.name, np.dtype(np.float32))
+        yield Planned(name, shapes[name], dtype, functools.partial(value, name, theirs, expert))
 
 
 def _theirs(names: Any, name: str) -> tuple[str, int | None]:
@@ -209,7 +202,7 @@ def _byte_level(tokens: Sequence[str], types: Sequence[int], merges: Sequence[st
 
 def _pieces(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], of: Any) -> bytes:
     """A SentencePiece model of these pieces."""
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     for token, score, kind in zip(tokens, scores, types, strict=True):
         model.pieces.add(piece=token, score=score, type=kind)
     spec = model.trainer_spec

@@ -6,13 +6,14 @@ parameters are read from them straight onto the mesh. An export goes leaf by lea
 
 import dataclasses
 import functools
+import json
+import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from etils import epath
@@ -23,13 +24,25 @@ from jaxllm.metrics import console
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.families import FAMILIES, family_of, file_shapes, file_value, from_hf, pick, present, tensors, to_hf
-from jaxllm.models.files import Files
+from jaxllm.models.files import KINDS, Files
 from jaxllm.pretrained_tokenizer import load_tokenizer
 from jaxllm.sharding import MeshConfig, make_mesh, replicated
 from jaxllm.workspace import describe_model, described_model, load_model, read_json, write_json
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
-_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_KINDS = {str(dtype): kind for kind, dtype in KINDS.items()}  # bfloat16 -> BF16, ...
+
+
+class Planned(NamedTuple):
+    """A tensor to be written, made when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def import_model(source: str, out: str) -> None:
@@ -65,11 +78,12 @@ def _fill(stage: Path, folder: Path, move: bool) -> None:
         pickled = " (files of pickles are not read: they can run code)" if pickles else ""
         raise InputError(f"{folder}: has no *.safetensors{pickled}; convert the model to safetensors")
     model = present(model, files.where)
-    if unused := files.check(model, family):
+    unused = files.check(model, family)
+    if unused:
         console.print(f"not needed: {len(unused)} tensors ({', '.join(unused[:3])})")
-    kinds = {files.about(name)[0] for name in files.where}
-    if other := kinds - set(_STORED):
-        raise InputError(f"{folder}: tensors of type {', '.join(sorted(other))}; known: {', '.join(_STORED)}")
+    kinds = {place.kind for name, place in files.where.items() if name not in unused}
+    if other := kinds - KINDS.keys():
+        raise InputError(f"{folder}: tensors of type {', '.join(sorted(other))}; known: {', '.join(KINDS)}")
     step = stage / "checkpoints" / "0"
     step.mkdir(parents=True)
     for path in files.paths:  # the system copies them: nothing passes through this process
@@ -121,8 +135,8 @@ def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.
     source, target = epath.Path(stage_dir), Path(out)
     if target.exists():
         raise InputError(f"{target}: exists already; give another directory, or remove it")
-    if dtype not in ("", *DTYPES):
-        raise InputError(f"--dtype: {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    if dtype not in ("", *_KINDS):
+        raise InputError(f"--dtype: {dtype!r} is unknown; known: {', '.join(_KINDS)}")
     model, record = described_model(source)
     if model.mtp_modules and family_of(model) != "deepseek_v3":
         console.print("left out: the modules that predict further tokens, which no file of this family has")
@@ -135,10 +149,15 @@ def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.
     if adapters:
         _write_adapters(source, record, model, family, mesh, partial)
     else:
-        stored = dtype or _dtype_of(source)
-        leaf = _leaves(source, record, model, mesh)
-        reward = record["kind"] == "reward"
-        _write(partial, _named(model, family, leaf, DTYPES[stored], reward), shard_gb)
+        step = (read_json(source / "result.json") or {}).get("checkpoint")
+        kinds = _saved(source, step).get("stored", [])  # of an imported model
+        stored = dtype or (str(KINDS[kinds[0]]) if len(kinds) == 1 else "float32" if kinds else "bfloat16")
+        leaf, reward = _leaves(source, record, model, mesh, step), record["kind"] == "reward"
+        if kinds:
+            every = _as_imported(checkpoint.newest(source, step), model, family, dtype)
+        else:
+            every = _of_leaves(model, family, leaf, KINDS[_KINDS[stored]], reward)
+        _write(partial, every, shard_gb)
         given = read_json(source / "hf" / "config.json") or {}
         config = {**config, **given, "dtype": stored, "vocab_size": model.vocab_size}
         if reward:
@@ -153,14 +172,13 @@ def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.
     console.print(f"{target}: {family}{' adapters' if adapters else ''}")
 
 
-def _dtype_of(source: epath.Path) -> str:
-    steps = checkpoint.committed_steps(source / "checkpoints")
-    record = checkpoint.read_seal(source / "checkpoints" / str(steps[-1]))["record"] if steps else {}
-    stored = [_STORED[kind] for kind in record.get("stored", [])]
-    return stored[0] if len(stored) == 1 else "float32" if stored else "bfloat16"
+def _saved(source: epath.Path, step: int | None) -> dict[str, Any]:
+    return checkpoint.read_seal(checkpoint.newest(source, step))["record"]
 
 
-def _leaves(source: epath.Path, record: Any, model: ModelConfig, mesh: Any) -> Callable[[tuple[str, ...]], np.ndarray]:
+def _leaves(
+    source: epath.Path, record: Any, model: ModelConfig, mesh: Any, step: int | None
+) -> Callable[[tuple[str, ...]], np.ndarray]:
     """A function from a leaf's path in the parameters to its float32 values, read when it is asked for.
 
     A model trained as adapters is put together first, in memory.
@@ -170,59 +188,74 @@ def _leaves(source: epath.Path, record: Any, model: ModelConfig, mesh: Any) -> C
         whole = lora.merge(load_model(source, mesh, record["kind"])[0])
         return lambda path: np.asarray(pick(whole, path))
     shapes, everywhere = family.abstract(model), replicated(mesh)
-    step = (read_json(source / "result.json") or {}).get("checkpoint")
     unchecked = [True]  # the files, until the first leaf is read
 
     def leaf(path: tuple[str, ...]) -> np.ndarray:
         want = pick(shapes, path)
         want = jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=everywhere)
         first = unchecked.pop() if unchecked else False
-        return np.asarray(checkpoint.load_params(source, want, (*record["path"], *path), step, check_files=first))
+        return np.asarray(checkpoint.load_params(source, want, (*record["path"], *path), step, check=first))
 
     return leaf
 
 
-def _named(
-    model: ModelConfig, family: str, leaf: Any, dtype: np.dtype, reward: bool
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the file with its name, leaf after leaf, so that one leaf of ours is in memory at a time."""
+def _as_imported(step_dir: epath.Path, model: ModelConfig, family: str, dtype: str) -> list[Planned]:
+    """The tensors of an imported model, which are in its files by the same names; without a dtype as they are there."""
+    checkpoint.check_files(step_dir, checkpoint.read_seal(step_dir))
+    files, shapes = Files(Path(step_dir)), file_shapes(model, family, transformer.abstract(model))
+    kind = lambda name: KINDS[_KINDS[dtype] if dtype else files.where[name].kind]
+    return [Planned(name, shape, kind(name), functools.partial(files.get, name)) for name, shape in shapes.items()]
+
+
+def _of_leaves(model: ModelConfig, family: str, leaf: Any, dtype: np.dtype, reward: bool) -> list[Planned]:
+    """Every tensor of the file, leaf after leaf, so that one leaf of ours is in memory at a time."""
     shapes = file_shapes(model, family, transformer.abstract(model))
-    held = functools.lru_cache(maxsize=3)(leaf)  # GPT-2's tensors are made of three
-    trunk = ("trunk",) if reward else ()
-    for tensor in sorted(tensors(model, family), key=lambda t: t.parts[0].path):
-        if tensor.name != "lm_head.weight" or not reward:
-            value = file_value(tensor, shapes[tensor.name], lambda path: held((*trunk, *path)))
-            yield tensor.name, np.ascontiguousarray(value.astype(dtype))
+    held = functools.lru_cache(maxsize=3 if family == "gpt2" else 1)(leaf)  # GPT-2's tensors are made of three
+    within = lambda path: held(("trunk", *path) if reward else path)
+    stored = [
+        Planned(t.name, shapes[t.name], dtype, functools.partial(file_value, t, shapes[t.name], within))
+        for t in sorted(tensors(model, family), key=lambda t: t.parts[0].path)
+        if t.name != "lm_head.weight" or not reward
+    ]
     if reward:
-        yield "score.weight", held(("head", "kernel"))[None].astype(dtype)
+        stored.append(Planned("score.weight", (1, model.embed_dim), dtype, lambda: held(("head", "kernel"))[None]))
+    return stored
 
 
-def _write(folder: Path, named: Iterator[tuple[str, np.ndarray]], shard_gb: float) -> None:
+def _write(folder: Path, stored: Iterable[Planned], shard_gb: float) -> None:
     """Files of at most shard_gb (a larger tensor is a file of its own) and their index."""
-    written: list[dict[str, int]] = []
-    held: dict[str, np.ndarray] = {}
-    size = 0  # of what is held
-
-    def flush() -> None:
-        safetensors.numpy.save_file(held, folder / f"{len(written)}.safetensors", metadata={"format": "pt"})
-        written.append({name: value.nbytes for name, value in held.items()})
-        held.clear()
-
-    for name, value in named:
-        if held and size + value.nbytes > shard_gb * 10**9:
-            flush()
-            size = 0
-        held[name] = value
-        size += value.nbytes
-    flush()
+    shards: list[list[Planned]] = [[]]
+    for tensor in stored:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > shard_gb * 10**9:
+            shards.append([])
+        shards[-1].append(tensor)
     names = ["model.safetensors"]
-    if len(written) > 1:
-        names = [f"model-{i + 1:05}-of-{len(written):05}.safetensors" for i in range(len(written))]
-        where = {name: file for file, shard in zip(names, written, strict=True) for name in shard}
-        total = {"total_size": sum(sum(shard.values()) for shard in written)}
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        where = {tensor.name: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard)}
         write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": where})
-    for i, name in enumerate(names):
-        (folder / f"{i}.safetensors").rename(folder / name)
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(folder / name, shard)
+
+
+def _write_file(path: Path, shard: Sequence[Planned]) -> None:
+    """A safetensors file, a tensor at a time: the library's own writer copies all of them first."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for tensor in shard:
+        offsets = [place, place + tensor.nbytes]
+        header[tensor.name] = {"dtype": _KINDS[str(tensor.dtype)], "shape": tensor.shape, "data_offsets": offsets}
+        place += tensor.nbytes
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name, shape, dtype, make in shard:
+            value = np.ascontiguousarray(make().astype(dtype, copy=False))
+            if value.shape != shape:
+                raise InputError(f"{name}: is {list(value.shape)}, not {list(shape)}; the model's sizes do not fit")
+            file.write(value.reshape(-1).view(np.uint8).data)
 
 
 def _describe_tokens(source: epath.Path, folder: Path, config: dict[str, Any]) -> None:

@@ -141,7 +141,7 @@ def test_values_that_are_not_those_saved_are_found_without_the_files_hashes(save
     twin.close()
     seal = (directory / "checkpoints" / "3" / c.SEAL).read_bytes()
     (directory / "twin" / "3" / c.SEAL).write_bytes(seal)
-    monkeypatch.setattr(c, "_check_files", lambda *_: None)
+    monkeypatch.setattr(c, "check_files", lambda *_: None)
     with pytest.raises(c.Damaged, match=r"the values of params.embed.tokens are not those"):
         c.restore(directory / "twin" / "3", placed.abstract)
 

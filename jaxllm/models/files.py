@@ -1,53 +1,81 @@
 """Parameters out of safetensors files: each device's share is read for itself, a tensor at a time."""
 
 import concurrent.futures
-import itertools
+import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
-import safetensors
 
 from jaxllm.config import InputError
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.families import file_shapes, places
+from jaxllm.models.families import Place, file_shapes, places
 from jaxllm.models.transformer import abstract
 
 # Buffers that old files hold; they are computed, not learnt.
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias)$")
 _THREADS = 4
+KINDS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies."""
+
+    path: Path
+    kind: str  # as the format writes it: F32, BF16, ...
+    shape: tuple[int, ...]
+    start: int  # bytes
+
+
+def _stored(path: Path) -> dict[str, Stored]:
+    """{name: place} of a file: 8 bytes with the length of a JSON header, the header, the data."""
+    with open(path, "rb") as file:
+        length, whole = int.from_bytes(file.read(8), "little"), path.stat().st_size
+        header = json.loads(file.read(length)) if length < whole else {}
+    found = {}
+    for name, about in header.items():
+        if name != "__metadata__":
+            begin, end = about["data_offsets"]
+            found[name] = Stored(path, about["dtype"], tuple(about["shape"]), 8 + length + begin)
+            size = (
+                KINDS[about["dtype"]].itemsize * math.prod(about["shape"]) if about["dtype"] in KINDS else end - begin
+            )
+            if not 0 <= begin <= end <= whole - 8 - length or size != end - begin:
+                raise ValueError(f"{name} does not lie in it")
+    if not found:
+        raise ValueError("no tensors")
+    return found
 
 
 class Files:
-    """The tensors of all safetensors files in a folder, by name."""
+    """The tensors of all safetensors files in a folder, by name.
+
+    They are read, not mapped: a mapped file counts as this process's memory, all of it in the end.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.paths = folder, sorted(folder.glob("*.safetensors"))
-        self.where: dict[str, Any] = {}
+        self.where: dict[str, Stored] = {}
         for path in self.paths:
             try:
-                file: Any = safetensors.safe_open(path, "np")
-            except (OSError, safetensors.SafetensorError) as error:  # pyright: ignore
+                stored = _stored(path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
-            for name in file.keys():  # noqa: SIM118
-                if name in self.where:
-                    raise InputError(f"{path}: {name} is in another file as well; remove one of them")
-                self.where[name] = file
+            if twice := stored.keys() & self.where.keys():
+                raise InputError(f"{path}: {min(twice)} is in another file as well; remove one of them")
+            self.where |= stored
         if "wte.weight" in self.where:  # GPT-2 as it was first published
-            self.where = {f"transformer.{name}": file for name, file in self.where.items()}
-
-    def _own(self, name: str) -> str:
-        return name if name in self.where[name].keys() else name.removeprefix("transformer.")  # noqa: SIM118
+            self.where = {f"transformer.{name}": place for name, place in self.where.items()}
 
     def get(self, name: str) -> np.ndarray:
-        return self.where[name].get_tensor(self._own(name))
-
-    def about(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """(type as safetensors writes it, shape)."""
-        part = self.where[name].get_slice(self._own(name))
-        return part.get_dtype(), tuple(part.get_shape())
+        place = self.where[name]
+        count = math.prod(place.shape)
+        return np.fromfile(place.path, KINDS[place.kind], count, offset=place.start).reshape(place.shape)
 
     def _equal(self, name: str, other: str) -> bool:
         return name == other or np.array_equal(self.get(name), self.get(other))
@@ -66,9 +94,9 @@ class Files:
             "missing": [name for name in wanted if name not in self.where],
             "not known": [name for name in extra if name not in unused],
             "of another shape": [
-                f"{name} {list(self.about(name)[1])} for {list(shape)}"
+                f"{name} {list(self.where[name].shape)} for {list(shape)}"
                 for name, shape in wanted.items()
-                if name in self.where and self.about(name)[1] != shape
+                if name in self.where and self.where[name].shape != shape
             ],
             "not the copies they should be": [
                 name for name, first in copied if {name, first} <= self.where.keys() and not self._equal(name, first)
@@ -82,24 +110,34 @@ class Files:
 
 
 def read(folder: Path, model: ModelConfig, family: str, wanted: Any) -> Any:
-    """The parameters, like `wanted`: a tree of ShapeDtypeStructs with shardings, whole or a part of the tree."""
+    """The parameters, like `wanted`: a tree of ShapeDtypeStructs with shardings, whole or a part of the tree.
+
+    Leaf after leaf; of one leaf a process holds what its devices get, and the tensors that are just being read.
+    """
     files, at = Files(folder), places(model, family)
-
-    def leaf(path: Any, want: Any) -> jax.Array:
-        slices = at[tuple(key.key for key in path)]
-        lead = len(next(iter(slices)))
-
-        def share(index: Any) -> np.ndarray:
-            ranges = [range(*s.indices(size)) for s, size in zip(index, want.shape, strict=True)]
-            out = np.empty([len(r) for r in ranges], want.dtype)
-            for numbers in itertools.product(*(enumerate(r) for r in ranges[:lead])):
-                place = slices[tuple(number for _, number in numbers)]
-                ours = place.ours(files.get(place.tensor), want.shape[lead:])
-                out[tuple(i for i, _ in numbers)] = ours[tuple(index[lead:])].astype(want.dtype)
-            return out
-
-        return jax.make_array_from_callback(want.shape, want.sharding, share)
-
-    paths, tree = jax.tree_util.tree_flatten_with_path(wanted)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        return jax.tree.unflatten(tree, pool.map(lambda pair: leaf(*pair), paths))
+        leaf = lambda path, want: _leaf(files, at[tuple(key.key for key in path)], want, pool)
+        return jax.tree_util.tree_map_with_path(leaf, wanted)
+
+
+def _leaf(files: Files, slices: Mapping[tuple[int, ...], Place], want: Any, pool: Any) -> jax.Array:
+    lead = len(next(iter(slices)))
+    spans = lambda index: tuple(s.indices(size)[:2] for s, size in zip(index, want.shape, strict=True))
+    devices = {d: spans(i) for d, i in want.sharding.addressable_devices_indices_map(want.shape).items()}
+    shares = {span: np.empty([end - start for start, end in span], want.dtype) for span in devices.values()}
+
+    def fill(numbers: tuple[int, ...]) -> None:
+        inside = lambda span: all(start <= n < end for n, (start, end) in zip(numbers, span, strict=False))
+        if takers := [span for span in shares if inside(span)]:
+            place = slices[numbers]
+            ours = place.ours(files.get(place.tensor), want.shape[lead:])
+            for span in takers:
+                to = tuple(n - start for n, (start, _) in zip(numbers, span, strict=False))
+                shares[span][to] = ours[tuple(slice(*ends) for ends in span[lead:])].astype(want.dtype)
+
+    list(pool.map(fill, slices))
+    placed = {}
+    for span in [*shares]:  # what is on the devices is freed before the next share is copied there
+        share = shares.pop(span)
+        placed |= {d: jax.device_put(share, d).block_until_ready() for d, s in devices.items() if s == span}
+    return jax.make_array_from_single_device_arrays(want.shape, want.sharding, [placed[d] for d in devices])

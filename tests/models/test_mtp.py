@@ -33,9 +33,13 @@ def rms(x, scale, eps):
     return np.asarray(x) / np.sqrt(np.square(np.asarray(x)).mean(-1, keepdims=True) + eps) * np.asarray(scale)
 
 
+def one_block(model, weights, x, places):
+    return transformer._merge(transformer.Block, model, weights)(x, places, jnp.ones_like(places), False)[0][0]
+
+
 def in_the_papers_words(params, model, ids, learnt):
     """(sum of -log p over all modules, number of targets): module k runs over places 1 .. n - k (section 2.2)."""
-    states = np.asarray(transformer.apply(params, model, jnp.array([ids], jnp.int32))[0])
+    states = np.asarray(jax.jit(transformer.apply, static_argnums=1)(params, model, jnp.array([ids], jnp.int32))[0])
     table, nats, count = np.asarray(params["embed"]["tokens"]), 0.0, 0
     for k in range(1, model.mtp_modules + 1):
         module = jax.tree.map(lambda w, k=k: w[k - 1], params["mtp"])
@@ -44,9 +48,9 @@ def in_the_papers_words(params, model, ids, learnt):
         embedded = rms(table[ids[k:]], module["embed_norm"]["scale"], model.norm_eps)
         hidden = rms(states[: len(ids) - k], module["hidden_norm"]["scale"], model.norm_eps)
         x = jnp.array(np.concatenate([embedded, hidden], -1) @ np.asarray(module["project"]), jnp.float32)[None]
-        block = transformer._merge(transformer.Block, model, module["block"])
         places = jnp.arange(len(ids) - k, dtype=jnp.int32)[None]
-        states = rms(block(x, places, jnp.ones_like(places), False)[0][0], module["norm"]["scale"], model.norm_eps)
+        x = jax.jit(one_block, static_argnums=0)(model, module["block"], x, places)
+        states = rms(x, module["norm"]["scale"], model.norm_eps)
         logits = states @ np.asarray(transformer.head(params)).T
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         for place in range(len(ids) - k - 1):
@@ -66,9 +70,8 @@ def test_a_packed_row_has_the_papers_loss(model):
         "positions": row([range(len(d)) for d in DOCUMENTS], 0),
         "loss_mask": row(LEARNT, 0) > 0,
     }
-    run = jax.jit(loss, static_argnames=("model", "z_loss_coef", "mtp_coef"))
-    plain, weight, _ = run(params, batch, None, {}, model=model)
-    whole, same, metrics = run(params, batch, None, {}, model=model, mtp_coef=0.5)
+    run = jax.jit(lambda *args: (loss(*args, None, {}, model=model), loss(*args, None, {}, model=model, mtp_coef=0.5)))
+    (plain, weight, _), (whole, same, metrics) = run(params, batch)
     pairs = [in_the_papers_words(params, model, *pair) for pair in zip(DOCUMENTS, LEARNT, strict=True)]
     nats, count = 2 * sum(n for n, _ in pairs), 2 * sum(c for _, c in pairs)
     np.testing.assert_allclose(metrics["mtp_loss"], (nats, count), rtol=2e-5)
