@@ -23,7 +23,7 @@ from jaxllm.pretrained_tokenizer import split_pattern
 # general.architecture -> model_type
 _ARCHITECTURES = {
     **{"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"},
-    **{"gemma2": "gemma2", "gemma3": "gemma3_text"},
+    **{"gemma2": "gemma2", "gemma3": "gemma3_text", "olmo2": "olmo2"},
 }
 # tokenizer.ggml.pre -> (how text is split before byte-level BPE, its normaliser, whether whole words skip the merges)
 _PRE = {
@@ -64,7 +64,9 @@ def _config(about: Mapping[str, Any], held: Mapping[str, Any], where: str) -> di
     if arch not in _ARCHITECTURES:
         raise InputError(f"{where}: architecture {arch!r} is not known; known: {', '.join(_ARCHITECTURES)}")
     of = lambda name, default=None: about.get(f"{arch}.{name}", default)
-    family = "mixtral" if arch == "llama" and of("expert_count") else _ARCHITECTURES[arch]
+    family = _ARCHITECTURES[arch]
+    if family == "llama" and (of("expert_count") or of("attention.sliding_window")):
+        family = "mixtral" if of("expert_count") else "mistral"
     heads, width = of("attention.head_count"), of("embedding_length")
     names = {
         **{"max_position_embeddings": "context_length", "num_hidden_layers": "block_count"},

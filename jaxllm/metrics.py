@@ -197,8 +197,8 @@ def peak_flops(mesh: jax.sharding.Mesh) -> float:
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return _measure_matmul(mesh)
-    known = [flops for kind, flops in PEAK_FLOPS.items() if device.device_kind.startswith(kind)]
-    return max(known, default=0.0) * mesh.size
+    known = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(known, key=len)] * mesh.size if known else 0.0  # "TPU v5 lite" is no "TPU v5"
 
 
 def _measure_matmul(mesh: jax.sharding.Mesh, size: int = 1024) -> float:

@@ -112,8 +112,9 @@ def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
         from jaxllm.report import write_report  # matplotlib takes seconds to import
 
         write_report(run_dir, [s for s in STAGES if s in config.stages or workspace.result(s) is not None])
-        policy = [stage for stage in POLICIES if workspace.result(stage) is not None][-1]
-        console.print(f"Report: {run_dir}/report.html and report.md; talk to it: jaxllm chat {run_dir}/{policy}")
+        policies = [stage for stage in POLICIES if workspace.result(stage) is not None]
+        talk = f"; talk to it: jaxllm chat {run_dir}/{policies[-1]}" if policies else ""
+        console.print(f"Report: {run_dir}/report.html and report.md{talk}")
     meet("everything is written")  # who leaves first waits for the others only heartbeat_seconds, then counts them lost
 
 

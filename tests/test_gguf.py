@@ -21,7 +21,7 @@ from tests.models.test_families import RECORD
 from tests.oracles.families import weight
 
 ARCH = {"llama2": "llama", "llama3": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2"}
-ARCH |= {"gemma3": "gemma3", "mixtral": "llama", "qwen3_moe": "qwen3moe"}
+ARCH |= {"gemma3": "gemma3", "mixtral": "llama", "qwen3_moe": "qwen3moe", "mistral": "llama", "olmo2": "olmo2"}
 F32 = gguf.GGMLQuantizationType.F32
 TEXTS = [
     "In spring the 12 birds sing, don't they?",

@@ -17,7 +17,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from jaxllm import data as d
 from jaxllm import tokenizer as ours
 from jaxllm.config import InputError
+from jaxllm.data import DataConfig, Source, examples
 from jaxllm.pretrained_tokenizer import load_tokenizer, restore
+from jaxllm.tokenizer import train
 from tests.chat_templates import CHATML, DEEPSEEK, GEMMA, LLAMA2, LLAMA3, plain
 from tests.test_tokenizer import CORPUS, NASTY
 
@@ -250,6 +252,28 @@ def test_tools_are_rendered_as_recorded_and_calls_are_the_assistants(tmp_path, t
     assert ids.count(tokenizer.end_id) == 5 and ids.count(tokenizer.controls["<|im_start|>"]) == 5
     said = whole(tokenizer, [i for i, m in zip(ids, mask, strict=True) if m])
     assert said == RECORDED.split("assistant\n", 1)[1].split("\n<|im_start|>user")[0] + "ok<|im_end|>"
+
+
+def test_training_data_carries_tools_and_calls(tmp_path):
+    write(tmp_path, "chatml", plain(CHATML))
+    tokenizer = load_tokenizer(tmp_path)
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": CALLING, "tools": TOOLS, "split": "train"}) + "\n")
+    data = DataConfig((Source(str(path)),))
+    (example,) = examples(data, "chat", "train")
+    assert example.encode(tokenizer) == tokenizer.encode_chat(CALLING, tools=TOOLS)
+    assert '"查询"' in example.learnt() and "it is" not in example.learnt()
+    with pytest.raises(InputError, match=r"chats\.jsonl:1: tools: the chat template of a tokenizer trained here"):
+        example.encode(tokenizer_of_ours())
+    with pytest.raises(InputError, match=r'chats\.jsonl:1: "tools" are for conversations only'):
+        list(examples(data, "prompt", "train"))
+    path.write_text(json.dumps({"messages": [*CALLING[:2], {"role": "tool"}, CALLING[3]]}) + "\n")
+    with pytest.raises(InputError, match=r"chats\.jsonl:1: a message needs a role .* and content"):
+        list(examples(data, "chat", "train"))
+
+
+def tokenizer_of_ours():
+    return train(iter(CORPUS), vocab_size=400, model_type="bpe", character_coverage=1.0, num_threads=1)
 
 
 def test_masks_that_cannot_be_told_are_refused(tmp_path):
