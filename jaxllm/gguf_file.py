@@ -14,10 +14,9 @@ from sentencepiece import sentencepiece_model_pb2
 
 from jaxllm.config import InputError
 from jaxllm.models.families import file_shapes, from_hf, tensors
-from jaxllm.models.files import KINDS
+from jaxllm.models.files import KINDS, Planned
 from jaxllm.models.rope import RopeScaling, frequencies
 from jaxllm.models.transformer import abstract
-from jaxllm.pretrained import Planned
 from jaxllm.pretrained_tokenizer import split_pattern
 
 # general.architecture -> model_type

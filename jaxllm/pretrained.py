@@ -7,11 +7,10 @@ parameters are read from them straight onto the mesh. An export goes leaf by lea
 import dataclasses
 import functools
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,25 +23,12 @@ from jaxllm.metrics import console
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.families import FAMILIES, family_of, file_shapes, file_value, from_hf, pick, present, tensors, to_hf
-from jaxllm.models.files import KINDS, Files
+from jaxllm.models.files import KINDS, Files, Planned
 from jaxllm.pretrained_tokenizer import load_tokenizer
 from jaxllm.sharding import MeshConfig, make_mesh, replicated
 from jaxllm.workspace import describe_model, described_model, load_model, read_json, write_json
 
 _KINDS = {str(dtype): kind for kind, dtype in KINDS.items()}  # bfloat16 -> BF16, ...
-
-
-class Planned(NamedTuple):
-    """A tensor to be written, made when its turn comes."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    make: Callable[[], np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def import_model(source: str, out: str) -> None:

@@ -13,7 +13,7 @@ LEVELS = [
     {"tokenizer", "chat_template", "pretrained_tokenizer"}
     | {"losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"}
     | {"digest", "process", "goodput"},
-    {"data", "generate", "score", "train", "workspace"},
+    {"data", "generate", "gguf_file", "score", "train", "workspace"},
     {"evaluate", "tasks", "pretrained"},
     {"stages", "report", "chat", "lm_eval"},
     {"run"},
@@ -52,6 +52,7 @@ EXTRAS = {
     "wandb",
     "transformers",
     "lm_eval",
+    "gguf",
 }
 
 

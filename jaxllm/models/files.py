@@ -4,7 +4,7 @@ import concurrent.futures
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,19 @@ class Stored(NamedTuple):
     kind: str  # as the format writes it: F32, BF16, ...
     shape: tuple[int, ...]
     start: int  # bytes
+
+
+class Planned(NamedTuple):
+    """A tensor to be written, made when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def _stored(path: Path) -> dict[str, Stored]:
