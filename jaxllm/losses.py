@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxllm.sharding import memories
+
 Pair = tuple[Array, Array]  # (sum, weight)
 Metrics = dict[str, Pair]
 Loss = tuple[Array, Array, Metrics]
 
-# Logits of one chunk, float32 elements over all devices: 256 MiB. Larger batches are scored in more chunks.
+# Logits of one chunk, float32 elements in one memory: 256 MiB. Larger batches are scored in more chunks.
 _CHUNK_ELEMENTS = 1 << 26
 
 
@@ -34,7 +36,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     cap: float = 0.0,
-    chunk_elements: int = _CHUNK_ELEMENTS,
+    chunk_elements: int = 0,
 ) -> TokenStats:
     """Log-probabilities of targets int32[B, T] under softmax(softcap(hidden @ head.T, cap) / temperature).
 
@@ -43,7 +45,8 @@ def token_logprobs(
     reference's KL and PPO's ratio all come here.
     """
     B, T, D = hidden.shape
-    size = min(T, max(1, chunk_elements // (B * head.shape[0])))
+    elements = chunk_elements or _CHUNK_ELEMENTS * memories()
+    size = min(T, max(1, elements // (B * head.shape[0])))
     chunks = -(-T // size)
     size = -(-T // chunks)
 

@@ -101,6 +101,12 @@ def platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
+def memories() -> int:
+    """How many devices of the current mesh have a memory of their own: virtual CPU devices share one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or platform() == "cpu" else mesh.size
+
+
 def activation(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(axes, ACT_RULES))
 

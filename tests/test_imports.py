@@ -10,6 +10,7 @@ from jaxllm.run import Config
 PACKAGE = Path(__file__).parent.parent / "jaxllm"
 LEVELS = [
     {"config", "sharding"},
+    {"flash"},
     {"tokenizer", "chat_template", "pretrained_tokenizer"}
     | {"losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"}
     | {"digest", "process", "goodput"},

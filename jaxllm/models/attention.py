@@ -1,9 +1,15 @@
 """Attention as a function of arrays. The mask is a specification (causal, segments, window), never a dense argument."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+
+from jaxllm import flash
+from jaxllm.sharding import platform
+
+Local = jax.Array | bool  # whether a layer's attention has its window; traced where layers are scanned
 
 
 def attention(
@@ -13,16 +19,17 @@ def attention(
     *,
     q_segment_ids: jax.Array,
     kv_segment_ids: jax.Array,
-    q_offset: jax.Array | int = 0,
-    window: jax.Array | int | None = None,
+    q_offset: jax.Array | int | None = None,
+    window: int | None = None,
+    local: Local = True,
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> jax.Array:
     """Grouped-query attention, causal inside segments (Vaswani et al. 2017; Ainslie et al. 2023).
 
     q: [B, T, N, H]; k: [B, S, K, H]; v: [B, S, K, W] with N a multiple of K; q_segment_ids: int32[B, T];
-    kv_segment_ids: int32[B, S]. Query t stands at place q_offset + t of the S key places. It sees key s when
-    s <= q_offset + t and their segments are equal. With segments 1 1 2 2 0 the five rows see
+    kv_segment_ids: int32[B, S]. Query t stands at place q_offset + t of the S key places; None: whole rows, 0. It sees
+    key s when s <= q_offset + t and their segments are equal. With segments 1 1 2 2 0 the five rows see
 
         1 . . . .      a token sees itself and what came before it in its own segment;
         1 1 . . .      padding (segment 0) sees only padding, so that no row is empty and
@@ -30,18 +37,34 @@ def attention(
         . . 1 1 .
         . . . . 1
 
-    window: a token sees so many places, itself included (Beltagy et al. 2020; Mistral). scale: of the scores,
+    window: a token sees so many places, itself included (Beltagy et al. 2020; Mistral), where `local`. scale: of the scores,
     1 / sqrt(H) by default. softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, section 2); 0: as they are.
-    Returns [B, T, N, W] in q's dtype. Scores and softmax are float32.
+    Returns [B, T, N, W] in q's dtype. Scores and softmax are float32. On a TPU whole rows of a multiple of 128 tokens go
+    to a kernel that never holds the scores.
     """
+    scale = scale or 1 / math.sqrt(q.shape[-1])
+    if q_offset is None and platform() == "tpu" and flash.fits(q, k, v):
+        settings = {
+            "q_segment_ids": q_segment_ids,
+            "kv_segment_ids": kv_segment_ids,
+            "scale": scale,
+            "softcap": softcap,
+        }
+        near, whole = (functools.partial(flash.tpu_attention, window=w, **settings) for w in (window, None))
+        if window is None or isinstance(local, bool):
+            return (near if local else whole)(q, k, v)
+        return jax.lax.cond(local, near, whole, q, k, v)
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * (scale or 1 / math.sqrt(H))
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    back = q_offset + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]  # [T, S]: places from the key to the query
-    near = back >= 0 if window is None else (back >= 0) & (back < window)
+    first = 0 if q_offset is None else q_offset
+    back = first + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]  # [T, S]: places from the key to the query
+    near = back >= 0
+    if window is not None and local is not False:
+        near &= back < (window if local is True else jnp.where(local, window, jnp.iinfo(jnp.int32).max))
     same = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]  # [B, T, S]
     allowed = (near[None] & same)[:, None, None]
     weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1)

@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.models.attention import attention
+from jaxllm.models.attention import Local, attention
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import moe
 from jaxllm.models.rope import frequencies, rope
 from jaxllm.sharding import constrain
-
-Local = jax.Array | bool  # whether a layer's attention has a window; traced where layers are scanned
 
 
 def normal(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
@@ -176,12 +174,12 @@ class LatentAttention(nnx.Module):
 
 def form(config: ModelConfig, local: Local) -> dict[str, Any]:
     """Window, scale and soft cap of a layer's attention scores."""
-    whole, window = jnp.iinfo(jnp.int32).max, None
-    if config.window:
-        window = (
-            (config.window if local else None) if isinstance(local, bool) else jnp.where(local, config.window, whole)
-        )
-    return {"window": window, "scale": config.score_scale, "softcap": config.attention_softcap}
+    return {
+        "window": config.window or None,
+        "local": local,
+        "scale": config.score_scale,
+        "softcap": config.attention_softcap,
+    }
 
 
 def _rotation(config: ModelConfig, local: Local) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""Attention that never holds the scores: Pallas kernels for TPUs (splash attention, which JAX ships)."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from jaxllm.sharding import ACT_RULES, spec
+
+_LANES = 128  # the kernels' tiles
+_BLOCK = 512  # queries and keys per block, where the length has so many
+
+
+def fits(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
+    """Whether the kernels take these [B, T, N, H], [B, S, K, H] and [B, S, K, W]."""
+    return q.shape[1] == k.shape[1] and q.shape[1] % _LANES == 0 and q.shape[2] % k.shape[2] == 0
+
+
+def tpu_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_segment_ids: jax.Array,
+    kv_segment_ids: jax.Array,
+    window: int | None,
+    scale: float,
+    softcap: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """`models.attention.attention` of whole rows; each device takes its rows, heads and queries, and all keys of its rows.
+
+    interpret: run the kernel's operations on any device, for tests.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    heads, queries = spec(("batch", "heads", "seq", None), ACT_RULES), spec(("batch", "seq"), ACT_RULES)
+    keys, tokens = spec(("batch", "kv_heads", None, None), ACT_RULES), spec(("batch", None), ACT_RULES)
+    shards = 1 if mesh.empty else mesh.shape["tensor"], 1 if mesh.empty else mesh.shape["context"]
+    kernel = _kernel(q.shape[2], q.shape[1], window, softcap, shards, interpret)
+
+    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, mine: jax.Array, theirs: jax.Array) -> jax.Array:
+        one = lambda q, k, v, mine, theirs: kernel(q, k, v, segment_ids=splash.SegmentIds(mine, theirs))
+        return jax.vmap(one)(q, k, v, mine, theirs)
+
+    by_head = lambda x: x.swapaxes(1, 2)
+    arguments = (kernel, by_head(q * np.asarray(scale, q.dtype)), by_head(k), by_head(v), q_segment_ids, kv_segment_ids)
+    if mesh.empty:
+        return by_head(local(*arguments))
+    of_kernel = kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, jax.P(heads[1], heads[2])))
+    specs = (of_kernel, heads, keys, keys, queries, tokens)
+    return by_head(jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(*arguments))
+
+
+def _kernel(
+    num_heads: int, length: int, window: int | None, softcap: float, shards: tuple[int, int], interpret: bool
+) -> Any:
+    shape = (length, length)
+    near = masks.LocalMask(shape, (window - 1, 0), 0) if window and window < length else masks.CausalMask(shape)
+    if window and window < length:
+        near = near & masks.CausalMask(shape)
+    mine = length // shards[1]  # queries of a device
+    block = next(size for size in (_BLOCK, 256, _LANES) if mine % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
+    return splash.make_splash_mha(
+        masks.MultiHeadMask([near] * num_heads),
+        block_sizes=sizes,
+        attn_logits_soft_cap=softcap or None,
+        head_shards=shards[0],
+        q_seq_shards=shards[1],
+        interpret=interpret,
+    )
