@@ -58,7 +58,8 @@ class Life:
                 env |= {"JAX_PROCESS_ID": str(number)}
             if self.clock:
                 env |= {"LD_PRELOAD": str(FAKETIME), "FAKETIME": self.clock, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-            log = open(f"{self.directory}.{number}.log", "ab")  # noqa: SIM115 - the process keeps it
+            # Anew at each start: what a process that ended long ago wrote says nothing about this one.
+            log = open(f"{self.directory}.{number}.log", "wb")  # noqa: SIM115 - the process keeps it
             arguments = [*command, *many, "--cpu-devices", str(self.devices)]
             self.alive.append(subprocess.Popen(arguments, env=env, cwd=ROOT, stdout=log, stderr=log))
             log.close()
