@@ -30,9 +30,10 @@ STAGE_HELP = {
 OTHER_HELP = {
     "generate": "complete a prompt with a stage's model",
     "chat": "talk to a stage's model",
-    "import": "make a stage directory of a downloaded model (safetensors)",
+    "import": "make a stage directory of a downloaded model (safetensors, GGUF)",
     "export": "write a stage's model for others: safetensors, config.json, tokenizer",
     "score": "stages' models on tasks in JSONL files, side by side",
+    "plan": "a stage's step compiled for TPUs that are not there: does it fit, what does it cost",
     "lm_eval": "EleutherAI's lm-evaluation-harness on a stage's model",
 }
 
@@ -90,7 +91,7 @@ class ImportArgs:
     """Make a stage directory of a downloaded model: generate, chat, score, export and init_from take it as it is."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Folder with config.json, *.safetensors and a tokenizer."""
+    """Folder with config.json, *.safetensors and a tokenizer, or a .gguf file."""
     out: Annotated[str, tyro.conf.Positional]
     """Directory to make."""
 
@@ -190,8 +191,8 @@ def _train(command: str, args: list[str]) -> None:
 
 
 def _talk(command: str, args: list[str]) -> None:
-    if command in ("score", "lm_eval"):
-        return _score(args) if command == "score" else _harness(args)
+    if command in ("score", "lm_eval", "plan"):
+        return {"score": _score, "lm_eval": _harness, "plan": _plan}[command](args)
     kinds: dict[str, tuple[type, Callable]] = {
         **{"generate": (GenerateArgs, _generate), "chat": (ChatArgs, _chat)},
         **{"import": (ImportArgs, _import), "export": (ExportArgs, _export)},
@@ -244,6 +245,15 @@ def _score(args: list[str]) -> None:
     with _field_errors():
         parsed = tyro_cli(tasks.ScoreArgs, args, "jaxllm score")
     tasks.command(parsed)
+
+
+def _plan(args: list[str]) -> None:
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # before JAX looks for devices
+    from jaxllm import plan
+    from jaxllm.run import Config
+
+    parsed = tyro_cli(plan.PlanArgs, args, "jaxllm plan")
+    plan.command(parsed, load(Config, parsed.config))
 
 
 def _harness(args: list[str]) -> None:

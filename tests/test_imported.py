@@ -11,7 +11,7 @@ import tokenizers
 
 from jaxllm.models import families, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.pretrained import import_model
+from jaxllm.pretrained import export_model, import_model
 from tests.conftest import ROOT, jaxllm
 
 CHATML = (
@@ -68,7 +68,7 @@ def test_tuning_takes_the_imported_model_its_tokenizer_and_its_template(tmp_path
     assert (directory / "tokenizer" / "tokenizer_config.json").read_bytes() == (
         imported / "tokenizer" / "tokenizer_config.json"
     ).read_bytes()
-    run("export", directory, tmp_path / "adapters", "--adapters")
+    export_model(str(directory), str(tmp_path / "adapters"), adapters=True)
     names = safetensors.numpy.load_file(tmp_path / "adapters" / "adapter_model.safetensors").keys()
     assert "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight" in names
     assert "im_start" not in run("generate", directory, "--prompt", "The soup", "--chat", "--max-new-tokens", 4)[0]

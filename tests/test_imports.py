@@ -18,6 +18,7 @@ LEVELS = [
     {"evaluate", "tasks", "pretrained"},
     {"stages", "report", "chat", "lm_eval"},
     {"run"},
+    {"plan"},
     {"__main__"},
 ]
 # Modules of one level that build on one another, in this order.

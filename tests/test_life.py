@@ -169,6 +169,7 @@ def test_the_best_of_n_is_the_one_the_reward_model_scores_highest(tiny_run):
     assert process.returncode == 2 and "--reward-from" in log
 
 
+@pytest.mark.slow
 def test_the_rest_of_the_family_runs_from_the_command_line(tiny_run, tmp_path):
     """DPO as adapters, RLOO as adapters on top of it, PPO with adapters on both models: all are models afterwards."""
     directory = tmp_path / "run"

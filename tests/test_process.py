@@ -12,7 +12,7 @@ import pytest
 from jaxllm import process as module
 from jaxllm.process import Signals, Stopped
 from tests.conftest import ROOT, jaxllm
-from tests.faults.harness import CONFIG, outcome
+from tests.faults.harness import CONFIG, STAGES, outcome
 
 LOOP = """
 import sys, time
@@ -92,11 +92,14 @@ def run_life(directory, *more, wait=240):
     return process.returncode, log
 
 
-def test_sigterm_in_a_stage_saves_and_exits_0_and_goes_on(tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert run_life(whole)[0] == 0
-    for stage, line in (("pretrain", "pretrain 15/60"), ("sample", "sample 12/32"), ("ppo", "ppo 3/10")):
-        process = jaxllm("run", CONFIG, "--run-dir", str(cut), "--cpu-devices", "2", stdout=subprocess.DEVNULL)
+@pytest.mark.parametrize("stages", [STAGES[:3], pytest.param(STAGES, marks=pytest.mark.slow)], ids=["to sft", "all"])
+def test_sigterm_in_a_stage_saves_and_exits_0_and_goes_on(tmp_path, stages):
+    whole, cut, only = tmp_path / "whole", tmp_path / "cut", ("--stages", *stages)
+    assert run_life(whole, *only)[0] == 0
+    cuts = {"pretrain": "pretrain 15/60", "sample": "sample 12/32", "ppo": "ppo 3/10"}
+    for stage, line in ((s, line) for s, line in cuts.items() if s in stages):
+        where = (CONFIG, "--run-dir", str(cut), "--cpu-devices", "2", *only)
+        process = jaxllm("run", *where, stdout=subprocess.DEVNULL)
         assert process.stderr is not None
         log = ""
         for text in process.stderr:
@@ -105,24 +108,26 @@ def test_sigterm_in_a_stage_saves_and_exits_0_and_goes_on(tmp_path):
                 os.kill(process.pid, signal.SIGTERM)
         assert process.wait(timeout=60) == 0, log
         assert f"SIGTERM: {stage}: " in log and "s after the signal" in log, log
-    code, log = run_life(cut)
-    assert code == 0 and "goodput: " in log and "4 attempts" in log, log
-    ours, theirs = outcome(cut), outcome(whole)
+    code, log = run_life(cut, *only)
+    attempts = f"{1 + len(cuts.keys() & {*stages})} attempts"
+    assert code == 0 and "goodput: " in log and attempts in log, log
+    ours, theirs = outcome(cut, stages), outcome(whole, stages)
     assert [name for name in theirs if ours[name] != theirs[name]] == []
 
     # A finished stage whose checkpoint is damaged is made again when a later stage needs it.
-    shutil.rmtree(cut / "evaluate")
-    newest = max((cut / "sft" / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    shutil.rmtree(cut / stages[-1])
+    needed = "sft" if stages[-1] == "evaluate" else "pretrain"
+    newest = max((cut / needed / "checkpoints").iterdir(), key=lambda path: int(path.name))
     file = max(newest.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    code, log = run_life(cut)
-    assert code == 0 and "sft makes it again" in " ".join(log.split()), log
-    ours = outcome(cut)
+    code, log = run_life(cut, *only)
+    assert code == 0 and f"{needed} makes it again" in " ".join(log.split()), log
+    ours = outcome(cut, stages)
     assert [name for name in theirs if ours[name] != theirs[name]] == []
 
     # Another config is refused field by field, unless it is said that it may differ.
     changed = ("--pretrain.num-steps", "61", "--pretrain.log-every", "4")
-    code, log = run_life(cut, *changed)
+    code, log = run_life(cut, *only, *changed)
     assert code == 2 and "pretrain.num_steps: 60 -> 61; pretrain.log_every: 5 -> 4" in log, log
-    code, log = run_life(cut, *changed, "--allow-change", "pretrain.num_steps", "pretrain.log_every")
+    code, log = run_life(cut, *only, *changed, "--allow-change", "pretrain.num_steps", "pretrain.log_every")
     assert code == 0 and "pretrain 61/61" in log, log

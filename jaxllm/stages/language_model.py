@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxllm import evaluate, losses, train
@@ -21,7 +22,7 @@ from jaxllm.models import lora, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
-from jaxllm.sharding import activation, check_batch, param_shardings
+from jaxllm.sharding import activation, check_batch, param_shardings, replicated
 from jaxllm.workspace import Workspace, describe_model, load_model
 
 
@@ -83,9 +84,8 @@ def run(
     rows = {split: load_rows(config.data, kind, split, tokenizer, length, cache) for split in ("train", "held_out")}
     num_steps = config.num_steps or math.ceil(config.num_epochs * epoch_rows(rows["train"]) / config.batch_size)
     describe(stage, rows, model, num_steps, config.batch_size)
-    tx = make_optimizer(config.optim, num_steps, model.moe.bias_rate)
+    step, placed = program(mesh, config, model, num_steps, workspace.seed)
     whole, axes = transformer.abstract(model), transformer.axes(model)
-    placed = train.place_state(mesh, *lora.trained(config.lora, whole, axes), tx)
     seed, sharding = workspace.seed, activation(mesh, "batch", None)
 
     def first() -> Any:
@@ -113,9 +113,6 @@ def run(
 
     describe_model(directory, model, "policy", ("params",), config.lora, source)
     tokens = config.batch_size * length
-    learn = functools.partial(loss, model=model, z_loss_coef=config.z_loss_coef, mtp_coef=config.mtp_coef)
-    settings: dict[str, Any] = {"num_micro": config.num_micro, "seed": seed, "spike_factor": config.optim.spike_factor}
-    step = train.make_step(learn, tx, state_shardings=placed.shardings, **settings)
     state, metrics = train.run_stage(
         directory,
         stage,
@@ -140,6 +137,33 @@ def run(
         **{"tokens_per_second": metrics.get("throughput/tokens_per_second", 0.0)},
         **{"mfu": metrics.get("throughput/mfu", 0.0), "norm": float(optax.tree.norm(state.params))},
     }
+
+
+def program(
+    mesh: jax.sharding.Mesh, config: LanguageModelConfig, model: ModelConfig, num_steps: int, seed: int
+) -> tuple[Any, train.Placed]:
+    """(the step: state, batch, base -> state, metrics; where its state is placed), on real devices or planned ones."""
+    tx = make_optimizer(config.optim, num_steps, model.moe.bias_rate)
+    placed = train.place_state(
+        mesh, *lora.trained(config.lora, transformer.abstract(model), transformer.axes(model)), tx
+    )
+    learn = functools.partial(loss, model=model, z_loss_coef=config.z_loss_coef, mtp_coef=config.mtp_coef)
+    settings: dict[str, Any] = {"num_micro": config.num_micro, "seed": seed, "spike_factor": config.optim.spike_factor}
+    return train.make_step(learn, tx, state_shardings=placed.shardings, **settings), placed
+
+
+def arguments(
+    mesh: jax.sharding.Mesh, config: LanguageModelConfig, model: ModelConfig, placed: train.Placed
+) -> tuple[Any, Any, Any]:
+    """(state, batch, frozen parameters) of a step as shapes with their shardings."""
+    whole = transformer.abstract(model)
+    base = jax.eval_shape(functools.partial(lora.frozen, config.lora), whole) if config.lora.rank else {}
+    shardings = param_shardings(mesh, whole, transformer.axes(model)) if base else {}
+    scale = {"lora": {"scale": replicated(mesh)}} if base else {}
+    sharding, shape = activation(mesh, "batch", None), (config.batch_size, config.length or model.max_length)
+    types = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.bool_}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()}
+    return placed.abstract, batch, train.with_shardings(base, {**shardings, **scale})
 
 
 def loss(

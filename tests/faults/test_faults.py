@@ -20,7 +20,7 @@ def chosen(*names):
 @pytest.mark.parametrize(
     ("processes", "names", "stages"),
     [
-        (2, ["SIGTERM", "SIGKILL of one process"], ("tokenizer", "pretrain", "sft")),
+        (2, ["SIGTERM", "SIGKILL of one process"], harness.STAGES[:2]),
         pytest.param(2, ["SIGTERM", "SIGKILL of one process"], harness.STAGES, marks=pytest.mark.slow),
         pytest.param(
             1,

@@ -1,0 +1,119 @@
+"""jaxllm plan: bytes, FLOPs and collectives against what can be counted otherwise; real compilations for TPUs."""
+
+import json
+import math
+
+import jax
+import pytest
+import yaml
+
+from jaxllm import plan
+from jaxllm.models import transformer
+from jaxllm.models.config import ModelConfig
+from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.stages import language_model
+from jaxllm.stages.language_model import LanguageModelConfig
+from tests.conftest import jaxllm
+
+SHAPE = {"num_layers": 3, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 128, "dtype": "float32"}
+MODEL = ModelConfig(vocab_size=256, max_length=64, **SHAPE)
+SECTION = LanguageModelConfig(batch_size=16, num_steps=10)
+
+
+def traced(model, mesh, section=SECTION):
+    step, placed = language_model.program(mesh, section, model, 10, 0)
+    state, batch, base = language_model.arguments(mesh, section, model, placed)
+    with jax.set_mesh(mesh):
+        return step.trace(state, batch, base=base), placed
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)], ids=["data", "mixed"])
+def test_state_bytes_are_those_of_the_real_state(mesh):
+    mesh = make_mesh(mesh)
+    _, placed = language_model.program(mesh, SECTION, MODEL, 10, 0)
+    with jax.set_mesh(mesh):
+        state = placed.init(transformer.init(MODEL, jax.random.key(0)))
+    held = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+    for part in ("params", "opt_state"):
+        assert plan._bytes_of(getattr(placed.abstract, part)) == held(getattr(state, part)) > 0
+
+
+def test_flops_are_six_per_parameter_and_attention_and_a_third_more_with_remat():
+    tokens, mesh = SECTION.batch_size * MODEL.max_length, make_mesh(MeshConfig())
+    # The reference attention computes what the causal mask hides, which flops_per_token leaves out.
+    hidden = 6 * MODEL.num_layers * MODEL.embed_dim * MODEL.max_length
+    want = (transformer.flops_per_token(MODEL, MODEL.max_length) + hidden) * tokens
+    assert plan.count_flops(traced(MODEL, mesh)[0].jaxpr.jaxpr) == pytest.approx(want, rel=0.02)
+    full = ModelConfig(vocab_size=256, max_length=64, remat="full", **SHAPE)
+    head = 6 * MODEL.vocab_size * MODEL.embed_dim * tokens
+    again = plan.count_flops(traced(full, mesh)[0].jaxpr.jaxpr)
+    unneeded = 2 * MODEL.num_layers * MODEL.embed_dim * MODEL.mlp_dim * tokens  # a layer's last product
+    assert again == pytest.approx(head + (want - head) * 4 / 3 - unneeded, rel=0.02)
+
+
+def test_collectives_are_counted_through_loops_and_named_by_their_axes():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    compiled = traced(MODEL, mesh)[0].lower().compile()
+    found = {(c["kind"], *c["axes"]): c for c in plan.collectives(compiled.as_text(), mesh)}
+    gathered = found["all-gather", "fsdp"]
+    # Every layer's matrices are gathered at least forward and backward.
+    layer = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(transformer.abstract(MODEL)["layers"]))
+    assert gathered["count"] >= 2 * MODEL.num_layers and gathered["bytes"] > 1.2 * MODEL.num_layers * layer * 4 * 3 / 4
+    assert all({*c["axes"]} <= {"data", "fsdp"} and c["bytes"] > 0 for c in found.values())
+
+
+def test_groups_of_devices_are_read_in_every_spelling():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    line = "  %x = f32[8]{0} all-reduce(%y), "
+    for text, want in {
+        "replica_groups={{0,1},{2,3},{4,5},{6,7}}": ("tensor",),
+        "replica_groups=[4,2]<=[8]": ("tensor",),
+        "replica_groups=[4,2]<=[2,4]T(1,0)": ("data",),
+        "replica_groups=[2,4]<=[2,2,2]T(1,0,2)": ("data", "tensor"),
+        "replica_groups={}": ("data", "fsdp", "tensor"),
+    }.items():
+        assert plan._axes_of(line + text, mesh) == want, text
+
+
+def run(tmp_path, model, topology, *more, batch_size=16, mesh=None):
+    config = {
+        **{"name": "p", "model": model, "mesh": mesh or {"data": 1, "fsdp": -1}},
+        "pretrain": {"batch_size": batch_size, "num_steps": 10},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    process = jaxllm("plan", str(path), "--topology", topology, *more)
+    out, log = process.communicate(timeout=300)
+    return process.returncode, out, log
+
+
+SMALL = {"vocab_size": 512, "max_length": 256, "num_layers": 3, "embed_dim": 256, "num_heads": 2, "mlp_dim": 512}
+
+
+def test_a_step_is_compiled_for_a_tpu(tmp_path):
+    code, out, log = run(tmp_path, SMALL, "v5e:2x4", "--json")
+    assert code == 0, log
+    report = json.loads(out)
+    assert report["fits"] and report["devices"] == 8 and report["mesh"] == {"fsdp": 8}
+    assert 0 < report["temp_bytes_per_device"] < 1e9 and report["argument_bytes_per_device"] > 0
+    assert {"all-gather", "all-reduce"} & {c["kind"] for c in report["collectives"]}
+    assert 0 < report["predicted_mfu"] < 1 and report["predicted_step_seconds"] > 0
+
+
+def test_too_big_is_an_answer(tmp_path):
+    big = {"preset": "llama3-8b", "num_layers": 4}
+    code, out, log = run(tmp_path, big, "v5e:2x2", batch_size=64)
+    assert code == 0, log
+    assert "fits" in out and "False" in out and "RESOURCE_EXHAUSTED" in out
+
+
+def test_what_makes_no_sense_is_one_line(tmp_path):
+    for topology, more, message in (
+        ("v9:2x2", (), "kinds: v4, v5e, v5p, v6e, tpu7x"),
+        ("v5e:3x3", (), "libtpu knows no such slice"),
+        ("v5e:2x2", ("--stage", "rank"), "known: pretrain, sft"),
+    ):
+        code, _, log = run(tmp_path, SMALL, topology, *more)
+        assert code == 2 and message in " ".join(log.split()) and "Traceback" not in log, log
+    code, _, log = run(tmp_path, {**SMALL, "vocab_size": 0}, "v5e:2x2")
+    assert code == 2 and "model.vocab_size" in log
