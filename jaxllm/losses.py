@@ -4,13 +4,15 @@ A loss returns (sum, weight, {name: (sum, weight)}), never a mean: sums are adde
 in float32 and divided once. Shapes: B batch, T positions, R response positions, K responses of a prompt.
 """
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxllm.sharding import memories
+from jaxllm.sharding import batch_axes, memories, mesh_size
 
 Pair = tuple[Array, Array]  # (sum, weight)
 Metrics = dict[str, Pair]
@@ -44,16 +46,31 @@ def token_logprobs(
     backward pass, so that [B, T, V] never exists. The only log-probability code: training, evaluation, the
     reference's KL and PPO's ratio all come here.
     """
-    B, T, D = hidden.shape
+    axes = batch_axes()
+    shards = math.prod(mesh_size(axis) for axis in axes)
     elements = chunk_elements or _CHUNK_ELEMENTS * memories()
-    size = min(T, max(1, elements // (B * head.shape[0])))
+    weights = head.astype(hidden.dtype)
+    if shards == 1 or hidden.shape[0] % shards:
+        return _in_chunks(hidden, weights, targets, temperature=temperature, cap=cap, elements=elements)
+    # Each device goes through its own rows: left to XLA, the head would be gathered and its gradient reduced per chunk.
+    run = functools.partial(_in_chunks, temperature=temperature, cap=cap, elements=elements // shards)
+    rows = jax.P(axes)
+    local = jax.shard_map(run, in_specs=(rows, jax.P(), rows), out_specs=rows, axis_names={*axes}, check_vma=False)
+    return local(hidden, weights, targets)
+
+
+def _in_chunks(
+    hidden: Array, weights: Array, targets: Array, *, temperature: float, cap: float, elements: int
+) -> TokenStats:
+    B, T, D = hidden.shape
+    size = min(T, max(1, elements // (B * weights.shape[0])))
     chunks = -(-T // size)
     size = -(-T // chunks)
+    wide = weights.astype(jnp.float32)  # so that its gradient is summed over chunks in float32
 
     def score(hidden: Array, targets: Array) -> TokenStats:
-        # The head is cast here, inside the chunk, so that its gradient is summed over chunks in float32.
-        weights = head.astype(hidden.dtype)
-        logits = jnp.einsum("btd,vd->btv", hidden, weights, preferred_element_type=jnp.float32)
+        narrow = wide.astype(hidden.dtype)
+        logits = jnp.einsum("btd,vd->btv", hidden, narrow, preferred_element_type=jnp.float32)
         logits = softcap(logits, cap) / temperature
         top = jax.lax.stop_gradient(logits.max(-1))
         exp = jnp.exp(logits - top[..., None])

@@ -101,6 +101,18 @@ def platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
+def mesh_size(axis: str) -> int:
+    """Devices along an axis of the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
+
+
+def batch_axes() -> tuple[str, ...]:
+    """The axes that rows of a batch are shared out over."""
+    axes = ACT_RULES["batch"]
+    return axes if isinstance(axes, tuple) else (axes,) if axes else ()
+
+
 def memories() -> int:
     """How many devices of the current mesh have a memory of their own: virtual CPU devices share one."""
     mesh = jax.sharding.get_abstract_mesh()

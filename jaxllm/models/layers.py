@@ -12,7 +12,7 @@ from jaxllm.models.attention import Local, attention
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import moe
 from jaxllm.models.rope import frequencies, rope
-from jaxllm.sharding import constrain
+from jaxllm.sharding import constrain, mesh_size
 
 
 def normal(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
@@ -278,9 +278,11 @@ class Block(nnx.Module):
         return self._mlp(self._add(x, y, "attention"), mask)[0], k_cache, v_cache
 
     def _mlp(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
-        y = self._before(x, "mlp")
-        y, load = self.mlp(y, mask) if isinstance(self.mlp, Experts) else (self.mlp(y), {})
-        return self._add(x, y, "mlp"), load
+        if isinstance(self.mlp, Experts):
+            y, load = self.mlp(self._before(x, "mlp"), mask)
+            return self._add(x, y, "mlp"), load
+        whole = lambda x: self._add(x, self.mlp(self._before(x, "mlp")), "mlp")
+        return (_some_at_a_time(whole, x) if self.config.remat == "full" else whole(x)), {}
 
     def _before(self, x: jax.Array, what: str) -> jax.Array:
         return x if self.config.norm_place == "after" else getattr(self, f"{what}_norm")(x)
@@ -288,6 +290,24 @@ class Block(nnx.Module):
     def _add(self, x: jax.Array, y: jax.Array, what: str) -> jax.Array:
         y = y if self.config.norm_place == "before" else getattr(self, f"{what}_post_norm")(y)
         return constrain(x + y, "batch", "seq", "embed")
+
+
+_AT_A_TIME = 2048  # tokens of a row
+
+
+def _some_at_a_time(function: Any, x: jax.Array) -> jax.Array:
+    """function(x [B, T, D]), which looks at each token alone, with the hidden sizes of some tokens in memory.
+
+    Recomputed in the backward pass by itself, so that where the whole block is recomputed it costs nothing more.
+    """
+    B, T, D = x.shape
+    apart = jax.checkpoint(function, prevent_cse=False)
+    count = T // _AT_A_TIME
+    if count < 2 or T % _AT_A_TIME or mesh_size("context") > 1:
+        return apart(x)
+    parts = x.reshape(B, count, _AT_A_TIME, D).swapaxes(0, 1)
+    _, made = jax.lax.scan(lambda _, part: (None, apart(part)), None, parts)
+    return made.swapaxes(0, 1).reshape(x.shape)
 
 
 class Ahead(nnx.Module):
