@@ -5,14 +5,13 @@ in float32 and divided once. Shapes: B batch, T positions, R response positions,
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxllm.sharding import batch_axes, memories, mesh_size
+from jaxllm.sharding import by_rows, memories
 
 Pair = tuple[Array, Array]  # (sum, weight)
 Metrics = dict[str, Pair]
@@ -46,25 +45,18 @@ def token_logprobs(
     backward pass, so that [B, T, V] never exists. The only log-probability code: training, evaluation, the
     reference's KL and PPO's ratio all come here.
     """
-    axes = batch_axes()
-    shards = math.prod(mesh_size(axis) for axis in axes)
     elements = chunk_elements or _CHUNK_ELEMENTS * memories()
-    weights = head.astype(hidden.dtype)
-    if shards == 1 or hidden.shape[0] % shards:
-        return _in_chunks(hidden, weights, targets, temperature=temperature, cap=cap, elements=elements)
+    chunk = max(1, elements // (hidden.shape[0] * head.shape[0]))
+    run = functools.partial(_in_chunks, temperature=temperature, cap=cap, chunk=chunk)
     # Each device goes through its own rows: left to XLA, the head would be gathered and its gradient reduced per chunk.
-    run = functools.partial(_in_chunks, temperature=temperature, cap=cap, elements=elements // shards)
-    rows = jax.P(axes)
-    local = jax.shard_map(run, in_specs=(rows, jax.P(), rows), out_specs=rows, axis_names={*axes}, check_vma=False)
-    return local(hidden, weights, targets)
+    return by_rows(run, hidden.shape[0])(head.astype(hidden.dtype), hidden, targets)
 
 
 def _in_chunks(
-    hidden: Array, weights: Array, targets: Array, *, temperature: float, cap: float, elements: int
+    weights: Array, hidden: Array, targets: Array, *, temperature: float, cap: float, chunk: int
 ) -> TokenStats:
     B, T, D = hidden.shape
-    size = min(T, max(1, elements // (B * weights.shape[0])))
-    chunks = -(-T // size)
+    chunks = -(-T // min(T, chunk))
     size = -(-T // chunks)
     wide = weights.astype(jnp.float32)  # so that its gradient is summed over chunks in float32
 

@@ -6,7 +6,7 @@ to mesh axes. There is no catch-all: an unknown name raises, since a typo would 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,9 +90,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation to its place on the current mesh (`jax.set_mesh`); without one, return it as it is."""
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} axis names for an array of {x.ndim} dimensions")
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, ACT_RULES))
+    where = spec(axes, ACT_RULES)
+    if own := {*mesh.manual_axes}:  # in `by_rows`: along these a device has its own part already
+        left = (tuple(a for a in ((p,) if isinstance(p, str) else p or ()) if a not in own) or None for p in where)
+        where = PartitionSpec(*left)
+    return jax.lax.with_sharding_constraint(x, where)
 
 
 def platform() -> str:
@@ -107,10 +112,23 @@ def mesh_size(axis: str) -> int:
     return 1 if mesh.empty else mesh.shape[axis]
 
 
-def batch_axes() -> tuple[str, ...]:
-    """The axes that rows of a batch are shared out over."""
-    axes = ACT_RULES["batch"]
-    return axes if isinstance(axes, tuple) else (axes,) if axes else ()
+def by_rows(function: Callable[..., Any], rows: int) -> Callable[..., Any]:
+    """function(shared, *arrays of so many rows) -> arrays of rows, on each device over its own rows of a batch.
+
+    What is shared is whole along the batch's axes; its gradient is summed over them once, at the end.
+    """
+    axes = tuple(axis for axis in ACT_RULES["batch"] or () if mesh_size(axis) > 1)
+    if not axes or rows % math.prod(map(mesh_size, axes)):
+        return function
+    own = jax.P(axes)
+
+    def over_rows(shared: Any, *arrays: Any) -> Any:
+        specs = (jax.P(), *(own for _ in arrays))
+        return jax.shard_map(function, in_specs=specs, out_specs=own, axis_names={*axes}, check_vma=False)(
+            shared, *arrays
+        )
+
+    return over_rows
 
 
 def memories() -> int:

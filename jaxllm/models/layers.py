@@ -12,7 +12,7 @@ from jaxllm.models.attention import Local, attention
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import moe
 from jaxllm.models.rope import frequencies, rope
-from jaxllm.sharding import constrain, mesh_size
+from jaxllm.sharding import by_rows, constrain, mesh_size
 
 
 def normal(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
@@ -251,6 +251,9 @@ class Experts(nnx.Module):
         return y + self.shared(x) if self.config.moe.num_shared else y, load
 
 
+_AT_A_TIME = 2048  # tokens of a row
+
+
 class Block(nnx.Module):
     """Residual block: x + attention(norm(x)), then x + mlp(norm(x)); norms before, after (OLMo 2) or both (Gemma 2)."""
 
@@ -281,8 +284,38 @@ class Block(nnx.Module):
         if isinstance(self.mlp, Experts):
             y, load = self.mlp(self._before(x, "mlp"), mask)
             return self._add(x, y, "mlp"), load
-        whole = lambda x: self._add(x, self.mlp(self._before(x, "mlp")), "mlp")
-        return (_some_at_a_time(whole, x) if self.config.remat == "full" else whole(x)), {}
+        if self.config.remat == "full":
+            return self._mlp_in_parts(x), {}
+        return self._add(x, self.mlp(self._before(x, "mlp")), "mlp"), {}
+
+    def _mlp_in_parts(self, x: jax.Array) -> jax.Array:
+        """x + mlp(norm(x)), some tokens of x [B, T, D] at a time, so that the hidden sizes of few are in memory.
+
+        Recomputed in the backward pass by itself: where the whole block is recomputed, that costs nothing more. Each
+        device goes through its own rows: left to XLA, weights would be gathered and gradients reduced for each part.
+        """
+        names = [name for name in ("mlp", "mlp_norm", "mlp_post_norm") if hasattr(self, name)]
+        graph, state = nnx.split(nnx.Dict({name: getattr(self, name) for name in names}))
+        narrow = jax.tree.map(lambda w: w.astype(x.dtype) if w.ndim > 1 else w, state)
+
+        def part(state: Any, x: jax.Array) -> jax.Array:
+            modules = nnx.merge(graph, jax.tree.map(lambda w: w.astype(x.dtype) if w.ndim > 1 else w, state))
+            before = x if self.config.norm_place == "after" else modules["mlp_norm"](x)
+            y = modules["mlp"](before)
+            return x + (y if self.config.norm_place == "before" else modules["mlp_post_norm"](y))
+
+        def rows(state: Any, x: jax.Array) -> jax.Array:
+            B, T, D = x.shape
+            wide = jax.tree.map(lambda w: w.astype(jnp.float32), state)  # their gradients are summed over parts
+            run = jax.checkpoint(functools.partial(part, wide), prevent_cse=False)
+            count = T // _AT_A_TIME
+            if count < 2 or T % _AT_A_TIME or mesh_size("context") > 1:
+                return run(x)
+            parts = x.reshape(B, count, _AT_A_TIME, D).swapaxes(0, 1)
+            _, made = jax.lax.scan(lambda _, part: (None, run(part)), None, parts)
+            return made.swapaxes(0, 1).reshape(x.shape)
+
+        return constrain(by_rows(rows, x.shape[0])(narrow, x), "batch", "seq", "embed")
 
     def _before(self, x: jax.Array, what: str) -> jax.Array:
         return x if self.config.norm_place == "after" else getattr(self, f"{what}_norm")(x)
@@ -290,24 +323,6 @@ class Block(nnx.Module):
     def _add(self, x: jax.Array, y: jax.Array, what: str) -> jax.Array:
         y = y if self.config.norm_place == "before" else getattr(self, f"{what}_post_norm")(y)
         return constrain(x + y, "batch", "seq", "embed")
-
-
-_AT_A_TIME = 2048  # tokens of a row
-
-
-def _some_at_a_time(function: Any, x: jax.Array) -> jax.Array:
-    """function(x [B, T, D]), which looks at each token alone, with the hidden sizes of some tokens in memory.
-
-    Recomputed in the backward pass by itself, so that where the whole block is recomputed it costs nothing more.
-    """
-    B, T, D = x.shape
-    apart = jax.checkpoint(function, prevent_cse=False)
-    count = T // _AT_A_TIME
-    if count < 2 or T % _AT_A_TIME or mesh_size("context") > 1:
-        return apart(x)
-    parts = x.reshape(B, count, _AT_A_TIME, D).swapaxes(0, 1)
-    _, made = jax.lax.scan(lambda _, part: (None, apart(part)), None, parts)
-    return made.swapaxes(0, 1).reshape(x.shape)
 
 
 class Ahead(nnx.Module):
