@@ -4,14 +4,13 @@ A loss returns (sum, weight, {name: (sum, weight)}), never a mean: sums are adde
 in float32 and divided once. Shapes: B batch, T positions, R response positions, K responses of a prompt.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxllm.sharding import by_rows, memories
+from jaxllm.sharding import memories
 
 Pair = tuple[Array, Array]  # (sum, weight)
 Metrics = dict[str, Pair]
@@ -45,24 +44,16 @@ def token_logprobs(
     backward pass, so that [B, T, V] never exists. The only log-probability code: training, evaluation, the
     reference's KL and PPO's ratio all come here.
     """
-    elements = chunk_elements or _CHUNK_ELEMENTS * memories()
-    chunk = max(1, elements // (hidden.shape[0] * head.shape[0]))
-    run = functools.partial(_in_chunks, temperature=temperature, cap=cap, chunk=chunk)
-    # Each device goes through its own rows: left to XLA, the head would be gathered and its gradient reduced per chunk.
-    return by_rows(run, hidden.shape[0])(head.astype(hidden.dtype), hidden, targets)
-
-
-def _in_chunks(
-    weights: Array, hidden: Array, targets: Array, *, temperature: float, cap: float, chunk: int
-) -> TokenStats:
     B, T, D = hidden.shape
-    chunks = -(-T // min(T, chunk))
+    elements = chunk_elements or _CHUNK_ELEMENTS * memories()
+    size = min(T, max(1, elements // (B * head.shape[0])))
+    chunks = -(-T // size)
     size = -(-T // chunks)
-    wide = weights.astype(jnp.float32)  # so that its gradient is summed over chunks in float32
 
     def score(hidden: Array, targets: Array) -> TokenStats:
-        narrow = wide.astype(hidden.dtype)
-        logits = jnp.einsum("btd,vd->btv", hidden, narrow, preferred_element_type=jnp.float32)
+        # The head is cast here, inside the chunk, so that its gradient is summed over chunks in float32.
+        weights = head.astype(hidden.dtype)
+        logits = jnp.einsum("btd,vd->btv", hidden, weights, preferred_element_type=jnp.float32)
         logits = softcap(logits, cap) / temperature
         top = jax.lax.stop_gradient(logits.max(-1))
         exp = jnp.exp(logits - top[..., None])

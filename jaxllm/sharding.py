@@ -6,7 +6,7 @@ to mesh axes. There is no catch-all: an unknown name raises, since a typo would 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,45 +90,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation to its place on the current mesh (`jax.set_mesh`); without one, return it as it is."""
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} axis names for an array of {x.ndim} dimensions")
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    where = spec(axes, ACT_RULES)
-    if own := {*mesh.manual_axes}:  # in `by_rows`: along these a device has its own part already
-        left = (tuple(a for a in ((p,) if isinstance(p, str) else p or ()) if a not in own) or None for p in where)
-        where = PartitionSpec(*left)
-    return jax.lax.with_sharding_constraint(x, where)
+    return jax.lax.with_sharding_constraint(x, spec(axes, ACT_RULES))
 
 
 def platform() -> str:
     """ "cpu", "gpu" or "tpu": of the current mesh (`jax.set_mesh`), which may be one that is only compiled for."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-
-
-def mesh_size(axis: str) -> int:
-    """Devices along an axis of the current mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape[axis]
-
-
-def by_rows(function: Callable[..., Any], rows: int) -> Callable[..., Any]:
-    """function(shared, *arrays of so many rows) -> arrays of rows, on each device over its own rows of a batch.
-
-    What is shared is whole along the batch's axes; its gradient is summed over them once, at the end.
-    """
-    axes = tuple(axis for axis in ACT_RULES["batch"] or () if mesh_size(axis) > 1)
-    if not axes or rows % math.prod(map(mesh_size, axes)):
-        return function
-    own = jax.P(axes)
-
-    def over_rows(shared: Any, *arrays: Any) -> Any:
-        specs = (jax.P(), *(own for _ in arrays))
-        return jax.shard_map(function, in_specs=specs, out_specs=own, axis_names={*axes}, check_vma=False)(
-            shared, *arrays
-        )
-
-    return over_rows
 
 
 def memories() -> int:

@@ -12,7 +12,7 @@ from jaxllm.models.attention import Local, attention
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import moe
 from jaxllm.models.rope import frequencies, rope
-from jaxllm.sharding import by_rows, constrain, mesh_size
+from jaxllm.sharding import constrain
 
 
 def normal(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
@@ -251,9 +251,6 @@ class Experts(nnx.Module):
         return y + self.shared(x) if self.config.moe.num_shared else y, load
 
 
-_AT_A_TIME = 2048  # tokens of a row
-
-
 class Block(nnx.Module):
     """Residual block: x + attention(norm(x)), then x + mlp(norm(x)); norms before, after (OLMo 2) or both (Gemma 2)."""
 
@@ -281,41 +278,9 @@ class Block(nnx.Module):
         return self._mlp(self._add(x, y, "attention"), mask)[0], k_cache, v_cache
 
     def _mlp(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
-        if isinstance(self.mlp, Experts):
-            y, load = self.mlp(self._before(x, "mlp"), mask)
-            return self._add(x, y, "mlp"), load
-        if self.config.remat == "full":
-            return self._mlp_in_parts(x), {}
-        return self._add(x, self.mlp(self._before(x, "mlp")), "mlp"), {}
-
-    def _mlp_in_parts(self, x: jax.Array) -> jax.Array:
-        """x + mlp(norm(x)), some tokens of x [B, T, D] at a time, so that the hidden sizes of few are in memory.
-
-        Recomputed in the backward pass by itself: where the whole block is recomputed, that costs nothing more. Each
-        device goes through its own rows: left to XLA, weights would be gathered and gradients reduced for each part.
-        """
-        names = [name for name in ("mlp", "mlp_norm", "mlp_post_norm") if hasattr(self, name)]
-        graph, state = nnx.split(nnx.Dict({name: getattr(self, name) for name in names}))
-        narrow = jax.tree.map(lambda w: w.astype(x.dtype) if w.ndim > 1 else w, state)
-
-        def part(state: Any, x: jax.Array) -> jax.Array:
-            modules = nnx.merge(graph, jax.tree.map(lambda w: w.astype(x.dtype) if w.ndim > 1 else w, state))
-            before = x if self.config.norm_place == "after" else modules["mlp_norm"](x)
-            y = modules["mlp"](before)
-            return x + (y if self.config.norm_place == "before" else modules["mlp_post_norm"](y))
-
-        def rows(state: Any, x: jax.Array) -> jax.Array:
-            B, T, D = x.shape
-            wide = jax.tree.map(lambda w: w.astype(jnp.float32), state)  # their gradients are summed over parts
-            run = jax.checkpoint(functools.partial(part, wide), prevent_cse=False)
-            count = T // _AT_A_TIME
-            if count < 2 or T % _AT_A_TIME or mesh_size("context") > 1:
-                return run(x)
-            parts = x.reshape(B, count, _AT_A_TIME, D).swapaxes(0, 1)
-            _, made = jax.lax.scan(lambda _, part: (None, run(part)), None, parts)
-            return made.swapaxes(0, 1).reshape(x.shape)
-
-        return constrain(by_rows(rows, x.shape[0])(narrow, x), "batch", "seq", "embed")
+        y = self._before(x, "mlp")
+        y, load = self.mlp(y, mask) if isinstance(self.mlp, Experts) else (self.mlp(y), {})
+        return self._add(x, y, "mlp"), load
 
     def _before(self, x: jax.Array, what: str) -> jax.Array:
         return x if self.config.norm_place == "after" else getattr(self, f"{what}_norm")(x)
