@@ -159,6 +159,7 @@ def test_generate_prints_only_text_and_repeats_itself(tiny_run):
     assert first == generate(tiny_run / "pretrain", *sampled) and len(first.splitlines()) >= 3
 
 
+@pytest.mark.slow
 def test_the_best_of_n_is_the_one_the_reward_model_scores_highest(tiny_run):
     asked = ["--prompt", "The soup tastes great.", "--chat", "--max-new-tokens", 8, "--temperature", 1.5]
     drawn = generate(tiny_run / "sft", *asked, "--num-samples", 6).splitlines()

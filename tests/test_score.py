@@ -50,7 +50,7 @@ def greedy_row(params, model, ids, count):
     return Row(ids, count)
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT], ids=["llama", "gpt"])
+@pytest.mark.parametrize("model", [LLAMA, pytest.param(GPT, marks=pytest.mark.slow)], ids=["llama", "gpt"])
 def test_every_row_scores_as_if_it_were_alone(model):
     rng, params = np.random.default_rng(0), transformer.init(model, jax.random.key(0))
     lengths = [2, 33, 34, 65, model.max_length, model.max_length + 1, 5, 5, 5]

@@ -59,7 +59,7 @@ def in_the_papers_words(params, model, ids, learnt):
     return nats, count
 
 
-@pytest.mark.parametrize("model", [DENSE, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("model", [pytest.param(DENSE, marks=pytest.mark.slow), SPARSE], ids=["dense", "sparse"])
 def test_a_packed_row_has_the_papers_loss(model):
     params = transformer.init(model, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1 if x.ndim == 2 and x.shape[0] == 2 else x, params)  # scales other than 1
