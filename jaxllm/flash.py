@@ -13,9 +13,16 @@ _LANES = 128  # the kernels' tiles
 _BLOCK = 512  # queries and keys per block, where the length has so many
 
 
-def fits(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
-    """Whether the kernels take these [B, T, N, H], [B, S, K, H] and [B, S, K, W]."""
-    return q.shape[1] == k.shape[1] and q.shape[1] % _LANES == 0 and q.shape[2] % k.shape[2] == 0
+def fits(q: jax.Array, k: jax.Array) -> bool:
+    """Whether the kernels take these [B, T, N, H] and [B, S, K, H]: whole rows, of whole tiles on each device."""
+    tiles = _LANES * _shards()[1]
+    return q.shape[1] == k.shape[1] and q.shape[1] % tiles == 0 and q.shape[2] % k.shape[2] == 0
+
+
+def _shards() -> tuple[int, int]:
+    """Devices that heads and queries are shared out over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return (1, 1) if mesh.empty else (mesh.shape["tensor"], mesh.shape["context"])
 
 
 def tpu_attention(
@@ -37,8 +44,7 @@ def tpu_attention(
     mesh = jax.sharding.get_abstract_mesh()
     heads, queries = spec(("batch", "heads", "seq", None), ACT_RULES), spec(("batch", "seq"), ACT_RULES)
     keys, tokens = spec(("batch", "kv_heads", None, None), ACT_RULES), spec(("batch", None), ACT_RULES)
-    shards = 1 if mesh.empty else mesh.shape["tensor"], 1 if mesh.empty else mesh.shape["context"]
-    kernel = _kernel(q.shape[2], q.shape[1], window, softcap, shards, interpret)
+    kernel = _kernel(q.shape[2], q.shape[1], window, softcap, interpret)
 
     def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, mine: jax.Array, theirs: jax.Array) -> jax.Array:
         one = lambda q, k, v, mine, theirs: kernel(q, k, v, segment_ids=splash.SegmentIds(mine, theirs))
@@ -53,13 +59,10 @@ def tpu_attention(
     return by_head(jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(*arguments))
 
 
-def _kernel(
-    num_heads: int, length: int, window: int | None, softcap: float, shards: tuple[int, int], interpret: bool
-) -> Any:
-    shape = (length, length)
+def _kernel(num_heads: int, length: int, window: int | None, softcap: float, interpret: bool) -> Any:
+    shape, shards = (length, length), _shards()
+    # So many places back and none ahead: a local mask is causal by itself.
     near = masks.LocalMask(shape, (window - 1, 0), 0) if window and window < length else masks.CausalMask(shape)
-    if window and window < length:
-        near = near & masks.CausalMask(shape)
     mine = length // shards[1]  # queries of a device
     block = next(size for size in (_BLOCK, 256, _LANES) if mine % size == 0)
     sizes = splash.BlockSizes(

@@ -6,6 +6,7 @@ sheets promise.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -128,7 +129,7 @@ def plan(config: Config, args: PlanArgs) -> dict[str, Any]:
     }
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     report |= {"total_bytes_per_device": total, "hbm_bytes": int(chip.hbm), "collectives": moved}
-    report |= _times(report, chip, args.slices, mesh)
+    report |= _times(report, chip, args.slices)
     if args.leaves:
         flat = jax.tree_util.tree_leaves_with_path(state.params)
         report["leaves"] = {
@@ -138,7 +139,7 @@ def plan(config: Config, args: PlanArgs) -> dict[str, Any]:
     return report
 
 
-def _times(report: Mapping[str, Any], chip: Chip, slices: int, mesh: Any) -> dict[str, Any]:
+def _times(report: Mapping[str, Any], chip: Chip, slices: int) -> dict[str, Any]:
     """Roofline: compute = FLOPs / peak; hbm = (arguments read and written + temporaries written and read) / bandwidth;
     ici, dcn = bytes of collectives / bandwidth. Predicted: the largest of compute / EFFICIENCY, hbm and ici + dcn."""
     over_slices = {"data"} if slices > 1 else set()
@@ -164,12 +165,12 @@ def _devices(args: PlanArgs) -> tuple[Chip, Any]:
     kind, _, shape = args.topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise InputError(f"--topology {args.topology}: must be KIND:SHAPE, as v5p:4x4x4; kinds: {', '.join(CHIPS)}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("jaxllm plan: compiling for a TPU needs libtpu; pip install 'jaxllm[tpu]'")
     more = {"num_slices": args.slices} if args.slices > 1 else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=args.topology, **more)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        if "libtpu" in str(error):
-            raise InputError("jaxllm plan: compiling for a TPU needs libtpu; pip install 'jaxllm[tpu]'") from None
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--topology {args.topology}: libtpu knows no such slice ({reason})") from None
     return CHIPS[kind], sorted(found.devices, key=lambda d: getattr(d, "slice_index", 0))
@@ -298,29 +299,18 @@ def _axes_of(line: str, mesh: Any) -> tuple[str, ...]:
             return tuple(names[axes.index(a.strip("' "))] for a in by_axis[2].split(",") if a.strip("' ") in axes)
     if group := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
         members = [int(n) for n in group[1].split(",")]
-    elif iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        members = _first_group(*(iota[i] or "" for i in range(1, 5)))
+    elif iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        members = _first_group(*iota.groups(default=""))
     else:
         return tuple(names)
-    places = [_coordinates(n, tuple(mesh.shape.values())) for n in members]
-    return tuple(
-        name for i, name in enumerate(mesh.shape) if mesh.shape[name] > 1 and len({place[i] for place in places}) > 1
-    )
+    places = np.unravel_index(members, tuple(mesh.shape.values()))
+    return tuple(name for name, along in zip(mesh.shape, places, strict=True) if len({*along.tolist()}) > 1)
 
 
-def _first_group(count: str, size: str, dims: str, order: str) -> list[int]:
-    del count
+def _first_group(size: str, dims: str, order: str) -> list[int]:
     ids = np.arange(math.prod(map(int, dims.split(",")))).reshape([int(n) for n in dims.split(",")])
     ids = ids.transpose([int(n) for n in order.split(",")]) if order else ids
     return ids.reshape(-1, int(size))[0].tolist()
-
-
-def _coordinates(number: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    places = []
-    for size in reversed(shape):
-        number, place = divmod(number, size)
-        places.append(place)
-    return tuple(reversed(places))
 
 
 def _readable(name: str, value: Any) -> str:

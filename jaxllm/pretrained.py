@@ -136,11 +136,14 @@ def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.
         _write_adapters(source, record, model, family, mesh, partial)
     else:
         step = (read_json(source / "result.json") or {}).get("checkpoint")
-        kinds = _saved(source, step).get("stored", [])  # of an imported model
+        step_dir = checkpoint.newest(source, step)
+        seal = checkpoint.read_seal(step_dir)
+        kinds = seal["record"].get("stored", [])  # of an imported model
         stored = dtype or (str(KINDS[kinds[0]]) if len(kinds) == 1 else "float32" if kinds else "bfloat16")
         leaf, reward = _leaves(source, record, model, mesh, step), record["kind"] == "reward"
         if kinds:
-            every = _as_imported(checkpoint.newest(source, step), model, family, dtype)
+            checkpoint.check_files(step_dir, seal)
+            every = _as_imported(Files(Path(step_dir)), model, family, dtype)
         else:
             every = _of_leaves(model, family, leaf, KINDS[_KINDS[stored]], reward)
         _write(partial, every, shard_gb)
@@ -156,10 +159,6 @@ def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.
         _describe_tokens(source, partial, config)
     partial.rename(target)
     console.print(f"{target}: {family}{' adapters' if adapters else ''}")
-
-
-def _saved(source: epath.Path, step: int | None) -> dict[str, Any]:
-    return checkpoint.read_seal(checkpoint.newest(source, step))["record"]
 
 
 def _leaves(
@@ -185,10 +184,9 @@ def _leaves(
     return leaf
 
 
-def _as_imported(step_dir: epath.Path, model: ModelConfig, family: str, dtype: str) -> list[Planned]:
+def _as_imported(files: Files, model: ModelConfig, family: str, dtype: str) -> list[Planned]:
     """The tensors of an imported model, which are in its files by the same names; without a dtype as they are there."""
-    checkpoint.check_files(step_dir, checkpoint.read_seal(step_dir))
-    files, shapes = Files(Path(step_dir)), file_shapes(model, family, transformer.abstract(model))
+    shapes = file_shapes(model, family, transformer.abstract(model))
     kind = lambda name: KINDS[_KINDS[dtype] if dtype else files.where[name].kind]
     return [Planned(name, shape, kind(name), functools.partial(files.get, name)) for name, shape in shapes.items()]
 

@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxllm import flash
 from jaxllm.sharding import platform
 
 Local = jax.Array | bool  # whether a layer's attention has its window; traced where layers are scanned
@@ -43,17 +42,16 @@ def attention(
     to a kernel that never holds the scores.
     """
     scale = scale or 1 / math.sqrt(q.shape[-1])
-    if q_offset is None and platform() == "tpu" and flash.fits(q, k, v):
-        settings = {
-            "q_segment_ids": q_segment_ids,
-            "kv_segment_ids": kv_segment_ids,
-            "scale": scale,
-            "softcap": softcap,
-        }
-        near, whole = (functools.partial(flash.tpu_attention, window=w, **settings) for w in (window, None))
-        if window is None or isinstance(local, bool):
-            return (near if local else whole)(q, k, v)
-        return jax.lax.cond(local, near, whole, q, k, v)
+    if q_offset is None and platform() == "tpu":
+        from jaxllm import flash  # Pallas takes 0.3 s to import, which only a TPU has to wait for
+
+        if flash.fits(q, k):
+            settings = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+            settings |= {"scale": scale, "softcap": softcap}
+            near, whole = (functools.partial(flash.tpu_attention, window=w, **settings) for w in (window, None))
+            if window is None or isinstance(local, bool):
+                return (near if local else whole)(q, k, v)
+            return jax.lax.cond(local, near, whole, q, k, v)
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
