@@ -11,6 +11,7 @@ from jaxllm.sharding import ACT_RULES, spec
 
 _LANES = 128  # the kernels' tiles
 _BLOCK = 512  # queries and keys per block, where the length has so many
+_KEYS = 2048  # keys per block backward: each block writes gradients of all queries, which are summed afterwards
 
 
 def fits(q: jax.Array, k: jax.Array) -> bool:
@@ -65,12 +66,13 @@ def _kernel(num_heads: int, length: int, window: int | None, softcap: float, int
     near = masks.LocalMask(shape, (window - 1, 0), 0) if window and window < length else masks.CausalMask(shape)
     mine = length // shards[1]  # queries of a device
     block = next(size for size in (_BLOCK, 256, _LANES) if mine % size == 0)
+    keys = next(size for size in (_KEYS, 1024, block) if length % size == 0)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
         block_kv_compute=block,
         block_q_dkv=block,
-        block_kv_dkv=block,
+        block_kv_dkv=keys,
         block_kv_dkv_compute=block,
         use_fused_bwd_kernel=True,
     )

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxllm.sharding import memories
+from jaxllm.sharding import memories, tokenwise
 
 Pair = tuple[Array, Array]  # (sum, weight)
 Metrics = dict[str, Pair]
 Loss = tuple[Array, Array, Metrics]
 
-# Logits of one chunk, float32 elements in one memory: 256 MiB. Larger batches are scored in more chunks.
+# Logits of one chunk, float32 elements in one memory: 256 MiB. Larger batches are scored in more parts.
 _CHUNK_ELEMENTS = 1 << 26
 
 
@@ -40,20 +40,16 @@ def token_logprobs(
 ) -> TokenStats:
     """Log-probabilities of targets int32[B, T] under softmax(softcap(hidden @ head.T, cap) / temperature).
 
-    hidden: [B, T, D]; head: float32[V, D]. Scored in chunks of positions whose logits are recomputed in the
-    backward pass, so that [B, T, V] never exists. The only log-probability code: training, evaluation, the
-    reference's KL and PPO's ratio all come here.
+    hidden: [B, T, D]; head: float32[V, D]. Scored in parts whose logits are recomputed in the backward pass, so that
+    [B, T, V] never exists. The only log-probability code: training, evaluation, the reference's KL and PPO's ratio all
+    come here.
     """
-    B, T, D = hidden.shape
+    B, T, _ = hidden.shape
     elements = chunk_elements or _CHUNK_ELEMENTS * memories()
-    size = min(T, max(1, elements // (B * head.shape[0])))
-    chunks = -(-T // size)
-    size = -(-T // chunks)
+    parts = -(-T // max(1, elements // (B * head.shape[0])))
 
-    def score(hidden: Array, targets: Array) -> TokenStats:
-        # The head is cast here, inside the chunk, so that its gradient is summed over chunks in float32.
-        weights = head.astype(hidden.dtype)
-        logits = jnp.einsum("btd,vd->btv", hidden, weights, preferred_element_type=jnp.float32)
+    def score(head: Array, hidden: Array, targets: Array) -> TokenStats:
+        logits = jnp.einsum("btd,vd->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
         logits = softcap(logits, cap) / temperature
         top = jax.lax.stop_gradient(logits.max(-1))
         exp = jnp.exp(logits - top[..., None])
@@ -63,13 +59,9 @@ def token_logprobs(
         entropy = logsumexp - (exp * logits).sum(-1) / total
         return TokenStats(chosen - logsumexp, logsumexp, entropy, top - logsumexp)
 
-    if chunks == 1:
-        return score(hidden, targets)
-    pad = chunks * size - T
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(B, chunks, size, D).swapaxes(0, 1)
-    targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(B, chunks, size).swapaxes(0, 1)
-    _, stats = jax.lax.scan(lambda _, xs: (None, jax.checkpoint(score)(*xs)), None, (hidden, targets))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, chunks * size)[:, :T], stats)
+    # Backward, the head's gradient is reduced before that of the layers begins: it is as large as the head, in float32.
+    head, hidden = jax.lax.optimization_barrier((head, hidden))
+    return tokenwise(score, head, hidden, targets, dtype=hidden.dtype, parts=parts)
 
 
 def softcap(logits: Array, cap: float) -> Array:

@@ -6,10 +6,11 @@ to mesh axes. There is no catch-all: an unknown name raises, since a typo would 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -90,9 +91,66 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation to its place on the current mesh (`jax.set_mesh`); without one, return it as it is."""
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} axis names for an array of {x.ndim} dimensions")
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, ACT_RULES))
+    where = spec(axes, ACT_RULES)
+    if own := {*mesh.manual_axes}:  # in `tokenwise`: along these a device has its own part already
+        where = PartitionSpec(*(tuple(a for a in _names(part) if a not in own) or None for part in where))
+    return jax.lax.with_sharding_constraint(x, where)
+
+
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else part or ()
+
+
+def tokenwise(function: Callable[..., Any], shared: Any, *arrays: jax.Array, dtype: Any, parts: int = 1) -> Any:
+    """function(shared, *arrays) of arrays [B, T, ...], which looks at each token alone; returns arrays [B, T, ...].
+
+    Each device goes through its own tokens, in so many parts that are recomputed in the backward pass, so that what the
+    function makes of one part only is in memory. The shared weights, float32, are gathered once in `dtype`, and their
+    gradient, summed in float32 over the parts, is reduced once: left to XLA, either happens for every part.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {} if mesh.empty else {axis: mesh.shape[axis] for axis in mesh.axis_names if axis not in mesh.manual_axes}
+    place = spec(("batch", "seq"), ACT_RULES)
+    own = tuple(tuple(axis for axis in _names(part) if sizes.get(axis, 1) > 1) for part in place)
+    counts = [math.prod(sizes[axis] for axis in axes) for axes in own]
+    run = lambda shared, *arrays: _in_parts(function, parts, jax.tree.map(_wide, shared), arrays)
+    if math.prod(counts) == 1 or arrays[0].shape[0] % counts[0] or arrays[0].shape[1] % counts[1]:
+        return run(shared, *arrays)
+    if platform() != "cpu":  # there XLA dies of a bfloat16 sum over devices
+        shared = jax.tree.map(lambda w: w.astype(dtype), shared)
+    tokens, axes = PartitionSpec(*own), {*own[0], *own[1]}
+    specs = (PartitionSpec(), *(tokens for _ in arrays))
+    return jax.shard_map(run, in_specs=specs, out_specs=tokens, axis_names=axes, check_vma=False)(shared, *arrays)
+
+
+def _wide(weights: jax.Array) -> jax.Array:
+    return weights.astype(jnp.float32)
+
+
+def _in_parts(function: Callable[..., Any], parts: int, shared: Any, arrays: Sequence[jax.Array]) -> Any:
+    """Rows are parted first. Within a row part i takes tokens i, i + strides, ...: that keeps each on its device."""
+    B, T = arrays[0].shape[:2]
+    if parts == 1:
+        return function(shared, *arrays)
+    by_rows = math.gcd(parts, B)
+    strides = min(parts // by_rows, T)
+    size = -(-T // strides)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, strides * size - T), *((0, 0) for _ in x.shape[2:])))
+        x = x.reshape(by_rows, B // by_rows, size, strides, *x.shape[2:])
+        return jnp.moveaxis(x, 3, 1).reshape(by_rows * strides, B // by_rows, size, *x.shape[4:])
+
+    def join(y: jax.Array) -> jax.Array:
+        y = y.reshape(by_rows, strides, *y.shape[1:])
+        return jnp.moveaxis(y, 1, 3).reshape(B, strides * size, *y.shape[4:])[:, :T]
+
+    one = jax.checkpoint(function, prevent_cse=False)
+    _, made = jax.lax.scan(lambda _, part: (None, one(shared, *part)), None, tuple(map(split, arrays)))
+    return jax.tree.map(join, made)
 
 
 def platform() -> str:

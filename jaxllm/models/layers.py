@@ -12,7 +12,7 @@ from jaxllm.models.attention import Local, attention
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import moe
 from jaxllm.models.rope import frequencies, rope
-from jaxllm.sharding import constrain
+from jaxllm.sharding import constrain, tokenwise
 
 
 def normal(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
@@ -251,6 +251,9 @@ class Experts(nnx.Module):
         return y + self.shared(x) if self.config.moe.num_shared else y, load
 
 
+_TOKENS = 2048  # of a row whose hidden sizes are in memory, with remat full
+
+
 class Block(nnx.Module):
     """Residual block: x + attention(norm(x)), then x + mlp(norm(x)); norms before, after (OLMo 2) or both (Gemma 2)."""
 
@@ -278,9 +281,19 @@ class Block(nnx.Module):
         return self._mlp(self._add(x, y, "attention"), mask)[0], k_cache, v_cache
 
     def _mlp(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
-        y = self._before(x, "mlp")
-        y, load = self.mlp(y, mask) if isinstance(self.mlp, Experts) else (self.mlp(y), {})
-        return self._add(x, y, "mlp"), load
+        if isinstance(self.mlp, Experts):
+            y, load = self.mlp(self._before(x, "mlp"), mask)
+            return self._add(x, y, "mlp"), load
+        parts = x.shape[1] // _TOKENS if self.config.remat == "full" else 1
+        if parts < 2:
+            return self._dense(x), {}
+        # Where the whole block is recomputed backward, doing so part by part costs nothing more.
+        graph, state = nnx.split(self)
+        made = tokenwise(lambda state, x: nnx.merge(graph, state)._dense(x), state, x, dtype=x.dtype, parts=parts)
+        return constrain(made, "batch", "seq", "embed"), {}
+
+    def _dense(self, x: jax.Array) -> jax.Array:
+        return self._add(x, self.mlp(self._before(x, "mlp")), "mlp")
 
     def _before(self, x: jax.Array, what: str) -> jax.Array:
         return x if self.config.norm_place == "after" else getattr(self, f"{what}_norm")(x)
