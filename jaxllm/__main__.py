@@ -248,7 +248,8 @@ def _score(args: list[str]) -> None:
 
 
 def _plan(args: list[str]) -> None:
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # before JAX looks for devices
+    # Before JAX looks for devices; several plans at once share nothing.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     from jaxllm import plan
     from jaxllm.run import Config
 

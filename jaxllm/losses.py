@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxllm.sharding import memories, tokenwise
+from jaxllm.sharding import constrain_weights, in_blocks, memories, mesh_size
 
 Pair = tuple[Array, Array]  # (sum, weight)
 Metrics = dict[str, Pair]
 Loss = tuple[Array, Array, Metrics]
 
-# Logits of one chunk, float32 elements in one memory: 256 MiB. Larger batches are scored in more parts.
-_CHUNK_ELEMENTS = 1 << 26
+# Logits of one block, float32 elements in one memory: 256 MiB. Larger batches are scored in more blocks.
+_BLOCK_ELEMENTS = 1 << 26
 
 
 class TokenStats(NamedTuple):
@@ -36,32 +36,69 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     cap: float = 0.0,
-    chunk_elements: int = 0,
+    block_elements: int = 0,
 ) -> TokenStats:
     """Log-probabilities of targets int32[B, T] under softmax(softcap(hidden @ head.T, cap) / temperature).
 
-    hidden: [B, T, D]; head: float32[V, D]. Scored in parts whose logits are recomputed in the backward pass, so that
-    [B, T, V] never exists. The only log-probability code: training, evaluation, the reference's KL and PPO's ratio all
+    hidden: [B, T, D]; head: float32[V, D]. The vocabulary is gone through in blocks, whose logits are recomputed in the
+    backward pass, so that [B, T, V] never exists; on a mesh each block of the head is gathered, and its gradient
+    reduced, once a pass. The only log-probability code: training, evaluation, the reference's KL and PPO's ratio all
     come here.
     """
-    B, T, _ = hidden.shape
-    elements = chunk_elements or _CHUNK_ELEMENTS * memories()
-    parts = -(-T // max(1, elements // (B * head.shape[0])))
+    (B, T, _), V = hidden.shape, head.shape[0]
+    count, length = _blocks(V, -(-B * T * V // (block_elements or _BLOCK_ELEMENTS * memories())))
+    numbers = jnp.arange(length, dtype=jnp.int32)
+    wide = hidden.astype(jnp.float32)  # so that its gradient is summed over blocks in float32
 
-    def score(head: Array, hidden: Array, targets: Array) -> TokenStats:
-        logits = jnp.einsum("btd,vd->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    def score(block: Array, numbers: Array) -> _Block:
+        weights = block.astype(hidden.dtype)
+        logits = jnp.einsum("btd,vd->btv", wide.astype(hidden.dtype), weights, preferred_element_type=jnp.float32)
         logits = softcap(logits, cap) / temperature
-        top = jax.lax.stop_gradient(logits.max(-1))
-        exp = jnp.exp(logits - top[..., None])
-        total = exp.sum(-1)
-        logsumexp = jnp.log(total) + top
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        entropy = logsumexp - (exp * logits).sum(-1) / total
-        return TokenStats(chosen - logsumexp, logsumexp, entropy, top - logsumexp)
+        if length > V:
+            logits = jnp.where(numbers[None, None] < V, logits, -1e30)
+        return _block(logits, numbers[None, None] == targets[..., None])
 
-    # Backward, the head's gradient is reduced before that of the layers begins: it is as large as the head, in float32.
-    head, hidden = jax.lax.optimization_barrier((head, hidden))
-    return tokenwise(score, head, hidden, targets, dtype=hidden.dtype, parts=parts)
+    if count == 1:
+        return _softmax(jax.tree.map(lambda x: x[None], score(head, numbers)))
+    head = constrain_weights(jnp.pad(head, ((0, length - V), (0, 0))), "vocab", "embed")
+    blocks = (in_blocks(head, 0, count), in_blocks(numbers, 0, count))
+    one = jax.checkpoint(score, prevent_cse=False)
+    return _softmax(jax.lax.scan(lambda _, block: (None, one(*block)), None, blocks)[1])
+
+
+def _blocks(vocab_size: int, wanted: int) -> tuple[int, int]:
+    """(how many, entries of all): as many as wanted, up to twice as many where those cut the vocabulary evenly."""
+    wanted, shards = min(max(wanted, 1), vocab_size), mesh_size("tensor")
+    count = next((n for n in range(wanted, 2 * wanted + 1) if vocab_size % (n * shards) == 0), wanted)
+    return count, -(-vocab_size // (count * shards)) * count * shards
+
+
+class _Block(NamedTuple):
+    """Of logits float32[B, T, V / blocks], each float32[B, T]."""
+
+    top: Array  # the largest
+    total: Array  # sum of exp(logits - top)
+    mean: Array  # sum of exp(logits - top) * (logits - top)
+    target: Array  # the target's logit, 0 where it is in another block
+
+
+def _block(logits: Array, chosen: Array) -> _Block:
+    """chosen: bool[B, T, V / blocks], True at the target."""
+    top = jax.lax.stop_gradient(logits.max(-1))
+    below = logits - top[..., None]
+    exp = jnp.exp(below)
+    return _Block(top, exp.sum(-1), (exp * below).sum(-1), jnp.where(chosen, logits, 0.0).sum(-1))
+
+
+def _softmax(blocks: _Block) -> TokenStats:
+    """The softmax over all blocks, [blocks, B, T] each."""
+    top = blocks.top.max(0)
+    below = blocks.top - top[None]
+    share = jnp.exp(below)
+    total = (share * blocks.total).sum(0)
+    mean = (share * (blocks.mean + blocks.total * below)).sum(0) / total
+    log_total, target = jnp.log(total), blocks.target.sum(0)
+    return TokenStats(target - top - log_total, log_total + top, log_total - mean, -log_total)
 
 
 def softcap(logits: Array, cap: float) -> Array:

@@ -15,26 +15,12 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxllm import hardware
 from jaxllm.config import InputError
 from jaxllm.losses import Metrics
 from jaxllm.sharding import fetch
 
 console = Console(stderr=True, highlight=False)
-
-# Dense bf16 FLOP/s of one device, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,8 +183,8 @@ def peak_flops(mesh: jax.sharding.Mesh) -> float:
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return _measure_matmul(mesh)
-    known = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(known, key=len)] * mesh.size if known else 0.0  # "TPU v5 lite" is no "TPU v5"
+    chip = hardware.by_kind(device.device_kind)
+    return chip.flops * mesh.size if chip else 0.0
 
 
 def _measure_matmul(mesh: jax.sharding.Mesh, size: int = 1024) -> float:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -21,34 +21,14 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
+from jaxllm import estimate
 from jaxllm.config import InputError
+from jaxllm.hardware import CHIPS, EFFICIENCY, Chip
 from jaxllm.models import transformer
 from jaxllm.run import Config, with_defaults
-from jaxllm.sharding import check_batch, make_mesh
-from jaxllm.stages import language_model
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A device as JAX counts them (a TPU7x chip is two), from the vendors' pages."""
-
-    flops: float  # bf16, per second
-    hbm: float  # bytes
-    hbm_bandwidth: float  # bytes per second
-    ici: float  # bytes per second out of a device, over all of its links
-    dcn: float = 6.25e9  # bytes per second and device between slices: 50 Gbit/s (v5p)
-
-
-# Cloud TPU's pages on each version, read 2026-11; ICI: links times the bandwidth of one, one way.
-CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1.2e12, 6 * 4.5e10),
-    "v5e": Chip(197e12, 16 * 2**30, 8.1e11, 4 * 4.5e10),
-    "v5p": Chip(459e12, 95 * 2**30, 2.765e12, 6 * 9e10),
-    "v6e": Chip(918e12, 32 * 2**30, 1.638e12, 4 * 9e10),
-    "tpu7x": Chip(1153.5e12, 96 * 2**30, 3.69e12, 3 * 9e10),
-}
-# Share of the peak that matrix products reach in practice on v5p and v6e (MaxText's published runs: 0.45 to 0.71).
-EFFICIENCY = 0.65
+from jaxllm.sharding import check_batch, planned_mesh
+from jaxllm.stages import language_model, ppo, preference
+from jaxllm.train import Program, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,29 +38,206 @@ class PlanArgs:
     config: Annotated[str, tyro.conf.Positional]
     """Config file; model.vocab_size must be in it, or a preset."""
     topology: str
-    """Kind and shape of a slice: v5p:4x4x4, v6e:16x16, v5e:16x16, v4:4x4x4, tpu7x:4x4x4."""
+    """Kind and shape of a slice: v5p:4x4x4, v6e:16x16, v5e:16x16, v4:4x4x4, tpu7x:4x4x4; for GPUs, which are estimated
+    by formulas, kind and number: h100:8, h200:64, a100:8, b200:72."""
     stage: str = "pretrain"
-    """pretrain or sft."""
+    """pretrain, sft, reward, dpo, rloo, grpo or ppo."""
     slices: int = 1
     """Slices joined by the data-centre network; the mesh's data axis goes over them."""
+    search: bool = False
+    """Try meshes, remat and batch sizes, and rank what fits by tokens per second."""
+    tries: int = 6
+    """Candidates of a search that are compiled, the likeliest first."""
     json: bool = False
     """Print one JSON object in place of tables."""
     leaves: bool = False
     """Show the sharding of every parameter."""
 
 
+TRAINING = ("pretrain", "sft", "reward", "dpo", "rloo", "grpo", "ppo")
+
+
 def command(args: PlanArgs, config: Config) -> None:
     """Print the report of a stage's step; InputError where the config or the topology makes no sense."""
-    report = plan(with_defaults(config), args)
-    if args.json:
-        print(json.dumps(report))
+    config = with_defaults(config)
+    if args.search:
+        ranked = search(config, args)
+        print(json.dumps(ranked)) if args.json else _show_ranking(ranked)
         return
+    report = plan(config, args)
+    print(json.dumps(report)) if args.json else _show(report, args)
+
+
+def plan(config: Config, args: PlanArgs) -> dict[str, Any]:
+    """The report, as it is printed with --json."""
+    if args.stage not in TRAINING:
+        raise InputError(f"--stage {args.stage}: is not known; known: {', '.join(TRAINING)}")
+    if not config.model.vocab_size:
+        raise InputError(f"{args.config}: model.vocab_size: is the tokenizer's, which plan does not train; set it")
+    chip, devices = _devices(args)
+    mesh = planned_mesh(config.mesh, devices)
+    programs, held = stage_programs(config, args.stage, mesh)
+    report = {**_sizes(config, args.stage, mesh, held), "compile_seconds": 0.0, "fits": True}
+    if chip.kind.startswith("NVIDIA"):
+        return report | estimate.figures(config, args.stage, mesh, chip, report)
+    every = {program.name: _measure(program, mesh) for program in programs}
+    report |= _sum(programs, every, report["state_bytes_per_device"], chip)
+    if report["fits"]:
+        report |= _times(programs, every, chip, args.slices, report["tokens_per_step"])
+    if len(programs) > 1:
+        report["programs"] = every
+    if args.leaves:
+        report["leaves"] = _shardings(held)
+    return report
+
+
+def stage_programs(config: Config, stage: str, mesh: Any) -> tuple[list[Program], dict[str, Any]]:
+    """(what an update of the stage runs, {role: its state}), as shapes with their shardings on this mesh."""
+    section, model, seed = getattr(config, stage), config.model, config.seed
+    parts = (
+        section.num_micro
+        if stage in ("pretrain", "sft", "reward", "dpo")
+        else section.num_minibatches * section.num_micro
+    )
+    check_batch(mesh, section.batch_size // parts, f"{stage}.batch_size / its parts, {parts},")
+    if stage in ("pretrain", "sft"):
+        return language_model.programs(mesh, section, model, seed)
+    if stage in ("reward", "dpo"):
+        return preference.programs(mesh, stage, section, model, config.sample.num_responses, seed)
+    return ppo.programs(mesh, section, model, seed)
+
+
+def _sizes(config: Config, stage: str, mesh: Any, held: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known before anything is compiled."""
+    states = [tree for tree in held.values() if isinstance(tree, TrainState)]
+    fixed = [tree for tree in held.values() if not isinstance(tree, TrainState)]
+    return {
+        "devices": mesh.size,
+        "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
+        "parameters": transformer.num_params(config.model),
+        "tokens_per_step": tokens_per_step(config, stage),
+        "parameter_bytes_per_device": bytes_of([[s.params for s in states], fixed]),
+        "optimizer_bytes_per_device": bytes_of([s.opt_state for s in states]),
+        "gradient_bytes_per_device": max((bytes_of(s.params) for s in states), default=0),
+        "state_bytes_per_device": bytes_of(held),
+        "state_bytes_by_role": {role: bytes_of(tree) for role, tree in held.items() if bytes_of(tree)},
+    }
+
+
+def tokens_per_step(config: Config, stage: str) -> int:
+    section, model = getattr(config, stage), config.model
+    if stage in ("rloo", "grpo", "ppo"):
+        return section.batch_size * (section.max_prompt_length + section.sampling.max_new_tokens)
+    rows = section.batch_size * (config.sample.num_responses if stage in ("reward", "dpo") else 1)
+    return rows * (section.length or model.max_length)
+
+
+def _measure(program: Program, mesh: Any) -> dict[str, Any]:
+    """Compile a program: what it needs and moves, once through."""
+    with jax.set_mesh(mesh):
+        traced = program.run.trace(*program.arguments)
+        needed = program.flops / mesh.size
+        # Decoding's loop has no end that could be read off; nor have kernels' products any that are counted.
+        flops = needed if program.decoded else max(count_flops(traced.jaxpr.jaxpr) / mesh.size, needed)
+        began = time.monotonic()
+        compiled, refusal = _compile(traced.lower())
+    found = {
+        "fits": compiled is not None,
+        "times": program.times,
+        "compile_seconds": round(time.monotonic() - began, 1),
+    }
+    found |= {"flops_per_device": flops, "model_flops_per_device": needed}
+    if compiled is None:
+        return found | {"reason": refusal, "collectives": []}
+    memory = compiled.memory_analysis()
+    return found | {
+        "argument_bytes_per_device": memory.argument_size_in_bytes,
+        "temp_bytes_per_device": memory.temp_size_in_bytes,
+        "output_bytes_per_device": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "collectives": collectives(compiled.as_text(), mesh, unknown_trips=max(program.decoded // 4, 1)),
+    }
+
+
+def _sum(programs: Sequence[Program], every: Mapping[str, Any], state: int, chip: Chip) -> dict[str, Any]:
+    """All programs of an update: what they do adds up; of memory the largest counts, and every role's state stays."""
+    add = lambda key: sum(every[p.name][key] * p.times for p in programs)
+    total = {"flops_per_device": add("flops_per_device"), "model_flops_per_device": add("model_flops_per_device")}
+    total |= {"compile_seconds": round(sum(found["compile_seconds"] for found in every.values()), 1)}
+    total |= {"hbm_bytes": int(chip.hbm), "fits": all(found["fits"] for found in every.values()), "collectives": []}
+    if not total["fits"]:
+        return total | {"reason": next(f"{n}: {f['reason']}" for n, f in every.items() if not f["fits"])}
+    largest = lambda key: max(found[key] for found in every.values())
+    total["argument_bytes_per_device"] = largest("argument_bytes_per_device")
+    total["temp_bytes_per_device"] = largest("temp_bytes_per_device")
+    batches = total["argument_bytes_per_device"] if len(programs) == 1 else state
+    peak = max(found["temp_bytes_per_device"] + found["output_bytes_per_device"] for found in every.values())
+    total |= {"total_bytes_per_device": batches + peak, "collectives": _merge(programs, every)}
+    if batches + peak > chip.hbm:
+        total |= {
+            "fits": False,
+            "reason": f"{_bytes(batches + peak)} of state and temporaries exceed {_bytes(chip.hbm)}",
+        }
+    return total
+
+
+def _merge(programs: Sequence[Program], every: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found: dict[tuple[str, ...], list[int]] = {}
+    for program in programs:
+        for each in every[program.name]["collectives"]:
+            entry = found.setdefault((each["kind"], *each["axes"]), [0, 0])
+            entry[0], entry[1] = entry[0] + each["count"] * program.times, entry[1] + each["bytes"] * program.times
+    return [{"kind": key[0], "axes": [*key[1:]], "count": n, "bytes": size} for key, (n, size) in sorted(found.items())]
+
+
+def _times(programs: Sequence[Program], every: Any, chip: Chip, slices: int, tokens: int) -> dict[str, Any]:
+    """Roofline of each program, added up: compute = FLOPs / peak; hbm = (arguments, once for each token that is decoded,
+    + temporaries written and read) / bandwidth; ici, dcn = bytes of collectives / bandwidth. A program takes the largest
+    of compute / EFFICIENCY, hbm and ici + dcn."""
+    total: dict[str, float] = {}
+    for program in programs:
+        found = every[program.name]
+        far = sum(c["bytes"] for c in found["collectives"] if slices > 1 and "data" in c["axes"])
+        near = sum(c["bytes"] for c in found["collectives"]) - far
+        moved = found["argument_bytes_per_device"] * max(program.decoded, 1) + 2 * found["temp_bytes_per_device"]
+        once = {
+            "compute_seconds": found["flops_per_device"] / chip.flops,
+            "hbm_seconds": moved / chip.hbm_bandwidth,
+            "ici_seconds": near / chip.link,
+            "dcn_seconds": far / chip.dcn,
+        }
+        moving = once["ici_seconds"] + once["dcn_seconds"]
+        once["predicted_step_seconds"] = max(once["compute_seconds"] / EFFICIENCY, once["hbm_seconds"], moving)
+        found["predicted_seconds"] = once["predicted_step_seconds"]
+        total = {name: total.get(name, 0.0) + seconds * program.times for name, seconds in once.items()}
+    step = total["predicted_step_seconds"]
+    needed = sum(every[p.name]["model_flops_per_device"] * p.times for p in programs)
+    return {
+        **total,
+        "predicted_tokens_per_second": tokens / step,
+        "predicted_mfu": needed / chip.flops / step,
+    }
+
+
+def _shardings(held: Mapping[str, Any]) -> dict[str, str]:
+    params = {role: tree.params if isinstance(tree, TrainState) else tree for role, tree in held.items()}
+    named = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    return {named(path): f"{list(leaf.shape)} {leaf.sharding.spec}" for path, leaf in flat}
+
+
+def _show(report: Mapping[str, Any], args: PlanArgs) -> None:
     console = Console()
     table = Table(title=f"{args.stage} on {args.topology}{f' x {args.slices}' * (args.slices > 1)}", show_header=False)
     for name, value in report.items():
-        if name not in ("collectives", "leaves"):
+        if name not in ("collectives", "leaves", "programs"):
             table.add_row(name, _readable(name, value))
     console.print(table)
+    if report.get("programs"):
+        parts = Table("program", "times", "temporaries", "FLOPs", "seconds", title="An update, on one device")
+        for name, found in report["programs"].items():
+            sizes = (_bytes(found.get("temp_bytes_per_device", 0)), f"{found['flops_per_device']:,.3g}")
+            parts.add_row(name, str(found["times"]), *sizes, f"{found.get('predicted_seconds', 0):.3g}")
+        console.print(parts)
     if report["collectives"]:
         moves = Table("collective", "axes", "times", "bytes per device", title="Collectives of one step")
         for each in report["collectives"]:
@@ -90,81 +247,44 @@ def command(args: PlanArgs, config: Config) -> None:
         console.print(f"{name}: {leaf}")
 
 
-def plan(config: Config, args: PlanArgs) -> dict[str, Any]:
-    """The report, as it is printed with --json."""
-    if args.stage not in ("pretrain", "sft"):
-        raise InputError(f"--stage {args.stage}: is not known; known: pretrain, sft")
-    section, model = getattr(config, args.stage), config.model
-    if not model.vocab_size:
-        raise InputError(f"{args.config}: model.vocab_size: is the tokenizer's, which plan does not train; set it")
+def search(config: Config, args: PlanArgs) -> list[dict[str, Any]]:
+    """Meshes x remat x batch sizes, the best first: estimated all, and the likeliest compiled where that is possible."""
     chip, devices = _devices(args)
-    mesh = make_mesh(config.mesh, devices)
-    check_batch(mesh, section.batch_size // section.num_micro, f"{args.stage}.batch_size / {args.stage}.num_micro")
-    step, placed = language_model.program(mesh, section, model, max(section.num_steps, 1), config.seed)
-    state, batch, base = language_model.arguments(mesh, section, model, placed)
-    length = section.length or model.max_length
-    tokens = section.batch_size * length
-    report: dict[str, Any] = {
-        "devices": mesh.size,
-        "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
-        "parameters": transformer.num_params(model),
-        "tokens_per_step": tokens,
-        "parameter_bytes_per_device": _bytes_of(state.params),
-        "optimizer_bytes_per_device": _bytes_of(state.opt_state),
-    }
-    with jax.set_mesh(mesh):
-        traced = step.trace(state, batch, base=base)
-        flops = count_flops(traced.jaxpr.jaxpr) / mesh.size
-        needed = transformer.flops_per_token(model, length) * tokens / mesh.size
-        began = time.monotonic()
-        compiled, refusal = _compile(traced.lower())
-    report |= {"compile_seconds": round(time.monotonic() - began, 1), "fits": compiled is not None}
-    report |= {"flops_per_device": max(flops, needed), "model_flops_per_device": needed}
-    if compiled is None:
-        return report | {"reason": refusal, "collectives": []}
-    memory, moved = compiled.memory_analysis(), collectives(compiled.as_text(), mesh)
-    report |= {
-        "argument_bytes_per_device": memory.argument_size_in_bytes,
-        "temp_bytes_per_device": memory.temp_size_in_bytes,
-    }
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    report |= {"total_bytes_per_device": total, "hbm_bytes": int(chip.hbm), "collectives": moved}
-    report |= _times(report, chip, args.slices)
-    if args.leaves:
-        flat = jax.tree_util.tree_leaves_with_path(state.params)
-        report["leaves"] = {
-            jax.tree_util.keystr(path, simple=True, separator="."): f"{list(leaf.shape)} {leaf.sharding.spec}"
-            for path, leaf in flat
-        }
-    return report
+    count = devices if isinstance(devices, int) else len(devices)
+    found = []
+    for candidate, guess in estimate.candidates(config, args.stage, count, args.slices, chip)[: args.tries]:
+        try:
+            report = plan(candidate, args)
+        except InputError as error:
+            report = {"fits": False, "reason": str(error)}
+        keys = (
+            "fits",
+            "total_bytes_per_device",
+            "predicted_tokens_per_second",
+            "predicted_mfu",
+            "compile_seconds",
+            "reason",
+        )
+        found.append({**guess, **{key: report[key] for key in keys if key in report}})
+    return sorted(found, key=lambda each: (not each["fits"], -each.get("predicted_tokens_per_second", 0.0)))
 
 
-def _times(report: Mapping[str, Any], chip: Chip, slices: int) -> dict[str, Any]:
-    """Roofline: compute = FLOPs / peak; hbm = (arguments read and written + temporaries written and read) / bandwidth;
-    ici, dcn = bytes of collectives / bandwidth. Predicted: the largest of compute / EFFICIENCY, hbm and ici + dcn."""
-    over_slices = {"data"} if slices > 1 else set()
-    far = sum(c["bytes"] for c in report["collectives"] if over_slices & {*c["axes"]})
-    near = sum(c["bytes"] for c in report["collectives"]) - far
-    seconds = {
-        "compute_seconds": report["flops_per_device"] / chip.flops,
-        "hbm_seconds": 2 * report["total_bytes_per_device"] / chip.hbm_bandwidth,
-        "ici_seconds": near / chip.ici,
-        "dcn_seconds": far / chip.dcn,
-    }
-    moving = seconds["ici_seconds"] + seconds["dcn_seconds"]
-    step = max(seconds["compute_seconds"] / EFFICIENCY, seconds["hbm_seconds"], moving)
-    return {
-        **seconds,
-        "predicted_step_seconds": step,
-        "predicted_tokens_per_second": report["tokens_per_step"] / step,
-        "predicted_mfu": report["model_flops_per_device"] / chip.flops / step,
-    }
+def _show_ranking(ranked: Sequence[Mapping[str, Any]]) -> None:
+    table = Table("mesh", "remat", "batch", "fits", "bytes per device", "tokens/s", "MFU", title="Best first")
+    for each in ranked:
+        mesh = ", ".join(f"{axis} {size}" for axis, size in each["mesh"].items())
+        numbers = (f"{each.get('predicted_tokens_per_second', 0):,.0f}", f"{each.get('predicted_mfu', 0):.1%}")
+        size = _bytes(each.get("total_bytes_per_device", 0))
+        table.add_row(mesh, each["remat"], str(each["batch_size"]), str(each["fits"]), size, *numbers)
+    Console().print(table)
 
 
 def _devices(args: PlanArgs) -> tuple[Chip, Any]:
     kind, _, shape = args.topology.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise InputError(f"--topology {args.topology}: must be KIND:SHAPE, as v5p:4x4x4; kinds: {', '.join(CHIPS)}")
+    if CHIPS[kind].kind.startswith("NVIDIA"):
+        return CHIPS[kind], math.prod(map(int, shape.split("x"))) * args.slices
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("jaxllm plan: compiling for a TPU needs libtpu; pip install 'jaxllm[tpu]'")
     more = {"num_slices": args.slices} if args.slices > 1 else {}
@@ -186,7 +306,7 @@ def _compile(lowered: Any) -> tuple[Any, str]:
         return None, " ".join(str(error).split())[:300]
 
 
-def _bytes_of(tree: Any) -> int:
+def bytes_of(tree: Any) -> int:
     """Bytes on one device of arrays, by their shardings."""
     shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return sum(map(shard, jax.tree.leaves(tree)))
@@ -230,22 +350,23 @@ _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collectiv
 _SIZES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1, "f64": 8, "s64": 8, "s16": 2}
 
 
-def collectives(text: str, mesh: Any) -> list[dict[str, Any]]:
+def collectives(text: str, mesh: Any, unknown_trips: int = 1) -> list[dict[str, Any]]:
     """What a compiled program sends: kind, mesh axes, how often it runs, bytes in all that leave a device.
 
-    Loops are followed to their trip counts. A ring sends (n - 1) / n of an all-gather's result, twice that for an
+    Loops are followed to their trip counts; unknown_trips: of an outermost one that data end. A ring sends (n - 1) / n of an all-gather's result, twice that for an
     all-reduce (Patarasuk and Yuan 2009).
     """
     bodies, entry = _computations(text)
     found: dict[tuple[str, tuple[str, ...]], list[float]] = {}
 
-    def walk(name: str, times: int) -> None:
+    def walk(name: str, times: int, unknown: int) -> None:
         for line in bodies.get(name, ()):
             if loop := re.search(r"while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
-                walk(loop[2], times * _trips(bodies.get(loop[1], ())))
+                trips = _trips(bodies.get(loop[1], ()))
+                walk(loop[2], times * (trips or unknown), unknown if trips else 1)
             elif call := re.search(r" (?:call|conditional|async-start)\(.*", line):
                 for inner in re.findall(r"(?:to_apply|calls|computation)=%?([\w.\-]+)", call[0]):
-                    walk(inner, times)
+                    walk(inner, times, unknown)
             if kind := re.search(rf" ({'|'.join(_KINDS)})(?:-start)?\(", line):
                 axes = _axes_of(line, mesh)
                 count = math.prod(mesh.shape[a] for a in axes) if axes else mesh.size
@@ -256,7 +377,7 @@ def collectives(text: str, mesh: Any) -> list[dict[str, Any]]:
                 entry = found.setdefault((kind[1], axes), [0, 0.0])
                 entry[0], entry[1] = entry[0] + times, entry[1] + times * size * share
 
-    walk(entry, 1)
+    walk(entry, 1, unknown_trips)
     return [
         {"kind": kind, "axes": [*axes], "count": int(count), "bytes": int(size)}
         for (kind, axes), (count, size) in sorted(found.items())
@@ -278,9 +399,9 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _trips(condition: Any) -> int:
-    """How often a loop runs: the constant its counter is compared with."""
+    """How often a loop runs: the constant its counter is compared with; 0 where something else ends it too."""
     numbers = [int(n) for line in condition for n in re.findall(r"s32\[\][^=]*constant\((\d+)\)", line)]
-    return max(numbers, default=1)
+    return 0 if any(" and(" in line for line in condition) else max(numbers, default=0)
 
 
 def _result_bytes(line: str) -> int:

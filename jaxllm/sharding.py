@@ -5,15 +5,16 @@ to mesh axes. There is no catch-all: an unknown name raises, since a typo would 
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.config import InputError, require
 
@@ -26,10 +27,7 @@ PARAM_RULES: Rules = {
     **_BOTH,
     "layers": None,
     "embed": "fsdp",
-    # The embedding table is split by rows only: split over its embed dimension, XLA's gather falls back to
-    # "involuntary full rematerialization" of the whole table.
-    "vocab_rows": ("fsdp", "tensor"),
-    "positions": ("fsdp", "tensor"),  # rows, for the same reason
+    "positions": None,
     "norm": None,
     "experts": "expert",
     "router": None,
@@ -63,16 +61,38 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over all devices, with Auto axes. Raises InputError where the sizes do not fit their number."""
     devices = jax.devices() if devices is None else devices
+    sizes, types = mesh_sizes(config, len(devices)), (AxisType.Auto,) * len(MESH_AXES)
+    if devices[0].platform != "tpu":
+        return jax.make_mesh(sizes, MESH_AXES, types, devices=devices)
+    # jax.make_mesh would not split a side of the torus between two axes, and knows no slices.
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices:
+        raise InputError(f"mesh.data: {sizes[0]} is not a multiple of the {slices} slices it goes over")
+    inside, between = (sizes[0] // slices, *sizes[1:]), (slices, *[1] * (len(sizes) - 1))
+    place = functools.partial(mesh_utils.create_hybrid_device_mesh, inside, between)
+    if slices == 1:
+        place = functools.partial(mesh_utils.create_device_mesh, inside)
+    return Mesh(place(devices=devices, allow_split_physical_axes=True), MESH_AXES, axis_types=types)
+
+
+def planned_mesh(config: MeshConfig, devices: Sequence[Any] | int) -> Any:
+    """`make_mesh`; of a number of devices, a mesh without devices, for shapes and shardings."""
+    if not isinstance(devices, int):
+        return make_mesh(config, devices)
+    return AbstractMesh(mesh_sizes(config, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
+    """Sizes of the axes over so many devices. Raises InputError where they do not fit."""
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     given = math.prod(size for size in sizes if size != -1)
-    if len(devices) % given or (-1 not in sizes and given != len(devices)):
+    if count % given or (-1 not in sizes and given != count):
         shape = ", ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size != 1)
         raise InputError(
-            f"mesh: {shape} does not divide the {len(devices)} devices; "
+            f"mesh: {shape} does not divide the {count} devices; "
             "set one axis to -1 or make the product equal to the number of devices"
         )
-    sizes = [len(devices) // given if size == -1 else size for size in sizes]
-    return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    return tuple(count // given if size == -1 else size for size in sizes)
 
 
 def spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
@@ -91,66 +111,30 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation to its place on the current mesh (`jax.set_mesh`); without one, return it as it is."""
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} axis names for an array of {x.ndim} dimensions")
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    where = spec(axes, ACT_RULES)
-    if own := {*mesh.manual_axes}:  # in `tokenwise`: along these a device has its own part already
-        where = PartitionSpec(*(tuple(a for a in _names(part) if a not in own) or None for part in where))
-    return jax.lax.with_sharding_constraint(x, where)
+    return jax.lax.with_sharding_constraint(x, spec(axes, ACT_RULES))
 
 
-def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else part or ()
+def constrain_weights(x: jax.Array, *axes: str | None) -> jax.Array:
+    """The same for weights, by PARAM_RULES; None where they are to be whole."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec(axes, PARAM_RULES))
 
 
-def tokenwise(function: Callable[..., Any], shared: Any, *arrays: jax.Array, dtype: Any, parts: int = 1) -> Any:
-    """function(shared, *arrays) of arrays [B, T, ...], which looks at each token alone; returns arrays [B, T, ...].
+def in_blocks(weights: jax.Array, dim: int, count: int) -> jax.Array:
+    """Cut a dimension that goes over `tensor` into so many blocks: [..., N, ...] -> [count, ..., N / count, ...].
 
-    Each device goes through its own tokens, in so many parts that are recomputed in the backward pass, so that what the
-    function makes of one part only is in memory. The shared weights, float32, are gathered once in `dtype`, and their
-    gradient, summed in float32 over the parts, is reduced once: left to XLA, either happens for every part.
+    A block has its share of what each device holds, so that nothing moves.
     """
+    shape = weights.shape
+    cut = weights.reshape(*shape[:dim], mesh_size("tensor"), count, -1, *shape[dim + 1 :])
+    return jnp.moveaxis(cut, dim + 1, 0).reshape(count, *shape[:dim], -1, *shape[dim + 1 :])
+
+
+def mesh_size(axis: str) -> int:
+    """Size of an axis of the current mesh; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = {} if mesh.empty else {axis: mesh.shape[axis] for axis in mesh.axis_names if axis not in mesh.manual_axes}
-    place = spec(("batch", "seq"), ACT_RULES)
-    own = tuple(tuple(axis for axis in _names(part) if sizes.get(axis, 1) > 1) for part in place)
-    counts = [math.prod(sizes[axis] for axis in axes) for axes in own]
-    run = lambda shared, *arrays: _in_parts(function, parts, jax.tree.map(_wide, shared), arrays)
-    if math.prod(counts) == 1 or arrays[0].shape[0] % counts[0] or arrays[0].shape[1] % counts[1]:
-        return run(shared, *arrays)
-    if platform() != "cpu":  # there XLA dies of a bfloat16 sum over devices
-        shared = jax.tree.map(lambda w: w.astype(dtype), shared)
-    tokens, axes = PartitionSpec(*own), {*own[0], *own[1]}
-    specs = (PartitionSpec(), *(tokens for _ in arrays))
-    return jax.shard_map(run, in_specs=specs, out_specs=tokens, axis_names=axes, check_vma=False)(shared, *arrays)
-
-
-def _wide(weights: jax.Array) -> jax.Array:
-    return weights.astype(jnp.float32)
-
-
-def _in_parts(function: Callable[..., Any], parts: int, shared: Any, arrays: Sequence[jax.Array]) -> Any:
-    """Rows are parted first. Within a row part i takes tokens i, i + strides, ...: that keeps each on its device."""
-    B, T = arrays[0].shape[:2]
-    if parts == 1:
-        return function(shared, *arrays)
-    by_rows = math.gcd(parts, B)
-    strides = min(parts // by_rows, T)
-    size = -(-T // strides)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, strides * size - T), *((0, 0) for _ in x.shape[2:])))
-        x = x.reshape(by_rows, B // by_rows, size, strides, *x.shape[2:])
-        return jnp.moveaxis(x, 3, 1).reshape(by_rows * strides, B // by_rows, size, *x.shape[4:])
-
-    def join(y: jax.Array) -> jax.Array:
-        y = y.reshape(by_rows, strides, *y.shape[1:])
-        return jnp.moveaxis(y, 1, 3).reshape(B, strides * size, *y.shape[4:])[:, :T]
-
-    one = jax.checkpoint(function, prevent_cse=False)
-    _, made = jax.lax.scan(lambda _, part: (None, one(shared, *part)), None, tuple(map(split, arrays)))
-    return jax.tree.map(join, made)
+    return 1 if mesh.empty else mesh.shape[axis]
 
 
 def platform() -> str:
@@ -204,7 +188,6 @@ _FIELDS = {
     "experts": "model.moe.num_experts",
     "positions": "model.max_length",
     "vocab": "model.vocab_size",
-    "vocab_rows": "model.vocab_size",
 }
 
 
@@ -226,6 +209,16 @@ def param_shardings(mesh: Mesh, params: Any, axes: Any) -> Any:
         return NamedSharding(mesh, where)
 
     return jax.tree_util.tree_map_with_path(one, params, axes)
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs that carry their shardings, as checkpoints are restored through."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def rows_like(mesh: Mesh, shapes: Any) -> Any:
+    """Shapes of batches of rows, shared out over the devices that share the batch."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=activation(mesh, "batch")), shapes)
 
 
 def check_batch(mesh: Mesh, size: int, field: str) -> None:

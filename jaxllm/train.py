@@ -18,7 +18,7 @@ from jaxllm.goodput import Ledger
 from jaxllm.losses import Loss, Metrics
 from jaxllm.metrics import LoggingConfig, MetricLog, Rewind, TrainingDiverged, Work, console
 from jaxllm.process import Signals
-from jaxllm.sharding import param_shardings, replicated
+from jaxllm.sharding import param_shardings, replicated, with_shardings
 
 Batch = Any
 Hook = Callable[[int, Any, Metrics], None]
@@ -197,9 +197,15 @@ def place_state(mesh: jax.sharding.Mesh, abstract_params: Any, axes: Any, tx: op
     return Placed(init, abstract, shardings)
 
 
-def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """ShapeDtypeStructs that carry their shardings, as checkpoints are restored through."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+class Program(NamedTuple):
+    """A compiled part of a stage's update, as `plan` looks at it without running it."""
+
+    name: str
+    run: Any  # jitted
+    arguments: tuple[Any, ...]  # shapes with their shardings
+    flops: float  # what the model needs, on all devices together
+    times: int = 1  # how often an update runs it
+    decoded: int = 0  # tokens that it makes one after the other
 
 
 class LoopSettings(Protocol):

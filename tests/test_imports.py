@@ -9,7 +9,7 @@ from jaxllm.run import Config
 
 PACKAGE = Path(__file__).parent.parent / "jaxllm"
 LEVELS = [
-    {"config", "sharding"},
+    {"config", "hardware", "sharding"},
     {"flash"},
     {"tokenizer", "chat_template", "pretrained_tokenizer"}
     | {"losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"}
@@ -18,6 +18,7 @@ LEVELS = [
     {"evaluate", "tasks", "pretrained"},
     {"stages", "report", "chat", "lm_eval"},
     {"run"},
+    {"estimate"},
     {"plan"},
     {"__main__"},
 ]

@@ -17,9 +17,9 @@ def with_garbage(rng, x, mask):
     return np.where(mask, x, rng.choice([np.nan, np.inf, -1e30, 7.0], size=x.shape)).astype(np.float32)
 
 
-@pytest.mark.parametrize("chunk_elements", [1 << 26, 400, 37])
+@pytest.mark.parametrize("block_elements", [1 << 26, 400, 37])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_logprobs_equal_log_softmax_whatever_the_chunk(chunk_elements, temperature):
+def test_token_logprobs_equal_log_softmax_whatever_the_chunk(block_elements, temperature):
     rng = np.random.default_rng(0)
     B, T, D, V = 3, 7, 5, 11
     hidden, head = rng.normal(size=(B, T, D)), rng.normal(size=(V, D))
@@ -27,7 +27,7 @@ def test_token_logprobs_equal_log_softmax_whatever_the_chunk(chunk_elements, tem
     logits = hidden @ head.T / temperature
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     h, w, t = jnp.array(hidden, jnp.float32), jnp.array(head, jnp.float32), jnp.array(targets, jnp.int32)
-    stats = losses.token_logprobs(h, w, t, temperature=temperature, chunk_elements=chunk_elements)
+    stats = losses.token_logprobs(h, w, t, temperature=temperature, block_elements=block_elements)
     want = np.take_along_axis(logp, targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(stats.logprob, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(stats.entropy, -(np.exp(logp) * logp).sum(-1), rtol=1e-5, atol=1e-6)
@@ -41,7 +41,7 @@ def test_chunked_gradient_equals_whole():
     w = jnp.array(rng.normal(size=(13, 4)), jnp.float32)
     t = jnp.array(rng.integers(0, 13, size=(2, 9)), jnp.int32)
     grads = [
-        jax.grad(lambda h, w, n=n: losses.token_logprobs(h, w, t, chunk_elements=n).logprob.sum(), (0, 1))(h, w)
+        jax.grad(lambda h, w, n=n: losses.token_logprobs(h, w, t, block_elements=n).logprob.sum(), (0, 1))(h, w)
         for n in (1 << 26, 60)
     ]
     for whole, chunked in zip(*grads, strict=True):

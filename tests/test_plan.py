@@ -21,10 +21,9 @@ SECTION = LanguageModelConfig(batch_size=16, num_steps=10)
 
 
 def traced(model, mesh, section=SECTION):
-    step, placed = language_model.program(mesh, section, model, 10, 0)
-    state, batch, base = language_model.arguments(mesh, section, model, placed)
+    (program,), _ = language_model.programs(mesh, section, model, 0)
     with jax.set_mesh(mesh):
-        return step.trace(state, batch, base=base), placed
+        return program.run.trace(*program.arguments)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)], ids=["data", "mixed"])
@@ -35,7 +34,7 @@ def test_state_bytes_are_those_of_the_real_state(mesh):
         state = placed.init(transformer.init(MODEL, jax.random.key(0)))
     held = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
     for part in ("params", "opt_state"):
-        assert plan._bytes_of(getattr(placed.abstract, part)) == held(getattr(state, part)) > 0
+        assert plan.bytes_of(getattr(placed.abstract, part)) == held(getattr(state, part)) > 0
 
 
 def test_flops_are_six_per_parameter_and_attention_and_a_third_more_with_remat():
@@ -43,17 +42,17 @@ def test_flops_are_six_per_parameter_and_attention_and_a_third_more_with_remat()
     # The reference attention computes what the causal mask hides, which flops_per_token leaves out.
     hidden = 6 * MODEL.num_layers * MODEL.embed_dim * MODEL.max_length
     want = (transformer.flops_per_token(MODEL, MODEL.max_length) + hidden) * tokens
-    assert plan.count_flops(traced(MODEL, mesh)[0].jaxpr.jaxpr) == pytest.approx(want, rel=0.02)
+    assert plan.count_flops(traced(MODEL, mesh).jaxpr.jaxpr) == pytest.approx(want, rel=0.02)
     full = ModelConfig(vocab_size=256, max_length=64, remat="full", **SHAPE)
     head = 6 * MODEL.vocab_size * MODEL.embed_dim * tokens
-    again = plan.count_flops(traced(full, mesh)[0].jaxpr.jaxpr)
+    again = plan.count_flops(traced(full, mesh).jaxpr.jaxpr)
     unneeded = 2 * MODEL.num_layers * MODEL.embed_dim * MODEL.mlp_dim * tokens  # a layer's last product
     assert again == pytest.approx(head + (want - head) * 4 / 3 - unneeded, rel=0.02)
 
 
 def test_collectives_are_counted_through_loops_and_named_by_their_axes():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    compiled = traced(MODEL, mesh)[0].lower().compile()
+    compiled = traced(MODEL, mesh).lower().compile()
     found = {(c["kind"], *c["axes"]): c for c in plan.collectives(compiled.as_text(), mesh)}
     gathered = found["all-gather", "fsdp"]
     # Every layer's matrices are gathered at least forward and backward.
@@ -109,9 +108,9 @@ def test_too_big_is_an_answer(tmp_path):
 
 def test_what_makes_no_sense_is_one_line(tmp_path):
     for topology, more, message in (
-        ("v9:2x2", (), "kinds: v4, v5e, v5p, v6e, tpu7x"),
+        ("v9:2x2", (), "kinds: v4, v5e, v5p, v6e, tpu7x, a100"),
         ("v5e:3x3", (), "libtpu knows no such slice"),
-        ("v5e:2x2", ("--stage", "rank"), "known: pretrain, sft"),
+        ("v5e:2x2", ("--stage", "rank"), "known: pretrain, sft, reward"),
     ):
         code, _, log = run(tmp_path, SMALL, topology, *more)
         assert code == 2 and message in " ".join(log.split()) and "Traceback" not in log, log

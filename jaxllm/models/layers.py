@@ -12,7 +12,7 @@ from jaxllm.models.attention import Local, attention
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import moe
 from jaxllm.models.rope import frequencies, rope
-from jaxllm.sharding import constrain, tokenwise
+from jaxllm.sharding import constrain, in_blocks
 
 
 def normal(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
@@ -197,6 +197,15 @@ def _cached_segments(kv_segment_ids: jax.Array, offset: Any, T: int) -> dict[str
     return {"q_segment_ids": new, "kv_segment_ids": kv_segment_ids, "q_offset": offset}
 
 
+_MLP_BLOCK = 3072  # hidden units that are gone through at a time, at least, with remat full
+
+
+def _num_blocks(size: int) -> int:
+    """Into how many blocks that many hidden units are cut: as many as leave each one enough, in whole tiles."""
+    fits = lambda n: size % (n * min(128, _MLP_BLOCK)) == 0 and size // n >= _MLP_BLOCK
+    return max((n for n in range(1, size // _MLP_BLOCK + 1) if fits(n)), default=1)
+
+
 class MLP(nnx.Module):
     """SwiGLU or GeGLU (Shazeer 2020, eq. 6), or GELU with the tanh approximation (Hendrycks and Gimpel 2016)."""
 
@@ -214,14 +223,34 @@ class MLP(nnx.Module):
                 self.gate_bias = constant(0.0, mlp=size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        act = jax.nn.silu if self.config.mlp == "swiglu" else jax.nn.gelu
-        up = self._linear(x, "up")
-        hidden = act(self._linear(x, "gate")) * up if self.gated else act(up)
-        return self._linear(constrain(hidden, "batch", "seq", "mlp"), "down")
+        names = ("gate", "up") if self.gated else ("up",)
+        into = [(getattr(self, name)[...], self._bias(name)) for name in names]
+        count = _num_blocks(self.up[...].shape[1]) if self.config.remat == "full" else 1
+        y = self._in_blocks(x, into, count) if count > 1 else self._through(x, into, self.down[...])
+        return y + _last(self._bias("down"), y) if self.config.bias else y
 
-    def _linear(self, x: jax.Array, name: str) -> jax.Array:
-        y = jnp.einsum("bti,io->bto", x, getattr(self, name)[...].astype(x.dtype))
-        return y + _like(getattr(self, f"{name}_bias"), y) if self.config.bias else y
+    def _bias(self, name: str) -> jax.Array | None:
+        return getattr(self, f"{name}_bias")[...] if self.config.bias else None
+
+    def _through(self, x: jax.Array, into: Any, down: jax.Array) -> jax.Array:
+        """x [B, T, D] through some of the hidden units, with (matrix, bias) of the gate, if there is one, and of up."""
+        act = jax.nn.silu if self.config.mlp == "swiglu" else jax.nn.gelu
+        linear = lambda w, b: (y := jnp.einsum("btd,df->btf", x, w.astype(x.dtype))) + (0 if b is None else _last(b, y))
+        first, *up = (linear(*each) for each in into)
+        hidden = act(first) * up[0] if up else act(first)
+        return jnp.einsum("btf,fd->btd", constrain(hidden, "batch", "seq", "mlp"), down.astype(x.dtype))
+
+    def _in_blocks(self, x: jax.Array, into: Any, count: int) -> jax.Array:
+        """The hidden units in blocks, recomputed one by one backward: where the whole layer is, that costs nothing more.
+
+        Only one block's hidden sizes and gathered weights are in memory. Both sums over blocks are in float32.
+        """
+        wide = x.astype(jnp.float32)
+        cut = lambda leaf: in_blocks(leaf, leaf.ndim - 1, count)
+        blocks = (jax.tree.map(cut, into), in_blocks(self.down[...], 0, count))
+        one = jax.checkpoint(lambda block: self._through(wide.astype(x.dtype), *block), prevent_cse=False)
+        add = lambda total, block: (constrain(total + one(block).astype(jnp.float32), "batch", "seq", "embed"), None)
+        return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), blocks)[0].astype(x.dtype)
 
 
 class Experts(nnx.Module):
@@ -251,9 +280,6 @@ class Experts(nnx.Module):
         return y + self.shared(x) if self.config.moe.num_shared else y, load
 
 
-_TOKENS = 2048  # of a row whose hidden sizes are in memory, with remat full
-
-
 class Block(nnx.Module):
     """Residual block: x + attention(norm(x)), then x + mlp(norm(x)); norms before, after (OLMo 2) or both (Gemma 2)."""
 
@@ -281,19 +307,9 @@ class Block(nnx.Module):
         return self._mlp(self._add(x, y, "attention"), mask)[0], k_cache, v_cache
 
     def _mlp(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
-        if isinstance(self.mlp, Experts):
-            y, load = self.mlp(self._before(x, "mlp"), mask)
-            return self._add(x, y, "mlp"), load
-        parts = x.shape[1] // _TOKENS if self.config.remat == "full" else 1
-        if parts < 2:
-            return self._dense(x), {}
-        # Where the whole block is recomputed backward, doing so part by part costs nothing more.
-        graph, state = nnx.split(self)
-        made = tokenwise(lambda state, x: nnx.merge(graph, state)._dense(x), state, x, dtype=x.dtype, parts=parts)
-        return constrain(made, "batch", "seq", "embed"), {}
-
-    def _dense(self, x: jax.Array) -> jax.Array:
-        return self._add(x, self.mlp(self._before(x, "mlp")), "mlp")
+        y = self._before(x, "mlp")
+        y, load = self.mlp(y, mask) if isinstance(self.mlp, Experts) else (self.mlp(y), {})
+        return self._add(x, y, "mlp"), load
 
     def _before(self, x: jax.Array, what: str) -> jax.Array:
         return x if self.config.norm_place == "after" else getattr(self, f"{what}_norm")(x)
@@ -322,6 +338,9 @@ class Ahead(nnx.Module):
 
 
 def _like(param: nnx.Param, x: jax.Array) -> jax.Array:
+    return _last(param[...], x)
+
+
+def _last(value: Any, x: jax.Array) -> jax.Array:
     """A parameter over the last dimensions, cast and broadcast to the rank of x."""
-    value = param[...].astype(x.dtype)
-    return value.reshape((1,) * (x.ndim - value.ndim) + value.shape)
+    return value.astype(x.dtype).reshape((1,) * (x.ndim - value.ndim) + value.shape)

@@ -60,6 +60,13 @@ def frozen(config: LoRAConfig, params: Any) -> Any:
     return {**params, "lora": {"scale": jnp.float32(config.alpha / config.rank)}}
 
 
+def place_frozen(config: LoRAConfig, placed: Any, everywhere: Any) -> Any:
+    """Shapes with their shardings of what is frozen of parameters that are given so; everywhere: the sharding of scales."""
+    of = {path: leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(placed)}
+    place = lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of.get(path, everywhere))
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(lambda p: frozen(config, p), placed))
+
+
 def init(config: LoRAConfig, params: Any, key: jax.Array) -> Any:
     """What is trained of these parameters: themselves without adapters, else fresh ones.
 

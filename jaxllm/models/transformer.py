@@ -18,7 +18,7 @@ from flax import nnx
 from jaxllm.models import lora, moe
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Ahead, Block, Norm, normal
-from jaxllm.sharding import constrain, platform
+from jaxllm.sharding import constrain, constrain_weights, platform
 
 Params = dict[str, Any]
 
@@ -232,14 +232,16 @@ def apply_cached(
     return _merge(_FinalNorm, config, params["norm"]).norm(x), KVCache(tuple(ks), tuple(vs))
 
 
-def flops_per_token(config: ModelConfig, length: int) -> float:
+def flops_per_token(config: ModelConfig, length: int, *, scored: bool = True) -> float:
     """Training FLOPs of one token: 6 per matrix parameter it meets, plus causal attention of every layer.
+
+    A third of it goes forward only. scored: over the vocabulary, which a model with a scalar head leaves out.
 
     6 N H T for heads of H (PaLM, Chowdhery et al. 2022, appendix B, counts 12 L N H T for full attention; a causal
     mask needs half); with a window of W tokens, those within it.
     """
     c, m = config, config.mla
-    heads = (1 + c.mtp_modules) * c.vocab_size * c.embed_dim
+    heads = (scored + c.mtp_modules) * c.vocab_size * c.embed_dim
     matmul = heads + sum(len(numbers) * _met(block) for _, block, numbers in stacks(c))
     matmul += c.mtp_modules * (_met(c) + 2 * c.embed_dim**2)
     sizes = (m.nope_dim + m.rope_dim + m.value_dim) if m.kv_rank else 2 * c.head_dim
@@ -258,10 +260,9 @@ def _met(block: ModelConfig) -> float:
 
 class _Embed(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.tokens = normal(rngs, config.init_std, vocab_rows=config.vocab_size, embed_=config.embed_dim)
-        self.tokens.set_metadata(axes=("vocab_rows", None))
+        self.tokens = normal(rngs, config.init_std, vocab=config.vocab_size, embed=config.embed_dim)
         if config.position == "learned":
-            self.positions = normal(rngs, config.init_std, positions=config.max_length, norm=config.embed_dim)
+            self.positions = normal(rngs, config.init_std, positions=config.max_length, embed=config.embed_dim)
 
 
 class _Head(nnx.Module):
@@ -276,11 +277,14 @@ class _FinalNorm(nnx.Module):
 
 
 def _embed(params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    x = params["embed"]["tokens"].astype(config.compute_dtype)[tokens]
+    # Gathered here, in the narrow type: left to XLA, looking up in a table split over its columns ends in "involuntary
+    # full rematerialization".
+    table = lambda name, rows: constrain_weights(params["embed"][name].astype(config.compute_dtype), rows, None)
+    x = table("tokens", "vocab")[tokens]
     if config.scale_embeddings:
         x = x * jnp.asarray(config.embed_dim**0.5, x.dtype)
     if config.position == "learned":
-        x = x + params["embed"]["positions"].astype(config.compute_dtype)[positions]
+        x = x + table("positions", None)[positions]
     return constrain(x, "batch", "seq", "embed")
 
 

@@ -22,7 +22,7 @@ from jaxllm.models import lora, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
-from jaxllm.sharding import activation, check_batch, param_shardings, replicated
+from jaxllm.sharding import activation, check_batch, param_shardings, replicated, rows_like, with_shardings
 from jaxllm.workspace import Workspace, describe_model, load_model
 
 
@@ -152,18 +152,29 @@ def program(
     return train.make_step(learn, tx, state_shardings=placed.shardings, **settings), placed
 
 
-def arguments(
-    mesh: jax.sharding.Mesh, config: LanguageModelConfig, model: ModelConfig, placed: train.Placed
-) -> tuple[Any, Any, Any]:
-    """(state, batch, frozen parameters) of a step as shapes with their shardings."""
+def programs(
+    mesh: jax.sharding.Mesh, config: LanguageModelConfig, model: ModelConfig, seed: int
+) -> tuple[list[train.Program], dict[str, Any]]:
+    """(what an update runs, {role: its state}), as shapes with their shardings."""
+    step, placed = program(mesh, config, model, max(config.num_steps, 1), seed)
+    shape = (config.batch_size, length := config.length or model.max_length)
+    batch = planned_rows(mesh, *shape)
     whole = transformer.abstract(model)
-    base = jax.eval_shape(functools.partial(lora.frozen, config.lora), whole) if config.lora.rank else {}
-    shardings = param_shardings(mesh, whole, transformer.axes(model)) if base else {}
-    scale = {"lora": {"scale": replicated(mesh)}} if base else {}
-    sharding, shape = activation(mesh, "batch", None), (config.batch_size, config.length or model.max_length)
+    base = lora.place_frozen(
+        config.lora, with_shardings(whole, param_shardings(mesh, whole, transformer.axes(model))), replicated(mesh)
+    )
+    flops = transformer.flops_per_token(model, length) * math.prod(shape)
+    run = jax.jit(lambda state, batch, base: step(state, batch, base=base), donate_argnums=0)
+    return [train.Program("step", run, (placed.abstract, batch, base), flops)], {
+        "policy": placed.abstract,
+        "base": base,
+    }
+
+
+def planned_rows(mesh: jax.sharding.Mesh, batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of packed rows, as shapes with their shardings."""
     types = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.bool_}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()}
-    return placed.abstract, batch, train.with_shardings(base, {**shardings, **scale})
+    return rows_like(mesh, {name: jax.ShapeDtypeStruct((batch_size, length), dtype) for name, dtype in types.items()})
 
 
 def loss(

@@ -27,7 +27,16 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
 from jaxllm.rewards import RewardSource
-from jaxllm.sharding import activation, check_batch, constrain, fetch, replicated
+from jaxllm.sharding import (
+    activation,
+    check_batch,
+    constrain,
+    fetch,
+    param_shardings,
+    replicated,
+    rows_like,
+    with_shardings,
+)
 from jaxllm.stages import language_model
 from jaxllm.tokenizer import Tokenizer
 from jaxllm.train import TrainState
@@ -188,6 +197,13 @@ class PPOState(NamedTuple):
     moments: Moments  # of the scores so far
 
 
+class _PlannedTokenizer(NamedTuple):
+    """What planning needs of one."""
+
+    stop_ids: tuple[int, ...] = (0,)
+    pad_id: int = 0
+
+
 class Experience(NamedTuple):
     """What an update learns from; tokens int32[B, P+R], masks bool, the others float32[B, R]."""
 
@@ -216,7 +232,7 @@ class Setup(NamedTuple):
     config: PPOConfig
     model: ModelConfig  # of policy and reference
     reward_model: ModelConfig  # of reward model and critic
-    tokenizer: Tokenizer
+    tokenizer: Any  # Tokenizer; of a planned run only what is needed
     seed: int
 
     @property
@@ -417,13 +433,75 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
     actor_step, actor = trained(actor_loss, config.actor, with_head if setup.shares_trunk else decoder, mixed)
     critic_step, critic = trained(critic_loss, config.critic, with_head) if setup.has_critic else (None, None)
     return Parts(
-        rollout=jax.jit(rollout),
+        rollout=jax.jit(rollout, out_shardings=activation(mesh, "batch")),
         shape_scores=jax.jit(functools.partial(shape_scores, config=config)),
         experience=jax.jit(functools.partial(make_experience, setup=setup)),
         actor_step=actor_step,
         critic_step=critic_step,
         actor=actor,
         critic=critic,
+    )
+
+
+def programs(
+    mesh: jax.sharding.Mesh, config: PPOConfig, model: ModelConfig, seed: int
+) -> tuple[list[train.Program], dict[str, Any]]:
+    """(what an update runs, {role: its state}), as shapes with their shardings; all models are of one size."""
+    setup = Setup(config, model, model, _PlannedTokenizer(), seed)
+    parts = build(setup, mesh)
+    state, roles = abstract_state(parts, config, mesh), _abstract_roles(setup, mesh)
+    everywhere = replicated(mesh)
+    key = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(lambda: jax.random.key(0))
+    )
+    B, P, R = config.batch_size, config.max_prompt_length, config.sampling.max_new_tokens
+    asked = B // config.num_responses
+    shape = {"tokens": ((asked, P), jnp.int32), "mask": ((asked, P), jnp.bool_), "index": ((asked,), jnp.int32)}
+    batch = rows_like(mesh, {name: jax.ShapeDtypeStruct(*each) for name, each in shape.items()})
+    drawing = (state.actor.params, roles.actor_base, batch, key)
+    rollout = rows_like(mesh, jax.eval_shape(parts.rollout, *drawing))
+    scores, kl_coef = rows_like(mesh, jax.ShapeDtypeStruct((B,), jnp.float32)), state.kl_coef
+    values = state.critic.params if setup.has_critic else {}
+    judging = (state.actor.params, values, roles, rollout, scores, kl_coef)
+    experience = jax.eval_shape(parts.experience, *judging)[0]
+    cut = lambda x: jax.ShapeDtypeStruct((B // config.num_minibatches, *x.shape[1:]), x.dtype)
+    minibatch = rows_like(mesh, jax.tree.map(cut, experience))
+    whole, unscored = (transformer.flops_per_token(model, P + R, scored=s) for s in (True, False))
+    tokens, updates = B * (P + R), config.num_epochs * config.num_minibatches
+    forward = 2 * whole + (unscored if setup.has_critic else 0)  # policy, reference, critic
+    ptx = (language_model.planned_rows(mesh, config.ptx.batch_size, config.ptx.length or model.max_length),)
+    mixed = (minibatch, *ptx) if config.ptx.coef else minibatch
+    train_step = lambda step: jax.jit(lambda state, batch, base: step(state, batch, base=base), donate_argnums=0)
+    size = tokens / config.num_minibatches
+    found = [
+        train.Program("rollout", parts.rollout, drawing, whole / 3 * (asked * P + B * R), decoded=R),
+        train.Program("experience", parts.experience, judging, forward / 3 * tokens),
+        train.Program(
+            "actor", train_step(parts.actor_step), (state.actor, mixed, roles.actor_base), whole * size, updates
+        ),
+    ]
+    if roles.reward:
+        run = jax.jit(functools.partial(reward_scores, model=model))
+        found.insert(1, train.Program("score", run, (roles.reward, rollout), unscored / 3 * tokens))
+    if setup.has_critic:
+        critic = (state.critic, minibatch, roles.critic_base)
+        found.append(train.Program("critic", train_step(parts.critic_step), critic, unscored * size, updates))
+    held = {"policy": state.actor, "critic": state.critic, "ema": state.ema, **roles._asdict()}
+    return found, {name: tree for name, tree in held.items() if jax.tree.leaves(tree)}
+
+
+def _abstract_roles(setup: Setup, mesh: jax.sharding.Mesh) -> Roles:
+    config, model = setup.config, setup.model
+    place = lambda family: with_shardings(
+        shapes := family.abstract(model), param_shardings(mesh, shapes, family.axes(model))
+    )
+    decoder, with_head = place(transformer), place(scalar)
+    frozen = functools.partial(lora.place_frozen, config.lora, everywhere=replicated(mesh))
+    return Roles(
+        ref=decoder,
+        actor_base=frozen(with_head if setup.shares_trunk else decoder),
+        critic_base=frozen(with_head) if setup.has_critic else {},
+        reward=with_head if any(source.source == "model" for source in config.rewards) else {},
     )
 
 

@@ -7,6 +7,7 @@ r = beta * log(policy / reference).
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -22,7 +23,7 @@ from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
-from jaxllm.sharding import activation, check_batch, fetch
+from jaxllm.sharding import activation, check_batch, fetch, param_shardings, replicated, rows_like, with_shardings
 from jaxllm.workspace import Workspace, describe_model, load_model, read_json, write_json
 
 
@@ -134,19 +135,12 @@ def run(workspace: Workspace, stage: str, config: PreferenceConfig, logging: Log
     source = workspace.source(config.init_from, "sft", stage)
     policy, model = load_model(source, mesh)
     policy = lora.merge(policy)
-    family, kind = (transformer, "policy") if is_dpo else (scalar, "reward")
-    describe_model(directory, model, kind, ("params",), config.lora, source)
+    describe_model(directory, model, "policy" if is_dpo else "reward", ("params",), config.lora, source)
     rankings = load_rankings(workspace, stage, config, model)
     check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
     num_steps = config.num_steps or math.ceil(config.num_epochs * len(rankings["train"]) / config.batch_size)
-    tx = make_optimizer(config.optim, num_steps)
-    place = train.place_state(mesh, *lora.trained(config.lora, family.abstract(model), family.axes(model)), tx)
-    if is_dpo:
-        scores = functools.partial(implicit_rewards, model=model, beta=config.beta)
-        fixed = {"base": lora.frozen(config.lora, policy), "ref": policy}
-    else:
-        scores = functools.partial(reward_scores, model=model)
-        fixed = {"base": lora.frozen(config.lora, {"trunk": policy})}
+    step, scores, place = program(mesh, stage, config, model, num_steps, workspace.seed)
+    fixed = frozen_parts(stage, config, policy)
     batches = {"batch_size": config.batch_size, "sharding": activation(mesh, "batch", None, None)}
     measure = functools.partial(jax.jit(scores), **fixed)
 
@@ -167,14 +161,7 @@ def run(workspace: Workspace, stage: str, config: PreferenceConfig, logging: Log
         every, ranks = all_scores(measure, state.params, rankings["train"], batches)
         return normalise(state, every[ranks > 0], config.normalise)
 
-    def loss(params: Any, batch: Any, key: Any, **frozen: Any) -> losses.Loss:
-        del key  # no dropout
-        return ranking_loss(config, scores(params, batch, **frozen), batch)
-
     batch_at = make_ranked_batch_at(rankings["train"], seed=workspace.seed, **batches)
-    settings: dict[str, Any] = {"num_micro": config.num_micro, "seed": workspace.seed}
-    settings |= {"spike_factor": config.optim.spike_factor, "state_shardings": place.shardings}
-    step = train.make_step(loss, tx, **settings)
     rows = math.prod(batch_at(0)["tokens"].shape)
     _, metrics = train.run_stage(
         directory,
@@ -187,7 +174,7 @@ def run(workspace: Workspace, stage: str, config: PreferenceConfig, logging: Log
         num_steps=num_steps,
         settings=config,
         logging=logging,
-        work=Work(rows, transformer.flops_per_token(model, config.length or model.max_length) * rows, peak_flops(mesh)),
+        work=Work(rows, flops_per_token(stage, config, model) * rows, peak_flops(mesh)),
         evaluate=evaluation,
         best="eval/accuracy",
         lower_is_better=False,
@@ -197,6 +184,61 @@ def run(workspace: Workspace, stage: str, config: PreferenceConfig, logging: Log
     )
     numbers = {k.removeprefix("eval/"): v for k, v in metrics.items() if k.startswith("eval/")}
     return {"steps": num_steps, **numbers, **(read_json(directory / "held_out.json") or {})}
+
+
+def program(
+    mesh: jax.sharding.Mesh, stage: str, config: PreferenceConfig, model: ModelConfig, num_steps: int, seed: int
+) -> tuple[Any, Callable[..., jax.Array], train.Placed]:
+    """(the step: state, batch, **frozen_parts -> state, metrics; its scores; where its state is placed)."""
+    family = transformer if stage == "dpo" else scalar
+    scores = functools.partial(reward_scores, model=model)
+    if stage == "dpo":
+        scores = functools.partial(implicit_rewards, model=model, beta=config.beta)
+    tx = make_optimizer(config.optim, num_steps)
+    place = train.place_state(mesh, *lora.trained(config.lora, family.abstract(model), family.axes(model)), tx)
+
+    def loss(params: Any, batch: Any, key: Any, **frozen: Any) -> losses.Loss:
+        del key  # no dropout
+        return ranking_loss(config, scores(params, batch, **frozen), batch)
+
+    settings: dict[str, Any] = {"num_micro": config.num_micro, "seed": seed, "spike_factor": config.optim.spike_factor}
+    return train.make_step(loss, tx, state_shardings=place.shardings, **settings), scores, place
+
+
+def flops_per_token(stage: str, config: PreferenceConfig, model: ModelConfig) -> float:
+    """Of a token of a response; DPO's reference goes forward only."""
+    passes = 4 / 3 if stage == "dpo" else 1.0
+    return passes * transformer.flops_per_token(model, config.length or model.max_length, scored=stage == "dpo")
+
+
+def frozen_parts(stage: str, config: PreferenceConfig, policy: Any) -> dict[str, Any]:
+    """What does not move, of the decoder that the stage starts from."""
+    if stage == "dpo":
+        return {"base": lora.frozen(config.lora, policy), "ref": policy}
+    return {"base": lora.frozen(config.lora, {"trunk": policy})}
+
+
+def programs(
+    mesh: jax.sharding.Mesh, stage: str, config: PreferenceConfig, model: ModelConfig, num_responses: int, seed: int
+) -> tuple[list[train.Program], dict[str, Any]]:
+    """(what an update runs, {role: its state}), as shapes with their shardings."""
+    step, _, place = program(mesh, stage, config, model, max(config.num_steps, 1), seed)
+    B, K, T = config.batch_size, num_responses, config.length or model.max_length
+    types = {"tokens": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
+    batch = {name: jax.ShapeDtypeStruct((B, K, T), dtype) for name, dtype in types.items()}
+    batch |= {
+        name: jax.ShapeDtypeStruct((B, K), dtype) for name, dtype in (("ranks", jnp.int32), ("scores", jnp.float32))
+    }
+    whole = transformer.abstract(model)
+    policy = with_shardings(whole, param_shardings(mesh, whole, transformer.axes(model)))
+    base = lora.place_frozen(config.lora, policy if stage == "dpo" else {"trunk": policy}, replicated(mesh))
+    fixed = {"base": base, "ref": policy} if stage == "dpo" else {"base": base}
+    run = jax.jit(lambda state, batch, fixed: step(state, batch, **fixed), donate_argnums=0)
+    flops = B * K * T * flops_per_token(stage, config, model)
+    return [train.Program("step", run, (place.abstract, rows_like(mesh, batch), fixed), flops)], {
+        **{"policy" if stage == "dpo" else "reward": place.abstract, "base": base},
+        **({"reference": policy} if stage == "dpo" else {}),
+    }
 
 
 def all_scores(measure, params: Any, examples: list[RankedExample], batches: dict[str, Any]):
