@@ -1,4 +1,4 @@
-"""Accumulated == whole, sharded == single, resumed == uninterrupted: properties of the one step maker."""
+"""Accumulated == whole, resumed == uninterrupted: properties of the one step maker. Sharded == single: test_sharded.py."""
 
 import dataclasses
 import json
@@ -86,15 +86,6 @@ def test_mean_of_means_would_be_wrong_here():
     assert abs(float(mean / (optax.tree.norm(whole) / weight)) - 1) > 0.01
 
 
-MESHES = [
-    MeshConfig(),
-    MeshConfig(data=1, fsdp=8),
-    MeshConfig(data=4, tensor=2),
-    MeshConfig(data=2, fsdp=2, tensor=2),
-    MeshConfig(data=1, fsdp=4, tensor=2),
-]
-
-
 def one_update(mesh, num_micro=1):
     tx = make_optimizer(OptimConfig(learning_rate=1e-2, clip_norm=0.5), 10)
     placed = train.place_state(mesh, transformer.abstract(MODEL), transformer.axes(MODEL), tx)
@@ -102,24 +93,12 @@ def one_update(mesh, num_micro=1):
         state = placed.init(jax.jit(lambda: params(), out_shardings=placed.shardings.params)())
         step = train.make_step(loss, tx, num_micro=num_micro, state_shardings=placed.shardings)
         batch = {k: jax.device_put(v, activation(mesh, "batch", None)) for k, v in uneven_batch(1).items()}
-        state, metrics = step(state, batch)
-    return state, metrics, placed
-
-
-@pytest.mark.parametrize("config", MESHES, ids=str)
-def test_sharded_update_equals_single_device(config):
-    alone, metrics_alone, _ = one_update(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
-    state, metrics, placed = one_update(make_mesh(config))
-    np.testing.assert_allclose(metrics["loss"][0], metrics_alone["loss"][0], rtol=1e-5)
-    np.testing.assert_allclose(metrics["grad_norm"][0], metrics_alone["grad_norm"][0], rtol=1e-5)
-    close(jax.tree.map(np.asarray, state.opt_state), jax.tree.map(np.asarray, alone.opt_state))
-    for leaf, sharding in zip(jax.tree.leaves(state.params), jax.tree.leaves(placed.shardings.params), strict=True):
-        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+        return step(state, batch)[0]
 
 
 def test_sharded_accumulation_equals_single_device():
-    alone, _, _ = one_update(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
-    state, _, _ = one_update(make_mesh(MeshConfig(data=2, tensor=4 // 2, fsdp=2)), num_micro=2)
+    alone = one_update(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    state = one_update(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), num_micro=2)
     close(jax.tree.map(np.asarray, state.opt_state), jax.tree.map(np.asarray, alone.opt_state))
 
 

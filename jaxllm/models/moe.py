@@ -83,14 +83,17 @@ def moe(x: jax.Array, mask: jax.Array, weights: dict[str, Any], config: MoEConfi
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _local(x, mask, weights, config, {})
-    tokens = spec(("batch", "seq", None), ACT_RULES)
+    sizes, seq = dict(mesh.shape), "seq"
+    if x.shape[1] % sizes["context"]:  # the one token of a decoding step: every shard of the sequence has it
+        sizes["context"], seq = 1, None
+    tokens = spec(("batch", seq, None), ACT_RULES)
     experts = {
         "gate": P("expert", None, "tensor"),
         "up": P("expert", None, "tensor"),
         "down": P("expert", "tensor", None),
     }
     specs = {name: P() if name != "experts" else experts for name in weights}
-    run = functools.partial(_local, config=config, sizes=dict(mesh.shape))
+    run = functools.partial(_local, config=config, sizes=sizes)
     out_specs: Any = (tokens, Load(*[P()] * 4))  # type: ignore
     return jax.shard_map(run, in_specs=(tokens, P(*tokens[:2]), specs), out_specs=out_specs, check_vma=False)(
         x, mask, weights

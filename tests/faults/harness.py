@@ -40,6 +40,8 @@ class Life:
     devices: int = 2
     cache: str = ""
     stages: tuple[str, ...] = STAGES
+    command: tuple[str, ...] = ("jaxllm", "run", CONFIG)  # a module and its arguments
+    more: tuple[str, ...] = ()  # further arguments
     alive: list[subprocess.Popen] = dataclasses.field(default_factory=list)
     clock: str = ""  # libfaketime's offset for the next start
 
@@ -48,8 +50,8 @@ class Life:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         many = ["--distributed"] if self.processes > 1 else []
-        command = [sys.executable, "-m", "jaxllm", "run", CONFIG, "--run-dir", str(self.directory)]
-        command += ["--stages", *self.stages]
+        command = [sys.executable, "-m", *self.command, "--run-dir", str(self.directory)]
+        command += ["--stages", *self.stages, *self.more]
         for number in range(self.processes):
             env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": self.cache}
             env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -61,7 +63,9 @@ class Life:
             # Anew at each start: what a process that ended long ago wrote says nothing about this one.
             log = open(f"{self.directory}.{number}.log", "wb")  # noqa: SIM115 - the process keeps it
             arguments = [*command, *many, "--cpu-devices", str(self.devices)]
-            self.alive.append(subprocess.Popen(arguments, env=env, cwd=ROOT, stdout=log, stderr=log))
+            # What the others make the world may not read: a file tells whether process 0 has written it.
+            umask = 0o026 if number else 0o022
+            self.alive.append(subprocess.Popen(arguments, env=env, cwd=ROOT, stdout=log, stderr=log, umask=umask))
             log.close()
 
     def wait(self, seconds: float) -> bool:

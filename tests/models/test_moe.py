@@ -100,6 +100,15 @@ def test_a_full_expert_drops_the_tokens_that_come_last():
     assert float(load.dropped) == 6 and (np.abs(y[0]).sum(-1) > 0).tolist() == [True] * 2 + [False] * 6
 
 
+def test_the_one_token_of_a_decoding_step_is_on_every_shard_of_the_sequence():
+    w, (x, mask) = weights(), inputs()
+    with jax.set_mesh(make_mesh(MESHES["context"])):
+        y, load = jax.jit(functools.partial(moe, config=CONFIG))(x[:, :1], mask[:, :1], w)
+    want, counts = loop(x[:, :1], mask[:, :1], w, CONFIG)
+    np.testing.assert_allclose(y, want, atol=2e-5)
+    np.testing.assert_array_equal(load.load, counts)
+
+
 def test_the_bias_moves_towards_balance_and_weighs_nothing():
     load = Load(jnp.array([10.0]), jnp.array([[8.0, 1.0, 1.0]]), jnp.zeros((1, 3)), jnp.zeros(1))
     config = MoEConfig(num_experts=3, per_token=1, router="sigmoid", bias_rate=0.01)
@@ -147,12 +156,10 @@ def two_updates(mesh_config, num_micro=1):
     return found, jax.tree.map(np.asarray, state.params)
 
 
-@pytest.mark.parametrize(
-    "mesh", ["mixed", *[pytest.param(m, marks=pytest.mark.slow) for m in ("data", "expert", "fsdp")]]
-)
-def test_training_on_a_mesh_equals_one_device(mesh):
+def test_training_on_a_mesh_equals_one_device():
+    """With a bias that balances and further predictions; every axis and several together: tests/test_sharded.py."""
     alone, params = two_updates(MeshConfig(data=1))
-    together, sharded = two_updates(MESHES[mesh])
+    together, sharded = two_updates(MESHES["mixed"])
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     bias = params["layers"]["mlp"]["router_bias"]
     assert (

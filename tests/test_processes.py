@@ -1,0 +1,159 @@
+"""However many processes live a life, it is the same one: batches, losses, texts; who writes; and going on elsewhere.
+
+Real processes on a CPU, joined by jax.distributed (gloo), each with its share of the devices.
+"""
+
+import functools
+import itertools
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from tests.conftest import SESSION
+from tests.faults.harness import STAGES, TRAINED, Life, outcome
+
+TOPOLOGIES = [(1, 8), (2, 4), (4, 2)]  # processes, devices of each
+EXPERTS = ("--model.moe.num-experts", "4", "--model.moe.aux-coef", "0.01")
+# Of two processes the first axis that is there crosses them, of four the second one too.
+MESHES = {
+    "data, fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "context, expert, tensor": {"data": 1, "context": 2, "expert": 2, "tensor": 2},
+}
+COMPARED = (" metrics", " result", " step", ".jsonl", "tokenizer")
+LOSSES = ("train/loss", "train/z_loss", "train/mtp_loss", "eval/loss", "ppo/value_loss")
+
+
+@pytest.fixture(autouse=True)
+def compiled_soon(monkeypatch):
+    """Nearly all time would be the compiler's: without XLA's costly optimisations, with the same collectives."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+
+
+def life(directory, processes, devices, sizes, stages=STAGES):
+    mesh = [word for axis, size in sizes.items() for word in (f"--mesh.{axis}", str(size))]
+    more = (*mesh, *(EXPERTS if "expert" in sizes else ()))
+    command = ("tests.watched", "run", "tests/processes.yaml")
+    return Life(directory, processes, devices, str(SESSION / "compiled"), stages, command, more)
+
+
+def live(*args, **kwargs):
+    """The directory of a life that nothing happened to."""
+    each = life(*args, **kwargs)
+    each.start()
+    assert each.wait(1800.0) and not any(each.clear()), each.log()[-3000:]
+    return each.directory
+
+
+@functools.cache
+def whole(mesh, processes, devices):
+    base = SESSION / "processes" / f"{mesh} {processes} x {devices}"
+    base.parent.mkdir(exist_ok=True)
+    return live(base, processes, devices, MESHES[mesh])
+
+
+def batches(directory):
+    """{(stage, step): digests}; what is done again after a cut must be the same again."""
+    found = {}
+    for line in (directory.parent / f"{directory.name}.batches").read_text().splitlines():
+        stage, number, words = json.loads(line)
+        assert found.setdefault((stage, number), words) == words
+    return found
+
+
+def same_life(ours, theirs, stages=STAGES):
+    """The same batches and texts; all numbers within 1e-5."""
+    known = batches(theirs)
+    assert [step for step, words in batches(ours).items() if known[step] != words] == []
+    one, other = (outcome(directory, stages) for directory in (ours, theirs))
+    assert one.keys() == other.keys()
+    for name in (
+        n for n in one if n.endswith(COMPARED)
+    ):  # the others are digests of parameters, equal to the bit or not
+        same(one[name], other[name], name)
+
+
+def same(ours, theirs, name):
+    """Equal but for numbers. Those that are differences of larger ones (a KL, the policy's loss) have an error of theirs."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), name
+        for key in ours:
+            same(ours[key], theirs[key], f"{name}: {key}")
+    elif isinstance(ours, list):
+        for number, (a, b) in enumerate(itertools.zip_longest(ours, theirs)):
+            same(a, b, f"{name} {number}")
+    elif isinstance(ours, float):
+        written = 1.1e-4 if name.endswith("score") and "jsonl" in name else 1e-6  # four places are written
+        absolute = 0.0 if name.endswith(LOSSES) else written
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=absolute, err_msg=name)
+    else:
+        assert ours == theirs, name
+
+
+def written_by_others(directory):
+    """What processes other than 0 have made, by its mode (see `Life.start`)."""
+    paths = (path.relative_to(directory) for path in directory.rglob("*") if not path.stat().st_mode & 0o004)
+    return {str(path) for path in paths}
+
+
+def is_array(path):
+    """Of a checkpoint: the shards that a process holds, and what Orbax notes about them."""
+    return "/checkpoints/" in path and ("/ocdbt.process_" in path or "/array_metadatas/process_" in path)
+
+
+def check_writers(directory):
+    """Others than process 0 write the arrays they hold, and their part of the tokenised data: nothing else."""
+    others = written_by_others(directory)
+    assert any(map(is_array, others))
+    assert {path for path in others if not is_array(path) and not path.startswith("cache/")} == set()
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """The tensor axis lies across them: both have the same rows and half of each matrix."""
+    ours, theirs = (live(tmp_path / f"{n}", n, 2 // n, {"data": 1, "tensor": 2}, stages=STAGES[:2]) for n in (2, 1))
+    same_life(ours, theirs, STAGES[:2])
+    assert len(batches(ours)) == 12
+    check_writers(ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_life_is_the_same_on_any_number_of_processes(mesh, processes):
+    ours, theirs = (whole(mesh, n, 8 // n) for n in (processes, 1))
+    same_life(ours, theirs)
+    check_writers(ours)
+    steps = [len([1 for stage, _ in batches(ours) if stage == name]) for name in TRAINED]
+    assert steps == [12, 8, 4, 3]
+    lines = [json.loads(line) for line in (ours / "ppo" / "rollouts.jsonl").read_text().splitlines()]
+    assert sum(line["response"].endswith(("e", "。")) and line["finished"] for line in lines) > 5  # stop strings
+
+
+def steps_saved(directory, stage):
+    return [int(path.name) for path in (directory / stage / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "ppo"])
+def test_cut_on_two_processes_it_goes_on_on_one_and_on_four(tmp_path, stage):
+    """SIGTERM to one of 2 x 4; then 1 x 2 and 4 x 1, with meshes of their own."""
+    uncut, cut = whole("data, fsdp, tensor", 2, 4), tmp_path / "cut"
+    shutil.copytree(uncut, cut, ignore=shutil.ignore_patterns(*STAGES[STAGES.index(stage) :], "report*"))
+    shutil.copy(f"{uncut}.batches", f"{cut}.batches")  # those that follow must be the same
+    stages = STAGES[: STAGES.index(stage) + 2]
+    interrupted = life(cut, 2, 4, MESHES["data, fsdp, tensor"], stages)
+    interrupted.start()
+    while f"{stage}: " not in interrupted.log() and all(p.poll() is None for p in interrupted.alive):
+        time.sleep(0.05)
+    interrupted.alive[1].terminate()  # while it compiles: it stops after a step or two
+    assert interrupted.wait(600.0) and not any(interrupted.clear()), interrupted.log()[-3000:]
+    assert f"SIGTERM: {stage}: step" in " ".join(interrupted.log().split())
+    assert 0 < max(steps_saved(cut, stage)) < max(steps_saved(uncut, stage))
+    for processes, devices, sizes in ((1, 2, {"data": 1, "fsdp": 2}), (4, 1, {"data": 2, "tensor": 2})):
+        on = tmp_path / f"on {processes}"
+        shutil.copytree(cut, on)
+        shutil.copy(f"{cut}.batches", f"{on}.batches")
+        live(on, processes, devices, sizes, stages=stages)
+        same_life(on, uncut, stages)
