@@ -1,9 +1,9 @@
 """One small description of a job (launch/example.yaml), rendered for the place where it runs.
 
-    python launch/render.py slurm JOB.yaml | bash                       # a command: sbatch ... launch/slurm.sbatch ...
-    python launch/render.py gke JOB.yaml | kubectl replace --force -f - # a JobSet
-    python launch/render.py sky JOB.yaml > task.yaml                    # a SkyPilot task
-    python launch/render.py shell JOB.yaml                              # variables, for launch/tpu_vm.sh
+    python launch/render.py slurm JOB.yaml | bash       # a command: sbatch ... launch/slurm.sbatch ...
+    python launch/render.py sky JOB.yaml > task.yaml    # a SkyPilot task
+    python launch/render.py gke JOB.yaml                # a JobSet, for launch/gke.sh
+    python launch/render.py shell JOB.yaml              # variables, for launch/tpu_vm.sh
 
 Everything is printed and nothing is done. Rendering and submitting the same description again goes on with the run.
 Exit code 2 and one line where the description makes no sense.
@@ -73,6 +73,10 @@ class Job:
     """Google Cloud zone."""
     service_account: str = ""
     """Kubernetes service account that may write the bucket."""
+    claim: str = ""
+    """Kubernetes volume claim that is mounted where `bucket` is a directory."""
+    prepare: str = ""
+    """TPU VM, SkyPilot: a shell command for every machine before the run, such as one that mounts `bucket`."""
     slurm_options: tuple[str, ...] = ()
     """More options of sbatch."""
     max_restarts: int = 100
@@ -152,6 +156,8 @@ def gke(job: Job) -> str:
     tpu = need_tpu(job, "GKE")
     need(job, "GKE", "image")
     hosts = job.chips // job.chips_per_host
+    if job.bucket.startswith("/") != bool(job.claim):
+        raise InputError("claim: GKE needs it where bucket is a directory, to mount it there, and nowhere else")
     if job.slices > 1 and hosts == 1:
         raise InputError(f"slices: GKE joins only slices of several hosts, and {job.topology} is one host")
     # Status 2 is bad input, 3 a stop on purpose: starting again would not help. All others restart all slices.
@@ -162,7 +168,7 @@ def gke(job: Job) -> str:
         "completions": hosts,
         "backoffLimit": 0,  # one lost pod is a lost slice
         "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": unmendable}]},
-        "template": {"spec": _pod(job, tpu)},
+        "template": _pod(job, tpu),
     }
     stop = {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     # An object store has no locks: the old pods must have ended before new ones write into the run directory.
@@ -208,11 +214,15 @@ def _pod(job: Job, tpu: Tpu) -> Tree:
         spot = "cloud.google.com/gke-spot"
         labels[spot] = "true"
         pod["tolerations"] = [{"key": spot, "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
+    if job.claim:
+        pod["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": job.claim}}]
+        container["volumeMounts"] = [{"name": "runs", "mountPath": job.bucket}]
     if job.service_account:
         pod["serviceAccountName"] = job.service_account
     if job.slices > 1:  # between slices the pods' own network would be the bottleneck
         pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
-    return pod
+    # The annotation is asked for where the claim is a bucket that Cloud Storage FUSE mounts; elsewhere it says nothing.
+    return {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": pod} if job.claim else {"spec": pod}
 
 
 def sky(job: Job) -> str:
@@ -249,7 +259,7 @@ def sky(job: Job) -> str:
             "workdir": ".",
             "num_nodes": nodes,
             "resources": resources,
-            "setup": SETUP.format(extra=extra),
+            "setup": SETUP.format(extra=extra) + (f"{job.prepare}\n" if job.prepare else ""),
             "run": f"{rendezvous}exec {worker}\n",
         }
     )
@@ -265,7 +275,7 @@ def shell(job: Job) -> str:
         )
     values = {"name": job.name, "project": job.project, "zone": job.zone, "type": tpu.vm, "runtime": tpu.runtime}
     values |= {"topology": job.topology.partition(":")[2], "slices": job.slices, "spot": "yes" if job.spot else ""}
-    values |= {"run_dir": job.arguments[2], "arguments": shlex.join(job.arguments)}
+    values |= {"prepare": job.prepare or "true", "run_dir": job.arguments[2], "arguments": shlex.join(job.arguments)}
     return "\n".join(f"{name}={shlex.quote(str(value))}" for name, value in values.items())
 
 

@@ -15,7 +15,7 @@ fi
 job=$(realpath "$2")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 described=$("${PYTHON:-.venv/bin/python}" launch/render.py shell "$job")
-name='' project='' zone='' type='' topology='' runtime='' slices='' spot='' run_dir='' arguments='' # render.py says
+name='' project='' zone='' type='' topology='' runtime='' slices='' spot='' prepare='' run_dir='' arguments='' # render.py says
 eval "$described"
 
 queue() { # VERB ARGUMENTS...
@@ -49,6 +49,11 @@ wait_for_slice() {
   done
 }
 
+going_on() { # on every worker
+  local said
+  said=$(on all "bash launch/daemon.sh status" 2> /dev/null) && ! grep -qvx running <<< "$said"
+}
+
 install_tree() {
   local tree
   tree=$(mktemp --suffix=.tar.gz)
@@ -67,7 +72,12 @@ install_tree() {
 case $1 in
   up)
     wait_for_slice
+    if going_on; then # its code stays as it is
+      echo "$name: running already"
+      exit
+    fi
     install_tree
+    on all "$prepare"
     on all "bash launch/daemon.sh start $(printf %q "$run_dir") .venv/bin/jaxllm run $arguments --distributed"
     ;;
   logs) on 0 "tail -n 100 -F daemon.log" ;;

