@@ -1,6 +1,6 @@
 """launch/slurm.sbatch on a real Slurm cluster: a controller and two nodes, all of them on this machine.
 
-As root, with Debian's packages; four minutes on 2 cores. Its log is in tests/README.md.
+As root, with Debian's packages; six minutes on 2 cores. Its log is in tests/README.md.
 
     apt-get install slurm-wlm munge
     python -m pytest tests/test_launch_slurm.py -m slow -n 0 -s
@@ -68,7 +68,7 @@ class Cluster:
 
     def __init__(self, base: Path):
         self.base, self.daemons = base, []
-        self.env = {**os.environ, "SLURM_CONF": f"{base}/slurm.conf", "PYTHON": sys.executable}
+        self.env = {**os.environ, "SLURM_CONF": f"{base}/slurm.conf", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
         self.env |= {"JAX_PLATFORMS": "cpu", **{name.upper(): str(value) for name, value in COMPILED.items()}}
         (base / "state").mkdir()
         (base / "slurm.conf").write_text(CONF.format(base=base, ports=free_ports(3)))
@@ -194,6 +194,14 @@ def test_a_killed_process_ends_the_others_and_all_start_again(cluster, whole, tm
     cluster.wait_for(job, "slurm.sbatch: finished")
     print(cluster.log(job))
     assert differences(whole, outcome(tmp_path / "run", STAGES)) == []
+
+
+def test_a_sweep_is_an_array_job(cluster, tmp_path):
+    command = [sys.executable, "launch/sweep.py", CONFIG, "--out", str(tmp_path / "out"), "--jobs", "2"]
+    command += ["--grid", "pretrain.num-steps=10,20", "--options=--cpu-devices 1", "--slurm=--nodes=1"]
+    done = subprocess.run(command, cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=300)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0 and done.stdout.count("| finished |") == 2, (done.stdout, done.stderr)
 
 
 def test_bad_input_is_not_tried_again(cluster, tmp_path):
