@@ -99,20 +99,33 @@ def test_a_worker_tells_stopped_from_finished(monkeypatch, ends, status):
     assert code == status
 
 
+def slurm_job(tmp_path, srun, **stand_ins):
+    """Run slurm.sbatch with stand-ins for Slurm's commands; what they were told. The real ones: test_launch_slurm.py."""
+    for name in ("scontrol", "scancel"):
+        stand_ins[name] = f'echo "{name} $*" >> {tmp_path}/told'
+    for name, line in {"srun": srun, "sleep": "exit 0", **stand_ins}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "worker.py").touch()
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
+    command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "CONFIG"]
+    done = subprocess.run(command, env={**env, "SLURM_JOB_NODELIST": "n[1-2]"}, capture_output=True, timeout=30)
+    return done.returncode, read_lines(tmp_path / "told")
+
+
 @pytest.mark.parametrize(
     ("status", "earlier", "ends", "requeued"),
     [(0, 0, 0, False), (2, 0, 2, False), (75, 0, 0, True), (1, 0, 0, True), (1, 5, 1, False), (75, 9, 0, True)],
 )
 def test_a_slurm_job_goes_back_into_the_queue_where_that_helps(tmp_path, status, earlier, ends, requeued):
-    """Slurm's commands are stand-ins here; the real ones are in test_launch_slurm.py."""
-    for name, line in {"srun": f"exit {status}", "scontrol": f'echo "$*" > {tmp_path}/told', "sleep": "exit 0"}.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "worker.py").touch()
     if earlier:
         (tmp_path / "slurm-7.failures").write_text("1\n" * earlier)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
-    command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "CONFIG"]
-    done = subprocess.run(command, env={**env, "SLURM_JOB_NODELIST": "n[1-2]"}, capture_output=True, timeout=30)
-    assert done.returncode == ends and (tmp_path / "told").exists() == requeued, done.stderr
+    code, told = slurm_job(tmp_path, f"exit {status}")
+    assert code == ends and told == ["scontrol requeue 7"] * requeued
+
+
+def test_near_its_time_limit_a_slurm_job_goes_back_into_the_queue_even_where_nothing_stops(tmp_path):
+    srun = "kill -USR1 $PPID; for i in {1..10}; do read -t 0.05 <> <(:) || true; done; exit 0"
+    code, told = slurm_job(tmp_path, srun)
+    assert code == 0 and told == ["scancel --signal=TERM 7", "scontrol requeue 7"]

@@ -1,6 +1,6 @@
 """launch/slurm.sbatch on a real Slurm cluster: a controller and two nodes, all of them on this machine.
 
-As root, with Debian's packages; six minutes on 2 cores. Its log is in tests/README.md.
+As root, with Debian's packages; seven minutes on 2 cores. Its log is in tests/README.md.
 
     apt-get install slurm-wlm munge
     python -m pytest tests/test_launch_slurm.py -m slow -n 0 -s
@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import COMPILED, ROOT
+from tests.faults import harness
 from tests.faults.harness import CONFIG, Life, differences, outcome
 
 pytestmark = pytest.mark.slow
@@ -173,8 +174,9 @@ def test_preempted_requeued_cancelled_and_submitted_again_it_ends_with_the_same_
 
 
 def test_at_the_time_limit_it_saves_and_goes_on(cluster, whole, tmp_path):
-    # A limit of one minute, and the signal up to a minute before: at once.
-    job = cluster.submit(tmp_path / "run", "--time=1", "--signal=TERM@45")
+    # A limit of one minute, and the signal due at once. Slurm looks every half minute, so there are stages for a minute.
+    job = cluster.submit(tmp_path / "run", "--time=1", "--signal=B:USR1@59", stages=harness.STAGES[:-1])
+    cluster.wait_for(job, "the time limit is near")
     cluster.wait_for(job, "back into the queue")
     cluster("scontrol", "update", f"jobid={job}", "timelimit=10")
     cluster.wait_for(job, "slurm.sbatch: finished")
