@@ -1,0 +1,221 @@
+"""A grid over a config's fields: every point is a run of its own, the results one table and one plot.
+
+    python launch/sweep.py configs/tiny.yaml --stages tokenizer pretrain --jobs 2 \\
+        --grid pretrain.optim.learning-rate=1e-3,3e-3 --grid model.num-layers=1,2,4
+    python launch/sweep.py ... --slurm='--partition=gpu --gpus-per-node=8 --time=4:00:00'
+
+A point's run directory is OUT/FIELD=VALUE,... Running it again skips finished points and goes on with cut ones; a
+failed one is named, and the exit code is then 1. OUT gets table.csv, table.md and plot.png. Where the model's size
+varies, and the metric is a loss, L = E + A / N^alpha is fitted to the best loss of each size.
+"""
+
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+from sweep_plot import plot
+
+from jaxllm.config import InputError, build, load, merge, parse_overrides, read_yaml, tyro_cli
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A grid over a config's fields."""
+
+    config: Annotated[str, tyro.conf.Positional]
+    """Config file."""
+    grid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """FIELD=VALUE,VALUE,...; given several times: all combinations."""
+    stages: tuple[str, ...] = ("tokenizer", "pretrain")
+    """Stages to run; the last one's result is gathered."""
+    metric: str = "loss"
+    """Number of the result to plot."""
+    out: str = ""
+    """Where the runs go; empty: runs/sweep-CONFIG."""
+    jobs: int = 1
+    """Runs at a time; on a CPU give each its share: --options='--cpu-devices 1'."""
+    options: str = ""
+    """More options of jaxllm run, for all points: --options='--OPTION VALUE ...'"""
+    slurm: str = "no"
+    """Run the points as an array job with these options of sbatch (--slurm=''), and wait for it."""
+
+
+class Point(NamedTuple):
+    """One combination of values."""
+
+    values: dict[str, str]
+    directory: Path
+    command: list[str]
+    """Arguments of jaxllm run."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what is not finished, then gather; the exit code."""
+    sweep = tyro_cli(Sweep, arguments, "sweep")
+    grid = dict(read_axis(text) for text in sweep.grid)
+    check(sweep, grid)
+    out = Path(sweep.out or f"runs/sweep-{Path(sweep.config).stem}")
+    points = make_points(sweep, grid, out)
+    left = [point for point in points if not result(point, sweep)]
+    print(f"{len(points)} points, {len(points) - len(left)} of them finished, in {out}", flush=True)
+    codes = on_slurm(sweep, left, out) if sweep.slurm != "no" else here(sweep, left)
+    rows = [row(point, sweep, codes.get(point.directory)) for point in points]
+    write_tables(rows, sweep, grid, out)
+    finished = [one for one in rows if one["status"] == "finished"]
+    if finished:
+        said = plot(finished, [*grid], sweep.metric, out / "plot.png")
+        print("\n".join([*said, f"{out}/table.csv, table.md, plot.png"]), flush=True)
+    for one in rows:
+        if one not in finished:
+            print(f"sweep: {one['status']}: {one['log']}", file=sys.stderr)
+    return 0 if len(finished) == len(rows) else 1
+
+
+def read_axis(text: str) -> tuple[str, list[str]]:
+    field, _, values = text.partition("=")
+    many = values.split(",")
+    if not field or not all(many) or len({*many}) < len(many):
+        raise InputError(f"--grid {text}: must be FIELD=VALUE,VALUE,... with different values")
+    return field, many
+
+
+def flag(field: str, value: str) -> str:
+    """The option of jaxllm that sets a field; of a boolean there is one for each value."""
+    if value not in ("true", "false"):
+        return f"--{field}={value}"
+    section, dot, name = field.rpartition(".")
+    return f"--{section}{dot}{'no-' * (value == 'false')}{name}"
+
+
+def check(sweep: Sweep, grid: dict[str, list[str]]) -> None:
+    """Refuse what the config would refuse in any point, before anything runs."""
+    from jaxllm.run import Config  # seconds to import
+
+    if not grid:
+        raise InputError("--grid: give at least one, as model.num-layers=2,4")
+    if sweep.jobs < 1:
+        raise InputError("--jobs: must be at least 1")
+    if sweep.slurm != "no" and not shutil.which("sbatch"):
+        raise InputError("--slurm: there is no sbatch here")
+    base = load(Config, sweep.config)
+    tree, _ = read_yaml(Path(sweep.config))
+    if sweep.options:
+        tree = merge(tree, parse_overrides(Config, base, shlex.split(sweep.options), "sweep --options"))
+    for combination in itertools.product(*grid.values()):
+        point = tree | {"stages": [*sweep.stages]}
+        for field, value in zip(grid, combination, strict=True):
+            point = merge(point, nested(field, value))
+        build(Config, point, name="sweep")
+
+
+def nested(field: str, value: str) -> dict[str, Any]:
+    """The field as in a config file."""
+    tree: Any
+    try:
+        tree = json.loads(value)
+    except ValueError:
+        tree = value
+    for name in reversed(field.replace("-", "_").split(".")):
+        tree = {name: tree}
+    return tree
+
+
+def make_points(sweep: Sweep, grid: dict[str, list[str]], out: Path) -> list[Point]:
+    points = []
+    for combination in itertools.product(*grid.values()):
+        values = dict(zip(grid, combination, strict=True))
+        directory = out / ",".join(f"{field}={value}" for field, value in values.items())
+        flags = [flag(field, value) for field, value in values.items()]
+        command = [sweep.config, "--run-dir", str(directory), *flags, *shlex.split(sweep.options)]
+        points.append(Point(values, directory, [*command, "--stages", *sweep.stages]))
+    return points
+
+
+def result(point: Point, sweep: Sweep) -> dict[str, Any] | None:
+    path = point.directory / sweep.stages[-1] / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def here(sweep: Sweep, points: Sequence[Point]) -> dict[Path, int]:
+    """Run the points on this machine, `jobs` at a time; their exit codes. Stopped, it stops them, and they save."""
+    waiting, running, codes = list(points), {}, {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while waiting or running:
+            while waiting and len(running) < sweep.jobs:
+                point = waiting.pop(0)
+                point.directory.parent.mkdir(parents=True, exist_ok=True)
+                with open(f"{point.directory}.log", "ab") as log:
+                    command = [sys.executable, "-m", "jaxllm", "run", *point.command]
+                    running[point.directory] = subprocess.Popen(command, stdout=log, stderr=log)
+            time.sleep(0.2)
+            for directory in [d for d, process in running.items() if process.poll() is not None]:
+                codes[directory] = running.pop(directory).returncode
+                print(f"{directory.name}: ended with status {codes[directory]}", flush=True)
+    except KeyboardInterrupt:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+        raise
+    return codes
+
+
+def on_slurm(sweep: Sweep, points: Sequence[Point], out: Path) -> dict[Path, int]:
+    """Run the points as tasks of an array job, each of which resumes by itself, and wait for all of them."""
+    if points:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "points.txt").write_text("".join(shlex.join(point.command) + "\n" for point in points))
+        command = ["sbatch", "--wait", f"--array=0-{len(points) - 1}%{sweep.jobs}", f"--output={out}/slurm-%a.log"]
+        command += [*shlex.split(sweep.slurm), "launch/slurm.sbatch", f"@{out}/points.txt"]
+        subprocess.run(command, env={**os.environ, "PYTHON": sys.executable})
+    return {}
+
+
+def row(point: Point, sweep: Sweep, code: int | None) -> dict[str, Any]:
+    """A line of the table: values, how it ended, and every number of the result."""
+    found = result(point, sweep) or {}
+    numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    if found and sweep.metric not in numbers:
+        raise InputError(f"--metric {sweep.metric}: {sweep.stages[-1]} gives {', '.join(numbers)}")
+    status = "finished" if found else f"failed with status {code}" if code else "not finished"
+    log = f"{point.directory}.log" if sweep.slurm == "no" else f"{point.directory.parent}/slurm-*.log"
+    return {**point.values, "status": status, "log": log, **numbers}
+
+
+def write_tables(rows: list[dict[str, Any]], sweep: Sweep, grid: dict[str, list[str]], out: Path) -> None:
+    """table.csv with everything, table.md (also printed) with what one looks at."""
+    out.mkdir(parents=True, exist_ok=True)
+    columns = dict.fromkeys(name for one in rows for name in one)
+    with (out / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns])
+        writer.writeheader()
+        writer.writerows(rows)
+    shown = dict.fromkeys([*grid, "status", sweep.metric, "parameters", "tokens", "wall_seconds"])
+    shown = [name for name in shown if name in columns]
+    text = lambda value: f"{value:,.5g}" if isinstance(value, float) else str(value)
+    lines = [shown, ["---"] * len(shown), *([text(one.get(name, "")) for name in shown] for one in rows)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    (out / "table.md").write_text(table + "\n")
+    print(table, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except InputError as error:
+        sys.exit(print(f"sweep: {str(error).removeprefix('sweep: ')}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("sweep: interrupted; run the same command again to go on", file=sys.stderr) or 130)
