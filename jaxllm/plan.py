@@ -312,10 +312,10 @@ def bytes_of(tree: Any) -> int:
     return sum(map(shard, jax.tree.leaves(tree)))
 
 
-def count_flops(jaxpr: Any) -> float:
+def count_flops(jaxpr: Any, experts: int = 1) -> float:
     """FLOPs of the matrix products of a program, loops counted as often as they run, branches as the dearest.
 
-    Kernels count by their own estimate where they have one.
+    Grouped products count as with a balanced load of `experts` shards. Kernels by their own estimate where they have one.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -325,17 +325,26 @@ def count_flops(jaxpr: Any) -> float:
             left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
             total += 2.0 * math.prod(out) * math.prod(left[i] for i in contracted)
         elif name == "ragged_dot_general":
-            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * eqn.invars[0].aval.shape[-1]
+            total += _grouped_flops(eqn) / experts
         elif name == "pallas_call":
             estimate = params.get("cost_estimate")
             total += float(estimate.flops) if estimate is not None else 0.0
         elif name == "cond":
-            total += max(count_flops(branch.jaxpr) for branch in params["branches"])
+            total += max(count_flops(branch.jaxpr, experts) for branch in params["branches"])
         else:
             times = params["length"] if name == "scan" else 1
-            times *= params["mesh"].size if name == "shard_map" else 1
-            total += times * sum(count_flops(inner) for inner in _inside(params))
+            mesh = params["mesh"] if name == "shard_map" else None
+            inside = mesh.shape.get("expert", 1) if mesh else experts
+            times *= mesh.size if mesh else 1
+            total += times * sum(count_flops(inner, inside) for inner in _inside(params))
     return total
+
+
+def _grouped_flops(eqn: Any) -> float:
+    """Each row meets one group's matrix; the gradient of the matrices has the groups in its result, not in an operand."""
+    (rows, *_, inner), matrix = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+    out = eqn.outvars[0].aval.shape
+    return 2.0 * rows * inner * (matrix[-1] if len(matrix) == 2 else out[-1])
 
 
 def _inside(params: Mapping[str, Any]) -> Iterator[Any]:
@@ -367,7 +376,11 @@ def collectives(text: str, mesh: Any, unknown_trips: int = 1) -> list[dict[str, 
             elif call := re.search(r" (?:call|conditional|async-start)\(.*", line):
                 for inner in re.findall(r"(?:to_apply|calls|computation)=%?([\w.\-]+)", call[0]):
                     walk(inner, times, unknown)
-            if kind := re.search(rf" ({'|'.join(_KINDS)})(?:-start)?\(", line):
+            if far := re.search(r' = \((\S+), .* send\(.*_xla_megascale_transfer_type="(\w+)"', line):
+                # Between slices the runtime of the hosts moves what a slice has added up already.
+                entry = found.setdefault((far[2].lower().replace("_", "-"), ("data",)), [0, 0.0])
+                entry[0], entry[1] = entry[0] + times, entry[1] + times * _bytes_of_shapes(far[1])
+            elif kind := re.search(rf" ({'|'.join(_KINDS)})(?:-start)?\(", line):
                 axes = _axes_of(line, mesh)
                 count = math.prod(mesh.shape[a] for a in axes) if axes else mesh.size
                 share = {"all-reduce": 2 * (count - 1) / count, "collective-permute": 1.0}.get(
@@ -406,7 +419,10 @@ def _trips(condition: Any) -> int:
 
 def _result_bytes(line: str) -> int:
     result = line.split(" = ", 1)[1]
-    result = re.split(rf" (?:{'|'.join(_KINDS)})", result)[0]
+    return _bytes_of_shapes(re.split(rf" (?:{'|'.join(_KINDS)})", result)[0])
+
+
+def _bytes_of_shapes(result: str) -> int:
     shapes = re.findall(r"(\w+)\[([\d,]*)\]", result)
     return sum(_SIZES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in shapes)
 

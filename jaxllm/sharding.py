@@ -26,14 +26,23 @@ _BOTH: Rules = {"heads": "tensor", "kv_heads": "tensor", "head_dim": None, "mlp"
 PARAM_RULES: Rules = {
     **_BOTH,
     "layers": None,
-    "embed": "fsdp",
-    "positions": None,
+    "embed": ("fsdp", "expert"),
+    "expert_embed": "fsdp",  # of a routed expert's matrices, which lie on its shard
+    "positions": "tensor",
     "norm": None,
     "experts": "expert",
     "router": None,
     "latent": None,
+    "rank": ("fsdp", "expert"),  # latents that queries, keys and values are made from
 }
-ACT_RULES: Rules = {**_BOTH, "batch": ("data", "fsdp", "expert"), "seq": "context", "embed": None, "cache": None}
+ACT_RULES: Rules = {
+    **_BOTH,
+    "batch": ("data", "fsdp", "expert"),
+    "seq": "context",
+    "residual": ("context", "tensor"),  # positions between blocks (Korthikanti et al. 2022, section 4.2.2)
+    "embed": None,
+    "cache": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +125,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, ACT_RULES))
 
 
+def constrain_residual(x: jax.Array) -> jax.Array:
+    """[B, T, D] between blocks: its positions are shared out over `tensor` too, where their number allows."""
+    split = x.shape[1] % (mesh_size("context") * mesh_size("tensor")) == 0
+    return constrain(x, "batch", "residual" if split else "seq", "embed")
+
+
 def constrain_weights(x: jax.Array, *axes: str | None) -> jax.Array:
     """The same for weights, by PARAM_RULES; None where they are to be whole."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec(axes, PARAM_RULES))
@@ -182,6 +197,8 @@ def meet(name: str) -> None:
 # The config field that sets the size of a logical axis, for error messages.
 _FIELDS = {
     "embed": "model.embed_dim",
+    "expert_embed": "model.embed_dim",
+    "rank": "model.mla.kv_rank, model.mla.q_rank",
     "heads": "model.num_heads",
     "kv_heads": "model.num_kv_heads",
     "mlp": "model.mlp_dim",

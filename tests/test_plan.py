@@ -7,9 +7,10 @@ import jax
 import pytest
 import yaml
 
-from jaxllm import plan
+from jaxllm import losses, plan
 from jaxllm.models import transformer
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ModelConfig, preset
+from jaxllm.run import Config
 from jaxllm.sharding import MeshConfig, make_mesh
 from jaxllm.stages import language_model
 from jaxllm.stages.language_model import LanguageModelConfig
@@ -74,10 +75,38 @@ def test_groups_of_devices_are_read_in_every_spelling():
         assert plan._axes_of(line + text, mesh) == want, text
 
 
+def test_no_array_of_all_logits_ever_lives():
+    B, T, D, V = 2, 8192, 32, 128_256
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((B, T, D), "float32"), ((V, D), "float32"))]
+    targets = jax.ShapeDtypeStruct((B, T), "int32")
+    loss = lambda hidden, head, targets: losses.token_logprobs(hidden, head, targets).logprob.sum()
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes, targets).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < B * T * V * 4 / 6
+
+
+def test_a_program_does_not_grow_with_depth():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    deep = ModelConfig(vocab_size=256, max_length=64, **{**SHAPE, "num_layers": 12})
+    short, long = (traced(model, mesh).lower().as_text() for model in (MODEL, deep))
+    assert len(long) < 1.02 * len(short)
+
+
+def test_an_estimate_for_gpus_falls_with_more_of_them_and_says_what_it_is():
+    config = lambda mesh: Config(model=preset("llama3-8b", remat="full"), mesh=mesh)
+    args = lambda topology: plan.PlanArgs("x", topology)
+    few, many = (plan.plan(config(MeshConfig(data=1, fsdp=-1)), args(f"h100:{n}")) for n in (8, 16))
+    assert few["estimated"] and many["estimated"]
+    assert many["state_bytes_per_device"] == pytest.approx(few["state_bytes_per_device"] / 2, rel=1e-3)
+    assert many["predicted_tokens_per_second"] > few["predicted_tokens_per_second"]
+    assert not plan.plan(config(MeshConfig()), args("h100:8"))["fits"]
+
+
 def run(tmp_path, model, topology, *more, batch_size=16, mesh=None):
     config = {
         **{"name": "p", "model": model, "mesh": mesh or {"data": 1, "fsdp": -1}},
         "pretrain": {"batch_size": batch_size, "num_steps": 10},
+        "reward": {"batch_size": batch_size},
+        "ppo": {"batch_size": 32, "num_minibatches": 2, "sampling": {"max_new_tokens": 64}},
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -97,6 +126,60 @@ def test_a_step_is_compiled_for_a_tpu(tmp_path):
     assert 0 < report["temp_bytes_per_device"] < 1e9 and report["argument_bytes_per_device"] > 0
     assert {"all-gather", "all-reduce"} & {c["kind"] for c in report["collectives"]}
     assert 0 < report["predicted_mfu"] < 1 and report["predicted_step_seconds"] > 0
+
+
+def test_weights_are_gathered_once_a_pass_and_nothing_is_rematerialised(tmp_path):
+    model = {**SMALL, "remat": "full", "num_layers": 4}
+    code, out, log = run(tmp_path, model, "v5e:2x4", "--json", mesh={"data": 1, "fsdp": 4, "tensor": 2})
+    assert code == 0 and "nvoluntary full remat" not in log, log
+    report = json.loads(out)
+    moved = sum(c["bytes"] for c in report["collectives"] if c["kind"] == "all-gather" and "fsdp" in c["axes"])
+    # Forward, and backward, where the layer is made again: in bfloat16, of what is one tensor shard's.
+    assert 0 < moved < 3 * 2 * report["parameters"] / 2
+
+
+def test_slices_are_joined_by_the_data_axis(tmp_path):
+    code, out, log = run(tmp_path, SMALL, "v5e:2x2", "--json", "--slices", "2", mesh={"data": 2, "fsdp": -1})
+    assert code == 0, log
+    report = json.loads(out)
+    assert report["devices"] == 8 and report["mesh"] == {"data": 2, "fsdp": 4} and report["dcn_seconds"] > 0
+    code, _, log = run(tmp_path, SMALL, "v5e:2x2", "--slices", "2")
+    assert code == 2 and "mesh.data: 1 is not a multiple of the 2 slices" in log
+
+
+@pytest.mark.parametrize(("stage", "programs"), [pytest.param("reward", 0, marks=pytest.mark.slow), ("ppo", 5)])
+def test_other_stages_are_compiled_for_a_tpu(tmp_path, stage, programs):
+    code, out, log = run(tmp_path, SMALL, "v5e:2x4", "--json", "--stage", stage)
+    assert code == 0, log
+    report = json.loads(out)
+    assert report["fits"] and report["predicted_step_seconds"] > 0
+    assert len(report.get("programs", ())) == programs
+    if stage == "ppo":  # policy and critic with Adam's moments, reference and reward model without
+        each = report["programs"].values()
+        assert report["state_bytes_per_device"] == pytest.approx(8 * report["parameters"] * 4 / 8, rel=0.02)
+        assert report["flops_per_device"] == pytest.approx(sum(p["flops_per_device"] * p["times"] for p in each))
+
+
+def test_a_search_among_gpus_ranks_what_fits():
+    config = Config(model=preset("llama3-8b"), pretrain=LanguageModelConfig(batch_size=32))
+    ranked = plan.search(config, plan.PlanArgs("x", "h100:32", tries=20))
+    rates = [each["predicted_tokens_per_second"] for each in ranked if each["fits"]]
+    assert len(rates) > 5 and rates == sorted(rates, reverse=True)
+    assert len({repr((each["mesh"], each["remat"], each["batch_size"])) for each in ranked}) == len(ranked)
+
+
+@pytest.mark.slow
+def test_a_search_ranks_what_fits(tmp_path):
+    code, out, log = run(tmp_path, SMALL, "v5e:2x2", "--search", "--tries", "2", "--json")
+    assert code == 0, log
+    first, second = json.loads(out)
+    assert first["fits"] and second["fits"]
+    assert first["predicted_tokens_per_second"] >= second["predicted_tokens_per_second"] > 0
+    assert (first["mesh"], first["remat"], first["batch_size"]) != (
+        second["mesh"],
+        second["remat"],
+        second["batch_size"],
+    )
 
 
 def test_too_big_is_an_answer(tmp_path):

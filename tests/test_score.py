@@ -314,15 +314,17 @@ def test_the_harness_sees_the_same_numbers(harness, tmp_path):
     rows = [score.fit(*tasks.question_ids(asking, task.items[0], c), model.config, "") for c in choices]
     want, text = score.score_rows(model, rows, batch_size=4), "The tea looks beautiful as always. " * 20
     perplexity = score_file(model, write(tmp_path / "t.jsonl", {"text": text}), batch_size=4)
-    given = score.generate_texts(model, [tk.encode_chat(asked, reply=True)[0]], SamplingConfig(8, 0.0), [], seed=0)
+    begun = "The tea looks"
+    given = score.generate_texts(model, [harness._begun(harness._encode(begun))], SamplingConfig(8, 0.0), [], seed=0)
     found = harness.loglikelihood(requests(*((template, c) for c in choices)))
     np.testing.assert_allclose([nats for nats, _ in found], [nats for nats, _ in want], rtol=1e-6)
-    said = given[0][0]  # one of the choices; which of them differs between machines
-    assert [greedy for _, greedy in found] == [said == c for c in choices] and said in choices
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in want]
+    said = given[0][0]
+    assert len(said) > 3
     (rolling,) = harness.loglikelihood_rolling(requests((text,)))
     assert rolling == pytest.approx(-perplexity["nats_per_token"] * perplexity["tokens"], rel=1e-6)
-    greedy, cut = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}, {"until": said[1:3], "max_gen_toks": 8}
-    texts = harness.generate_until(requests((template, greedy), (template, cut), (template, greedy)))
+    until, cut = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}, {"until": said[1:3], "max_gen_toks": 8}
+    texts = harness.generate_until(requests((begun, until), (begun, cut), (begun, until)))
     assert texts == [said, said[:1], said]
     assert harness.tokenizer_name.startswith("jaxllm-")
 

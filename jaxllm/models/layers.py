@@ -12,7 +12,7 @@ from jaxllm.models.attention import Local, attention
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import moe
 from jaxllm.models.rope import frequencies, rope
-from jaxllm.sharding import constrain, in_blocks
+from jaxllm.sharding import constrain, constrain_residual, in_blocks
 
 
 def normal(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
@@ -122,12 +122,12 @@ class LatentAttention(nnx.Module):
         if m.q_rank:
             self.q_a = normal(rngs, std, embed=c.embed_dim, latent=m.q_rank)
             self.q_a_norm = Norm(c, latent=m.q_rank)
-            self.q_b = normal(rngs, std, latent=m.q_rank, **heads, head_dim=m.nope_dim + m.rope_dim)
+            self.q_b = normal(rngs, std, rank=m.q_rank, **heads, head_dim=m.nope_dim + m.rope_dim)
         else:
             self.q = normal(rngs, std, embed=c.embed_dim, **heads, head_dim=m.nope_dim + m.rope_dim)
         self.kv_a = normal(rngs, std, embed=c.embed_dim, latent=m.kv_rank + m.rope_dim)
         self.kv_a_norm = Norm(c, latent=m.kv_rank)
-        self.kv_b = normal(rngs, std, latent=m.kv_rank, **heads, head_dim=m.nope_dim + m.value_dim)
+        self.kv_b = normal(rngs, std, rank=m.kv_rank, **heads, head_dim=m.nope_dim + m.value_dim)
         self.out = normal(rngs, out_std, **heads, head_dim=m.value_dim, embed=c.embed_dim)
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, local: Local) -> jax.Array:
@@ -249,7 +249,7 @@ class MLP(nnx.Module):
         cut = lambda leaf: in_blocks(leaf, leaf.ndim - 1, count)
         blocks = (jax.tree.map(cut, into), in_blocks(self.down[...], 0, count))
         one = jax.checkpoint(lambda block: self._through(wide.astype(x.dtype), *block), prevent_cse=False)
-        add = lambda total, block: (constrain(total + one(block).astype(jnp.float32), "batch", "seq", "embed"), None)
+        add = lambda total, block: (constrain_residual(total + one(block).astype(jnp.float32)), None)
         return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), blocks)[0].astype(x.dtype)
 
 
@@ -262,11 +262,11 @@ class Experts(nnx.Module):
         self.router = normal(rngs, c.init_std, embed=c.embed_dim, router=e.num_experts)
         if e.router == "sigmoid":
             self.router_bias = constant(0.0, router=e.num_experts)
-        into = {"experts": e.num_experts, "embed": c.embed_dim, "mlp": size}
+        into = {"experts": e.num_experts, "expert_embed": c.embed_dim, "mlp": size}
         self.experts = nnx.Dict(
             gate=normal(rngs, c.init_std, **into),
             up=normal(rngs, c.init_std, **into),
-            down=normal(rngs, down_std, experts=e.num_experts, mlp=size, embed=c.embed_dim),
+            down=normal(rngs, down_std, experts=e.num_experts, mlp=size, expert_embed=c.embed_dim),
         )
         if e.num_shared:
             self.shared = MLP(c, rngs, e.num_shared * size)
@@ -276,7 +276,7 @@ class Experts(nnx.Module):
         if self.config.moe.router == "sigmoid":
             weights["router_bias"] = jax.lax.stop_gradient(self.router_bias[...])
         weights["experts"] = {name: w[...].astype(x.dtype) for name, w in self.experts.items()}
-        y, load = moe(x, mask, weights, self.config.moe)
+        y, load = moe(x, mask, weights, self.config.moe, in_parts=self.config.remat == "full")
         return y + self.shared(x) if self.config.moe.num_shared else y, load
 
 
@@ -312,11 +312,12 @@ class Block(nnx.Module):
         return self._add(x, y, "mlp"), load
 
     def _before(self, x: jax.Array, what: str) -> jax.Array:
-        return x if self.config.norm_place == "after" else getattr(self, f"{what}_norm")(x)
+        x = x if self.config.norm_place == "after" else getattr(self, f"{what}_norm")(x)
+        return constrain(x, "batch", "seq", "embed")  # gathered here: left to XLA, the weights would be
 
     def _add(self, x: jax.Array, y: jax.Array, what: str) -> jax.Array:
         y = y if self.config.norm_place == "before" else getattr(self, f"{what}_post_norm")(y)
-        return constrain(x + y, "batch", "seq", "embed")
+        return constrain_residual(x + y)
 
 
 class Ahead(nnx.Module):

@@ -75,14 +75,21 @@ class Load(NamedTuple):
     dropped: jax.Array  # float32[]: places of tokens that found their expert full
 
 
-def moe(x: jax.Array, mask: jax.Array, weights: dict[str, Any], config: MoEConfig) -> tuple[jax.Array, Load]:
+_ROWS = 1 << 15  # places of tokens in experts that are gone through at a time, with in_parts
+
+
+def moe(
+    x: jax.Array, mask: jax.Array, weights: dict[str, Any], config: MoEConfig, *, in_parts: bool = False
+) -> tuple[jax.Array, Load]:
     """x [B, T, D] through each token's experts -> ([B, T, D], load); mask bool[B, T]: False tokens get zeros.
 
     weights: router [D, E], router_bias [E] or none, experts {gate, up [E, D, F], down [E, F, D]} in x's dtype.
+    in_parts: some tokens at a time, recomputed part by part backward; where capacity drops none.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    in_parts &= not config.capacity_factor
     if mesh.empty:
-        return _local(x, mask, weights, config, {})
+        return _local(x, mask, weights, config, {}, in_parts)
     sizes, seq = dict(mesh.shape), "seq"
     if x.shape[1] % sizes["context"]:  # the one token of a decoding step: every shard of the sequence has it
         sizes["context"], seq = 1, None
@@ -93,15 +100,34 @@ def moe(x: jax.Array, mask: jax.Array, weights: dict[str, Any], config: MoEConfi
         "down": P("expert", "tensor", None),
     }
     specs = {name: P() if name != "experts" else experts for name in weights}
-    run = functools.partial(_local, config=config, sizes=sizes)
+    run = functools.partial(_local, config=config, sizes=sizes, in_parts=in_parts)
     out_specs: Any = (tokens, Load(*[P()] * 4))  # type: ignore
     return jax.shard_map(run, in_specs=(tokens, P(*tokens[:2]), specs), out_specs=out_specs, check_vma=False)(
         x, mask, weights
     )
 
 
-def _local(x, mask, weights, config: MoEConfig, sizes: dict[str, int]) -> tuple[jax.Array, Load]:
+def _local(x, mask, weights, config: MoEConfig, sizes: dict[str, int], in_parts: bool) -> tuple[jax.Array, Load]:
     """`moe` on one device's share of the tokens and of the experts."""
+    run = functools.partial(_at_once, config=config, sizes=sizes)
+    rows = mask.size * sizes.get("expert", 1) * config.per_token
+    parts = math.gcd(x.shape[1], max(rows // _ROWS, 1)) if in_parts else 1
+    if parts > 1:
+        # Gradients of the experts' matrices are summed over parts in float32.
+        wide = {**weights, "experts": jax.tree.map(lambda w: w.astype(jnp.float32), weights["experts"])}
+        narrow = lambda weights: {**weights, "experts": jax.tree.map(lambda w: w.astype(x.dtype), weights["experts"])}
+        one = jax.checkpoint(lambda x, mask: run(x, mask, narrow(wide)), prevent_cse=False)
+        split = lambda a: jnp.moveaxis(a.reshape(a.shape[0], parts, -1, *a.shape[2:]), 1, 0)
+        _, (y, stats) = jax.lax.scan(lambda _, part: (None, one(*part)), None, (split(x), split(mask)))
+        y, stats = jnp.moveaxis(y, 0, 1).reshape(x.shape), jax.tree.map(lambda a: a.sum(0), stats)
+    else:
+        y, stats = run(x, mask, weights)
+    over = tuple(axis for axis in _TOKEN_AXES if sizes.get(axis, 1) > 1)
+    return y, jax.tree.map(lambda a: jax.lax.psum(a, over), stats) if over else stats
+
+
+def _at_once(x, mask, weights, config: MoEConfig, sizes: dict[str, int]) -> tuple[jax.Array, Load]:
+    """The same, with a load of these tokens alone: of all that the shards of the experts brought together."""
     shards = sizes.get("expert", 1)
     if shards > 1:
         x, mask = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, mask))
@@ -119,8 +145,7 @@ def _local(x, mask, weights, config: MoEConfig, sizes: dict[str, int]) -> tuple[
         y, dropped = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True), jax.lax.psum(dropped, "expert")
     load = jnp.zeros(config.num_experts, jnp.float32).at[expert.reshape(-1)].add(1.0, mode="drop")
     stats = Load(real.astype(jnp.float32).sum(), load, jnp.where(real[:, None], probability, 0.0).sum(0), dropped)
-    over = tuple(axis for axis in _TOKEN_AXES if sizes.get(axis, 1) > 1)
-    return y.astype(x.dtype), jax.tree.map(lambda a: jax.lax.psum(a, over), stats) if over else stats
+    return y.astype(x.dtype), stats
 
 
 def route(x: jax.Array, router: jax.Array, bias: jax.Array | None, config: MoEConfig):

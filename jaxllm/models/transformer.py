@@ -18,7 +18,7 @@ from flax import nnx
 from jaxllm.models import lora, moe
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Ahead, Block, Norm, normal
-from jaxllm.sharding import constrain, constrain_weights, platform
+from jaxllm.sharding import constrain, constrain_residual, constrain_weights, platform
 
 Params = dict[str, Any]
 
@@ -284,8 +284,8 @@ def _embed(params: Params, config: ModelConfig, tokens: jax.Array, positions: ja
     if config.scale_embeddings:
         x = x * jnp.asarray(config.embed_dim**0.5, x.dtype)
     if config.position == "learned":
-        x = x + table("positions", None)[positions]
-    return constrain(x, "batch", "seq", "embed")
+        x = x + table("positions", "positions")[positions]
+    return constrain_residual(x)
 
 
 def _remat(body, config: ModelConfig):

@@ -36,7 +36,7 @@ PPO = ppo.PPOConfig(
     actor=_ADAM,
     critic=_ADAM,
 )
-QUICK = dataclasses.replace(PPO, num_steps=100, batch_size=256)  # enough for the smallest world
+QUICK = dataclasses.replace(PPO, num_steps=150, batch_size=256)  # enough for the smallest world
 RLOO = dataclasses.replace(PPO, advantages="rloo", num_responses=16, num_epochs=1)
 GRPO = dataclasses.replace(RLOO, advantages="grpo")
 LIMIT = (0.03, 0.01)  # total variation to the optimum, share of J* - J(ref) missing
