@@ -25,10 +25,11 @@ from jaxllm import estimate
 from jaxllm.config import InputError
 from jaxllm.hardware import CHIPS, EFFICIENCY, Chip
 from jaxllm.models import transformer
-from jaxllm.run import Config, with_defaults
+from jaxllm.run import Config, plan_path, with_defaults
 from jaxllm.sharding import check_batch, planned_mesh
 from jaxllm.stages import language_model, ppo, preference
 from jaxllm.train import Program, TrainState
+from jaxllm.workspace import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ class PlanArgs:
     """Print one JSON object in place of tables."""
     leaves: bool = False
     """Show the sharding of every parameter."""
+    keep: bool = False
+    """Keep the report in the run directory: the stage's result then shows it beside what was measured."""
 
 
 TRAINING = ("pretrain", "sft", "reward", "dpo", "rloo", "grpo", "ppo")
@@ -65,6 +68,10 @@ def command(args: PlanArgs, config: Config) -> None:
         print(json.dumps(ranked)) if args.json else _show_ranking(ranked)
         return
     report = plan(config, args)
+    if args.keep:
+        kept = plan_path(config, args.stage)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, {key: value for key, value in report.items() if key != "leaves"})
     print(json.dumps(report)) if args.json else _show(report, args)
 
 
@@ -134,6 +141,7 @@ def tokens_per_step(config: Config, stage: str) -> int:
 
 def _measure(program: Program, mesh: Any) -> dict[str, Any]:
     """Compile a program: what it needs and moves, once through."""
+    mesh = program.mesh or mesh
     with jax.set_mesh(mesh):
         traced = program.run.trace(*program.arguments)
         needed = program.flops / mesh.size

@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from jaxllm import checkpoint, goodput
 from jaxllm.config import InputError, to_tree
-from jaxllm.metrics import LoggingConfig, console
+from jaxllm.metrics import LoggingConfig, console, read_metrics
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.process import ProcessConfig, Signals, join
@@ -27,7 +27,7 @@ from jaxllm.stages.preference import PreferenceConfig
 from jaxllm.stages.rank import RankConfig
 from jaxllm.stages.sample import SampleConfig
 from jaxllm.stages.tokenizer import TokenizerConfig
-from jaxllm.workspace import POLICIES, STAGES, Workspace, described_model
+from jaxllm.workspace import POLICIES, STAGES, Workspace, described_model, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
     """
     config = with_defaults(config)
     mesh = start_devices(config)
-    run_dir = epath.Path(config.run_dir or f"runs/{config.name}")
+    run_dir = _run_dir(config)
     moved = f" --run-dir {config.run_dir}" if config.run_dir else ""
     signals = Signals(config.process.watchdog_seconds)
     signals.install()
@@ -116,6 +116,31 @@ def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
         talk = f"; talk to it: jaxllm chat {run_dir}/{policies[-1]}" if policies else ""
         console.print(f"Report: {run_dir}/report.html and report.md{talk}")
     meet("everything is written")  # who leaves first waits for the others only heartbeat_seconds, then counts them lost
+
+
+def _run_dir(config: Config) -> epath.Path:
+    return epath.Path(config.run_dir or f"runs/{config.name}")
+
+
+def plan_path(config: Config, stage: str) -> epath.Path:
+    """Where `jaxllm plan --keep` leaves its report of a stage."""
+    return _run_dir(config) / "plans" / f"{stage}.json"
+
+
+def beside_plan(report: Mapping[str, Any] | None, metrics: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a kept plan predicted, each beside what was measured; metrics: the stage's log, whose last numbers count."""
+    if not report:
+        return {}
+    seen = {name: value for line in metrics for name, value in line.items() if name.startswith("throughput/")}
+    rate, memory = seen.get("throughput/tokens_per_second"), jax.local_devices()[0].memory_stats() or {}
+    measured = {
+        "predicted_tokens_per_second": rate,
+        "predicted_step_seconds": report["tokens_per_step"] / rate if rate else None,
+        "predicted_mfu": seen.get("throughput/mfu"),
+        "total_bytes_per_device": memory.get("peak_bytes_in_use"),
+    }
+    pairs = {name.removeprefix("predicted_"): (report.get(name), value) for name, value in measured.items()}
+    return {"plan": {name: {"planned": p, "measured": m} for name, (p, m) in pairs.items()}}
 
 
 def _work(workspace: Workspace, config: Config, stage: str, config_path: str) -> bool:
@@ -192,6 +217,9 @@ def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: st
     result = _call(workspace, config, stage)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result = {**result, "wall_seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": peak}
+    result |= beside_plan(
+        read_json(plan_path(config, stage)), read_metrics(workspace.stage_dir(stage) / "metrics.jsonl")
+    )
     meet(f"end of {stage}")
     if jax.process_index() == 0:
         workspace.finish(stage, result)

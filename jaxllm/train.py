@@ -206,6 +206,7 @@ class Program(NamedTuple):
     flops: float  # what the model needs, on all devices together
     times: int = 1  # how often an update runs it
     decoded: int = 0  # tokens that it makes one after the other
+    mesh: Any = None  # where it has one of its own
 
 
 class LoopSettings(Protocol):

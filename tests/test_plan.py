@@ -10,7 +10,7 @@ import yaml
 from jaxllm import losses, plan
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig, preset
-from jaxllm.run import Config
+from jaxllm.run import Config, beside_plan
 from jaxllm.sharding import MeshConfig, make_mesh
 from jaxllm.stages import language_model
 from jaxllm.stages.language_model import LanguageModelConfig
@@ -158,6 +158,21 @@ def test_other_stages_are_compiled_for_a_tpu(tmp_path, stage, programs):
         each = report["programs"].values()
         assert report["state_bytes_per_device"] == pytest.approx(8 * report["parameters"] * 4 / 8, rel=0.02)
         assert report["flops_per_device"] == pytest.approx(sum(p["flops_per_device"] * p["times"] for p in each))
+
+
+def test_a_kept_plan_stands_beside_what_is_measured(tmp_path):
+    shown = beside_plan(None, [])
+    assert shown == {}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "model": SMALL, "mesh": {"data": 8}}))
+    process = jaxllm("plan", str(config), "--topology", "h100:8", "--keep")
+    _, log = process.communicate(timeout=100)
+    assert process.returncode == 0, log
+    report = json.loads((tmp_path / "run" / "plans" / "pretrain.json").read_text())
+    log = [{"throughput/mfu": 0.1}, {"throughput/tokens_per_second": 1000.0, "throughput/mfu": 0.2}]
+    shown = beside_plan(report, log)["plan"]
+    assert shown["mfu"] == {"planned": report["predicted_mfu"], "measured": 0.2}
+    assert shown["step_seconds"]["measured"] == report["tokens_per_step"] / 1000.0
 
 
 def test_a_search_among_gpus_ranks_what_fits():

@@ -28,10 +28,12 @@ from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
 from jaxllm.rewards import RewardSource
 from jaxllm.sharding import (
+    MeshConfig,
     activation,
     check_batch,
     constrain,
     fetch,
+    make_mesh,
     param_shardings,
     replicated,
     rows_like,
@@ -128,6 +130,8 @@ class PPOConfig:
     """A response ends with the token that completes one of these, and counts as finished."""
     max_prompt_length: int = 64
     """Prompts longer than this many tokens are refused (or dropped: data.too_long)."""
+    rollout_tensor: int = 0
+    """Shards of heads, MLP and vocabulary while responses are drawn, each with its rows; 0: laid out as it is trained."""
     sampling: SamplingConfig = SamplingConfig()  # temperature 1: InstructGPT, appendix C.4 (Ziegler and Huang 0.7)
     """How responses are drawn; top_k and top_p stay off, the loss knows only the temperature."""
     critic_trunk: Literal["separate", "shared"] = "separate"  # from the reward model: InstructGPT; Stiennon
@@ -174,6 +178,8 @@ class PPOConfig:
             raise ValueError("sampling.top_k: top_k and top_p must be off: the loss would not know the distribution")
         if not self.rewards:
             raise ValueError("rewards: name at least one source")
+        if self.rollout_tensor < 0:
+            raise ValueError("rollout_tensor: must be positive, or 0 for the layout of training")
         if self.dual_clip and self.dual_clip <= 1:
             raise ValueError("dual_clip: must be above 1, or 0 for off")
         if not 0 <= self.ema_decay < 1:
@@ -397,10 +403,19 @@ def make_score(setup: Setup, roles: Roles, mesh: jax.sharding.Mesh, field: str) 
     return score
 
 
+class Drawing(NamedTuple):
+    """Responses drawn in another layout than that of training."""
+
+    mesh: jax.sharding.Mesh
+    weights: Any  # shapes of the policy's weights with their shardings there
+    run: Callable[..., Rollout]  # jitted: (weights, batch, key)
+
+
 class Parts(NamedTuple):
     """The compiled parts of an update, and where its states live."""
 
     rollout: Callable[..., Rollout]
+    drawing: "Drawing | None"  # how rollout goes about it in a layout of its own
     shape_scores: Callable[..., Any]
     experience: Callable[..., tuple[Experience, Metrics]]
     actor_step: Callable[..., tuple[TrainState, Metrics]]
@@ -424,16 +439,19 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
         loss = functools.partial(loss, setup=setup)
         return train.make_step(loss, tx, num_micro=config.num_micro, **settings), placed
 
-    def rollout(params: Any, base: Any, batch: Any, key: jax.Array) -> Rollout:
-        policy, asked = setup.policy(params, base), (batch["tokens"], batch["mask"], key)
+    def draw(policy: Any, batch: Any, key: jax.Array) -> Rollout:
         samples = {"index": batch["index"], "num_samples": config.num_responses}
-        return generate.generate(policy, model, *asked, **samples, **setup.drawing)
+        return generate.generate(policy, model, batch["tokens"], batch["mask"], key, **samples, **setup.drawing)
 
+    rollout = lambda params, base, batch, key: draw(setup.policy(params, base), batch, key)
+    drawing = make_drawing(setup, mesh, draw)
+    whole = jax.jit(rollout, out_shardings=activation(mesh, "batch"))
     mixed = (functools.partial(ptx_loss, setup=setup), config.ptx.coef) if config.ptx.coef else None
     actor_step, actor = trained(actor_loss, config.actor, with_head if setup.shares_trunk else decoder, mixed)
     critic_step, critic = trained(critic_loss, config.critic, with_head) if setup.has_critic else (None, None)
     return Parts(
-        rollout=jax.jit(rollout, out_shardings=activation(mesh, "batch")),
+        rollout=draw_elsewhere(setup, mesh, drawing) if drawing else whole,
+        drawing=drawing,
         shape_scores=jax.jit(functools.partial(shape_scores, config=config)),
         experience=jax.jit(functools.partial(make_experience, setup=setup)),
         actor_step=actor_step,
@@ -441,6 +459,44 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
         actor=actor,
         critic=critic,
     )
+
+
+def make_drawing(setup: Setup, mesh: Any, draw: Callable[..., Rollout]) -> Drawing | None:
+    """None where responses are drawn in the layout of training. draw: (policy, batch, key), traced on the new mesh."""
+    if not (tensor := setup.config.rollout_tensor) or isinstance(mesh, jax.sharding.AbstractMesh):
+        return None
+    there = make_mesh(MeshConfig(tensor=tensor), [*mesh.devices.flat])
+    check_batch(
+        there, setup.config.batch_size // setup.config.num_responses, "batch_size / num_responses, rollout_tensor,"
+    )
+    shapes = jax.eval_shape(functools.partial(narrow, setup.model), transformer.abstract(setup.model))
+    weights = with_shardings(shapes, param_shardings(there, shapes, transformer.axes(setup.model)))
+    return Drawing(there, weights, jax.jit(draw, out_shardings=activation(there, "batch")))
+
+
+def draw_elsewhere(setup: Setup, mesh: jax.sharding.Mesh, drawing: Drawing) -> Callable[..., Rollout]:
+    """(params, base, batch, key) -> Rollout: weights and rows go from device to device, never through the host."""
+    policy = jax.jit(lambda params, base: narrow(setup.model, lora.merge(setup.policy(params, base))))
+    places = jax.tree.map(lambda leaf: leaf.sharding, drawing.weights)
+
+    def rollout(params: Any, base: Any, batch: Any, key: jax.Array) -> Rollout:
+        weights = jax.device_put(policy(params, base), places)
+        batch = jax.device_put(batch, activation(drawing.mesh, "batch"))
+        with jax.set_mesh(drawing.mesh):
+            drawn = drawing.run(weights, batch, key)
+        return jax.device_put(drawn, activation(mesh, "batch"))
+
+    return rollout
+
+
+def narrow(model: ModelConfig, params: Any) -> Any:
+    """Matrices in the type they are decoded in; norms and biases stay float32, as in `transformer.unstack`."""
+    dtype, stacked = transformer.decoding(model).compute_dtype, {name for name, *_ in transformer.stacks(model)}
+
+    def one(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if leaf.ndim > 1 + (path[0].key in stacked) else leaf
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def programs(
@@ -459,7 +515,10 @@ def programs(
     shape = {"tokens": ((asked, P), jnp.int32), "mask": ((asked, P), jnp.bool_), "index": ((asked,), jnp.int32)}
     batch = rows_like(mesh, {name: jax.ShapeDtypeStruct(*each) for name, each in shape.items()})
     drawing = (state.actor.params, roles.actor_base, batch, key)
-    rollout = rows_like(mesh, jax.eval_shape(parts.rollout, *drawing))
+    draw, there = parts.rollout, parts.drawing
+    if there:
+        drawing, draw = (there.weights, rows_like(there.mesh, batch), key), there.run
+    rollout = rows_like(mesh, jax.eval_shape(draw, *drawing))
     scores, kl_coef = rows_like(mesh, jax.ShapeDtypeStruct((B,), jnp.float32)), state.kl_coef
     values = state.critic.params if setup.has_critic else {}
     judging = (state.actor.params, values, roles, rollout, scores, kl_coef)
@@ -474,7 +533,9 @@ def programs(
     train_step = lambda step: jax.jit(lambda state, batch, base: step(state, batch, base=base), donate_argnums=0)
     size = tokens / config.num_minibatches
     found = [
-        train.Program("rollout", parts.rollout, drawing, whole / 3 * (asked * P + B * R), decoded=R),
+        train.Program(
+            "rollout", draw, drawing, whole / 3 * (asked * P + B * R), decoded=R, mesh=there.mesh if there else None
+        ),
         train.Program("experience", parts.experience, judging, forward / 3 * tokens),
         train.Program(
             "actor", train_step(parts.actor_step), (state.actor, mixed, roles.actor_base), whole * size, updates

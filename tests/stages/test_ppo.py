@@ -11,11 +11,13 @@ import pytest
 
 from jaxllm import generate as g
 from jaxllm import losses, train
+from jaxllm.config import InputError
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.rewards import RewardSource
+from jaxllm.sharding import MeshConfig, make_mesh
 from jaxllm.stages import ppo
 from tests.stages import worlds
 
@@ -302,3 +304,30 @@ def test_at_the_optimum_with_the_true_value_every_advantage_is_zero():
         advantages, returns = losses.gae(*arrays, discount=1.0, lam=lam)
         np.testing.assert_allclose(advantages, 0.0, atol=2e-5)
         np.testing.assert_allclose(np.asarray(returns)[mask], values[mask], atol=2e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"critic_trunk": "shared"}, {"lora": LoRAConfig(rank=2)}], ids=str)
+def test_responses_drawn_in_another_layout_are_the_same(more):
+    drawn, mesh = [], make_mesh(MeshConfig(data=2, fsdp=4))
+    for tensor in (0, 4):
+        config = dataclasses.replace(CONFIG, rollout_tensor=tensor, **more)
+        made = setup(config)
+        with jax.set_mesh(mesh):
+            parts = ppo.build(made, mesh)
+            policy = transformer.init(MODEL, jax.random.key(0))
+            whole = ppo.first_scalar(policy, MODEL, {}, config) if made.shares_trunk else policy
+            params, base = ppo.split(config.lora, whole)
+            tokens, mask = g.left_pad(PROMPTS, 6, 0)
+            batch = {"tokens": jnp.array(tokens), "mask": jnp.array(mask), "index": jnp.arange(16, dtype=jnp.int32)}
+            drawn.append(jax.device_get(parts.rollout(params, base, batch, jax.random.key(3))))
+    for field in ("tokens", "mask", "prompt_mask", "finished"):
+        np.testing.assert_array_equal(getattr(drawn[0], field), getattr(drawn[1], field))
+    np.testing.assert_allclose(drawn[0].logprobs, drawn[1].logprobs, rtol=1e-4, atol=1e-5)
+    assert parts.drawing.mesh.shape["tensor"] == 4 and drawn[0].mask.sum() > 16
+
+
+def test_a_rollout_layout_that_does_not_divide_the_prompts_is_refused():
+    config = dataclasses.replace(CONFIG, batch_size=4, rollout_tensor=1, num_minibatches=1)
+    mesh = make_mesh(MeshConfig(data=1, tensor=-1), jax.devices()[:8])
+    with pytest.raises(InputError, match=r"4 does not divide over the 8 shards"):
+        ppo.build(setup(config), mesh)
