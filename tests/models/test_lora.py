@@ -80,7 +80,7 @@ def test_only_the_targets_have_adapters_and_they_shard_as_their_matrix():
     assert set(layers) == {"attention", "mlp"} and set(layers["attention"]) == {"q"} and set(layers["mlp"]) == {"down"}
     shardings = param_shardings(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)), shapes, axes)
     spec = lambda x: tuple(x.spec)
-    assert spec(shardings["lora"]["layers"]["attention"]["q"]["a"])[1] == "fsdp"
+    assert spec(shardings["lora"]["layers"]["attention"]["q"]["a"])[1] == ("fsdp", "expert")
     assert "tensor" in spec(shardings["lora"]["layers"]["attention"]["q"]["b"])
 
 
