@@ -28,7 +28,7 @@ def test_unknown_axis_and_axis_used_twice_raise():
         spec(("embed", "hedas"), PARAM_RULES)
     with pytest.raises(ValueError, match="twice"):
         spec(("heads", "mlp"), PARAM_RULES)
-    assert spec(("embed", None, "heads"), PARAM_RULES) == PartitionSpec("fsdp", None, "tensor")
+    assert spec(("embed", None, "heads"), PARAM_RULES) == PartitionSpec(("fsdp", "expert"), None, "tensor")
 
 
 def test_constrain_checks_the_rank():

@@ -156,6 +156,7 @@ def two_updates(mesh_config, num_micro=1):
     return found, jax.tree.map(np.asarray, state.params)
 
 
+@pytest.mark.slow
 def test_training_on_a_mesh_equals_one_device():
     """With a bias that balances and further predictions; every axis and several together: tests/test_sharded.py."""
     alone, params = two_updates(MeshConfig(data=1))
