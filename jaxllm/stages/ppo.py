@@ -517,6 +517,7 @@ def programs(
     drawing = (state.actor.params, roles.actor_base, batch, key)
     draw, there = parts.rollout, parts.drawing
     if there:
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(there.mesh))
         drawing, draw = (there.weights, rows_like(there.mesh, batch), key), there.run
     rollout = rows_like(mesh, jax.eval_shape(draw, *drawing))
     scores, kl_coef = rows_like(mesh, jax.ShapeDtypeStruct((B,), jnp.float32)), state.kl_coef
