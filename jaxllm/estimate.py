@@ -1,5 +1,5 @@
 """What a training step takes, by formulas alone: for accelerators that cannot be compiled for here, and to choose what
-`plan --search` compiles. Rough: within a factor of 1.5 of what compiling for TPUs says.
+`plan --search` compiles. Rough.
 
 Bytes of temporaries: what the backward pass keeps of every layer, one layer's own, and the gathered weights of two.
 Seconds: compute at `hardware.EFFICIENCY` of the peak beside collectives, the longer of the two.
@@ -21,10 +21,8 @@ _RECOMPUTED = {"none": 1.0, "dots": 1.0, "full": 4 / 3}  # of the model's FLOPs,
 
 def figures(config: Config, stage: str, mesh: Any, chip: Chip, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Of a report whose `sizes` (state, tokens per step) are known: what `plan` finds by compiling, marked as estimated."""
-    model, tokens = config.model, sizes["tokens_per_step"]
-    section = getattr(config, stage)
-    length = getattr(section, "length", 0) or model.max_length
-    made = _step(model, dict(mesh.shape), tokens / (getattr(section, "num_micro", 1) or 1), tokens, length, chip)
+    model, tokens, length = config.model, sizes["tokens_per_step"], row_length(config, stage)
+    made = _step(model, dict(mesh.shape), tokens / getattr(config, stage).num_micro, tokens, length, chip)
     total = sizes["state_bytes_per_device"] + sizes["gradient_bytes_per_device"] + made["temp_bytes_per_device"]
     needed = transformer.flops_per_token(model, length) * tokens / mesh.size
     step = made["predicted_step_seconds"]
@@ -34,6 +32,20 @@ def figures(config: Config, stage: str, mesh: Any, chip: Chip, sizes: Mapping[st
         **{"model_flops_per_device": needed, "predicted_tokens_per_second": tokens / step},
         **{"predicted_mfu": needed / chip.flops / step, **made},
     }
+
+
+def row_length(config: Config, stage: str) -> int:
+    """Tokens of a row: prompt and response where responses are drawn."""
+    section = getattr(config, stage)
+    if stage in ("rloo", "grpo", "ppo"):
+        return section.max_prompt_length + section.sampling.max_new_tokens
+    return section.length or config.model.max_length
+
+
+def tokens_per_step(config: Config, stage: str) -> int:
+    """Tokens of an update: of all responses to a prompt in reward and dpo."""
+    rows = getattr(config, stage).batch_size * (config.sample.num_responses if stage in ("reward", "dpo") else 1)
+    return rows * row_length(config, stage)
 
 
 def _step(
@@ -87,14 +99,16 @@ def candidates(
             rows = devices // mesh["tensor"] // mesh["context"] * section.num_micro
             if batch < 1 or batch % rows:
                 continue
-            model = dataclasses.replace(config.model, remat=remat)
-            tokens = batch * (getattr(section, "length", 0) or model.max_length)
-            made = _step(model, mesh, tokens / section.num_micro, tokens, model.max_length, chip)
+            model, changed = (
+                dataclasses.replace(config.model, remat=remat),
+                dataclasses.replace(section, batch_size=batch),
+            )
+            new = dataclasses.replace(config, mesh=MeshConfig(**mesh), model=model, **{stage: changed})
+            tokens = tokens_per_step(new, stage)
+            made = _step(model, mesh, tokens / section.num_micro, tokens, row_length(new, stage), chip)
             state = 16.0 * transformer.num_params(model) / mesh["fsdp"] / mesh["tensor"] / mesh["expert"]
             if state + made["temp_bytes_per_device"] > chip.hbm:
                 continue
-            changed = dataclasses.replace(section, batch_size=batch)
-            new = dataclasses.replace(config, mesh=MeshConfig(**mesh), model=model, **{stage: changed})
             guess = {"mesh": {a: n for a, n in mesh.items() if n > 1}, "remat": remat, "batch_size": batch}
             found.append((tokens / made["predicted_step_seconds"], new, guess))
     return [(new, guess) for _, new, guess in sorted(found, key=lambda each: -each[0])]

@@ -122,7 +122,7 @@ def _sizes(config: Config, stage: str, mesh: Any, held: Mapping[str, Any]) -> di
         "devices": mesh.size,
         "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
         "parameters": transformer.num_params(config.model),
-        "tokens_per_step": tokens_per_step(config, stage),
+        "tokens_per_step": estimate.tokens_per_step(config, stage),
         "parameter_bytes_per_device": bytes_of([[s.params for s in states], fixed]),
         "optimizer_bytes_per_device": bytes_of([s.opt_state for s in states]),
         "gradient_bytes_per_device": max((bytes_of(s.params) for s in states), default=0),
@@ -131,19 +131,11 @@ def _sizes(config: Config, stage: str, mesh: Any, held: Mapping[str, Any]) -> di
     }
 
 
-def tokens_per_step(config: Config, stage: str) -> int:
-    section, model = getattr(config, stage), config.model
-    if stage in ("rloo", "grpo", "ppo"):
-        return section.batch_size * (section.max_prompt_length + section.sampling.max_new_tokens)
-    rows = section.batch_size * (config.sample.num_responses if stage in ("reward", "dpo") else 1)
-    return rows * (section.length or model.max_length)
-
-
 def _measure(program: Program, mesh: Any) -> dict[str, Any]:
     """Compile a program: what it needs and moves, once through."""
     mesh = program.mesh or mesh
     with jax.set_mesh(mesh):
-        traced = program.run.trace(*program.arguments)
+        traced = program.run.trace(*program.arguments, **program.keywords)
         needed = program.flops / mesh.size
         # Decoding's loop has no end that could be read off; nor have kernels' products any that are counted.
         flops = needed if program.decoded else max(count_flops(traced.jaxpr.jaxpr) / mesh.size, needed)

@@ -217,9 +217,8 @@ def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: st
     result = _call(workspace, config, stage)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result = {**result, "wall_seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": peak}
-    result |= beside_plan(
-        read_json(plan_path(config, stage)), read_metrics(workspace.stage_dir(stage) / "metrics.jsonl")
-    )
+    kept = read_json(plan_path(config, stage))
+    result |= beside_plan(kept, read_metrics(workspace.stage_dir(stage) / "metrics.jsonl") if kept else ())
     meet(f"end of {stage}")
     if jax.process_index() == 0:
         workspace.finish(stage, result)

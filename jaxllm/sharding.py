@@ -233,6 +233,11 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
+def place_params(mesh: Mesh, shapes: Any, axes: Any) -> Any:
+    """Shapes of parameters with their shardings, by their logical axes."""
+    return with_shardings(shapes, param_shardings(mesh, shapes, axes))
+
+
 def rows_like(mesh: Mesh, shapes: Any) -> Any:
     """Shapes of batches of rows, shared out over the devices that share the batch."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=activation(mesh, "batch")), shapes)

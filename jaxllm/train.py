@@ -203,6 +203,7 @@ class Program(NamedTuple):
     name: str
     run: Any  # jitted
     arguments: tuple[Any, ...]  # shapes with their shardings
+    keywords: Mapping[str, Any]
     flops: float  # what the model needs, on all devices together
     times: int = 1  # how often an update runs it
     decoded: int = 0  # tokens that it makes one after the other

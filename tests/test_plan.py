@@ -24,7 +24,7 @@ SECTION = LanguageModelConfig(batch_size=16, num_steps=10)
 def traced(model, mesh, section=SECTION):
     (program,), _ = language_model.programs(mesh, section, model, 0)
     with jax.set_mesh(mesh):
-        return program.run.trace(*program.arguments)
+        return program.run.trace(*program.arguments, **program.keywords)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)], ids=["data", "mixed"])

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxllm import train
-from jaxllm.models import transformer
+from jaxllm import losses, train
+from jaxllm.models import layers, moe, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import MoEConfig
 from jaxllm.optim import OptimConfig, make_optimizer
@@ -125,6 +125,22 @@ def close(ours, theirs, limit=1e-5):
 def test_sharded_equals_single(name, sizes):
     model = globals()[name]
     close(outcome(model, tuple(sizes.items())), outcome(model, ()))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"fsdp": 2, "context": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str
+)
+@pytest.mark.parametrize("model", [DENSE, DROPLESS], ids=["dense", "experts"])
+def test_what_goes_in_blocks_equals_what_goes_at_once(model, sizes, monkeypatch):
+    """Blocks of the vocabulary, one of them short, and with remat full of hidden units and of experts' tokens."""
+    whole = dataclasses.replace(model, vocab_size=66)
+    want, cut = outcome(whole, ()), dataclasses.replace(whole, remat="full")
+    for module, name, size in ((losses, "_BLOCK_ELEMENTS", 2200), (layers, "_MLP_BLOCK", 16), (moe, "_ROWS", 24)):
+        monkeypatch.setattr(module, name, size)
+    assert losses._blocks(66, 4) == (6, 66) and losses._blocks(66, 7) == (11, 66) and losses._blocks(66, 12) == (22, 66)
+    scans = str(jax.make_jaxpr(lambda p: transformer.apply(p, cut, np.ones((B, T), np.int32)))(first_params(cut)))
+    assert scans.count("scan[") > 1  # the layers', and one within
+    close(outcome(cut, tuple(sizes.items())), want)
 
 
 def test_the_tight_capacity_drops_tokens():

@@ -22,7 +22,7 @@ from jaxllm.models import lora, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
-from jaxllm.sharding import activation, check_batch, param_shardings, replicated, rows_like, with_shardings
+from jaxllm.sharding import activation, check_batch, param_shardings, place_params, replicated, rows_like
 from jaxllm.workspace import Workspace, describe_model, load_model
 
 
@@ -159,16 +159,11 @@ def programs(
     step, placed = program(mesh, config, model, max(config.num_steps, 1), seed)
     shape = (config.batch_size, length := config.length or model.max_length)
     batch = planned_rows(mesh, *shape)
-    whole = transformer.abstract(model)
-    base = lora.place_frozen(
-        config.lora, with_shardings(whole, param_shardings(mesh, whole, transformer.axes(model))), replicated(mesh)
-    )
+    whole = place_params(mesh, transformer.abstract(model), transformer.axes(model))
+    base = lora.place_frozen(config.lora, whole, replicated(mesh))
     flops = transformer.flops_per_token(model, length) * math.prod(shape)
-    run = jax.jit(lambda state, batch, base: step(state, batch, base=base), donate_argnums=0)
-    return [train.Program("step", run, (placed.abstract, batch, base), flops)], {
-        "policy": placed.abstract,
-        "base": base,
-    }
+    update = train.Program("step", step, (placed.abstract, batch), {"base": base}, flops)
+    return [update], {"policy": placed.abstract, "base": base}
 
 
 def planned_rows(mesh: jax.sharding.Mesh, batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:

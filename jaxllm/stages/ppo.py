@@ -34,10 +34,9 @@ from jaxllm.sharding import (
     constrain,
     fetch,
     make_mesh,
-    param_shardings,
+    place_params,
     replicated,
     rows_like,
-    with_shardings,
 )
 from jaxllm.stages import language_model
 from jaxllm.tokenizer import Tokenizer
@@ -470,7 +469,7 @@ def make_drawing(setup: Setup, mesh: Any, draw: Callable[..., Rollout]) -> Drawi
         there, setup.config.batch_size // setup.config.num_responses, "batch_size / num_responses, rollout_tensor,"
     )
     shapes = jax.eval_shape(functools.partial(narrow, setup.model), transformer.abstract(setup.model))
-    weights = with_shardings(shapes, param_shardings(there, shapes, transformer.axes(setup.model)))
+    weights = place_params(there, shapes, transformer.axes(setup.model))
     return Drawing(there, weights, jax.jit(draw, out_shardings=activation(there, "batch")))
 
 
@@ -531,32 +530,29 @@ def programs(
     forward = 2 * whole + (unscored if setup.has_critic else 0)  # policy, reference, critic
     ptx = (language_model.planned_rows(mesh, config.ptx.batch_size, config.ptx.length or model.max_length),)
     mixed = (minibatch, *ptx) if config.ptx.coef else minibatch
-    train_step = lambda step: jax.jit(lambda state, batch, base: step(state, batch, base=base), donate_argnums=0)
     size = tokens / config.num_minibatches
     found = [
         train.Program(
-            "rollout", draw, drawing, whole / 3 * (asked * P + B * R), decoded=R, mesh=there.mesh if there else None
+            "rollout", draw, drawing, {}, whole / 3 * (asked * P + B * R), decoded=R, mesh=there.mesh if there else None
         ),
-        train.Program("experience", parts.experience, judging, forward / 3 * tokens),
+        train.Program("experience", parts.experience, judging, {}, forward / 3 * tokens),
         train.Program(
-            "actor", train_step(parts.actor_step), (state.actor, mixed, roles.actor_base), whole * size, updates
+            "actor", parts.actor_step, (state.actor, mixed), {"base": roles.actor_base}, whole * size, updates
         ),
     ]
     if roles.reward:
         run = jax.jit(functools.partial(reward_scores, model=model))
-        found.insert(1, train.Program("score", run, (roles.reward, rollout), unscored / 3 * tokens))
+        found.insert(1, train.Program("score", run, (roles.reward, rollout), {}, unscored / 3 * tokens))
     if setup.has_critic:
-        critic = (state.critic, minibatch, roles.critic_base)
-        found.append(train.Program("critic", train_step(parts.critic_step), critic, unscored * size, updates))
+        critic, base = (state.critic, minibatch), {"base": roles.critic_base}
+        found.append(train.Program("critic", parts.critic_step, critic, base, unscored * size, updates))
     held = {"policy": state.actor, "critic": state.critic, "ema": state.ema, **roles._asdict()}
     return found, {name: tree for name, tree in held.items() if jax.tree.leaves(tree)}
 
 
 def _abstract_roles(setup: Setup, mesh: jax.sharding.Mesh) -> Roles:
     config, model = setup.config, setup.model
-    place = lambda family: with_shardings(
-        shapes := family.abstract(model), param_shardings(mesh, shapes, family.axes(model))
-    )
+    place = lambda family: place_params(mesh, family.abstract(model), family.axes(model))
     decoder, with_head = place(transformer), place(scalar)
     frozen = functools.partial(lora.place_frozen, config.lora, everywhere=replicated(mesh))
     return Roles(

@@ -23,7 +23,7 @@ from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
-from jaxllm.sharding import activation, check_batch, fetch, param_shardings, replicated, rows_like, with_shardings
+from jaxllm.sharding import activation, check_batch, fetch, place_params, replicated, rows_like
 from jaxllm.workspace import Workspace, describe_model, load_model, read_json, write_json
 
 
@@ -229,13 +229,11 @@ def programs(
     batch |= {
         name: jax.ShapeDtypeStruct((B, K), dtype) for name, dtype in (("ranks", jnp.int32), ("scores", jnp.float32))
     }
-    whole = transformer.abstract(model)
-    policy = with_shardings(whole, param_shardings(mesh, whole, transformer.axes(model)))
+    policy = place_params(mesh, transformer.abstract(model), transformer.axes(model))
     base = lora.place_frozen(config.lora, policy if stage == "dpo" else {"trunk": policy}, replicated(mesh))
     fixed = {"base": base, "ref": policy} if stage == "dpo" else {"base": base}
-    run = jax.jit(lambda state, batch, fixed: step(state, batch, **fixed), donate_argnums=0)
     flops = B * K * T * flops_per_token(stage, config, model)
-    return [train.Program("step", run, (place.abstract, rows_like(mesh, batch), fixed), flops)], {
+    return [train.Program("step", step, (place.abstract, rows_like(mesh, batch)), fixed, flops)], {
         **{"policy" if stage == "dpo" else "reward": place.abstract, "base": base},
         **({"reference": policy} if stage == "dpo" else {}),
     }
