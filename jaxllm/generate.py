@@ -156,7 +156,8 @@ def prefill(params: Any, config: ModelConfig, tokens: jax.Array, mask: jax.Array
     cache = transformer.empty_cache(config, B, length)
     hidden, cache = transformer.apply_cached(params, config, tokens, positions, segments, cache, 0)
     lengths = mask.astype(jnp.int32).sum(1)
-    return jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), (hidden[:, -1], cache, segments, lengths))
+    hidden, segments, lengths = (jnp.repeat(x, num_samples, axis=0) for x in (hidden[:, -1], segments, lengths))
+    return hidden, jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=x.ndim - 4), cache), segments, lengths
 
 
 def advance(params: Any, config: ModelConfig, token, position, segments, cache, place):
@@ -171,6 +172,7 @@ def _pick(
 ) -> tuple[jax.Array, jax.Array]:
     """Draw a token from each row: hidden [rows, D], keys [rows] -> (int32[rows], float32[rows] log-probability)."""
     logits = jnp.einsum("bd,dv->bv", hidden, params["unembed"], preferred_element_type=jnp.float32)
+    logits = constrain(logits, "batch", "vocab")  # or XLA gathers the matrix, for each token
     logits = losses.softcap(constrain(logits, "batch", None), cap) / (sampling.temperature or 1.0)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     if sampling.temperature == 0:

@@ -29,6 +29,7 @@ PARAM_RULES: Rules = {
     "embed": ("fsdp", "expert"),
     "expert_embed": "fsdp",  # of a routed expert's matrices, which lie on its shard
     "positions": "tensor",
+    "columns": "tensor",  # of tables that tokens are looked up in while decoding
     "norm": None,
     "experts": "expert",
     "router": None,

@@ -1,5 +1,6 @@
 """Cached decoding == the trainer's forward pass, whatever the padding, batch and mesh; sampling follows its rules."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from jaxllm import generate as g
 from jaxllm.config import InputError
 from jaxllm.models import transformer
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import MLAConfig, ModelConfig, MoEConfig
 from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
 
 LLAMA = ModelConfig(
@@ -117,6 +118,33 @@ def test_sharded_rollout_equals_single_device(model_and_params):
         sharded = run(placed, *rows, jax.random.key(0), np.arange(8, dtype=np.int32))
     np.testing.assert_array_equal(alone.tokens, sharded.tokens)
     np.testing.assert_allclose(alone.logprobs, sharded.logprobs, atol=1e-4)
+
+
+WINDOWED = dataclasses.replace(LLAMA, num_layers=4, window=4, global_every=2, local_rope_theta=1e3)
+LATENT = dataclasses.replace(
+    LLAMA, num_layers=3, num_kv_heads=4, mla=MLAConfig(kv_rank=16, rope_dim=8, nope_dim=8, value_dim=8),
+    moe=MoEConfig(num_experts=4, per_token=2, mlp_dim=16, first_dense=1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT, WINDOWED, LATENT], ids=["llama", "gpt", "windowed", "latent"])
+def test_layers_in_a_loop_decode_what_single_ones_do(model, monkeypatch):
+    params = transformer.init(model, jax.random.key(0))
+
+    def draw():
+        tokens, mask = (jnp.array(x) for x in g.left_pad(PROMPTS, 8, PAD))
+        settings = {"sampling": g.SamplingConfig(10), "stop_ids": STOP, "pad_id": PAD, "num_samples": 2}
+        return jax.jit(functools.partial(g.generate, config=model, **settings))(
+            params, tokens=tokens, mask=mask, key=jax.random.key(0)
+        )
+
+    single = draw()
+    assert len(transformer.decoded_groups(model)) == model.num_layers
+    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
+    assert len(transformer.decoded_groups(model)) == len(transformer.stacks(model)) < model.num_layers
+    looped = draw()
+    np.testing.assert_array_equal(single.tokens, looped.tokens)
+    np.testing.assert_allclose(single.logprobs, looped.logprobs, atol=1e-5)
 
 
 def test_stream_draws_what_the_batch_draws(model_and_params):

@@ -76,16 +76,17 @@ class Attention(nnx.Module):
         segments = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
         return self.project(attention(q, k, v, **segments, **form(self.config, local)))
 
-    def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, offset, local: bool):
-        """The same for T new tokens at places offset.. of a cache k, v [B, K, S, H], written in place.
+    def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, at: tuple[Any, Any], local: Local):
+        """The same for T new tokens; at: (None, first place) of the caches [B, K, S, H], written in place, or (layer,
+        first place) of [layers, B, K, S, H].
 
         kv_segment_ids: int32[B, S], 0 where a place holds no token. Returns (y, k_cache, v_cache).
         """
         q, k, v = self.qkv(x, positions, local)
-        k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k.swapaxes(1, 2), offset, axis=2)
-        v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v.swapaxes(1, 2), offset, axis=2)
-        settings = _cached_segments(kv_segment_ids, offset, x.shape[1]) | form(self.config, local)
-        mixed = attention(q, k_cache.swapaxes(1, 2), v_cache.swapaxes(1, 2), **settings)
+        k_cache, keys = _write(k_cache, k.swapaxes(1, 2), at)
+        v_cache, values = _write(v_cache, v.swapaxes(1, 2), at)
+        settings = _cached_segments(kv_segment_ids, at[1], x.shape[1]) | form(self.config, local)
+        mixed = attention(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), **settings)
         return self.project(mixed), k_cache, v_cache
 
     def qkv(self, x: jax.Array, positions: jax.Array, local: Local) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -140,8 +141,8 @@ class LatentAttention(nnx.Module):
         segments = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
         return self.project(attention(q, k, v, **segments, **form(self.config, local)))
 
-    def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, offset, local: bool):
-        """As `Attention.cached`; k_cache: [B, 1, S, kv_rank + rope_dim], v_cache: nothing.
+    def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, at: tuple[Any, Any], local: Local):
+        """As `Attention.cached`; k_cache has one head of size kv_rank + rope_dim, v_cache is left alone.
 
         The matrix that makes keys of latents is applied to the query instead, and the one that makes values to what
         attention returns: every head then reads the latents themselves (DeepSeek-V2, end of section 2.1.2).
@@ -149,10 +150,10 @@ class LatentAttention(nnx.Module):
         q, latent, shared = self._parts(x, positions, local)
         m, expand = self.config.mla, self.kv_b[...].astype(x.dtype)
         new = jnp.concatenate([latent[:, :, None], shared], -1).swapaxes(1, 2)
-        k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, new, offset, axis=2)
+        k_cache, keys = _write(k_cache, new, at)
         q_latent = jnp.einsum("btnh,rnh->btnr", q[..., : m.nope_dim], expand[..., : m.nope_dim])
-        q, keys = jnp.concatenate([q_latent, q[..., m.nope_dim :]], -1), k_cache.swapaxes(1, 2)
-        settings = _cached_segments(kv_segment_ids, offset, x.shape[1]) | form(self.config, local)
+        q, keys = jnp.concatenate([q_latent, q[..., m.nope_dim :]], -1), keys.swapaxes(1, 2)
+        settings = _cached_segments(kv_segment_ids, at[1], x.shape[1]) | form(self.config, local)
         mixed = attention(q, keys, keys[..., : m.kv_rank], **settings)
         mixed = jnp.einsum("btnr,rnh->btnh", mixed, expand[..., m.nope_dim :])
         return self.project(mixed), k_cache, v_cache
@@ -190,6 +191,16 @@ def _rotation(config: ModelConfig, local: Local) -> dict[str, Any]:
         near = frequencies(size, config.local_rope_theta, type(scaling)())
         far = (near if local else far) if isinstance(local, bool) else jnp.where(local, near, far)
     return {"frequency": far, "amplitude": scaling.amplitude}
+
+
+def _write(cache: jax.Array, new: jax.Array, at: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+    """(the cache with new [B, K, T, H] where `at` says, as `Attention.cached` does, its layer's [B, K, S, H])."""
+    layer, place = at
+    if layer is None:
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, new, place, axis=2)
+        return cache, cache
+    cache = jax.lax.dynamic_update_slice(cache, new[None], (layer, 0, 0, place, 0))
+    return cache, cache[layer]
 
 
 def _cached_segments(kv_segment_ids: jax.Array, offset: Any, T: int) -> dict[str, Any]:
@@ -299,11 +310,11 @@ class Block(nnx.Module):
         y = self.attention(self._before(x, "attention"), positions, segment_ids, local)
         return self._mlp(self._add(x, y, "attention"), segment_ids > 0)
 
-    def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, offset, local: bool):
+    def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, at: tuple[Any, Any], local: Local):
         """The same for T new tokens; returns (x, k_cache, v_cache). See `Attention.cached`."""
-        caches = (kv_segment_ids, k_cache, v_cache, offset, local)
+        caches = (kv_segment_ids, k_cache, v_cache, at, local)
         y, k_cache, v_cache = self.attention.cached(self._before(x, "attention"), positions, *caches)
-        mask = jax.lax.dynamic_slice_in_dim(kv_segment_ids, offset, x.shape[1], axis=1) > 0
+        mask = jax.lax.dynamic_slice_in_dim(kv_segment_ids, at[1], x.shape[1], axis=1) > 0
         return self._mlp(self._add(x, y, "attention"), mask)[0], k_cache, v_cache
 
     def _mlp(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:

@@ -24,8 +24,8 @@ Params = dict[str, Any]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of past tokens, one array per layer: each [B, K, S, H]: a head's places side by side, as attention
-    reads them. Latent attention has one head, and no values."""
+    """Keys and values of past tokens, one array per group of `decoded_groups`: each [B, K, S, H], a head's places side by
+    side, as attention reads them; of several layers [layers, B, K, S, H]. Latent attention has one head, and no values."""
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
@@ -178,11 +178,21 @@ def empty_cache(config: ModelConfig, batch_size: int, length: int) -> KVCache:
     if m.kv_rank:
         keys, values = (1, m.kv_rank + m.rope_dim), (1, 0)
 
-    def zeros(heads: int, size: int) -> jax.Array:
-        empty = jnp.zeros((batch_size, heads, length, size), config.compute_dtype)
-        return constrain(empty, "batch", "kv_heads" if heads > 1 else None, "cache", "head_dim")
+    def zeros(layers: int, heads: int, size: int) -> jax.Array:
+        empty = jnp.zeros((layers, batch_size, heads, length, size), config.compute_dtype)
+        empty = constrain(empty, None, "batch", "kv_heads" if heads > 1 else None, "cache", "head_dim")
+        return empty if layers > 1 else empty[0]
 
-    return KVCache(*(tuple(zeros(*shape) for _ in range(config.num_layers)) for shape in (keys, values)))
+    counts = [len(numbers) for _, _, numbers in decoded_groups(config)]
+    return KVCache(*(tuple(zeros(n, *shape) for n in counts) for shape in (keys, values)))
+
+
+def decoded_groups(config: ModelConfig) -> list[tuple[str, ModelConfig, range]]:
+    """(stack, config, numbers) of the layers that decoding goes through as one: on a TPU whole stacks, in a loop that
+    compiles in the same time at any depth; elsewhere single layers, since slicing weights would copy them."""
+    if platform() == "tpu":
+        return stacks(config)
+    return [(name, block, range(i, i + 1)) for name, block, numbers in stacks(config) for i in numbers]
 
 
 def decoding(config: ModelConfig) -> ModelConfig:
@@ -193,20 +203,26 @@ def decoding(config: ModelConfig) -> ModelConfig:
 
 def grow_cache(cache: KVCache, places: int) -> KVCache:
     """The cache with so many more places at its end."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, places), (0, 0))), cache)
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, places if i == x.ndim - 2 else 0) for i in range(x.ndim)]), cache)
 
 
 def unstack(params: Params, config: ModelConfig) -> Params:
-    """Parameters for `apply_cached`: layers as a list, matrices already in config.dtype, the head as "unembed" [D, V].
+    """Parameters for `apply_cached`: a list of `decoded_groups`, matrices already in config.dtype, the head as "unembed" [D, V].
 
     Done once before a decode loop, so that no step slices, casts or turns a weight again.
     """
     params = lora.merge(params)
-    cast = lambda x: x.astype(config.compute_dtype) if x.ndim > 1 else x
-    layers = [
-        jax.tree.map(lambda x, i=i: cast(x[i]), params[name]) for name, _, n in stacks(config) for i in range(len(n))
-    ]
-    rest = jax.tree.map(cast, {name: params[name] for name in ("embed", "norm")})
+    cast = lambda x, stacked=0: x.astype(config.compute_dtype) if x.ndim > 1 + stacked else x
+    first = {name: numbers.start for name, _, numbers in stacks(config)}
+
+    def group(name: str, numbers: range) -> Params:
+        begin, end = numbers.start - first[name], numbers.stop - first[name]
+        some = slice(begin, end) if len(numbers) > 1 else begin
+        return jax.tree.map(lambda x: cast(x[some], len(numbers) > 1), params[name])
+
+    layers = [group(name, numbers) for name, _, numbers in decoded_groups(config)]
+    embed = jax.tree.map(lambda x: constrain_weights(cast(x), None, "columns"), params["embed"])
+    rest = {"embed": embed, "norm": jax.tree.map(cast, params["norm"])}
     return {**rest, "layers": layers, "unembed": cast(head(params)).T}
 
 
@@ -223,11 +239,19 @@ def apply_cached(
 
     positions: int32[B, T]; kv_segment_ids: int32[B, S], 0 where a place of the cache holds no token.
     """
-    x = _embed(params, config, tokens, positions)
+    x = _embed(params, config, tokens, positions, decoded=True)
     ks, vs = [], []
-    blocks = [(block, config.windowed(i)) for _, block, numbers in stacks(config) for i in numbers]
-    for (block, windowed), layer, k, v in zip(blocks, params["layers"], *cache, strict=True):
-        x, k, v = _merge(Block, block, layer).cached(x, positions, kv_segment_ids, k, v, offset, windowed)
+    for (_, block, numbers), weights, k, v in zip(decoded_groups(config), params["layers"], *cache, strict=True):
+        windowed = [config.windowed(i) for i in numbers]
+
+        def layer(i: Any, carry: Any, block=block, weights=weights, windowed=windowed) -> Any:
+            local = windowed[0] if len({*windowed}) == 1 else jnp.array(windowed)[i]
+            one = _merge(Block, block, weights if i is None else jax.tree.map(lambda w: w[i], weights))
+            x, k, v = carry
+            return one.cached(x, positions, kv_segment_ids, k, v, (i, offset), local)
+
+        carry = (x, k, v)
+        x, k, v = layer(None, carry) if len(numbers) == 1 else jax.lax.fori_loop(0, len(numbers), layer, carry)
         ks, vs = [*ks, k], [*vs, v]
     return _merge(_FinalNorm, config, params["norm"]).norm(x), KVCache(tuple(ks), tuple(vs))
 
@@ -276,10 +300,13 @@ class _FinalNorm(nnx.Module):
         self.norm = Norm(config)
 
 
-def _embed(params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+def _embed(
+    params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, decoded: bool = False
+) -> jax.Array:
     # Gathered here, in the narrow type: left to XLA, looking up in a table split over its columns ends in "involuntary
-    # full rematerialization".
-    table = lambda name, rows: constrain_weights(params["embed"][name].astype(config.compute_dtype), rows, None)
+    # full rematerialization". Decoding looks up in whole columns (`unstack`): XLA would gather split rows for each token.
+    place = lambda rows: (None, "columns") if decoded else (rows, None)
+    table = lambda name, rows: constrain_weights(params["embed"][name].astype(config.compute_dtype), *place(rows))
     x = table("tokens", "vocab")[tokens]
     if config.scale_embeddings:
         x = x * jnp.asarray(config.embed_dim**0.5, x.dtype)
