@@ -16,7 +16,14 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.run import Config
 from jaxllm.sharding import MESH_AXES, MeshConfig
 
-_RECOMPUTED = {"none": 1.0, "dots": 1.0, "full": 4 / 3}  # of the model's FLOPs, attention and elementwise apart
+_RECOMPUTED = {
+    "none": 1.0,
+    "dots": 1.0,
+    "offload_dots": 1.0,
+    "attention": 4 / 3,
+    "full": 4 / 3,
+    "offload": 4 / 3,
+}  # of the model's FLOPs, attention and elementwise apart
 
 
 def figures(config: Config, stage: str, mesh: Any, chip: Chip, sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,8 +80,9 @@ def _activations(model: ModelConfig) -> tuple[float, float]:
     c = model
     wide = c.moe.per_token * (c.moe.mlp_dim or c.mlp_dim) if c.moe.num_experts else c.mlp_dim
     products = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 2 * wide + 2 * c.embed_dim
-    kept = {"full": c.embed_dim, "dots": c.embed_dim + products, "none": 3 * c.embed_dim + 2 * products}[c.remat]
-    return kept, 3 * products
+    kept = {"full": c.embed_dim, "dots": c.embed_dim + products, "none": 3 * c.embed_dim + 2 * products}
+    kept |= {"attention": c.embed_dim + c.num_heads * c.head_dim, "offload": 0, "offload_dots": c.embed_dim}
+    return kept[c.remat], 3 * products
 
 
 def _moved(model: ModelConfig, mesh: Mapping[str, int], mine: float, micros: float) -> float:

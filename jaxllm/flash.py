@@ -7,6 +7,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from jaxllm.models.attention import ATTENDED
 from jaxllm.sharding import ACT_RULES, spec
 
 _LANES = 128  # the kernels' tiles
@@ -36,6 +37,7 @@ def tpu_attention(
     window: int | None,
     scale: float,
     softcap: float,
+    q_order: np.ndarray | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """`models.attention.attention` of whole rows; each device takes its rows, heads and queries, and all keys of its rows.
@@ -45,7 +47,7 @@ def tpu_attention(
     mesh = jax.sharding.get_abstract_mesh()
     heads, queries = spec(("batch", "heads", "seq", None), ACT_RULES), spec(("batch", "seq"), ACT_RULES)
     keys, tokens = spec(("batch", "kv_heads", None, None), ACT_RULES), spec(("batch", None), ACT_RULES)
-    kernel = _kernel(q.shape[2], q.shape[1], window, softcap, interpret)
+    kernel = _kernel(q.shape[2], q.shape[1], window, softcap, q_order, interpret)
 
     def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, mine: jax.Array, theirs: jax.Array) -> jax.Array:
         one = lambda q, k, v, mine, theirs: kernel(q, k, v, segment_ids=splash.SegmentIds(mine, theirs))
@@ -60,11 +62,15 @@ def tpu_attention(
     return by_head(jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(*arguments))
 
 
-def _kernel(num_heads: int, length: int, window: int | None, softcap: float, interpret: bool) -> Any:
+def _kernel(
+    num_heads: int, length: int, window: int | None, softcap: float, order: np.ndarray | None, interpret: bool
+) -> Any:
     shape, shards = (length, length), _shards()
     # So many places back and none ahead: a local mask is causal by itself.
     near = masks.LocalMask(shape, (window - 1, 0), 0) if window and window < length else masks.CausalMask(shape)
-    mine = length // shards[1]  # queries of a device
+    if order is not None:
+        near.q_sequence = order
+    mine = length // shards[1] // (1 if order is None else 2)  # queries of a device that stand side by side
     block = next(size for size in (_BLOCK, 256, _LANES) if mine % size == 0)
     keys = next(size for size in (_KEYS, 1024, block) if length % size == 0)
     sizes = splash.BlockSizes(
@@ -82,5 +88,6 @@ def _kernel(num_heads: int, length: int, window: int | None, softcap: float, int
         attn_logits_soft_cap=softcap or None,
         head_shards=shards[0],
         q_seq_shards=shards[1],
+        residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )

@@ -47,6 +47,8 @@ class OptimConfig:
     """Decay of the squared gradient's running mean."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type both moments are kept in between updates; they are computed in float32 (bfloat16: DeepSeek-V3, section 3.3.2)."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings; norms and biases have none."""
     clip_norm: float = 1.0
@@ -61,6 +63,9 @@ class OptimConfig:
         require(self.warmup_steps >= 0, "warmup_steps: must not be negative")
         require(0 <= self.final_fraction <= 1, "final_fraction: must be between 0 and 1")
         require(0 < self.decay_fraction <= 1, "decay_fraction: must be above 0 and at most 1")
+        # At 0.999 a step is less than half of bfloat16's last place: the second moment would never fall.
+        narrow = self.state_dtype == "bfloat16"
+        require(not narrow or max(self.b1, self.b2) <= 0.99, "state_dtype: bfloat16 needs b1 and b2 of at most 0.99")
 
 
 def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
@@ -84,7 +89,10 @@ def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimConfig, num_steps: int, bias_rate: float = 0.0) -> optax.GradientTransformation:
     """AdamW; routers' biases, where bias_rate is given, move by it against the sign of their gradient (`moe.balance`)."""
     rate = learning_rate(config, num_steps)
-    adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
+    adam = adam if config.state_dtype == "float32" else _kept_in(jnp.dtype(config.state_dtype), adam)
+    adamw = optax.chain(adam, decay, optax.scale_by_learning_rate(rate))
     whole = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
     if not bias_rate:
         return whole
@@ -95,6 +103,20 @@ def make_optimizer(config: OptimConfig, num_steps: int, bias_rate: float = 0.0) 
         return jax.tree_util.tree_map_with_path(one, moves, updates), state
 
     return optax.GradientTransformation(whole.init, update)
+
+
+def _kept_in(dtype: jnp.dtype, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Adam whose moments are rounded to a narrower type between updates."""
+
+    def cast(state: Any, to: Any) -> Any:
+        mu, nu = (jax.tree.map(lambda x: x.astype(to), moment) for moment in (state.mu, state.nu))
+        return state._replace(mu=mu, nu=nu)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        moves, state = adam.update(updates, cast(state, jnp.float32), params)
+        return moves, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(adam.init(params), dtype), update)
 
 
 def decay_mask(params: Any) -> Any:

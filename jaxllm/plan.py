@@ -373,8 +373,9 @@ def collectives(text: str, mesh: Any, unknown_trips: int = 1) -> list[dict[str, 
             if loop := re.search(r"while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
                 trips = _trips(bodies.get(loop[1], ()))
                 walk(loop[2], times * (trips or unknown), unknown if trips else 1)
-            elif call := re.search(r" (?:call|conditional|async-start)\(.*", line):
-                for inner in re.findall(r"(?:to_apply|calls|computation)=%?([\w.\-]+)", call[0]):
+            elif call := re.search(r" (?:call|call-start|custom-call-start|conditional|async-start)\(.*", line):
+                # TPU7x's sparse cores run collectives of their own beside the rest: as called computations.
+                for inner in re.findall(r"(?:to_apply|calls|computation|called_computations)=\{?%?([\w.\-]+)", call[0]):
                     walk(inner, times, unknown)
             if far := re.search(r' = \((\S+), .* send\(.*_xla_megascale_transfer_type="(\w+)"', line):
                 # Between slices the runtime of the hosts moves what a slice has added up already.
@@ -431,7 +432,8 @@ def _axes_of(line: str, mesh: Any) -> tuple[str, ...]:
     """The mesh axes that a collective's groups go along, from its replica groups."""
     names = [name for name, size in mesh.shape.items() if size > 1]
     if by_axis := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        axes = [part.split("=")[0].strip("' ") for part in by_axis[1].split(",")]
+        parts = [part.split("=") for part in by_axis[1].split(",")]
+        axes = [name.strip("' ") for name, size in parts if int(size) > 1]
         if len(axes) == len(names):
             return tuple(names[axes.index(a.strip("' "))] for a in by_axis[2].split(",") if a.strip("' ") in axes)
     if group := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):

@@ -126,6 +126,26 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, ACT_RULES))
 
 
+def balanced_order(length: int) -> np.ndarray | None:
+    """int[T]: the order a row's places are gone through in where `context` shards them, or None: as they are.
+
+    Of n shards each holds the chunks i and 2n - 1 - i of 2n, so that all have as many earlier keys to attend to (Brandon
+    et al. 2023, "Striped Attention", has the same aim; this cut is Llama 3's, Grattafiori et al. 2024, section 3.3.2).
+    """
+    shards = mesh_size("context")
+    if shards == 1 or length % (2 * shards):
+        return None
+    chunks = np.arange(length, dtype=np.int32).reshape(2, shards, -1)
+    return np.stack([chunks[0], chunks[1, ::-1]], 1).reshape(-1)
+
+
+def in_order(x: jax.Array) -> jax.Array:
+    """[B, T, ...] in `balanced_order` -> as they are."""
+    (B, T), shards = x.shape[:2], mesh_size("context")
+    pairs = x.reshape(B, shards, 2, T // (2 * shards), *x.shape[2:])
+    return jnp.concatenate([pairs[:, :, 0], pairs[:, ::-1, 1]], 1).reshape(x.shape)
+
+
 def constrain_residual(x: jax.Array) -> jax.Array:
     """[B, T, D] between blocks: its positions are shared out over `tensor` too, where their number allows."""
     split = x.shape[1] % (mesh_size("context") * mesh_size("tensor")) == 0

@@ -134,6 +134,35 @@ def test_an_all_masked_batch_changes_nothing_but_the_optimiser_clock():
         np.testing.assert_array_equal(a, b)
 
 
+def test_moments_in_bfloat16_take_half_the_bytes_and_follow_adam():
+    """Each update against Adam in NumPy from the moments as they were kept: rounding happens once, when they are kept."""
+    config = OptimConfig(schedule="constant", weight_decay=0.0, clip_norm=0.0, state_dtype="bfloat16")
+    tx, state = make_optimizer(config, 60), train.init_state(params(), make_optimizer(config, 60))
+    kept = lambda state, name: optax.tree.get(state.opt_state, name)["embed"]["tokens"]
+    assert kept(state, "mu").dtype == kept(state, "nu").dtype == jnp.bfloat16
+    step, full = train.make_step(loss, tx), make_optimizer(dataclasses.replace(config, state_dtype="float32"), 60)
+    plain_step, plain, first, last = train.make_step(loss, full), train.init_state(params(), full), [], []
+    for number in range(60):
+        batch, before = uneven_batch(number % 4), state
+        old = [np.asarray(kept(before, name), np.float64) for name in ("mu", "nu")]
+        place = np.asarray(before.params["embed"]["tokens"], np.float64)
+        grad = np.asarray(
+            jax.grad(lambda p, b=batch: loss(p, b, None)[0] / loss(p, b, None)[1])(before.params)["embed"]["tokens"]
+        )
+        state, metrics = step(state, batch)
+        plain, more = plain_step(plain, batch)
+        new = [0.9 * old[0] + 0.1 * grad, 0.95 * old[1] + 0.05 * grad**2]
+        unbiased = [m / (1 - b ** (number + 1)) for m, b in zip(new, (0.9, 0.95), strict=True)]
+        want = place - config.learning_rate * unbiased[0] / (np.sqrt(unbiased[1]) + config.eps)
+        np.testing.assert_allclose(state.params["embed"]["tokens"], want, atol=2e-6)
+        for name, value in zip(("mu", "nu"), new, strict=True):
+            np.testing.assert_allclose(np.asarray(kept(state, name), np.float64), value, rtol=2**-8, atol=1e-9)
+        first, last = [*first, metrics["loss"][0]], [*last, more["loss"][0]]
+    assert first[-1] < 0.8 * first[0] and abs(first[-1] - last[-1]) < 0.02 * last[-1]
+    with pytest.raises(ValueError, match="state_dtype"):
+        OptimConfig(b2=0.999, state_dtype="bfloat16")
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
 def test_schedules_rise_then_fall_to_the_final_fraction(schedule):
     config = OptimConfig(learning_rate=1.0, schedule=schedule, warmup_steps=4, final_fraction=0.1, decay_fraction=0.25)

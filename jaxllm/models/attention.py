@@ -5,9 +5,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.sharding import platform
 
+ATTENDED = "attended"  # the name of what attention returns, for `jax.checkpoint`
 Local = jax.Array | bool  # whether a layer's attention has its window; traced where layers are scanned
 
 
@@ -19,6 +22,7 @@ def attention(
     q_segment_ids: jax.Array,
     kv_segment_ids: jax.Array,
     q_offset: jax.Array | int | None = None,
+    q_order: np.ndarray | None = None,
     window: int | None = None,
     local: Local = True,
     scale: float | None = None,
@@ -27,8 +31,8 @@ def attention(
     """Grouped-query attention, causal inside segments (Vaswani et al. 2017; Ainslie et al. 2023).
 
     q: [B, T, N, H]; k: [B, S, K, H]; v: [B, S, K, W] with N a multiple of K; q_segment_ids: int32[B, T];
-    kv_segment_ids: int32[B, S]. Query t stands at place q_offset + t of the S key places; None: whole rows, 0. It sees
-    key s when s <= q_offset + t and their segments are equal. With segments 1 1 2 2 0 the five rows see
+    kv_segment_ids: int32[B, S]. Query t stands at place q_offset + t of the S key places; None: whole rows, 0, or, where
+    their queries do not come in order (`sharding.balanced_order`), q_order[t]. It sees key s when s <= q_offset + t and their segments are equal. With segments 1 1 2 2 0 the five rows see
 
         1 . . . .      a token sees itself and what came before it in its own segment;
         1 1 . . .      padding (segment 0) sees only padding, so that no row is empty and
@@ -47,7 +51,7 @@ def attention(
 
         if flash.fits(q, k):
             settings = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
-            settings |= {"scale": scale, "softcap": softcap}
+            settings |= {"scale": scale, "softcap": softcap, "q_order": q_order}
             near, whole = (functools.partial(flash.tpu_attention, window=w, **settings) for w in (window, None))
             if window is None or isinstance(local, bool):
                 return (near if local else whole)(q, k, v)
@@ -58,13 +62,13 @@ def attention(
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    first = 0 if q_offset is None else q_offset
-    back = first + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]  # [T, S]: places from the key to the query
+    places = jnp.arange(T) + (0 if q_offset is None else q_offset) if q_order is None else jnp.array(q_order)
+    back = places[:, None] - jnp.arange(S)[None, :]  # [T, S]: places from the key to the query
     near = back >= 0
     if window is not None and local is not False:
         near &= back < (window if local is True else jnp.where(local, window, jnp.iinfo(jnp.int32).max))
     same = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]  # [B, T, S]
     allowed = (near[None] & same)[:, None, None]
     weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+    out = checkpoint_name(jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v), ATTENDED)
     return out.reshape(B, T, N, v.shape[-1])

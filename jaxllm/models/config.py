@@ -97,8 +97,9 @@ class ModelConfig:
     """Standard deviation of the initial weights; residual projections get it divided by sqrt(2 num_layers)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and matrix products; parameters stay float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """Recompute in the backward pass: nothing, all but matrix products, or whole blocks."""
+    remat: Literal["none", "dots", "offload_dots", "attention", "full", "offload"] = "none"
+    """Recompute in the backward pass: nothing; all but matrix products (offload_dots: these wait in the host's memory); all
+    but what attention returns; whole blocks; or whole blocks with what goes into them in the host's memory."""
     scan_unroll: int = 1
     """Blocks per iteration of the scan over layers; more compiles longer and may run faster."""
 
@@ -138,6 +139,11 @@ class ModelConfig:
     def windowed(self, layer: int) -> bool:
         """Whether a layer's attention has the window."""
         return self.window > 0 and (self.global_every == 0 or (layer + 1) % self.global_every != 0)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass recomputes whole blocks, but for attention perhaps."""
+        return self.remat in ("attention", "full", "offload")
 
     @property
     def score_scale(self) -> float:

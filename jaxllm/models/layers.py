@@ -6,13 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxllm.models.attention import Local, attention
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import moe
 from jaxllm.models.rope import frequencies, rope
-from jaxllm.sharding import constrain, constrain_residual, in_blocks
+from jaxllm.sharding import constrain, constrain_residual, in_blocks, in_order
+
+Order = np.ndarray | None  # of the places of rows, where it is another than they stand in
 
 
 def normal(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
@@ -70,11 +73,12 @@ class Attention(nnx.Module):
             self.q_norm = Norm(c, heads=c.num_heads, head_dim=c.head_dim)
             self.k_norm = Norm(c, kv_heads=c.num_kv_heads, head_dim=c.head_dim)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, local: Local) -> jax.Array:
-        """x [B, T, D] -> [B, T, D]."""
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, local: Local, order: Order = None
+    ) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]; order: that of the T places (`sharding.balanced_order`)."""
         q, k, v = self.qkv(x, positions, local)
-        segments = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
-        return self.project(attention(q, k, v, **segments, **form(self.config, local)))
+        return self.project(_attend(self.config, q, k, v, segment_ids, local, order))
 
     def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, at: tuple[Any, Any], local: Local):
         """The same for T new tokens; at: (None, first place) of the caches [B, K, S, H], written in place, or (layer,
@@ -131,15 +135,17 @@ class LatentAttention(nnx.Module):
         self.kv_b = normal(rngs, std, rank=m.kv_rank, **heads, head_dim=m.nope_dim + m.value_dim)
         self.out = normal(rngs, out_std, **heads, head_dim=m.value_dim, embed=c.embed_dim)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, local: Local) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, local: Local, order: Order = None
+    ) -> jax.Array:
         q, latent, shared = self._parts(x, positions, local)
         m = self.config.mla
         kv = jnp.einsum("btr,rnh->btnh", latent, self.kv_b[...].astype(x.dtype))
         shared = jnp.broadcast_to(shared, (*kv.shape[:3], m.rope_dim))
         k, v = jnp.concatenate([kv[..., : m.nope_dim], shared], -1), kv[..., m.nope_dim :]
-        q, k, v = (constrain(y, "batch", None, "heads", "head_dim") for y in (q, k, v))
-        segments = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
-        return self.project(attention(q, k, v, **segments, **form(self.config, local)))
+        q = constrain(q, "batch", "seq", "heads", "head_dim")
+        k, v = (constrain(y, "batch", None, "heads", "head_dim") for y in (k, v))
+        return self.project(_attend(self.config, q, k, v, segment_ids, local, order))
 
     def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, at: tuple[Any, Any], local: Local):
         """As `Attention.cached`; k_cache has one head of size kv_rank + rope_dim, v_cache is left alone.
@@ -171,6 +177,15 @@ class LatentAttention(nnx.Module):
     def project(self, y: jax.Array) -> jax.Array:
         weights = self.out[...].astype(y.dtype)
         return y.reshape(*y.shape[:2], -1) @ weights.reshape(-1, weights.shape[-1])
+
+
+def _attend(config: ModelConfig, q: Any, k: Any, v: Any, segment_ids: jax.Array, local: Local, order: Order) -> Any:
+    """Attention of whole rows, whose queries may come in an order of their own; keys are put as they stand."""
+    theirs = segment_ids
+    if order is not None:
+        k, v, theirs = in_order(k), in_order(v), in_order(segment_ids)
+    segments = {"q_segment_ids": segment_ids, "kv_segment_ids": theirs, "q_order": order}
+    return attention(q, k, v, **segments, **form(config, local))
 
 
 def form(config: ModelConfig, local: Local) -> dict[str, Any]:
@@ -208,7 +223,7 @@ def _cached_segments(kv_segment_ids: jax.Array, offset: Any, T: int) -> dict[str
     return {"q_segment_ids": new, "kv_segment_ids": kv_segment_ids, "q_offset": offset}
 
 
-_MLP_BLOCK = 3072  # hidden units that are gone through at a time, at least, with remat full
+_MLP_BLOCK = 3072  # hidden units that are gone through at a time, at least, where whole blocks are recomputed
 
 
 def _num_blocks(size: int) -> int:
@@ -236,7 +251,7 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         names = ("gate", "up") if self.gated else ("up",)
         into = [(getattr(self, name)[...], self._bias(name)) for name in names]
-        count = _num_blocks(self.up[...].shape[1]) if self.config.remat == "full" else 1
+        count = _num_blocks(self.up[...].shape[1]) if self.config.recomputes else 1
         y = self._in_blocks(x, into, count) if count > 1 else self._through(x, into, self.down[...])
         return y + _last(self._bias("down"), y) if self.config.bias else y
 
@@ -287,7 +302,7 @@ class Experts(nnx.Module):
         if self.config.moe.router == "sigmoid":
             weights["router_bias"] = jax.lax.stop_gradient(self.router_bias[...])
         weights["experts"] = {name: w[...].astype(x.dtype) for name, w in self.experts.items()}
-        y, load = moe(x, mask, weights, self.config.moe, in_parts=self.config.remat == "full")
+        y, load = moe(x, mask, weights, self.config.moe, in_parts=self.config.recomputes)
         return y + self.shared(x) if self.config.moe.num_shared else y, load
 
 
@@ -304,10 +319,10 @@ class Block(nnx.Module):
             self.attention_post_norm, self.mlp_post_norm = Norm(config), Norm(config)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, local: Local
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, local: Local, order: Order = None
     ) -> tuple[jax.Array, Any]:
-        """(x, the experts' load or {}) for x [B, T, D], positions and segment_ids int32[B, T]."""
-        y = self.attention(self._before(x, "attention"), positions, segment_ids, local)
+        """(x, the experts' load or {}) for x [B, T, D], positions and segment_ids int32[B, T], and the places' order."""
+        y = self.attention(self._before(x, "attention"), positions, segment_ids, local, order)
         return self._mlp(self._add(x, y, "attention"), segment_ids > 0)
 
     def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, at: tuple[Any, Any], local: Local):

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.models import lora, moe
+from jaxllm.models.attention import ATTENDED
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Ahead, Block, Norm, normal
-from jaxllm.sharding import constrain, constrain_residual, constrain_weights, platform
+from jaxllm.sharding import balanced_order, constrain, constrain_residual, constrain_weights, in_order, platform
 
 Params = dict[str, Any]
 
@@ -101,6 +103,8 @@ def apply_routed(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     adapters, load = params.get("lora", {}), {}
+    if (order := balanced_order(tokens.shape[1])) is not None:
+        tokens, segment_ids, positions = (x[:, order] for x in (tokens, segment_ids, positions))
     x = _embed(params, config, tokens, positions)
     for name, block, numbers in stacks(config):
         windowed = [config.windowed(i) for i in numbers]
@@ -109,10 +113,11 @@ def apply_routed(
             weights = lora.add(layer[0], layer[1], adapters.get("scale"))
             # Where all layers are alike it is a constant, and the mask is compiled for it.
             local = windowed[0] if len(set(windowed)) == 1 else layer[2]
-            return _merge(Block, block, weights)(x, positions, segment_ids, local)
+            return _merge(Block, block, weights)(checkpoint_name(x, _INPUT), positions, segment_ids, local, order)
 
         layers = (params[name], adapters.get(name, {}), jnp.array(windowed))
         x, load = jax.lax.scan(_remat(body, config), x, layers, unroll=config.scan_unroll)
+    x = x if order is None else constrain_residual(in_order(x))
     return _merge(_FinalNorm, config, params["norm"]).norm(x), load
 
 
@@ -315,11 +320,24 @@ def _embed(
     return constrain_residual(x)
 
 
+_INPUT = "block_input"
+_HOST = {"offload_src": "device", "offload_dst": "pinned_host"}
+
+
 def _remat(body, config: ModelConfig):
+    known = jax.checkpoint_policies
     if config.remat == "none":
         return body
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(body, policy=dots if config.remat == "dots" else None, prevent_cse=False)
+    policy = {
+        "dots": known.dots_with_no_batch_dims_saveable,
+        "offload_dots": known.offload_dot_with_no_batch_dims("device", "pinned_host"),
+        "attention": known.save_only_these_names(ATTENDED),
+        "full": None,
+        "offload": known.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[_INPUT], **_HOST
+        ),
+    }[config.remat]
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
 def _init(module: type, config: ModelConfig, key: jax.Array) -> Params:

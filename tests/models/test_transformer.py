@@ -91,7 +91,10 @@ def test_the_future_and_other_segments_do_not_leak(model):
     assert (before[0, 1:3] != other_first[0, 1:3]).any()
 
 
-@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}], ids=str)
+REMATS = [{"remat": name} for name in ("dots", "offload_dots", "attention", "full", "offload")]
+
+
+@pytest.mark.parametrize("change", [*REMATS, {"scan_unroll": 2}], ids=str)
 def test_remat_and_unrolling_change_nothing(change):
     params = transformer.init(LLAMA, jax.random.key(0))
     tokens = jnp.array([[5, 6, 7, 8]], jnp.int32)
