@@ -59,13 +59,15 @@ def _step(
     model: ModelConfig, mesh: Mapping[str, int], micro_tokens: float, tokens: float, length: int, chip: Chip
 ) -> dict[str, Any]:
     """Bytes of temporaries and seconds of a step of so many tokens, in microbatches of so many."""
-    shards = mesh["data"] * mesh["fsdp"] * mesh["expert"] * mesh["context"]
+    shards, stages = mesh["data"] * mesh["fsdp"] * mesh["expert"] * mesh["context"], mesh["pipeline"]
     mine, tensor = micro_tokens / shards, mesh["tensor"]
     kept, own = _activations(model)
     layer = transformer.num_params(model) / model.num_layers / tensor / mesh["expert"]
-    temporary = 2.0 * mine * (kept * model.num_layers + own) / tensor + 2 * 2.0 * layer + 2**29
-    devices = shards * tensor
+    temporary = 2.0 * mine * (kept * model.num_layers / stages + own) / tensor + 2 * 2.0 * layer + 2**29
+    devices = shards * tensor * stages
     flops = transformer.flops_per_token(model, length) * tokens / devices * _RECOMPUTED[model.remat]
+    parts = max(mine * mesh["context"] / length, 1)  # rows of a device, each a microbatch of the stages
+    flops *= (min(parts, 4 * stages) + stages - 1) / min(parts, 4 * stages)
     moved = _moved(model, mesh, tokens / shards, tokens / micro_tokens)
     seconds = {"compute_seconds": flops / chip.flops, "link_seconds": moved / chip.link}
     step = max(seconds["compute_seconds"] / EFFICIENCY, seconds["link_seconds"])
@@ -88,8 +90,8 @@ def _activations(model: ModelConfig) -> tuple[float, float]:
 def _moved(model: ModelConfig, mesh: Mapping[str, int], mine: float, micros: float) -> float:
     """Bytes that leave a device in a step: weights forward, backward and as gradients; activations around each block."""
     share = {axis: (size - 1) / size for axis, size in mesh.items()}
-    weights = 2.0 * transformer.num_params(model) / mesh["tensor"] / mesh["expert"]
-    activations = 2.0 * mine * model.embed_dim * model.num_layers
+    weights = 2.0 * transformer.num_params(model) / mesh["tensor"] / mesh["expert"] / mesh["pipeline"]
+    activations = 2.0 * mine * model.embed_dim * model.num_layers / mesh["pipeline"]
     total = 3 * micros * weights * share["fsdp"] + 2 * 2 * weights / mesh["fsdp"] * share["data"]
     total += 12 * activations * share["tensor"] + 6 * activations * (mesh["expert"] - 1) * bool(model.moe.num_experts)
     keys = 2.0 * mine * 2 * model.num_kv_heads * model.head_dim * model.num_layers
@@ -114,7 +116,7 @@ def candidates(
             new = dataclasses.replace(config, mesh=MeshConfig(**mesh), model=model, **{stage: changed})
             tokens = tokens_per_step(new, stage)
             made = _step(model, mesh, tokens / section.num_micro, tokens, row_length(new, stage), chip)
-            state = 16.0 * transformer.num_params(model) / mesh["fsdp"] / mesh["tensor"] / mesh["expert"]
+            state = 16.0 * transformer.num_params(model) / (devices / mesh["data"] / mesh["context"])
             if state + made["temp_bytes_per_device"] > chip.hbm:
                 continue
             guess = {"mesh": {a: n for a, n in mesh.items() if n > 1}, "remat": remat, "batch_size": batch}
@@ -130,8 +132,9 @@ def _meshes(model: ModelConfig, devices: int, slices: int) -> Iterator[dict[str,
     contexts = (
         [n for n in divisors if n <= 16 and model.max_length % (n * 128) == 0] if model.max_length > 32768 else [1]
     )
-    for tensor, expert, context, data in itertools.product(tensors, experts, contexts, divisors):
-        rest = devices // (tensor * expert * context * data)
-        whole = tensor * expert * context * data * rest == devices
-        if whole and data % slices == 0 and model.embed_dim % rest == 0:
-            yield dict(zip(MESH_AXES, (data, rest, context, expert, tensor), strict=True))
+    stages = [1, slices] if slices > 1 and all(len(n) % slices == 0 for *_, n in transformer.stacks(model)) else [1]
+    for tensor, expert, context, data, pipeline in itertools.product(tensors, experts, contexts, divisors, stages):
+        rest = devices // (tensor * expert * context * data * pipeline)
+        whole = tensor * expert * context * data * pipeline * rest == devices
+        if whole and (data % slices == 0 or pipeline == slices) and model.embed_dim % rest == 0:
+            yield dict(zip(MESH_AXES, (data, pipeline, rest, context, expert, tensor), strict=True))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxllm.sharding import constrain, constrain_weights, in_blocks, memories, mesh_size
+from jaxllm.sharding import constrain_scored, constrain_weights, in_blocks, memories, mesh_size
 
 Pair = tuple[Array, Array]  # (sum, weight)
 Metrics = dict[str, Pair]
@@ -48,9 +48,7 @@ def token_logprobs(
     (B, T, _), V = hidden.shape, head.shape[0]
     count, length = _blocks(V, -(-B * T * V // (block_elements or _BLOCK_ELEMENTS * memories())))
     numbers = jnp.arange(length, dtype=jnp.int32)
-    wide = constrain(hidden, "batch", "seq", "embed").astype(
-        jnp.float32
-    )  # so that its gradient is summed over blocks in float32
+    wide = constrain_scored(hidden).astype(jnp.float32)  # so that its gradient is summed over blocks in float32
 
     def score(block: Array, numbers: Array) -> _Block:
         weights = block.astype(hidden.dtype)

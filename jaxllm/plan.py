@@ -27,7 +27,7 @@ from jaxllm.config import InputError
 from jaxllm.hardware import CHIPS, EFFICIENCY, Chip
 from jaxllm.models import transformer
 from jaxllm.run import Config, plan_path, with_defaults
-from jaxllm.sharding import check_batch, planned_mesh
+from jaxllm.sharding import check_batch, planned_mesh, slow_axis
 from jaxllm.stages import language_model, ppo, preference
 from jaxllm.train import Program, TrainState
 from jaxllm.workspace import write_json
@@ -113,7 +113,7 @@ def _compiled(programs: Sequence[Program], mesh: Any, chip: Chip, sizes: Any, ar
     if not args.exact and report.get("total_bytes_per_device", 0) > _TIGHT * chip.hbm:
         every, report = find(exact=True)
     if report["fits"]:
-        report |= _times(programs, every, chip, args.slices, sizes["tokens_per_step"])
+        report |= _times(programs, every, chip, sizes["tokens_per_step"])
     return report | ({"programs": every} if len(programs) > 1 else {})
 
 
@@ -177,13 +177,15 @@ def _measure(program: Program, mesh: Any) -> dict[str, Any]:
     found |= {"flops_per_device": flops, "model_flops_per_device": needed}
     if compiled is None:
         return found | {"reason": refusal, "collectives": []}
-    memory = compiled.memory_analysis()
+    memory, slices = compiled.memory_analysis(), len({getattr(d, "slice_index", 0) for d in mesh.devices.flat})
+    slow = slow_axis(tuple(mesh.shape.values()), slices)
     return found | {
         "argument_bytes_per_device": memory.argument_size_in_bytes,
         "temp_bytes_per_device": memory.temp_size_in_bytes,
         "host_bytes_per_device": memory.host_temp_size_in_bytes,
         "output_bytes_per_device": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "collectives": collectives(compiled.as_text(), mesh, unknown_trips=max(program.decoded // 4, 1)),
+        "collectives": collectives(compiled.as_text(), mesh, max(program.decoded // 4, 1), slow),
+        "slow_axis": slow if slices > 1 else "",
     }
 
 
@@ -219,14 +221,14 @@ def _merge(programs: Sequence[Program], every: Mapping[str, Any]) -> list[dict[s
     return [{"kind": key[0], "axes": [*key[1:]], "count": n, "bytes": size} for key, (n, size) in sorted(found.items())]
 
 
-def _times(programs: Sequence[Program], every: Any, chip: Chip, slices: int, tokens: int) -> dict[str, Any]:
+def _times(programs: Sequence[Program], every: Any, chip: Chip, tokens: int) -> dict[str, Any]:
     """Roofline of each program, added up: compute = FLOPs / peak; hbm = (arguments, once for each token that is decoded,
     + temporaries written and read) / bandwidth; ici, dcn = bytes of collectives / bandwidth. A program takes the largest
     of compute / EFFICIENCY, hbm and ici + dcn."""
     total: dict[str, float] = {}
     for program in programs:
         found = every[program.name]
-        far = sum(c["bytes"] for c in found["collectives"] if slices > 1 and "data" in c["axes"])
+        far = sum(c["bytes"] for c in found["collectives"] if found["slow_axis"] in c["axes"])
         near = sum(c["bytes"] for c in found["collectives"]) - far
         moved = found["argument_bytes_per_device"] * max(program.decoded, 1) + 2 * found["temp_bytes_per_device"]
         once = {
@@ -389,11 +391,11 @@ _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collectiv
 _SIZES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1, "f64": 8, "s64": 8, "s16": 2}
 
 
-def collectives(text: str, mesh: Any, unknown_trips: int = 1) -> list[dict[str, Any]]:
+def collectives(text: str, mesh: Any, unknown_trips: int = 1, slow: str = "data") -> list[dict[str, Any]]:
     """What a compiled program sends: kind, mesh axes, how often it runs, bytes in all that leave a device.
 
-    Loops are followed to their trip counts; unknown_trips: of an outermost one that data end. A ring sends (n - 1) / n of an all-gather's result, twice that for an
-    all-reduce (Patarasuk and Yuan 2009).
+    Loops are followed to their trip counts; unknown_trips: of an outermost one that data end. slow: the axis over slices. A
+    ring sends (n - 1) / n of an all-gather's result, twice that for an all-reduce (Patarasuk and Yuan 2009).
     """
     bodies, entry = _computations(text)
     found: dict[tuple[str, tuple[str, ...]], list[float]] = {}
@@ -409,7 +411,7 @@ def collectives(text: str, mesh: Any, unknown_trips: int = 1) -> list[dict[str, 
                     walk(inner, times, unknown)
             if far := re.search(r' = \((\S+), .* send\(.*_xla_megascale_transfer_type="(\w+)"', line):
                 # Between slices the runtime of the hosts moves what a slice has added up already.
-                entry = found.setdefault((far[2].lower().replace("_", "-"), ("data",)), [0, 0.0])
+                entry = found.setdefault((far[2].lower().replace("_", "-"), (slow,)), [0, 0.0])
                 entry[0], entry[1] = entry[0] + times, entry[1] + times * _bytes_of_shapes(far[1])
             elif kind := re.search(rf" ({'|'.join(_KINDS)})(?:-start)?\(", line):
                 axes = _axes_of(line, mesh)

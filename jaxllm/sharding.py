@@ -18,14 +18,15 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxllm.config import InputError, require
 
-MESH_AXES = ("data", "fsdp", "context", "expert", "tensor")  # slowest network first
+MESH_AXES = ("data", "pipeline", "fsdp", "context", "expert", "tensor")  # slowest network first
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 _BOTH: Rules = {"heads": "tensor", "kv_heads": "tensor", "head_dim": None, "mlp": "tensor", "vocab": "tensor"}
 PARAM_RULES: Rules = {
     **_BOTH,
-    "layers": None,
+    "layers": "pipeline",
+    "modules": None,
     "embed": ("fsdp", "expert"),
     "expert_embed": "fsdp",  # of a routed expert's matrices, which lie on its shard
     "positions": "tensor",
@@ -39,6 +40,7 @@ PARAM_RULES: Rules = {
 ACT_RULES: Rules = {
     **_BOTH,
     "batch": ("data", "fsdp", "expert"),
+    "scored": ("data", "pipeline", "fsdp", "expert"),  # rows once more, where stages would all do the same
     "seq": "context",
     "residual": ("context", "tensor"),  # positions between blocks (Korthikanti et al. 2022, section 4.2.2)
     "embed": None,
@@ -52,6 +54,8 @@ class MeshConfig:
 
     data: int = -1
     """Replicas of the parameters, each with its share of the batch."""
+    pipeline: int = 1
+    """Stages that layers are shared out over; rows go through them in microbatches."""
     fsdp: int = 1
     """Shards of parameters and optimiser state, each with its share of the batch (ZeRO-3)."""
     context: int = 1
@@ -76,13 +80,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return jax.make_mesh(sizes, MESH_AXES, types, devices=devices)
     # jax.make_mesh would not split a side of the torus between two axes, and knows no slices.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if sizes[0] % slices:
-        raise InputError(f"mesh.data: {sizes[0]} is not a multiple of the {slices} slices it goes over")
-    inside, between = (sizes[0] // slices, *sizes[1:]), (slices, *[1] * (len(sizes) - 1))
+    slow = slow_axis(sizes, slices)
+    between = [slices if axis == slow else 1 for axis in MESH_AXES]
+    inside = [size // times for size, times in zip(sizes, between, strict=True)]
     place = functools.partial(mesh_utils.create_hybrid_device_mesh, inside, between)
     if slices == 1:
         place = functools.partial(mesh_utils.create_device_mesh, inside)
     return Mesh(place(devices=devices, allow_split_physical_axes=True), MESH_AXES, axis_types=types)
+
+
+def slow_axis(sizes: Sequence[int], slices: int) -> str:
+    """The mesh axis that goes over slices: data, or pipeline where data does not divide. Raises InputError."""
+    found = next((axis for axis, size in zip(MESH_AXES[:2], sizes[:2], strict=True) if size % slices == 0), None)
+    if found is None:
+        raise InputError(
+            f"mesh.data: {sizes[0]} is not a multiple of the {slices} slices it goes over, nor is pipeline"
+        )
+    return found
 
 
 def planned_mesh(config: MeshConfig, devices: Sequence[Any] | int) -> Any:
@@ -152,6 +166,22 @@ def constrain_residual(x: jax.Array) -> jax.Array:
     return constrain(x, "batch", "residual" if split else "seq", "embed")
 
 
+def constrain_scored(x: jax.Array) -> jax.Array:
+    """[B, T, D] that goes to the vocabulary: shared out over the stages too, where the number of rows allows."""
+    if (mesh := jax.sharding.get_abstract_mesh()).empty:
+        return x
+    uneven = x.shape[0] % (batch_shards(mesh) * mesh.shape["pipeline"])
+    return constrain(x, "batch" if uneven else "scored", "seq", "embed")
+
+
+def constrain_stages(x: jax.Array) -> jax.Array:
+    """[stages, B, T, ...] on its way through them."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    batch, seq = (ACT_RULES[name] for name in ("batch", "seq"))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec("pipeline", batch, seq))
+
+
 def constrain_weights(x: jax.Array, *axes: str | None) -> jax.Array:
     """The same for weights, by PARAM_RULES; None where they are to be whole."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec(axes, PARAM_RULES))
@@ -217,6 +247,7 @@ def meet(name: str) -> None:
 
 # The config field that sets the size of a logical axis, for error messages.
 _FIELDS = {
+    "layers": "model.num_layers (with moe.first_dense: both stacks)",
     "embed": "model.embed_dim",
     "expert_embed": "model.embed_dim",
     "rank": "model.mla.kv_rank, model.mla.q_rank",
@@ -272,7 +303,7 @@ def check_batch(mesh: Mesh, size: int, field: str) -> None:
         )
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Devices that each have their own rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in ACT_RULES["batch"] or ())
 

@@ -24,9 +24,10 @@ DENSE = ModelConfig(
 EXPERTS = MoEConfig(num_experts=8, per_token=3, mlp_dim=24, num_shared=1, aux_coef=0.1)
 DROPLESS = dataclasses.replace(DENSE, moe=EXPERTS, tie_embeddings=False)
 with_capacity = lambda factor: dataclasses.replace(DROPLESS, moe=dataclasses.replace(EXPERTS, capacity_factor=factor))
+WINDOWED = dataclasses.replace(DENSE, num_layers=4, window=5, global_every=2)
 ROOMY, TIGHT = with_capacity(8.0), with_capacity(0.5)  # room for all tokens; many are dropped
 
-ALONE = [{"data": 8}, {"fsdp": 8}, {"context": 8}, {"expert": 8}, {"tensor": 4}]
+ALONE = [{"data": 8}, {"pipeline": 2}, {"fsdp": 8}, {"context": 8}, {"expert": 8}, {"tensor": 4}]
 TOGETHER = [  # every pair of axes is in one of them
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"data": 2, "context": 2, "expert": 2},
@@ -36,13 +37,15 @@ TOGETHER = [  # every pair of axes is in one of them
 ]
 # A capacity is one of the tokens that meet on a device: the same ones are dropped only where all of them do.
 MEETING = [{"expert": 4, "tensor": 2}, {"expert": 8}, {"tensor": 4}]
+STAGES = [{"data": 2, "pipeline": 2, "tensor": 2}, {"pipeline": 2, "fsdp": 2, "context": 2}]
 CASES = {
-    "DENSE": [*ALONE, *TOGETHER],
-    "DROPLESS": [*ALONE, TOGETHER[1], TOGETHER[3], TOGETHER[0], TOGETHER[2], TOGETHER[4]],
+    "WINDOWED": [{"pipeline": 4, "fsdp": 2}, {"context": 4}],
+    "DENSE": [*ALONE, *TOGETHER, *STAGES],
+    "DROPLESS": [*ALONE, {"pipeline": 2, "fsdp": 2, "expert": 2}, TOGETHER[1], TOGETHER[3], TOGETHER[0], TOGETHER[2], TOGETHER[4]],
     "ROOMY": [TOGETHER[1], {"context": 8}],
     "TIGHT": MEETING,
 }
-IN_SUITE = {"DENSE": 10, "DROPLESS": 7, "ROOMY": 0, "TIGHT": 1}  # the first so many; the others are slow
+IN_SUITE = {"WINDOWED": 1, "DENSE": 11, "DROPLESS": 7, "ROOMY": 0, "TIGHT": 1}  # the first so many; the others are slow
 EVERY = [
     pytest.param(name, sizes, marks=[] if i < IN_SUITE[name] else pytest.mark.slow)
     for name, meshes in CASES.items()

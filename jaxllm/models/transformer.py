@@ -20,6 +20,7 @@ from jaxllm.models import lora, moe
 from jaxllm.models.attention import ATTENDED
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Ahead, Block, Norm, normal
+from jaxllm.models.pipeline import staged
 from jaxllm.sharding import balanced_order, constrain, constrain_residual, constrain_weights, in_order, platform
 
 Params = dict[str, Any]
@@ -54,9 +55,9 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
 def axes(config: ModelConfig) -> Params:
     """The logical axes of every parameter, a tree like that of `init`."""
     tree = {"embed": _axes(_Embed, config), "norm": _axes(_FinalNorm, config)}
-    stacked = functools.partial(jax.tree.map, lambda names: ("layers", *names), is_leaf=_is_axes)
-    tree |= {name: stacked(_axes(Block, block)) for name, block, _ in stacks(config)}
-    tree |= {"mtp": stacked(_axes(Ahead, config))} if config.mtp_modules else {}
+    stacked = lambda over, tree: jax.tree.map(lambda names: (over, *names), tree, is_leaf=_is_axes)
+    tree |= {name: stacked("layers", _axes(Block, block)) for name, block, _ in stacks(config)}
+    tree |= {"mtp": stacked("modules", _axes(Ahead, config))} if config.mtp_modules else {}
     return tree if config.tie_embeddings else {**tree, "head": _axes(_Head, config)}
 
 
@@ -109,14 +110,17 @@ def apply_routed(
     for name, block, numbers in stacks(config):
         windowed = [config.windowed(i) for i in numbers]
 
-        def body(x: jax.Array, layer: tuple[Any, ...], block=block, windowed=windowed) -> tuple[jax.Array, Any]:
-            weights = lora.add(layer[0], layer[1], adapters.get("scale"))
-            # Where all layers are alike it is a constant, and the mask is compiled for it.
-            local = windowed[0] if len(set(windowed)) == 1 else layer[2]
-            return _merge(Block, block, weights)(checkpoint_name(x, _INPUT), positions, segment_ids, local, order)
+        def run(layers: Any, x: Any, positions: Any, segment_ids: Any, block=block, windowed=windowed) -> Any:
+            def body(x: jax.Array, layer: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+                weights = lora.add(layer[0], layer[1], adapters.get("scale"))
+                # Where all layers are alike it is a constant, and the mask is compiled for it.
+                local = windowed[0] if len(set(windowed)) == 1 else layer[2]
+                return _merge(Block, block, weights)(checkpoint_name(x, _INPUT), positions, segment_ids, local, order)
+
+            return jax.lax.scan(_remat(body, config), x, layers, unroll=config.scan_unroll)
 
         layers = (params[name], adapters.get(name, {}), jnp.array(windowed))
-        x, load = jax.lax.scan(_remat(body, config), x, layers, unroll=config.scan_unroll)
+        x, load = staged(run, layers, x, positions, segment_ids)
     x = x if order is None else constrain_residual(in_order(x))
     return _merge(_FinalNorm, config, params["norm"]).norm(x), load
 
