@@ -113,7 +113,7 @@ def candidates(
                 dataclasses.replace(config.model, remat=remat),
                 dataclasses.replace(section, batch_size=batch),
             )
-            new = dataclasses.replace(config, mesh=MeshConfig(**mesh), model=model, **{stage: changed})
+            new = dataclasses.replace(config, mesh=MeshConfig(**mesh), meshes=(), model=model, **{stage: changed})
             tokens = tokens_per_step(new, stage)
             made = _step(model, mesh, tokens / section.num_micro, tokens, row_length(new, stage), chip)
             state = 16.0 * transformer.num_params(model) / (devices / mesh["data"] / mesh["context"])

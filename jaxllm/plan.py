@@ -86,7 +86,7 @@ def plan(config: Config, args: PlanArgs) -> dict[str, Any]:
     if not config.model.vocab_size:
         raise InputError(f"{args.config}: model.vocab_size: is the tokenizer's, which plan does not train; set it")
     chip, devices = _devices(args)
-    mesh = planned_mesh(config.mesh, devices)
+    mesh = planned_mesh(config.mesh_of(args.stage), devices)
     programs, held = stage_programs(config, args.stage, mesh)
     report = {**_sizes(config, args.stage, mesh, held), "compile_seconds": 0.0, "fits": True}
     if chip.kind.startswith("NVIDIA"):

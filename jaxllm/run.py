@@ -13,7 +13,7 @@ from etils import epath
 from rich.table import Table
 
 from jaxllm import checkpoint, goodput
-from jaxllm.config import InputError, to_tree
+from jaxllm.config import InputError, require, to_tree
 from jaxllm.metrics import LoggingConfig, console, read_metrics
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig
@@ -28,6 +28,18 @@ from jaxllm.stages.rank import RankConfig
 from jaxllm.stages.sample import SampleConfig
 from jaxllm.stages.tokenizer import TokenizerConfig
 from jaxllm.workspace import POLICIES, STAGES, Workspace, described_model, read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class StageMesh(MeshConfig):
+    """Another layout of the same devices for one stage."""
+
+    stage: str = ""
+    """The stage."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.stage in STAGES, f"stage: {self.stage!r} is unknown; known: {', '.join(STAGES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +66,8 @@ class Config:
     """The processes of a job, and when one of them gives up."""
     mesh: MeshConfig = MeshConfig()
     """How devices are laid out."""
+    meshes: tuple[StageMesh, ...] = ()
+    """Stages for which they are laid out otherwise."""
     model: ModelConfig = ModelConfig()
     """The decoder."""
     logging: LoggingConfig = LoggingConfig()
@@ -86,6 +100,12 @@ class Config:
             raise ValueError(f"stages: {unknown[0]!r} is unknown; known: {', '.join(STAGES)}")
         if self.cpu_devices < 0:
             raise ValueError("cpu_devices: must not be negative")
+        named = [each.stage for each in self.meshes]
+        require(len({*named}) == len(named), "meshes: a stage can have one layout only")
+
+    def mesh_of(self, stage: str) -> MeshConfig:
+        """How devices are laid out in a stage."""
+        return next((each for each in self.meshes if each.stage == stage), self.mesh)
 
 
 def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
@@ -95,13 +115,15 @@ def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
     """
     config = with_defaults(config)
     mesh = start_devices(config)
+    for stage in stages:
+        make_mesh(config.mesh_of(stage))  # one that does not fit is refused before anything runs
     run_dir = _run_dir(config)
     moved = f" --run-dir {config.run_dir}" if config.run_dir else ""
     signals = Signals(config.process.watchdog_seconds)
     signals.install()
     command = f"jaxllm STAGE {config_path}{moved}"
     workspace = Workspace(run_dir, mesh, config.seed, to_tree(config), command, signals, config.allow_change)
-    with workspace.locked(), jax.set_mesh(mesh):
+    with workspace.locked():
         worked = [stage for stage in stages if _work(workspace, config, stage, config_path + moved)]
     if not worked:
         console.print(f"Nothing to do: {'all stages are' if len(stages) > 1 else 'it is'} finished in {run_dir}")
@@ -149,13 +171,15 @@ def _work(workspace: Workspace, config: Config, stage: str, config_path: str) ->
     Where another stage's checkpoint that it needs is damaged, that stage is brought to its end again first, from its
     newest good checkpoint: the same config, data and code give the same bits.
     """
+    workspace = workspace.on(make_mesh(config.mesh_of(stage)))
     workspace.begin(stage)
     if workspace.result(stage) is not None:
         console.print(f"{stage}: finished already, in {workspace.stage_dir(stage)}")
         return False
     while True:
         try:
-            _run_stage(workspace, config, stage, config_path)
+            with jax.set_mesh(workspace.mesh):
+                _run_stage(workspace, config, stage, config_path)
             break
         except checkpoint.Damaged as error:
             owner = error.step_dir.parent.parent.name

@@ -66,7 +66,7 @@ class MeshConfig:
     """Shards of heads, MLP and vocabulary."""
 
     def __post_init__(self) -> None:
-        sizes = dataclasses.asdict(self)
+        sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
         for name, size in sizes.items():
             require(size >= 1 or size == -1, f"{name}: must be positive, or -1 for the devices that are left")
         require(list(sizes.values()).count(-1) <= 1, "data: only one axis can be -1")

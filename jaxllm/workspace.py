@@ -70,6 +70,12 @@ class Workspace:
     def ledger(self) -> Ledger:
         return Ledger(self.run_dir / "goodput.jsonl", _process_began())
 
+    def on(self, mesh: jax.sharding.Mesh) -> "Workspace":
+        """The same, with another mesh."""
+        other = dataclasses.replace(self, mesh=mesh)
+        other.__dict__["ledger"] = self.ledger  # one account of the time
+        return other
+
     def stage_dir(self, stage: str) -> epath.Path:
         return self.run_dir / stage
 

@@ -147,7 +147,7 @@ def test_slices_are_joined_by_the_data_axis(tmp_path):
     assert code == 2 and "mesh.data: 1 is not a multiple of the 2 slices" in log
 
 
-@pytest.mark.parametrize(("stage", "programs"), [pytest.param("reward", 0, marks=pytest.mark.slow), ("ppo", 5)])
+@pytest.mark.parametrize(("stage", "programs"), [pytest.param("reward", 0, marks=pytest.mark.slow), ("ppo", 6)])
 def test_other_stages_are_compiled_for_a_tpu(tmp_path, stage, programs):
     code, out, log = run(tmp_path, SMALL, "v5e:2x4", "--json", "--stage", stage)
     assert code == 0, log

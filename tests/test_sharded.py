@@ -41,7 +41,15 @@ STAGES = [{"data": 2, "pipeline": 2, "tensor": 2}, {"pipeline": 2, "fsdp": 2, "c
 CASES = {
     "WINDOWED": [{"pipeline": 4, "fsdp": 2}, {"context": 4}],
     "DENSE": [*ALONE, *TOGETHER, *STAGES],
-    "DROPLESS": [*ALONE, {"pipeline": 2, "fsdp": 2, "expert": 2}, TOGETHER[1], TOGETHER[3], TOGETHER[0], TOGETHER[2], TOGETHER[4]],
+    "DROPLESS": [
+        *ALONE,
+        {"pipeline": 2, "fsdp": 2, "expert": 2},
+        TOGETHER[1],
+        TOGETHER[3],
+        TOGETHER[0],
+        TOGETHER[2],
+        TOGETHER[4],
+    ],
     "ROOMY": [TOGETHER[1], {"context": 8}],
     "TIGHT": MEETING,
 }

@@ -33,8 +33,9 @@ from jaxllm.sharding import (
     check_batch,
     constrain,
     fetch,
-    make_mesh,
+    param_shardings,
     place_params,
+    planned_mesh,
     replicated,
     rows_like,
 )
@@ -63,6 +64,14 @@ class PtxConfig:
     def __post_init__(self) -> None:
         if self.coef < 0 or self.batch_size < 1:
             raise ValueError("coef: coef must not be negative, and batch_size must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class RoleMesh(MeshConfig):
+    """Another layout of the same devices for one role. Policy and critic train in that of the stage."""
+
+    role: Literal["rollout", "reference", "reward"] = "rollout"
+    """rollout: the policy while it draws responses; the reference; the reward model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +138,8 @@ class PPOConfig:
     """A response ends with the token that completes one of these, and counts as finished."""
     max_prompt_length: int = 64
     """Prompts longer than this many tokens are refused (or dropped: data.too_long)."""
-    rollout_tensor: int = 0
-    """Shards of heads, MLP and vocabulary while responses are drawn, each with its rows; 0: laid out as it is trained."""
+    meshes: tuple[RoleMesh, ...] = ()
+    """Roles for which devices are laid out otherwise, such as [{role: rollout, tensor: 8}]."""
     sampling: SamplingConfig = SamplingConfig()  # temperature 1: InstructGPT, appendix C.4 (Ziegler and Huang 0.7)
     """How responses are drawn; top_k and top_p stay off, the loss knows only the temperature."""
     critic_trunk: Literal["separate", "shared"] = "separate"  # from the reward model: InstructGPT; Stiennon
@@ -177,8 +186,8 @@ class PPOConfig:
             raise ValueError("sampling.top_k: top_k and top_p must be off: the loss would not know the distribution")
         if not self.rewards:
             raise ValueError("rewards: name at least one source")
-        if self.rollout_tensor < 0:
-            raise ValueError("rollout_tensor: must be positive, or 0 for the layout of training")
+        if len({each.role for each in self.meshes}) < len(self.meshes):
+            raise ValueError("meshes: a role can have one layout only")
         if self.dual_clip and self.dual_clip <= 1:
             raise ValueError("dual_clip: must be above 1, or 0 for off")
         if not 0 <= self.ema_decay < 1:
@@ -281,7 +290,8 @@ def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: 
     tokenizer = workspace.tokenizer()
     setup, roles, *starts = load_roles(workspace, config, stage, tokenizer)
     prompts = load_all_prompts(stage, config, tokenizer)
-    score, parts = make_score(setup, roles, mesh, f"{stage}.rewards"), build(setup, mesh)
+    parts = build(setup, mesh)
+    score = make_score(setup, parts, roles, mesh, f"{stage}.rewards")
     path = ("ema",) if config.ema_decay else ("actor", "params")
     shared = ("trunk",) if setup.shares_trunk else ()
     source = workspace.source(config.init_from, "sft", stage)
@@ -308,7 +318,7 @@ def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: 
         settings=config,
         logging=logging,
         work=Work(config.batch_size * config.sampling.max_new_tokens),
-        evaluate=make_evaluation(setup, roles, score, prompts["held_out"], mesh),
+        evaluate=make_evaluation(setup, parts, roles, score, prompts["held_out"], mesh),
         best="eval/score",
         lower_is_better=False,
         schedules={
@@ -344,6 +354,12 @@ def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: T
     critic, critic_base = {}, {}
     if setup.has_critic:
         critic, critic_base = split(config.lora, first_scalar(ref, model, reward, config, of_reward=True))
+    there = role_meshes(config, mesh)
+    if there["reference"] is not mesh:
+        ref = jax.device_put(ref, param_shardings(there["reference"], ref, transformer.axes(model)))
+    if reward and there["reward"] is not mesh:
+        reward = lora.merge(reward)
+        reward = jax.device_put(reward, param_shardings(there["reward"], reward, scalar.axes(reward_model)))
     return setup, Roles(ref, actor_base, critic_base, reward), actor, critic
 
 
@@ -374,11 +390,10 @@ def load_all_prompts(stage: str, config: PPOConfig, tokenizer: Tokenizer) -> dic
     return prompts
 
 
-def make_score(setup: Setup, roles: Roles, mesh: jax.sharding.Mesh, field: str) -> Score:
+def make_score(setup: Setup, parts: "Parts", roles: Roles, mesh: jax.sharding.Mesh, field: str) -> Score:
     """The weighted sum of the configured sources, and the mean of each."""
     sources = setup.config.rewards
     on_texts = {s: rewards.resolve(s, field) for s in sources if s.source not in ("model", "length")}
-    model_score = jax.jit(functools.partial(reward_scores, model=setup.reward_model))
     length = jax.jit(lambda mask: mask.astype(jnp.float32).mean(1))
     rows = activation(mesh, "batch")
 
@@ -390,7 +405,7 @@ def make_score(setup: Setup, roles: Roles, mesh: jax.sharding.Mesh, field: str) 
         total, metrics = jnp.zeros(()), {}
         for source in sources:
             if source.source == "model":
-                term = model_score(roles.reward, rollout)
+                term = parts.reward(roles.reward, rollout)
             elif source.source == "length":
                 term = length(rollout.mask)
             else:
@@ -402,11 +417,29 @@ def make_score(setup: Setup, roles: Roles, mesh: jax.sharding.Mesh, field: str) 
     return score
 
 
+class Judge(NamedTuple):
+    """A model that does not move, on the mesh where its parameters lie."""
+
+    mesh: Any
+    home: Any  # the stage's
+    program: Callable[..., jax.Array]  # jitted: (parameters, rollout) -> an array with its rows
+
+    def __call__(self, params: Any, rollout: Rollout) -> jax.Array:
+        """Rows and result go from device to device where the meshes are two."""
+        if self.mesh is self.home:
+            return self.program(params, rollout)
+        rollout = jax.device_put(rollout, activation(self.mesh, "batch"))
+        with jax.set_mesh(self.mesh):
+            made = self.program(params, rollout)
+        return jax.device_put(made, activation(self.home, "batch"))
+
+
 class Drawing(NamedTuple):
     """Responses drawn in another layout than that of training."""
 
     mesh: jax.sharding.Mesh
     weights: Any  # shapes of the policy's weights with their shardings there
+    place: Callable[..., Any]  # (params, base) -> the weights, gone from device to device
     run: Callable[..., Rollout]  # jitted: (weights, batch, key)
 
 
@@ -415,6 +448,8 @@ class Parts(NamedTuple):
 
     rollout: Callable[..., Rollout]
     drawing: "Drawing | None"  # how rollout goes about it in a layout of its own
+    reference: Judge  # log-probabilities float32[B, R] of the responses
+    reward: Judge  # scores float32[B]
     shape_scores: Callable[..., Any]
     experience: Callable[..., tuple[Experience, Metrics]]
     actor_step: Callable[..., tuple[TrainState, Metrics]]
@@ -443,14 +478,18 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
         return generate.generate(policy, model, batch["tokens"], batch["mask"], key, **samples, **setup.drawing)
 
     rollout = lambda params, base, batch, key: draw(setup.policy(params, base), batch, key)
-    drawing = make_drawing(setup, mesh, draw)
+    there = role_meshes(config, mesh)
+    drawing = None if there["rollout"] is mesh else make_drawing(setup, there["rollout"], draw)
+    judge = functools.partial(reward_scores, model=setup.reward_model)
     whole = jax.jit(rollout, out_shardings=activation(mesh, "batch"))
     mixed = (functools.partial(ptx_loss, setup=setup), config.ptx.coef) if config.ptx.coef else None
     actor_step, actor = trained(actor_loss, config.actor, with_head if setup.shares_trunk else decoder, mixed)
     critic_step, critic = trained(critic_loss, config.critic, with_head) if setup.has_critic else (None, None)
     return Parts(
-        rollout=draw_elsewhere(setup, mesh, drawing) if drawing else whole,
+        rollout=draw_elsewhere(mesh, drawing) if drawing else whole,
         drawing=drawing,
+        reference=Judge(there["reference"], mesh, jax.jit(lambda ref, rollout: setup.logprobs(ref, rollout).logprob)),
+        reward=Judge(there["reward"], mesh, jax.jit(judge)),
         shape_scores=jax.jit(functools.partial(shape_scores, config=config)),
         experience=jax.jit(functools.partial(make_experience, setup=setup)),
         actor_step=actor_step,
@@ -460,26 +499,31 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
     )
 
 
-def make_drawing(setup: Setup, mesh: Any, draw: Callable[..., Rollout]) -> Drawing | None:
-    """None where responses are drawn in the layout of training. draw: (policy, batch, key), traced on the new mesh."""
-    if not (tensor := setup.config.rollout_tensor) or isinstance(mesh, jax.sharding.AbstractMesh):
-        return None
-    there = make_mesh(MeshConfig(tensor=tensor), [*mesh.devices.flat])
-    check_batch(
-        there, setup.config.batch_size // setup.config.num_responses, "batch_size / num_responses, rollout_tensor,"
-    )
+def role_meshes(config: PPOConfig, mesh: Any) -> dict[str, Any]:
+    """The mesh of every role: its own over the same devices, or the stage's."""
+    devices: Any = mesh.size if isinstance(mesh, jax.sharding.AbstractMesh) else mesh.devices.flatten().tolist()
+    own = {each.role: planned_mesh(each, devices) for each in config.meshes}
+    for role, there in own.items():
+        rows = config.batch_size // (config.num_responses if role == "rollout" else 1)
+        check_batch(there, rows, f"responses, or prompts of rollouts, in meshes, role {role},")
+    return {role: own.get(role, mesh) for role in ("rollout", "reference", "reward")}
+
+
+def make_drawing(setup: Setup, there: Any, draw: Callable[..., Rollout]) -> Drawing:
+    """draw: (policy, batch, key), traced on the mesh `there`."""
     shapes = jax.eval_shape(functools.partial(narrow, setup.model), transformer.abstract(setup.model))
     weights = place_params(there, shapes, transformer.axes(setup.model))
-    return Drawing(there, weights, jax.jit(draw, out_shardings=activation(there, "batch")))
-
-
-def draw_elsewhere(setup: Setup, mesh: jax.sharding.Mesh, drawing: Drawing) -> Callable[..., Rollout]:
-    """(params, base, batch, key) -> Rollout: weights and rows go from device to device, never through the host."""
     policy = jax.jit(lambda params, base: narrow(setup.model, lora.merge(setup.policy(params, base))))
-    places = jax.tree.map(lambda leaf: leaf.sharding, drawing.weights)
+    places = jax.tree.map(lambda leaf: leaf.sharding, weights)
+    place = lambda params, base: jax.device_put(policy(params, base), places)
+    return Drawing(there, weights, place, jax.jit(draw, out_shardings=activation(there, "batch")))
+
+
+def draw_elsewhere(mesh: jax.sharding.Mesh, drawing: Drawing) -> Callable[..., Rollout]:
+    """(params, base, batch, key) -> Rollout: weights and rows go from device to device, never through the host."""
 
     def rollout(params: Any, base: Any, batch: Any, key: jax.Array) -> Rollout:
-        weights = jax.device_put(policy(params, base), places)
+        weights = drawing.place(params, base)
         batch = jax.device_put(batch, activation(drawing.mesh, "batch"))
         with jax.set_mesh(drawing.mesh):
             drawn = drawing.run(weights, batch, key)
@@ -521,28 +565,34 @@ def programs(
     rollout = rows_like(mesh, jax.eval_shape(draw, *drawing))
     scores, kl_coef = rows_like(mesh, jax.ShapeDtypeStruct((B,), jnp.float32)), state.kl_coef
     values = state.critic.params if setup.has_critic else {}
-    judging = (state.actor.params, values, roles, rollout, scores, kl_coef)
+    ref_logprobs = rows_like(mesh, jax.ShapeDtypeStruct((B, R), jnp.float32))
+    bases = roles._replace(ref={}, reward={})
+    judging = (state.actor.params, values, bases, rollout, ref_logprobs, scores, kl_coef)
     experience = jax.eval_shape(parts.experience, *judging)[0]
     cut = lambda x: jax.ShapeDtypeStruct((B // config.num_minibatches, *x.shape[1:]), x.dtype)
     minibatch = rows_like(mesh, jax.tree.map(cut, experience))
     whole, unscored = (transformer.flops_per_token(model, P + R, scored=s) for s in (True, False))
     tokens, updates = B * (P + R), config.num_epochs * config.num_minibatches
-    forward = 2 * whole + (unscored if setup.has_critic else 0)  # policy, reference, critic
+    forward = whole + (unscored if setup.has_critic else 0)  # policy, critic
     ptx = (language_model.planned_rows(mesh, config.ptx.batch_size, config.ptx.length or model.max_length),)
     mixed = (minibatch, *ptx) if config.ptx.coef else minibatch
     size = tokens / config.num_minibatches
+
+    def frozen(name: str, judge: Judge, params: Any, flops: float) -> train.Program:
+        return train.Program(name, judge.program, (params, rows_like(judge.mesh, rollout)), {}, flops, mesh=judge.mesh)
+
     found = [
         train.Program(
             "rollout", draw, drawing, {}, whole / 3 * (asked * P + B * R), decoded=R, mesh=there.mesh if there else None
         ),
+        frozen("reference", parts.reference, roles.ref, whole / 3 * tokens),
         train.Program("experience", parts.experience, judging, {}, forward / 3 * tokens),
         train.Program(
             "actor", parts.actor_step, (state.actor, mixed), {"base": roles.actor_base}, whole * size, updates
         ),
     ]
     if roles.reward:
-        run = jax.jit(functools.partial(reward_scores, model=model))
-        found.insert(1, train.Program("score", run, (roles.reward, rollout), {}, unscored / 3 * tokens))
+        found.insert(1, frozen("score", parts.reward, roles.reward, unscored / 3 * tokens))
     if setup.has_critic:
         critic, base = (state.critic, minibatch), {"base": roles.critic_base}
         found.append(train.Program("critic", parts.critic_step, critic, base, unscored * size, updates))
@@ -552,14 +602,14 @@ def programs(
 
 def _abstract_roles(setup: Setup, mesh: jax.sharding.Mesh) -> Roles:
     config, model = setup.config, setup.model
-    place = lambda family: place_params(mesh, family.abstract(model), family.axes(model))
-    decoder, with_head = place(transformer), place(scalar)
+    place = lambda family, there=mesh: place_params(there, family.abstract(model), family.axes(model))
+    decoder, with_head, meshes = place(transformer), place(scalar), role_meshes(config, mesh)
     frozen = functools.partial(lora.place_frozen, config.lora, everywhere=replicated(mesh))
     return Roles(
-        ref=decoder,
+        ref=place(transformer, meshes["reference"]),
         actor_base=frozen(with_head if setup.shares_trunk else decoder),
         critic_base=frozen(with_head) if setup.has_critic else {},
-        reward=with_head if any(source.source == "model" for source in config.rewards) else {},
+        reward=place(scalar, meshes["reward"]) if any(source.source == "model" for source in config.rewards) else {},
     )
 
 
@@ -617,7 +667,9 @@ def make_step(
         raw, terms = score(roll, asked)
         scores, moments, shaped = parts.shape_scores(raw, roll.finished, state.moments)
         values = critic.params if setup.has_critic else {}
-        experience, metrics = parts.experience(actor.params, values, roles, roll, scores, state.kl_coef)
+        ref_logprobs, bases = parts.reference(roles.ref, roll), roles._replace(ref={}, reward={})
+        judging = (bases, roll, ref_logprobs, scores, state.kl_coef)
+        experience, metrics = parts.experience(actor.params, values, *judging)
         metrics |= terms | shaped | {"kl_coef": (state.kl_coef, jnp.ones(()))}
         if table:
             table(number + 1, roll, asked, scores)
@@ -692,12 +744,22 @@ def shape_scores(scores: jax.Array, finished: jax.Array, moments: Moments, *, co
 
 
 def make_experience(
-    actor: Any, critic: Any, roles: Roles, rollout: Rollout, scores: jax.Array, kl_coef: jax.Array, *, setup: Setup
+    actor: Any,
+    critic: Any,
+    roles: Roles,
+    rollout: Rollout,
+    ref_logprobs: jax.Array,
+    scores: jax.Array,
+    kl_coef: jax.Array,
+    *,
+    setup: Setup,
 ) -> tuple[Experience, Metrics]:
-    """Per-token rewards and advantages of a batch of rollouts; scores float32[B] is per sequence."""
+    """Per-token rewards and advantages of a batch of rollouts, from the reference's float32[B, R] log-probabilities.
+
+    scores float32[B] is per sequence; of roles only what lies under adapters is read.
+    """
     config, mask = setup.config, rollout.mask
     policy = setup.logprobs(setup.policy(actor, roles.actor_base), rollout)
-    ref_logprobs = setup.logprobs(roles.ref, rollout).logprob
     rewards_ = losses.token_rewards(scores, policy.logprob, ref_logprobs, mask, kl_coef)
     if config.whiten_rewards:
         rewards_ = losses.whiten(rewards_, mask, centre=False)
@@ -789,22 +851,30 @@ def reward_scores(params: Any, rollout: Rollout, *, model: ModelConfig) -> jax.A
 
 
 def make_evaluation(
-    setup: Setup, roles: Roles, score: Score, prompts: list[PromptExample], mesh: jax.sharding.Mesh
+    setup: Setup, parts: Parts, roles: Roles, score: Score, prompts: list[PromptExample], mesh: jax.sharding.Mesh
 ) -> Callable[[int, PPOState], dict[str, float]]:
     """(step, state) -> score, KL to the reference in nats per response, length and distinct-2 on held-out prompts."""
     config, logprobs = setup.config, jax.jit(functools.partial(Setup.logprobs, setup))
 
     def kl(params: Any, rollout: Rollout) -> np.ndarray:
-        log_ratio = logprobs(params, rollout).logprob - logprobs(roles.ref, rollout).logprob
+        log_ratio = logprobs(params, rollout).logprob - parts.reference(roles.ref, rollout)
         return fetch(jnp.where(rollout.mask, losses.kl_k1(log_ratio), 0.0).sum(1))
+
+    def draw_all(trained: Any, params: Any, prompts: Any) -> Any:
+        settings = {"seed": setup.seed, **setup.drawing}
+        if not (drawing := parts.drawing):
+            return generate.roll_out(params, setup.model, prompts, mesh=mesh, **settings)
+        with jax.set_mesh(drawing.mesh):
+            weights = drawing.place(trained, roles.actor_base)
+            drawn = [*generate.roll_out(weights, setup.model, prompts, mesh=drawing.mesh, **settings)]
+        return [(jax.device_put(rollout, activation(mesh, "batch")), count) for rollout, count in drawn]
 
     def evaluation(step: int, state: PPOState) -> dict[str, float]:
         del step
         params = setup.policy(state.ema if config.ema_decay else state.actor.params, roles.actor_base)
         scores, kls, responses = [], [], []
         asked_ids = [prompt.ids for prompt in prompts]
-        drawn = generate.roll_out(params, setup.model, asked_ids, seed=setup.seed, mesh=mesh, **setup.drawing)
-        for rollout, count in drawn:
+        for rollout, count in draw_all(state.ema if config.ema_decay else state.actor.params, params, asked_ids):
             rollout, begin = end_at_strings(rollout, setup), len(scores)
             asked = [*prompts[begin : begin + count], *[prompts[begin]] * (rollout.mask.shape[0] - count)]
             raw = fetch(score(rollout, asked)[0])

@@ -17,7 +17,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.rewards import RewardSource
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
 from jaxllm.stages import ppo
 from tests.stages import worlds
 
@@ -48,10 +48,11 @@ def setup(config=CONFIG):
 
 def experience(world, ref, config=CONFIG, scores=None):
     scores = jnp.linspace(-1.0, 1.0, 16) if scores is None else scores
-    roles = ppo.Roles(ref, {}, {}, {})
+    roles, logprobs = ppo.Roles({}, {}, {}, {}), setup(config).logprobs(ref, world["rollout"]).logprob
     critic = world["critic"] if setup(config).has_critic else {}
     coef = jnp.float32(config.kl_coef)
-    return ppo.make_experience(world["actor"], critic, roles, world["rollout"], scores, coef, setup=setup(config))
+    judging = (roles, world["rollout"], logprobs, scores, coef)
+    return ppo.make_experience(world["actor"], critic, *judging, setup=setup(config))
 
 
 def test_policy_equal_to_the_reference_has_no_kl_at_any_temperature(world):
@@ -310,7 +311,8 @@ def test_at_the_optimum_with_the_true_value_every_advantage_is_zero():
 def test_responses_drawn_in_another_layout_are_the_same(more):
     drawn, mesh = [], make_mesh(MeshConfig(data=2, fsdp=4))
     for tensor in (0, 4):
-        config = dataclasses.replace(CONFIG, rollout_tensor=tensor, **more)
+        meshes = (ppo.RoleMesh(role="rollout", tensor=tensor),) if tensor else ()
+        config = dataclasses.replace(CONFIG, meshes=meshes, **more)
         made = setup(config)
         with jax.set_mesh(mesh):
             parts = ppo.build(made, mesh)
@@ -326,8 +328,25 @@ def test_responses_drawn_in_another_layout_are_the_same(more):
     assert parts.drawing.mesh.shape["tensor"] == 4 and drawn[0].mask.sum() > 16
 
 
+def test_a_reference_and_a_reward_model_in_other_layouts_judge_the_same(world):
+    meshes = (ppo.RoleMesh(role="reference", fsdp=2, tensor=4), ppo.RoleMesh(role="reward", data=1, fsdp=8))
+    mesh, rollout = make_mesh(MeshConfig(data=2, fsdp=4)), world["rollout"]
+    made = setup(dataclasses.replace(CONFIG, meshes=meshes))
+    plain = (made.logprobs(world["other"], rollout).logprob, ppo.reward_scores(world["reward"], rollout, model=MODEL))
+    with jax.set_mesh(mesh):
+        parts = ppo.build(made, mesh)
+        rows = jax.device_put(rollout, activation(mesh, "batch"))
+        roles = ((parts.reference, world["other"], transformer), (parts.reward, world["reward"], scalar))
+        for (judge, params, family), want in zip(roles, plain, strict=True):
+            found = judge(jax.device_put(params, param_shardings(judge.mesh, params, family.axes(MODEL))), rows)
+            assert judge.mesh is not mesh and found.sharding.mesh == mesh
+            np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="one layout only"):
+        dataclasses.replace(CONFIG, meshes=(ppo.RoleMesh(), ppo.RoleMesh(tensor=2)))
+
+
 def test_a_rollout_layout_that_does_not_divide_the_prompts_is_refused():
-    config = dataclasses.replace(CONFIG, batch_size=4, rollout_tensor=1, num_minibatches=1)
+    config = dataclasses.replace(CONFIG, batch_size=4, meshes=(ppo.RoleMesh(role="rollout"),), num_minibatches=1)
     mesh = make_mesh(MeshConfig(data=1, tensor=-1), jax.devices()[:8])
     with pytest.raises(InputError, match=r"4 does not divide over the 8 shards"):
         ppo.build(setup(config), mesh)

@@ -123,7 +123,7 @@ class World:
             if resume is not None:
                 place = lambda value, like: jax.device_put(value, like.sharding)
                 state = jax.tree.map(place, resume, ppo.abstract_state(parts, config, self.mesh))
-            score = ppo.make_score(setup, roles, self.mesh, "rewards")
+            score = ppo.make_score(setup, parts, roles, self.mesh, "rewards")
             step = ppo.make_step(setup, parts, roles, score, self.examples, "ppo")
             batch_at = make_prompt_batch_at(
                 self.examples, batch_size=config.batch_size // config.num_responses, seed=self.seed, length=4,
