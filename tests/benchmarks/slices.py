@@ -1,0 +1,86 @@
+"""Does it fit, and what does it take: `jaxllm plan` for the shapes that people run, one row of a table each.
+
+python tests/benchmarks/slices.py [--rows TEXT ...]          all rows, or those that have one of the texts in them
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[2]
+
+
+class Row(NamedTuple):
+    config: str
+    topology: str
+    stage: str = "pretrain"
+    slices: int = 1
+    more: dict[str, Any] = {}  # over the config's fields  # noqa: RUF012
+
+
+ROWS = [
+    Row("llama3_8b", "v5e:16x16"),
+    Row("llama3_8b", "v6e:16x16", more={"pretrain": {"batch_size": 512}}),
+    Row("llama3_8b", "v5p:4x4x4"),
+    Row("llama3_8b", "v5p:4x4x4", more={"mesh": {"pipeline": 4}}),
+    Row("llama3_8b", "v5p:4x4x4", more={"model": {"remat": "offload"}}),
+    Row("llama3_8b_long", "v5p:4x4x4"),
+    Row("llama3_8b", "v5p:4x4x2", "sft"),
+    Row("llama3_8b", "v5p:4x4x2", "reward"),
+    Row("llama3_8b", "v5p:4x4x2", "ppo"),
+    Row("llama3_70b", "v5p:4x8x8"),
+    Row("llama3_70b", "v5p:4x8x8", slices=2, more={"mesh": {"data": 2}, "pretrain": {"batch_size": 1024}}),
+    Row("llama3_70b", "v5p:4x8x8", slices=2, more={"mesh": {"pipeline": 2}, "pretrain": {"batch_size": 1024}}),
+    Row("llama31_405b", "v5p:8x8x8"),
+    Row("llama31_405b", "tpu7x:4x8x8"),
+    Row("mixtral_8x7b", "v5p:4x4x4"),
+    Row("deepseek_v3", "v5p:8x8x8"),
+]
+
+
+def plan(row: Row) -> dict[str, Any]:
+    """The report, with the seconds of the whole command."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        json.dump({"extends": f"{ROOT}/configs/{row.config}.yaml", **row.more}, file)  # JSON is YAML
+        file.flush()
+        command = [sys.executable, "-m", "jaxllm", "plan", file.name, "--topology", row.topology, "--json"]
+        command += ["--stage", row.stage, "--slices", str(row.slices)]
+        env, began = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}, time.monotonic()
+        done = subprocess.run(command, env=env, text=True, capture_output=True, cwd=ROOT)
+    if done.returncode:
+        sys.exit(f"{row}: {done.stderr[-2000:]}")
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return found | {"seconds": time.monotonic() - began}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", nargs="+", default=[""])
+    wanted = parser.parse_args().rows
+    print("| what | topology | mesh | state | temporaries | of | step s | MFU | command s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in ROWS:
+        if not any(text in str(row) for text in wanted):
+            continue
+        found = plan(row)
+        more = f", {json.dumps(row.more)}" if row.more else ""
+        where = row.topology + (f" x {row.slices}" if row.slices > 1 else "")
+        mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
+        names = ("state", "temp", "hbm")
+        sizes = [found.get(f"{n}_bytes_per_device", found.get(f"{n}_bytes", 0)) / 1e9 for n in names]
+        figures = " | ".join(f"{size:.2f}" for size in sizes)
+        step = f"{found['predicted_step_seconds']:.2f} | {found['predicted_mfu']:.1%}" if found["fits"] else "no | no"
+        print(
+            f"| {row.config} {row.stage}{more} | {where} | {mesh} | {figures} | {step} | {found['seconds']:.0f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
