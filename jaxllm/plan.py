@@ -202,7 +202,8 @@ def _sum(programs: Sequence[Program], every: Mapping[str, Any], state: int, chip
     total["temp_bytes_per_device"] = largest("temp_bytes_per_device")
     total["host_bytes_per_device"] = largest("host_bytes_per_device")
     batches = total["argument_bytes_per_device"] if len(programs) == 1 else state
-    peak = max(found["temp_bytes_per_device"] + found["output_bytes_per_device"] for found in every.values())
+    own = lambda p: sum(every[p.name][f"{kind}_bytes_per_device"] for kind in ("temp", "output")) + bytes_of(p.copied)
+    peak = max(map(own, programs))
     total |= {"total_bytes_per_device": batches + peak, "collectives": _merge(programs, every)}
     if batches + peak > chip.hbm:
         total |= {

@@ -208,6 +208,7 @@ class Program(NamedTuple):
     times: int = 1  # how often an update runs it
     decoded: int = 0  # tokens that it makes one after the other
     mesh: Any = None  # where it has one of its own
+    copied: Any = None  # arguments that are no role's state: they are there only while it runs
 
 
 class LoopSettings(Protocol):

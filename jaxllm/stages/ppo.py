@@ -583,7 +583,8 @@ def programs(
 
     found = [
         train.Program(
-            "rollout", draw, drawing, {}, whole / 3 * (asked * P + B * R), decoded=R, mesh=there.mesh if there else None
+            *("rollout", draw, drawing, {}, whole / 3 * (asked * P + B * R)),
+            **{"decoded": R, "mesh": there and there.mesh, "copied": there and there.weights},
         ),
         frozen("reference", parts.reference, roles.ref, whole / 3 * tokens),
         train.Program("experience", parts.experience, judging, {}, forward / 3 * tokens),
