@@ -6,6 +6,7 @@ Prompts are left-padded, so that all rows write the same place of the cache. A r
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -256,14 +257,16 @@ def roll_out(
     num_samples: int = 1,
     batch_size: int = 64,
     start: int = 0,
+    multiple: int = 1,
 ) -> Iterator[tuple[Rollout, int]]:
     """Rollouts of a list of prompts (token ids), batch by batch, each with its number of real prompts.
 
     The last batch is filled up with copies of its first prompt. One compilation serves all batches. start: where
-    to go on in the list, a multiple of `whole_batch(...)`; the batches are then those of a run from 0.
+    to go on in the list, a multiple of `whole_batch(...)`; the batches are then those of a run from 0. multiple: of which
+    the rows of a batch are one, for other meshes that they go to.
     """
     check_lengths(config, max(map(len, prompts), default=1), sampling)
-    batch_size = whole_batch(mesh, min(batch_size, len(prompts)))
+    batch_size = whole_batch(mesh, min(batch_size, len(prompts)), multiple)
     P = min(-(-max(map(len, prompts), default=1) // 16) * 16, config.max_length - sampling.max_new_tokens)
     run = jitted(config, sampling, tuple(stop_ids), pad_id, num_samples)
     for begin in range(start, len(prompts), batch_size):
@@ -274,9 +277,9 @@ def roll_out(
         yield run(params, placed[0], placed[1], jax.random.key(seed), placed[2]), len(rows)
 
 
-def whole_batch(mesh: jax.sharding.Mesh, batch_size: int) -> int:
-    """batch_size rounded up to what the devices can share."""
-    shards = batch_shards(mesh)
+def whole_batch(mesh: jax.sharding.Mesh, batch_size: int, multiple: int = 1) -> int:
+    """batch_size rounded up to what the devices can share, and to a multiple."""
+    shards = math.lcm(batch_shards(mesh), multiple)
     return -(-batch_size // shards) * shards
 
 

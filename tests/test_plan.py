@@ -126,6 +126,10 @@ def test_a_step_is_compiled_for_a_tpu(tmp_path):
     assert 0 < report["temp_bytes_per_device"] < 1e9 and report["argument_bytes_per_device"] > 0
     assert {"all-gather", "all-reduce"} & {c["kind"] for c in report["collectives"]}
     assert 0 < report["predicted_mfu"] < 1 and report["predicted_step_seconds"] > 0
+    # The attention kernel's products are counted: backward five for the four that the gradient needs.
+    attention = 6 * SMALL["num_layers"] * SMALL["embed_dim"] * SMALL["max_length"] * report["tokens_per_step"] / 8
+    want = report["model_flops_per_device"] + attention / 6
+    assert report["flops_per_device"] == pytest.approx(want, rel=0.003)
 
 
 def test_weights_are_gathered_once_a_pass_and_nothing_is_rematerialised(tmp_path):

@@ -6,6 +6,7 @@ al. 2022); Huang et al. 2024. RLOO and GRPO differ where `RLOO` and `GRPO` below
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +31,7 @@ from jaxllm.rewards import RewardSource
 from jaxllm.sharding import (
     MeshConfig,
     activation,
+    batch_shards,
     check_batch,
     constrain,
     fetch,
@@ -862,7 +864,8 @@ def make_evaluation(
         return fetch(jnp.where(rollout.mask, losses.kl_k1(log_ratio), 0.0).sum(1))
 
     def draw_all(trained: Any, params: Any, prompts: Any) -> Any:
-        settings = {"seed": setup.seed, **setup.drawing}
+        shards = [batch_shards(each) for each in (mesh, parts.reference.mesh, parts.reward.mesh)]
+        settings = {"seed": setup.seed, "multiple": math.lcm(*shards), **setup.drawing}
         if not (drawing := parts.drawing):
             return generate.roll_out(params, setup.model, prompts, mesh=mesh, **settings)
         with jax.set_mesh(drawing.mesh):

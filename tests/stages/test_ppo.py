@@ -12,6 +12,7 @@ import pytest
 from jaxllm import generate as g
 from jaxllm import losses, train
 from jaxllm.config import InputError
+from jaxllm.data import PromptExample
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
@@ -343,6 +344,32 @@ def test_a_reference_and_a_reward_model_in_other_layouts_judge_the_same(world):
             np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="one layout only"):
         dataclasses.replace(CONFIG, meshes=(ppo.RoleMesh(), ppo.RoleMesh(tensor=2)))
+
+
+def test_evaluation_in_other_layouts_finds_the_same(world):
+    """Six prompts: of rollouts on two shards, of the stage on four, of the reference on eight."""
+    mesh, found = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), []
+    other = (ppo.RoleMesh(tensor=4), ppo.RoleMesh(role="reference"))
+    prompts = [PromptExample([{"role": "user", "content": ""}], ids) for ids in [*PROMPTS[:4], [3], [4, 5]]]
+    for meshes in ((), other):
+        made = setup(dataclasses.replace(CONFIG, meshes=meshes, rewards=(RewardSource("length"),)))
+        with jax.set_mesh(mesh):
+            parts = ppo.build(made, mesh)
+            place = lambda params, there: jax.device_put(
+                params, param_shardings(there, params, transformer.axes(MODEL))
+            )
+            roles = ppo.Roles(place(world["other"], parts.reference.mesh), {}, {}, {})
+            state = ppo.first_state(
+                parts,
+                made.config,
+                mesh,
+                place(jax.tree.map(jnp.copy, world["actor"]), mesh),
+                jax.tree.map(jnp.copy, world["critic"]),
+            )
+            score = ppo.make_score(made, parts, roles, mesh, "rewards")
+            found.append(ppo.make_evaluation(made, parts, roles, score, prompts, mesh)(0, state))
+    assert found[0]["eval/kl"] > 0.1
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_a_rollout_layout_that_does_not_divide_the_prompts_is_refused():
