@@ -7,7 +7,6 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from jaxllm.models.attention import ATTENDED
 from jaxllm.sharding import ACT_RULES, spec
 
 _LANES = 128  # the kernels' tiles
@@ -38,16 +37,17 @@ def tpu_attention(
     scale: float,
     softcap: float,
     q_order: np.ndarray | None = None,
+    name: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """`models.attention.attention` of whole rows; each device takes its rows, heads and queries, and all keys of its rows.
 
-    interpret: run the kernel's operations on any device, for tests.
+    name: of what is kept for the backward pass, for `jax.checkpoint`. interpret: run the kernel's operations on any device, for tests.
     """
     mesh = jax.sharding.get_abstract_mesh()
     heads, queries = spec(("batch", "heads", "seq", None), ACT_RULES), spec(("batch", "seq"), ACT_RULES)
     keys, tokens = spec(("batch", "kv_heads", None, None), ACT_RULES), spec(("batch", None), ACT_RULES)
-    kernel = _kernel(q.shape[2], q.shape[1], window, softcap, q_order, interpret)
+    kernel = _kernel(q.shape[2], q.shape[1], window, softcap, q_order, name, interpret)
 
     def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, mine: jax.Array, theirs: jax.Array) -> jax.Array:
         one = lambda q, k, v, mine, theirs: kernel(q, k, v, segment_ids=splash.SegmentIds(mine, theirs))
@@ -63,7 +63,13 @@ def tpu_attention(
 
 
 def _kernel(
-    num_heads: int, length: int, window: int | None, softcap: float, order: np.ndarray | None, interpret: bool
+    num_heads: int,
+    length: int,
+    window: int | None,
+    softcap: float,
+    order: np.ndarray | None,
+    name: str | None,
+    interpret: bool,
 ) -> Any:
     shape, shards = (length, length), _shards()
     # So many places back and none ahead: a local mask is causal by itself.
@@ -88,6 +94,6 @@ def _kernel(
         attn_logits_soft_cap=softcap or None,
         head_shards=shards[0],
         q_seq_shards=shards[1],
-        residual_checkpoint_name=ATTENDED,
+        residual_checkpoint_name=name,
         interpret=interpret,
     )

@@ -111,9 +111,11 @@ def test_every_config_field_is_read_and_explained():
             continue
         seen.add(cls)
         body = ast.parse(source)
-        definition = next(n for n in ast.walk(body) if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
+        family = {each.__name__ for each in cls.__mro__}  # a field may be explained where it is inherited from
+        definitions = [n for n in ast.walk(body) if isinstance(n, ast.ClassDef) and n.name in family]
         documented = {
             a.target.id
+            for definition in definitions
             for a, b in zip(definition.body, definition.body[1:], strict=False)
             if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name) and isinstance(b, ast.Expr)
         }

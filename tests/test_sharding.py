@@ -39,9 +39,9 @@ def test_constrain_checks_the_rank():
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (MeshConfig(), (8, 1, 1, 1, 1)),
-        (MeshConfig(fsdp=2, tensor=2), (2, 2, 1, 1, 2)),
-        (MeshConfig(data=1, fsdp=-1), (1, 8, 1, 1, 1)),
+        (MeshConfig(), (8, 1, 1, 1, 1, 1)),
+        (MeshConfig(fsdp=2, tensor=2), (2, 1, 2, 1, 1, 2)),
+        (MeshConfig(data=1, fsdp=-1), (1, 1, 8, 1, 1, 1)),
     ],
 )
 def test_mesh_takes_what_is_left(config, shape):

@@ -51,7 +51,7 @@ def attention(
 
         if flash.fits(q, k):
             settings = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
-            settings |= {"scale": scale, "softcap": softcap, "q_order": q_order}
+            settings |= {"scale": scale, "softcap": softcap, "q_order": q_order, "name": ATTENDED}
             near, whole = (functools.partial(flash.tpu_attention, window=w, **settings) for w in (window, None))
             if window is None or isinstance(local, bool):
                 return (near if local else whole)(q, k, v)
