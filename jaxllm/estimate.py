@@ -13,6 +13,7 @@ from typing import Any
 from jaxllm.hardware import EFFICIENCY, Chip
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.pipeline import MICRO
 from jaxllm.run import Config
 from jaxllm.sharding import MESH_AXES, MeshConfig
 
@@ -66,8 +67,8 @@ def _step(
     temporary = 2.0 * mine * (kept * model.num_layers / stages + own) / tensor + 2 * 2.0 * layer + 2**29
     devices = shards * tensor * stages
     flops = transformer.flops_per_token(model, length) * tokens / devices * _RECOMPUTED[model.remat]
-    parts = max(mine * mesh["context"] / length, 1)  # rows of a device, each a microbatch of the stages
-    flops *= (min(parts, 4 * stages) + stages - 1) / min(parts, 4 * stages)
+    parts = min(max(mine * mesh["context"] / length, 1), MICRO * stages)  # rows of a device, each a microbatch
+    flops *= (parts + stages - 1) / parts
     moved = _moved(model, mesh, tokens / shards, tokens / micro_tokens)
     seconds = {"compute_seconds": flops / chip.flops, "link_seconds": moved / chip.link}
     step = max(seconds["compute_seconds"] / EFFICIENCY, seconds["link_seconds"])

@@ -42,7 +42,8 @@ def tpu_attention(
 ) -> jax.Array:
     """`models.attention.attention` of whole rows; each device takes its rows, heads and queries, and all keys of its rows.
 
-    name: of what is kept for the backward pass, for `jax.checkpoint`. interpret: run the kernel's operations on any device, for tests.
+    name: of what is kept for the backward pass, for `jax.checkpoint`. interpret: run the kernel's operations on any
+    device, for tests.
     """
     mesh = jax.sharding.get_abstract_mesh()
     heads, queries = spec(("batch", "heads", "seq", None), ACT_RULES), spec(("batch", "seq"), ACT_RULES)

@@ -27,7 +27,7 @@ from jaxllm.config import InputError
 from jaxllm.hardware import CHIPS, EFFICIENCY, Chip
 from jaxllm.models import transformer
 from jaxllm.run import Config, plan_path, with_defaults
-from jaxllm.sharding import check_batch, planned_mesh, slow_axis
+from jaxllm.sharding import check_batch, num_slices, planned_mesh, slow_axis
 from jaxllm.stages import language_model, ppo, preference
 from jaxllm.train import Program, TrainState
 from jaxllm.workspace import write_json
@@ -122,8 +122,10 @@ def _optimization(level: str | None) -> Iterator[None]:
     """Compile at another of XLA's optimisation levels; None: at that of a run."""
     before = jax.config.jax_optimization_level  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_optimization_level", level or before)
-    yield
-    jax.config.update("jax_optimization_level", before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_optimization_level", before)
 
 
 def stage_programs(config: Config, stage: str, mesh: Any) -> tuple[list[Program], dict[str, Any]]:
@@ -177,7 +179,7 @@ def _measure(program: Program, mesh: Any) -> dict[str, Any]:
     found |= {"flops_per_device": flops, "model_flops_per_device": needed}
     if compiled is None:
         return found | {"reason": refusal, "collectives": []}
-    memory, slices = compiled.memory_analysis(), len({getattr(d, "slice_index", 0) for d in mesh.devices.flat})
+    memory, slices = compiled.memory_analysis(), num_slices(mesh.devices.flatten().tolist())
     slow = slow_axis(tuple(mesh.shape.values()), slices)
     return found | {
         "argument_bytes_per_device": memory.argument_size_in_bytes,

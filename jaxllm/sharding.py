@@ -40,6 +40,7 @@ PARAM_RULES: Rules = {
 ACT_RULES: Rules = {
     **_BOTH,
     "batch": ("data", "fsdp", "expert"),
+    "stages": "pipeline",
     "scored": ("data", "pipeline", "fsdp", "expert"),  # rows once more, where stages would all do the same
     "seq": "context",
     "residual": ("context", "tensor"),  # positions between blocks (Korthikanti et al. 2022, section 4.2.2)
@@ -79,7 +80,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if devices[0].platform != "tpu":
         return jax.make_mesh(sizes, MESH_AXES, types, devices=devices)
     # jax.make_mesh would not split a side of the torus between two axes, and knows no slices.
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = num_slices(devices)
     slow = slow_axis(sizes, slices)
     between = [slices if axis == slow else 1 for axis in MESH_AXES]
     inside = [size // times for size, times in zip(sizes, between, strict=True)]
@@ -87,6 +88,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if slices == 1:
         place = functools.partial(mesh_utils.create_device_mesh, inside)
     return Mesh(place(devices=devices, allow_split_physical_axes=True), MESH_AXES, axis_types=types)
+
+
+def num_slices(devices: Sequence[Any]) -> int:
+    """Slices that the devices lie in, joined by the data-centre network."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def slow_axis(sizes: Sequence[int], slices: int) -> str:
@@ -168,18 +174,8 @@ def constrain_residual(x: jax.Array) -> jax.Array:
 
 def constrain_scored(x: jax.Array) -> jax.Array:
     """[B, T, D] that goes to the vocabulary: shared out over the stages too, where the number of rows allows."""
-    if (mesh := jax.sharding.get_abstract_mesh()).empty:
-        return x
-    uneven = x.shape[0] % (batch_shards(mesh) * mesh.shape["pipeline"])
+    uneven = x.shape[0] % math.prod(map(mesh_size, ACT_RULES["scored"] or ()))
     return constrain(x, "batch" if uneven else "scored", "seq", "embed")
-
-
-def constrain_stages(x: jax.Array) -> jax.Array:
-    """[stages, B, T, ...] on its way through them."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    batch, seq = (ACT_RULES[name] for name in ("batch", "seq"))
-    return jax.lax.with_sharding_constraint(x, PartitionSpec("pipeline", batch, seq))
 
 
 def constrain_weights(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -35,9 +35,9 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.pretrained_tokenizer import load_tokenizer
 from jaxllm.process import Signals
-from jaxllm.sharding import meet, param_shardings
+from jaxllm.sharding import meet, place_params
 from jaxllm.tokenizer import Tokenizer
-from jaxllm.train import Keeping, check_unchanged, with_shardings
+from jaxllm.train import Keeping, check_unchanged
 
 # Every stage, in the order of a life; POLICIES are those that leave a model to talk to.
 STAGES = ("tokenizer", "pretrain", "sft", "sample", "rank", "reward", "dpo", "rloo", "grpo", "ppo", "evaluate")
@@ -224,7 +224,7 @@ def load_model(
     adapters = build(LoRAConfig, record.get("adapters", {}), name=f"{stage_dir}/model.json")
     family = {"policy": transformer, "reward": scalar}[kind]
     shapes, axes = lora.trained(adapters, family.abstract(model), family.axes(model))
-    abstract = with_shardings(shapes, param_shardings(mesh, shapes, axes))
+    abstract = place_params(mesh, shapes, axes)
     finished = read_json(stage_dir / "result.json") or {}
     params = checkpoint.load_params(stage_dir, abstract, record["path"], finished.get("checkpoint"))
     if adapters.rank:

@@ -32,7 +32,8 @@ def attention(
 
     q: [B, T, N, H]; k: [B, S, K, H]; v: [B, S, K, W] with N a multiple of K; q_segment_ids: int32[B, T];
     kv_segment_ids: int32[B, S]. Query t stands at place q_offset + t of the S key places; None: whole rows, 0, or, where
-    their queries do not come in order (`sharding.balanced_order`), q_order[t]. It sees key s when s <= q_offset + t and their segments are equal. With segments 1 1 2 2 0 the five rows see
+    their queries do not come in order (`sharding.balanced_order`), q_order[t]. It sees key s when s is not after it and
+    their segments are equal. With segments 1 1 2 2 0 the five rows see
 
         1 . . . .      a token sees itself and what came before it in its own segment;
         1 1 . . .      padding (segment 0) sees only padding, so that no row is empty and

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.sharding import batch_shards, constrain_stages, mesh_size
+from jaxllm.sharding import batch_shards, constrain, mesh_size
 
-_MICRO = 4  # microbatches per stage, where there are so many rows: stages idle (S - 1) / (M + S - 1) of the time
+MICRO = 4  # microbatches per stage, where there are so many rows: stages idle (S - 1) / (M + S - 1) of the time
 
 # (stacked layers, x, positions, segment_ids) -> (x, the loads of their experts, stacked)
 Layers = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -33,11 +33,12 @@ def staged(
     arrive = jax.tree.map(lambda a: later(cut(a)), (x, positions, segment_ids))
     mine = jax.tree.map(lambda w: w.reshape(stages, -1, *w.shape[1:]), layers)
     stage = jax.vmap(run, spmd_axis_name="pipeline")
+    place = lambda a: constrain(a, "stages", "batch", "seq", *[None] * (a.ndim - 3))
 
     def step(held: Any, new: Any) -> tuple[Any, Any]:
-        held = jax.tree.map(lambda h, n: constrain_stages(jnp.roll(h, 1, 0).at[0].set(n)), held, new)
+        held = jax.tree.map(lambda h, n: place(jnp.roll(h, 1, 0).at[0].set(n)), held, new)
         made, load = stage(mine, *held)
-        return (constrain_stages(made), *held[1:]), (made[-1], load)
+        return (place(made), *held[1:]), (made[-1], load)
 
     nothing = jax.tree.map(lambda a: jnp.zeros((stages, *a.shape[1:]), a.dtype), arrive)
     _, (made, loads) = jax.lax.scan(step, nothing, arrive)
@@ -46,6 +47,6 @@ def staged(
 
 
 def num_micro(rows: int, stages: int) -> int:
-    """Microbatches: as many as rows allow on the devices that share them, at most _MICRO per stage."""
+    """Microbatches: as many as rows allow on the devices that share them, at most MICRO per stage."""
     each = max(rows // batch_shards(jax.sharding.get_abstract_mesh()), 1)
-    return max(n for n in range(1, _MICRO * stages + 1) if each % n == 0)
+    return max(n for n in range(1, MICRO * stages + 1) if each % n == 0)

@@ -241,6 +241,11 @@ class Roles(NamedTuple):
     critic_base: Any
     reward: Any  # {} where no source is a reward model
 
+    @property
+    def bases(self) -> "Roles":
+        """What lies under adapters alone: reference and reward model may be on other meshes."""
+        return self._replace(ref={}, reward={})
+
 
 class Setup(NamedTuple):
     """What a run of the stage is made from, besides its config."""
@@ -568,8 +573,7 @@ def programs(
     scores, kl_coef = rows_like(mesh, jax.ShapeDtypeStruct((B,), jnp.float32)), state.kl_coef
     values = state.critic.params if setup.has_critic else {}
     ref_logprobs = rows_like(mesh, jax.ShapeDtypeStruct((B, R), jnp.float32))
-    bases = roles._replace(ref={}, reward={})
-    judging = (state.actor.params, values, bases, rollout, ref_logprobs, scores, kl_coef)
+    judging = (state.actor.params, values, roles.bases, rollout, ref_logprobs, scores, kl_coef)
     experience = jax.eval_shape(parts.experience, *judging)[0]
     cut = lambda x: jax.ShapeDtypeStruct((B // config.num_minibatches, *x.shape[1:]), x.dtype)
     minibatch = rows_like(mesh, jax.tree.map(cut, experience))
@@ -670,8 +674,7 @@ def make_step(
         raw, terms = score(roll, asked)
         scores, moments, shaped = parts.shape_scores(raw, roll.finished, state.moments)
         values = critic.params if setup.has_critic else {}
-        ref_logprobs, bases = parts.reference(roles.ref, roll), roles._replace(ref={}, reward={})
-        judging = (bases, roll, ref_logprobs, scores, state.kl_coef)
+        judging = (roles.bases, roll, parts.reference(roles.ref, roll), scores, state.kl_coef)
         experience, metrics = parts.experience(actor.params, values, *judging)
         metrics |= terms | shaped | {"kl_coef": (state.kl_coef, jnp.ones(()))}
         if table:
@@ -875,10 +878,11 @@ def make_evaluation(
 
     def evaluation(step: int, state: PPOState) -> dict[str, float]:
         del step
-        params = setup.policy(state.ema if config.ema_decay else state.actor.params, roles.actor_base)
+        trained = state.ema if config.ema_decay else state.actor.params
+        params = setup.policy(trained, roles.actor_base)
         scores, kls, responses = [], [], []
         asked_ids = [prompt.ids for prompt in prompts]
-        for rollout, count in draw_all(state.ema if config.ema_decay else state.actor.params, params, asked_ids):
+        for rollout, count in draw_all(trained, params, asked_ids):
             rollout, begin = end_at_strings(rollout, setup), len(scores)
             asked = [*prompts[begin : begin + count], *[prompts[begin]] * (rollout.mask.shape[0] - count)]
             raw = fetch(score(rollout, asked)[0])

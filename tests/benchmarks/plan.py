@@ -8,6 +8,7 @@ Each command is timed whole, one after the other; with nothing else running the 
 
 import argparse
 import json
+import math
 import os
 import re
 import resource
@@ -62,21 +63,25 @@ def timed(command: list[str]) -> tuple[str, float, float]:
     return done.stdout, time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
 
 
-def ours(row: Row) -> dict[str, Any]:
-    devices = 1
-    for side in row.topology.partition(":")[2].split("x"):
-        devices *= int(side)
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
-        config.write(f"extends: {ROOT / 'configs' / row.config}.yaml\n")
-        config.write(f"pretrain: {{batch_size: {row.per_device * devices}, length: {row.length}}}\n")
-        config.flush()
-        command = [sys.executable, "-m", "jaxllm", "plan", config.name, "--topology", row.topology, "--json"]
+def planned(config: str, over: dict[str, Any], topology: str, *more: str) -> dict[str, Any]:
+    """plan's report of a config with other fields in it, and the seconds and GB of memory of the command."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        json.dump({"extends": f"{ROOT}/configs/{config}.yaml", **over}, file)  # JSON is YAML
+        file.flush()
+        command = [sys.executable, "-m", "jaxllm", "plan", file.name, "--topology", topology, "--json", *more]
         out, seconds, memory = timed(command)
     report = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
     if not report["fits"]:
-        sys.exit(f"{row.config} on {row.topology} does not fit: {report['reason']}")
+        sys.exit(f"{config} {over} on {topology} does not fit: {report['reason']}")
+    return {**report, "seconds": seconds, "memory": memory}
+
+
+def ours(row: Row) -> dict[str, Any]:
+    devices = math.prod(map(int, row.topology.partition(":")[2].split("x")))
+    section = {"batch_size": row.per_device * devices, "length": row.length}
+    report = planned(row.config, {"pretrain": section}, row.topology)
     sizes = (report["temp_bytes_per_device"] / 1e9, report["argument_bytes_per_device"] / 1e9)
-    return {"temporaries": sizes[0], "arguments": sizes[1], "seconds": seconds, "memory": memory}
+    return {"temporaries": sizes[0], "arguments": sizes[1], "seconds": report["seconds"], "memory": report["memory"]}
 
 
 def theirs(row: Row, python: Path) -> dict[str, Any]:

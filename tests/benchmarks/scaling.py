@@ -5,11 +5,6 @@
 Every point is compiled for its topology; step times are plan's roofline, not measurements.
 """
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +12,10 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot
+from plan import planned
 
 from jaxllm.hardware import EFFICIENCY
 
-ROOT = Path(__file__).parents[2]
 SLICES = {64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"}
 SHARDS, LENGTH, MICRO = 256, 8192, 4  # devices of a replica; tokens of a row; rows of a device in a microbatch, at most
 ROWS = 512  # of a step in the strong series: with more chips than rows, several share a row
@@ -32,20 +27,8 @@ def report(chips: int, slices: int, rows: int) -> dict[str, Any]:
     context = max(chips // rows, 1)
     mesh = {"data": -1, "fsdp": min(chips, SHARDS) // context, "context": context}
     section = {"batch_size": rows, "length": LENGTH, "num_micro": max(rows // chips // MICRO, 1)}
-    config = {"extends": f"{ROOT}/configs/llama3_8b.yaml", "mesh": mesh, "pretrain": section}
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        json.dump(config, file)  # JSON is YAML
-        file.flush()
-        shape = SLICES[chips // slices]
-        command = [sys.executable, "-m", "jaxllm", "plan", file.name, "--topology", f"v5p:{shape}", "--json"]
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-        done = subprocess.run([*command, "--slices", str(slices)], env=env, text=True, capture_output=True, cwd=ROOT)
-    if done.returncode:
-        sys.exit(f"{chips} chips: {done.stderr[-2000:]}")
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    if not found["fits"]:
-        sys.exit(f"{chips} chips, {rows} rows: {found['reason']}")
-    return found
+    over = {"mesh": mesh, "pretrain": section}
+    return planned("llama3_8b", over, f"v5p:{SLICES[chips // slices]}", "--slices", str(slices))
 
 
 def bare(found: dict[str, Any]) -> float:

@@ -5,15 +5,9 @@ python tests/benchmarks/slices.py [--rows TEXT ...]          all rows, or those 
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[2]
+from plan import planned
 
 
 class Row(NamedTuple):
@@ -44,21 +38,6 @@ ROWS = [
 ]
 
 
-def plan(row: Row) -> dict[str, Any]:
-    """The report, with the seconds of the whole command."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        json.dump({"extends": f"{ROOT}/configs/{row.config}.yaml", **row.more}, file)  # JSON is YAML
-        file.flush()
-        command = [sys.executable, "-m", "jaxllm", "plan", file.name, "--topology", row.topology, "--json"]
-        command += ["--stage", row.stage, "--slices", str(row.slices)]
-        env, began = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}, time.monotonic()
-        done = subprocess.run(command, env=env, text=True, capture_output=True, cwd=ROOT)
-    if done.returncode:
-        sys.exit(f"{row}: {done.stderr[-2000:]}")
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    return found | {"seconds": time.monotonic() - began}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", default=[""])
@@ -68,14 +47,14 @@ def main() -> None:
     for row in ROWS:
         if not any(text in str(row) for text in wanted):
             continue
-        found = plan(row)
+        found = planned(row.config, row.more, row.topology, "--stage", row.stage, "--slices", str(row.slices))
         more = f", {json.dumps(row.more)}" if row.more else ""
         where = row.topology + (f" x {row.slices}" if row.slices > 1 else "")
         mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
         names = ("state", "temp", "hbm")
         sizes = [found.get(f"{n}_bytes_per_device", found.get(f"{n}_bytes", 0)) / 1e9 for n in names]
         figures = " | ".join(f"{size:.2f}" for size in sizes)
-        step = f"{found['predicted_step_seconds']:.2f} | {found['predicted_mfu']:.1%}" if found["fits"] else "no | no"
+        step = f"{found['predicted_step_seconds']:.2f} | {found['predicted_mfu']:.1%}"
         print(
             f"| {row.config} {row.stage}{more} | {where} | {mesh} | {figures} | {step} | {found['seconds']:.0f} |",
             flush=True,
