@@ -56,3 +56,11 @@ def tiny_run():
             assert process.returncode == 0, text
             log.write_text(text)
     return directory
+
+
+@pytest.fixture
+def compiled_soon():
+    """For programs that run once or twice: without XLA's costly optimisations, partitioned all the same."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -17,6 +17,7 @@ from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.sharding import MeshConfig, activation, make_mesh
 from jaxllm.stages import language_model
 
+pytestmark = pytest.mark.usefixtures("compiled_soon")
 B, T = 8, 16
 DENSE = ModelConfig(
     vocab_size=64, max_length=T, num_layers=2, embed_dim=32, num_heads=8, num_kv_heads=4, mlp_dim=64, dtype="float32"
@@ -76,14 +77,6 @@ def rows(kind):
     tokens = rng.integers(0, DENSE.vocab_size, size=(B, T))
     whole = {"tokens": tokens, "segment_ids": segments, "positions": np.where(segments > 0, places - starts, 0)}
     return {**{k: v.astype(np.int32) for k, v in whole.items()}, "loss_mask": mask}
-
-
-@pytest.fixture(autouse=True)
-def compiled_soon():
-    """A program is compiled for every mesh and run twice: without XLA's costly optimisations, partitioned all the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

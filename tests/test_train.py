@@ -142,13 +142,13 @@ def test_moments_in_bfloat16_take_half_the_bytes_and_follow_adam():
     assert kept(state, "mu").dtype == kept(state, "nu").dtype == jnp.bfloat16
     step, full = train.make_step(loss, tx), make_optimizer(dataclasses.replace(config, state_dtype="float32"), 60)
     plain_step, plain, first, last = train.make_step(loss, full), train.init_state(params(), full), [], []
+    mean = lambda params, batch: (found := loss(params, batch, None))[0] / found[1]
+    gradient = jax.jit(jax.grad(mean))
     for number in range(60):
         batch, before = uneven_batch(number % 4), state
         old = [np.asarray(kept(before, name), np.float64) for name in ("mu", "nu")]
         place = np.asarray(before.params["embed"]["tokens"], np.float64)
-        grad = np.asarray(
-            jax.grad(lambda p, b=batch: loss(p, b, None)[0] / loss(p, b, None)[1])(before.params)["embed"]["tokens"]
-        )
+        grad = np.asarray(gradient(before.params, batch)["embed"]["tokens"])
         state, metrics = step(state, batch)
         plain, more = plain_step(plain, batch)
         new = [0.9 * old[0] + 0.1 * grad, 0.95 * old[1] + 0.05 * grad**2]
