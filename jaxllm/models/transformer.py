@@ -73,6 +73,7 @@ def abstract(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
 
+@functools.cache  # a search asks for it hundreds of times
 def num_params(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)))
 
@@ -282,6 +283,7 @@ def flops_per_token(config: ModelConfig, length: int, *, scored: bool = True) ->
     return 6.0 * matmul + 3.0 * c.num_heads * sizes * sum(map(seen, range(c.num_layers + c.mtp_modules)))
 
 
+@functools.cache
 def _met(block: ModelConfig) -> float:
     """Parameters of the matrices of a layer that one token is multiplied by."""
     every = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: _init(Block, block, jax.random.key(0))))
