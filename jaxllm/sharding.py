@@ -302,14 +302,3 @@ def check_batch(mesh: Mesh, size: int, field: str) -> None:
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Devices that each have their own rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in ACT_RULES["batch"] or ())
-
-
-def bytes_table(tree: Any, top: int = 12) -> list[tuple[str, str, int, int]]:
-    """(path, spec, bytes in all, bytes on one device) of the largest leaves of a tree of sharded arrays."""
-    rows = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        shard = leaf.sharding.shard_shape(leaf.shape)
-        size = np.dtype(leaf.dtype).itemsize
-        name, where = jax.tree_util.keystr(path), str(getattr(leaf.sharding, "spec", ""))
-        rows.append((name, where, size * math.prod(leaf.shape), size * math.prod(shard)))
-    return sorted(rows, key=lambda row: -row[2])[:top]

@@ -104,15 +104,15 @@ def test_extras_are_not_imported_at_start():
 
 def test_every_config_field_is_read_and_explained():
     source = "\n".join(file.read_text() for file in PACKAGE.rglob("*.py"))
+    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
     todo, seen = [Config], set()
     while todo:
         cls = todo.pop()
         if cls in seen:
             continue
         seen.add(cls)
-        body = ast.parse(source)
         family = {each.__name__ for each in cls.__mro__}  # a field may be explained where it is inherited from
-        definitions = [n for n in ast.walk(body) if isinstance(n, ast.ClassDef) and n.name in family]
+        definitions = [node for node in classes if node.name in family]
         documented = {
             a.target.id
             for definition in definitions
