@@ -39,7 +39,8 @@ make_venv() {
       python=$(find_python)
       "$python" -m venv --clear .venv
     fi
-    .venv/bin/python -m pip install --disable-pip-version-check -e ".[$extras]" | show_progress
+    # Python compiles what is imported; compiling all that comes takes half a minute.
+    .venv/bin/python -m pip install --disable-pip-version-check --no-compile -e ".[$extras]" | show_progress
   fi
   touch "$stamp"
 }

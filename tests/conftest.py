@@ -32,10 +32,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def jaxllm(*args: str, **kwargs) -> subprocess.Popen:
-    """Start `jaxllm ARGS` in a process of its own, from the repository's root, its programs compiled soon (see below)."""
+    """Start `jaxllm ARGS` in a process of its own, from the repository's root."""
     cache = {name.upper(): str(value) for name, value in COMPILED.items()}
     env = {**os.environ, **cache, "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
-    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     return subprocess.Popen([sys.executable, "-m", "jaxllm", *args], env=env, **{**pipes, **kwargs})
 

@@ -1,4 +1,4 @@
-"""A few faults in the suite; hundreds of them: bash tests/faults/soak.sh --minutes 60."""
+"""A few faults in whole lives (slow); hundreds of them: bash tests/faults/soak.sh --minutes 60."""
 
 import random
 
@@ -17,28 +17,22 @@ def chosen(*names):
         yield names[-1], pool[names[-1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "names", "stages"),
+    ("processes", "names"),
     [
-        (2, ["SIGTERM", "SIGKILL of one process"], harness.STAGES[:2]),
-        pytest.param(2, ["SIGTERM", "SIGKILL of one process"], harness.STAGES, marks=pytest.mark.slow),
-        pytest.param(
-            1,
-            ["SIGKILL in a save", "bit flipped in a checkpoint", "bit flipped in a data shard"],
-            harness.STAGES,
-            marks=pytest.mark.slow,
-        ),
+        (2, ["SIGTERM", "SIGKILL of one process"]),
+        (1, ["SIGKILL in a save", "bit flipped in a checkpoint", "bit flipped in a data shard"]),
     ],
 )
-def test_a_life_ends_with_the_same_bits_whatever_happens_to_it(monkeypatch, tmp_path, processes, names, stages):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # most of the time is the compiler's
+def test_a_life_ends_with_the_same_bits_whatever_happens_to_it(tmp_path, processes, names):
     cache = str(SESSION / "compiled")
-    whole, life = (Life(tmp_path / name, processes, cache=cache, stages=stages) for name in ("whole", "life"))
+    whole, life = (Life(tmp_path / name, processes, cache=cache) for name in ("whole", "life"))
     whole.start()
     assert whole.wait(600.0) and not any(whole.clear()), whole.log()[-2000:]
     happened = [*harness.live_through(life, chosen(*names), random.Random(3), quiet_after=len(names))]
     assert len(happened) > 0 and not any(complaint for _, complaint in happened), happened
-    ends = [harness.outcome(each.directory, stages) for each in (whole, life)]
+    ends = [harness.outcome(each.directory, harness.STAGES) for each in (whole, life)]
     assert harness.differences(*ends) == []
 
 

@@ -220,7 +220,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "adapters")) for n in VARIANTS])
 def test_the_reward_rises_and_a_resumed_run_has_the_same_bits(name):
     world = worlds.World(VARIANTS[name], seed=1, vocab=4, length=3, devices=2, layers=1)
     states = {}
