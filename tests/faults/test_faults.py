@@ -32,7 +32,7 @@ def test_a_life_ends_with_the_same_bits_whatever_happens_to_it(tmp_path, process
     assert whole.wait(600.0) and not any(whole.clear()), whole.log()[-2000:]
     happened = [*harness.live_through(life, chosen(*names), random.Random(3), quiet_after=len(names))]
     assert len(happened) > 0 and not any(complaint for _, complaint in happened), happened
-    ends = [harness.outcome(each.directory, harness.STAGES) for each in (whole, life)]
+    ends = [harness.outcome(each.directory) for each in (whole, life)]
     assert harness.differences(*ends) == []
 
 
