@@ -21,6 +21,7 @@ from jaxllm.config import InputError
 _ALWAYS_READ = 1 << 20  # larger files are read again only if their times have changed
 _SILENT = 600  # seconds after which a preparation elsewhere that writes nothing counts as dead
 _HOST = socket.gethostname().replace("~", "-")
+_LOCK = ".lock"
 
 
 def make_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> bool:
@@ -30,24 +31,25 @@ def make_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> bool:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if any(map(_is_alive, folder.parent.glob(f".partial~{folder.name}~*"))):
         return False
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".partial~{folder.name}~{_HOST}~"))
+    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new~"))
+    partial = folder.parent / f".partial~{folder.name}~{_HOST}~{new.name.removeprefix('.new~')}"
     try:
-        with open(partial / ".unlocked", "w") as lock:
+        with open(new / _LOCK, "w") as lock:
             with contextlib.suppress(OSError):  # file systems without locks: there the time of the last write tells
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                os.replace(lock.name, partial / ".lock")  # whoever sees it finds it taken
+            os.replace(new, partial)  # whoever sees it finds it locked, from here until it has its last name
             meta = make(partial)
-            for name in (".lock", ".unlocked"):
-                (partial / name).unlink(missing_ok=True)
-        sums = {p.name: [p.stat().st_size, sha256(p)] for p in sorted(partial.iterdir())}
-        (partial / "meta.json").write_text(json.dumps({**meta, "files": sums}))
-        _remember_times(partial, sums)
-        os.replace(partial, folder)
+            sums = {p.name: [p.stat().st_size, sha256(p)] for p in sorted(partial.iterdir()) if p.name != _LOCK}
+            (partial / "meta.json").write_text(json.dumps({**meta, "files": sums}))
+            _remember_times(partial, sums)
+            os.replace(partial, folder)
+            (folder / _LOCK).unlink(missing_ok=True)
     except OSError:
         if not folder.exists():  # another process may have been faster, with the same contents
             raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for path in (new, partial):
+            shutil.rmtree(path, ignore_errors=True)
     return True
 
 
@@ -83,7 +85,7 @@ def clean(cache: Path) -> None:
     for file in (cache / "files").glob(".new-*"):
         if time.time() - file.stat().st_mtime > _SILENT:
             file.unlink(missing_ok=True)
-    for partial in cache.glob(".partial*"):
+    for partial in (*cache.glob(".partial*"), *cache.glob(".new~*")):
         if not _is_alive(partial):
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -91,13 +93,13 @@ def clean(cache: Path) -> None:
 def _is_alive(partial: Path) -> bool:
     """Whether a process still writes: on this machine it holds the lock, elsewhere it has written lately."""
     try:
-        with open(partial / ".lock") as lock:
+        with open(partial / _LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if f"~{_HOST}~" in partial.name:
             return False
     except BlockingIOError:
         return True
-    except OSError:  # no lock yet, or no longer
+    except OSError:  # a folder without a lock, or a file system without
         pass
     times = [path.stat().st_mtime for path in (partial, *partial.glob("*")) if path.exists()]
     return time.time() - max(times, default=0.0) < _SILENT

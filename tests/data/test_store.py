@@ -205,6 +205,45 @@ def test_processes_that_prepare_the_same_cache_do_not_disturb_each_other(corpus,
     assert contents(tmp_path) == whole
 
 
+KILLED = """
+import itertools, os, signal, sys
+from pathlib import Path
+from jaxllm.data import cache
+
+def make(partial):
+    (partial / "tokens").write_text("x")
+    return {"tokens": 1}
+
+signal.alarm(40)  # whoever is taken for alive would be waited for for ten minutes
+for count in itertools.count():
+    folder = Path(sys.argv[1]) / str(count) / "unit"
+    if (child := os.fork()) == 0:
+        left = iter(range(count))
+        def kill(frame, event, value):
+            if event == "line" and next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return kill
+        sys.settrace(lambda frame, *_: kill if frame.f_code is cache.make_once.__code__ else None)
+        cache.make_once(folder, make)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    meta = cache.made(folder, make)
+    assert meta["tokens"] == 1 and list(meta["files"]) == ["tokens"], meta
+    cache.clean(folder.parent)
+    assert not list(folder.parent.glob(".partial*"))
+    if not status:
+        break
+print(count)
+"""
+
+
+def test_killed_at_any_line_it_is_not_waited_for(tmp_path):
+    args = [sys.executable, "-c", KILLED, str(tmp_path)]
+    done = subprocess.run(args, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done
+    assert int(done.stdout) > 15  # lines
+
+
 def test_what_dead_preparations_left_is_removed_and_what_others_write_is_not(tmp_path):
     """A lock that nobody holds tells on this machine; elsewhere ten minutes without a write do."""
     hosts = {"dead": cache._HOST, "elsewhere": "x", "silent": "x", "alive": cache._HOST}
