@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,33 +44,46 @@ def attention(
 
     window: a token sees so many places, itself included (Beltagy et al. 2020; Mistral), where `local`. scale: of the scores,
     1 / sqrt(H) by default. softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, section 2); 0: as they are.
-    Returns [B, T, N, W] in q's dtype. Scores and softmax are float32. On a TPU whole rows of a multiple of 128 tokens go
-    to a kernel that never holds the scores.
+    Returns [B, T, N, W] in q's dtype. Scores and softmax are float32. Whole rows go to a kernel that never holds the
+    scores: on a TPU those of a multiple of 128 tokens, on a GPU those that cuDNN takes (`flash.cudnn_takes`).
     """
     scale = scale or 1 / math.sqrt(q.shape[-1])
-    if q_offset is None and platform() == "tpu":
-        from jaxllm import flash  # Pallas takes 0.3 s to import, which only a TPU has to wait for
-
-        if flash.fits(q, k):
-            settings = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
-            settings |= {"scale": scale, "softcap": softcap, "q_order": q_order, "name": ATTENDED}
-            near, whole = (functools.partial(flash.tpu_attention, window=w, **settings) for w in (window, None))
-            if window is None or isinstance(local, bool):
-                return (near if local else whole)(q, k, v)
-            return jax.lax.cond(local, near, whole, q, k, v)
+    if q_offset is None and (kernel := _kernel(q, k, v, softcap)):
+        settings = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+        settings |= {"scale": scale, "softcap": softcap, "q_order": q_order, "name": ATTENDED}
+        near, whole = (functools.partial(kernel, window=w, **settings) for w in (window, None))
+        if window is None or isinstance(local, bool):
+            return (near if local else whole)(q, k, v)
+        return jax.lax.cond(local, near, whole, q, k, v)
     B, T, N, H = q.shape
-    S, K = k.shape[1], k.shape[2]
+    K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     places = jnp.arange(T) + (0 if q_offset is None else q_offset) if q_order is None else jnp.array(q_order)
-    back = places[:, None] - jnp.arange(S)[None, :]  # [T, S]: places from the key to the query
-    near = back >= 0
-    if window is not None and local is not False:
-        near &= back < (window if local is True else jnp.where(local, window, jnp.iinfo(jnp.int32).max))
-    same = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]  # [B, T, S]
-    allowed = (near[None] & same)[:, None, None]
+    near = None if window is None or local is False else jnp.where(local, window, jnp.iinfo(jnp.int32).max)
+    allowed = visible(places, q_segment_ids, kv_segment_ids, near)[:, None, None]
     weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1)
     out = checkpoint_name(jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v), ATTENDED)
     return out.reshape(B, T, N, v.shape[-1])
+
+
+def visible(
+    places: jax.Array, q_segment_ids: jax.Array, kv_segment_ids: jax.Array, window: jax.Array | int | None
+) -> jax.Array:
+    """bool[B, T, S]: whether the query at places[t] sees key s."""
+    back = places[:, None] - jnp.arange(kv_segment_ids.shape[1])[None, :]  # [T, S]: places from the key to the query
+    near = back >= 0 if window is None else (back >= 0) & (back < window)
+    return near[None] & (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :])
+
+
+def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, softcap: float) -> Callable[..., jax.Array] | None:
+    """What takes whole rows of this shape on the mesh's platform; None: XLA alone."""
+    if platform() == "cpu":
+        return None
+    from jaxllm import flash  # Pallas takes 0.3 s to import, which a CPU need not wait for
+
+    if platform() == "tpu":
+        return flash.tpu_attention if flash.fits(q, k) else None
+    return flash.gpu_attention if flash.cudnn_takes(q, k, v, softcap) else None
