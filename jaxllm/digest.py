@@ -1,5 +1,6 @@
 """Digests of arrays where they are: equal for equal bits, whatever the sharding, the mesh or the number of hosts."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Mapping
@@ -18,9 +19,21 @@ Digests = dict[str, list[int]]  # dotted path of a leaf -> two 32-bit words
 
 def digests(tree: Any) -> Digests:
     """The digest of each leaf, as {path: [word, word]}; the same on every process."""
-    leaves = named_leaves(tree)
-    shares = tuple((name, _shared(leaf)) for name, leaf in leaves.items())
-    return {name: np.asarray(words).tolist() for name, words in fetch(_digest_all(leaves, shares)).items()}
+    found: Digests = {}
+    for mesh, leaves in _by_mesh(named_leaves(tree)).items():
+        shares = tuple((name, _shared(leaf)) for name, leaf in leaves.items())
+        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            words = _digest_all(leaves, shares)
+        found |= {name: np.asarray(each).tolist() for name, each in fetch(words).items()}
+    return found
+
+
+def _by_mesh(leaves: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
+    """Devices may be laid out otherwise for some leaves: one program takes arrays of one order of devices only."""
+    found: dict[Any, dict[str, Any]] = {}
+    for name, leaf in leaves.items():
+        found.setdefault(getattr(getattr(leaf, "sharding", None), "mesh", None), {})[name] = leaf
+    return found
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -96,17 +109,23 @@ def _mix(h: jax.Array) -> jax.Array:
     return h ^ (h >> jnp.uint32(16))
 
 
-def unequal_replicas(tree: Any, mesh: jax.sharding.Mesh) -> list[str]:
+def unequal_replicas(tree: Any) -> list[str]:
     """ "device: path" of every copy of a shard that differs from most of its copies on other devices.
 
     Where a leaf is replicated over some axes of the mesh, the devices along them hold the same shard, and its bits
     must be equal: what differs is silent corruption. Of two copies that differ, both are named.
     """
-    leaves = {name: leaf for name, leaf in named_leaves(tree).items() if leaf.sharding.num_devices == mesh.size}
+    groups = _by_mesh(named_leaves(tree))
+    return [text for mesh, leaves in groups.items() if mesh is not None for text in _unequal(leaves, mesh)]
+
+
+def _unequal(leaves: Mapping[str, Any], mesh: jax.sharding.Mesh) -> list[str]:
     specs = {name: leaf.sharding.spec for name, leaf in leaves.items()}
     one = lambda shards: {name: leaf_digest(shard)[None] for name, shard in shards.items()}
     own = jax.shard_map(one, mesh=mesh, in_specs=(specs,), out_specs=P(mesh.axis_names), check_vma=False)
-    words = fetch(jax.jit(own)(leaves))  # {name: uint32[devices, 2]}, in the order of the mesh
+    with jax.set_mesh(mesh):
+        words = jax.jit(own)(leaves)
+    words = fetch(words)  # {name: uint32[devices, 2]}, in the order of the mesh
     return [text for name, leaf in leaves.items() for text in _outvoted(name, leaf, words[name], mesh)]
 
 

@@ -286,6 +286,15 @@ def place_params(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     return with_shardings(shapes, param_shardings(mesh, shapes, axes))
 
 
+def send(tree: Any, mesh: Mesh, shardings: Any) -> Any:
+    """Arrays from device to device, to a mesh of the same devices that may have them in another order.
+
+    JAX puts devices in another order only under the mesh that arrays go to.
+    """
+    with jax.set_mesh(mesh):
+        return jax.device_put(tree, shardings)
+
+
 def rows_like(mesh: Mesh, shapes: Any) -> Any:
     """Shapes of batches of rows, shared out over the devices that share the batch."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=activation(mesh, "batch")), shapes)

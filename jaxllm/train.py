@@ -229,7 +229,6 @@ class Keeping(NamedTuple):
 
     signals: Signals
     ledger: Ledger
-    mesh: jax.sharding.Mesh
     fingerprints: Mapping[str, Any]  # of what the stage is made from, as JSON
     allowed: tuple[str, ...] = ()  # dotted names of fingerprints that may have changed since the checkpoint
 
@@ -355,7 +354,7 @@ class _Loop:
         raise self.keeping.signals.stopped(f"{self.title}: step {number} of {self.num_steps} is saved")
 
     def compare_hook(self, number: int, state: Any, _: Metrics) -> None:
-        if wrong := unequal_replicas(state, self.keeping.mesh):
+        if wrong := unequal_replicas(state):
             raise SilentCorruption(
                 f"{self.title}: after step {number} devices that should hold the same bits do not: "
                 f"{'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; nothing of this step "

@@ -123,7 +123,7 @@ class Workspace:
         """What looks after a stage while it trains on data with this fingerprint."""
         sections = _outcome({name: self.config[name] for name in SECTIONS[stage]})
         prints = {**sections, "code": code_version(), "tokenizer": self.tokenizer().fingerprint, "data": data}
-        return Keeping(self.signals, self.ledger, self.mesh, prints, self.allow_change)
+        return Keeping(self.signals, self.ledger, prints, self.allow_change)
 
     def finish(self, stage: str, result: Mapping[str, Any]) -> None:
         saved = self.stage_dir(stage) / "checkpoints"

@@ -101,12 +101,15 @@ def test_an_estimate_for_gpus_falls_with_more_of_them_and_says_what_it_is():
     assert not plan.plan(config(MeshConfig()), args("h100:8"))["fits"]
 
 
+CRITIC = {"role": "critic", "data": 2, "fsdp": 4}
+
+
 def run(tmp_path, model, topology, *more, batch_size=16, mesh=None):
     config = {
         **{"name": "p", "model": model, "mesh": mesh or {"data": 1, "fsdp": -1}},
         "pretrain": {"batch_size": batch_size, "num_steps": 10},
         "reward": {"batch_size": batch_size},
-        "ppo": {"batch_size": 32, "num_minibatches": 2, "sampling": {"max_new_tokens": 64}},
+        "ppo": {"batch_size": 32, "num_minibatches": 2, "sampling": {"max_new_tokens": 64}, "meshes": [CRITIC]},
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -151,7 +154,7 @@ def test_slices_are_joined_by_the_data_axis(tmp_path):
     assert code == 2 and "mesh.data: 1 is not a multiple of the 2 slices" in log
 
 
-@pytest.mark.parametrize(("stage", "programs"), [pytest.param("reward", 0, marks=pytest.mark.slow), ("ppo", 6)])
+@pytest.mark.parametrize(("stage", "programs"), [pytest.param("reward", 0, marks=pytest.mark.slow), ("ppo", 7)])
 def test_other_stages_are_compiled_for_a_tpu(tmp_path, stage, programs):
     code, out, log = run(tmp_path, SMALL, "v5e:2x4", "--json", "--stage", stage)
     assert code == 0, log
@@ -159,8 +162,8 @@ def test_other_stages_are_compiled_for_a_tpu(tmp_path, stage, programs):
     assert report["fits"] and report["predicted_step_seconds"] > 0
     assert len(report.get("programs", ())) == programs
     if stage == "ppo":  # policy and critic with Adam's moments, reference and reward model without
-        each = report["programs"].values()
-        assert report["state_bytes_per_device"] == pytest.approx(8 * report["parameters"] * 4 / 8, rel=0.02)
+        each, copies = report["programs"].values(), (3 + 1 + 1) / 8 + 3 / CRITIC["fsdp"]
+        assert report["state_bytes_per_device"] == pytest.approx(copies * report["parameters"] * 4, rel=0.02)
         assert report["flops_per_device"] == pytest.approx(sum(p["flops_per_device"] * p["times"] for p in each))
 
 

@@ -248,7 +248,7 @@ def whole_stage(directory, bad=(), num_steps=20, stop_at=None, settings=Settings
         first = lambda: placed.init(jax.jit(params, out_shardings=placed.shardings.params)())
         state, _ = train.run_stage(
             epath.Path(directory), "toy",
-            keeping=train.Keeping(signals, Ledger(directory / "goodput.jsonl"), mesh, dict(fingerprints), allowed),
+            keeping=train.Keeping(signals, Ledger(directory / "goodput.jsonl"), dict(fingerprints), allowed),
             init=first, abstract=placed.abstract, step=watched, batch_at=batch_at, num_steps=num_steps,
             settings=settings, logging=LoggingConfig(tensorboard=False), work=Work(1), best="eval/x",
             evaluate=lambda number, state: {"eval/x": float(optax.tree.norm(state.params))},
@@ -314,12 +314,12 @@ def test_what_has_changed_since_a_checkpoint_is_refused_field_by_field(tmp_path)
 def test_a_flipped_bit_on_one_device_is_named(tmp_path):
     mesh = make_mesh(MeshConfig())
     tree = {"w": jax.device_put(jnp.ones((4, 4)), NamedSharding(mesh, P()))}
-    assert unequal_replicas(tree, mesh) == []
+    assert unequal_replicas(tree) == []
     parts = [np.array(shard.data) for shard in tree["w"].addressable_shards]
     parts[5][2, 1] = np.nextafter(np.float32(1.0), np.float32(2.0))
     single = [jax.device_put(p, s.device) for p, s in zip(parts, tree["w"].addressable_shards, strict=True)]
     tree["w"] = jax.make_array_from_single_device_arrays((4, 4), tree["w"].sharding, single)
-    (found,) = unequal_replicas(tree, mesh)
+    (found,) = unequal_replicas(tree)
     assert found == f"{tree['w'].addressable_shards[5].device}: w"
 
 

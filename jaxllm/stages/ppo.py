@@ -40,6 +40,7 @@ from jaxllm.sharding import (
     planned_mesh,
     replicated,
     rows_like,
+    send,
 )
 from jaxllm.stages import language_model
 from jaxllm.tokenizer import Tokenizer
@@ -70,10 +71,10 @@ class PtxConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RoleMesh(MeshConfig):
-    """Another layout of the same devices for one role. Policy and critic train in that of the stage."""
+    """Another layout of the same devices for one role. The policy trains in that of the stage."""
 
-    role: Literal["rollout", "reference", "reward"] = "rollout"
-    """rollout: the policy while it draws responses; the reference; the reward model."""
+    role: Literal["rollout", "reference", "reward", "critic"] = "rollout"
+    """rollout: the policy while it draws responses; the reference; the reward model; a critic of its own, training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +191,9 @@ class PPOConfig:
             raise ValueError("rewards: name at least one source")
         if len({each.role for each in self.meshes}) < len(self.meshes):
             raise ValueError("meshes: a role can have one layout only")
+        own_critic = self.advantages == "gae" and self.critic_trunk == "separate"
+        if not own_critic and any(each.role == "critic" for each in self.meshes):
+            raise ValueError("meshes: there is no critic of its own to lay out; leave the role critic out")
         if self.dual_clip and self.dual_clip <= 1:
             raise ValueError("dual_clip: must be above 1, or 0 for off")
         if not 0 <= self.ema_decay < 1:
@@ -240,11 +244,6 @@ class Roles(NamedTuple):
     actor_base: Any
     critic_base: Any
     reward: Any  # {} where no source is a reward model
-
-    @property
-    def bases(self) -> "Roles":
-        """What lies under adapters alone: reference and reward model may be on other meshes."""
-        return self._replace(ref={}, reward={})
 
 
 class Setup(NamedTuple):
@@ -358,16 +357,29 @@ def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: T
         )
     setup = Setup(config, model, reward_model, tokenizer, workspace.seed)
     actor, actor_base = split(config.lora, first_scalar(ref, model, reward, config) if setup.shares_trunk else ref)
+    there = role_meshes(config, mesh)
+
+    def moved(role: str, params: Any, axes: Any) -> Any:
+        """In the layout of the role; adapters are added in where that is another one."""
+        if not params or there[role] is mesh:
+            return params
+        params = lora.merge(params)
+        return send(params, there[role], param_shardings(there[role], params, axes))
+
     critic, critic_base = {}, {}
     if setup.has_critic:
         critic, critic_base = split(config.lora, first_scalar(ref, model, reward, config, of_reward=True))
-    there = role_meshes(config, mesh)
-    if there["reference"] is not mesh:
-        ref = jax.device_put(ref, param_shardings(there["reference"], ref, transformer.axes(model)))
-    if reward and there["reward"] is not mesh:
-        reward = lora.merge(reward)
-        reward = jax.device_put(reward, param_shardings(there["reward"], reward, scalar.axes(reward_model)))
-    return setup, Roles(ref, actor_base, critic_base, reward), actor, critic
+        places = jax.tree.map(lambda leaf: leaf.sharding, frozen_critic(setup, there["critic"]))
+        critic_base = send(critic_base, there["critic"], places)
+    ref = moved("reference", ref, transformer.axes(model))
+    return setup, Roles(ref, actor_base, critic_base, moved("reward", reward, scalar.axes(reward_model))), actor, critic
+
+
+def frozen_critic(setup: Setup, there: Any) -> Any:
+    """Shapes with their shardings of what lies under the critic's adapters on the mesh `there`."""
+    model = setup.reward_model
+    placed = place_params(there, scalar.abstract(model), scalar.axes(model))
+    return lora.place_frozen(setup.config.lora, placed, replicated(there))
 
 
 def first_scalar(ref: Any, model: ModelConfig, reward: Any, config: PPOConfig, of_reward: bool = False) -> Any:
@@ -425,7 +437,7 @@ def make_score(setup: Setup, parts: "Parts", roles: Roles, mesh: jax.sharding.Me
 
 
 class Judge(NamedTuple):
-    """A model that does not move, on the mesh where its parameters lie."""
+    """What a model says of responses, on the mesh where its parameters lie."""
 
     mesh: Any
     home: Any  # the stage's
@@ -435,10 +447,10 @@ class Judge(NamedTuple):
         """Rows and result go from device to device where the meshes are two."""
         if self.mesh is self.home:
             return self.program(params, rollout)
-        rollout = jax.device_put(rollout, activation(self.mesh, "batch"))
+        rollout = send(rollout, self.mesh, activation(self.mesh, "batch"))
         with jax.set_mesh(self.mesh):
             made = self.program(params, rollout)
-        return jax.device_put(made, activation(self.home, "batch"))
+        return send(made, self.home, activation(self.home, "batch"))
 
 
 class Drawing(NamedTuple):
@@ -457,6 +469,7 @@ class Parts(NamedTuple):
     drawing: "Drawing | None"  # how rollout goes about it in a layout of its own
     reference: Judge  # log-probabilities float32[B, R] of the responses
     reward: Judge  # scores float32[B]
+    values: Judge  # float32[B, R] by a critic of its own: (trained, base) -> of every response token
     shape_scores: Callable[..., Any]
     experience: Callable[..., tuple[Experience, Metrics]]
     actor_step: Callable[..., tuple[TrainState, Metrics]]
@@ -472,7 +485,7 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
     decoder = (transformer.abstract(model), transformer.axes(model))
     with_head = (scalar.abstract(setup.reward_model), scalar.axes(setup.reward_model))
 
-    def trained(loss: Callable[..., losses.Loss], optim: OptimConfig, family: Any, mixed: Any = None):
+    def trained(loss: Callable[..., losses.Loss], optim: OptimConfig, family: Any, mesh: Any, mixed: Any = None):
         """(update step, where the state lives) of parameters with these shapes and logical axes."""
         tx = make_optimizer(optim, updates)
         placed = train.place_state(mesh, *lora.trained(config.lora, *family), tx)
@@ -488,15 +501,19 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
     there = role_meshes(config, mesh)
     drawing = None if there["rollout"] is mesh else make_drawing(setup, there["rollout"], draw)
     judge = functools.partial(reward_scores, model=setup.reward_model)
+    value = lambda critic, rollout: response_values(lora.join(critic[1], critic[0]), rollout, model=setup.reward_model)
     whole = jax.jit(rollout, out_shardings=activation(mesh, "batch"))
     mixed = (functools.partial(ptx_loss, setup=setup), config.ptx.coef) if config.ptx.coef else None
-    actor_step, actor = trained(actor_loss, config.actor, with_head if setup.shares_trunk else decoder, mixed)
-    critic_step, critic = trained(critic_loss, config.critic, with_head) if setup.has_critic else (None, None)
+    actor_step, actor = trained(actor_loss, config.actor, with_head if setup.shares_trunk else decoder, mesh, mixed)
+    critic_step, critic = None, None
+    if setup.has_critic:
+        critic_step, critic = trained(critic_loss, config.critic, with_head, there["critic"])
     return Parts(
         rollout=draw_elsewhere(mesh, drawing) if drawing else whole,
         drawing=drawing,
         reference=Judge(there["reference"], mesh, jax.jit(lambda ref, rollout: setup.logprobs(ref, rollout).logprob)),
         reward=Judge(there["reward"], mesh, jax.jit(judge)),
+        values=Judge(there["critic"], mesh, jax.jit(value)),
         shape_scores=jax.jit(functools.partial(shape_scores, config=config)),
         experience=jax.jit(functools.partial(make_experience, setup=setup)),
         actor_step=actor_step,
@@ -510,10 +527,12 @@ def role_meshes(config: PPOConfig, mesh: Any) -> dict[str, Any]:
     """The mesh of every role: its own over the same devices, or the stage's."""
     devices: Any = mesh.size if isinstance(mesh, jax.sharding.AbstractMesh) else mesh.devices.flatten().tolist()
     own = {each.role: planned_mesh(each, devices) for each in config.meshes}
+    of_step = config.num_minibatches * config.num_micro
     for role, there in own.items():
-        rows = config.batch_size // (config.num_responses if role == "rollout" else 1)
-        check_batch(there, rows, f"responses, or prompts of rollouts, in meshes, role {role},")
-    return {role: own.get(role, mesh) for role in ("rollout", "reference", "reward")}
+        rows = config.batch_size // {"rollout": config.num_responses, "critic": of_step}.get(role, 1)
+        what = {"rollout": "prompts", "critic": "responses of a microbatch"}.get(role, "responses")
+        check_batch(there, rows, f"{what} in meshes, role {role},")
+    return {role: own.get(role, mesh) for role in ("rollout", "reference", "reward", "critic")}
 
 
 def make_drawing(setup: Setup, there: Any, draw: Callable[..., Rollout]) -> Drawing:
@@ -522,7 +541,7 @@ def make_drawing(setup: Setup, there: Any, draw: Callable[..., Rollout]) -> Draw
     weights = place_params(there, shapes, transformer.axes(setup.model))
     policy = jax.jit(lambda params, base: narrow(setup.model, lora.merge(setup.policy(params, base))))
     places = jax.tree.map(lambda leaf: leaf.sharding, weights)
-    place = lambda params, base: jax.device_put(policy(params, base), places)
+    place = lambda params, base: send(policy(params, base), there, places)
     return Drawing(there, weights, place, jax.jit(draw, out_shardings=activation(there, "batch")))
 
 
@@ -531,10 +550,11 @@ def draw_elsewhere(mesh: jax.sharding.Mesh, drawing: Drawing) -> Callable[..., R
 
     def rollout(params: Any, base: Any, batch: Any, key: jax.Array) -> Rollout:
         weights = drawing.place(params, base)
-        batch = jax.device_put(batch, activation(drawing.mesh, "batch"))
-        with jax.set_mesh(drawing.mesh):
+        there = drawing.mesh
+        batch, key = send((batch, key), there, (activation(there, "batch"), replicated(there)))
+        with jax.set_mesh(there):
             drawn = drawing.run(weights, batch, key)
-        return jax.device_put(drawn, activation(mesh, "batch"))
+        return send(drawn, mesh, activation(mesh, "batch"))
 
     return rollout
 
@@ -571,20 +591,19 @@ def programs(
         drawing, draw = (there.weights, rows_like(there.mesh, batch), key), there.run
     rollout = rows_like(mesh, jax.eval_shape(draw, *drawing))
     scores, kl_coef = rows_like(mesh, jax.ShapeDtypeStruct((B,), jnp.float32)), state.kl_coef
-    values = state.critic.params if setup.has_critic else {}
-    ref_logprobs = rows_like(mesh, jax.ShapeDtypeStruct((B, R), jnp.float32))
-    judging = (state.actor.params, values, roles.bases, rollout, ref_logprobs, scores, kl_coef)
+    of_tokens = rows_like(mesh, jax.ShapeDtypeStruct((B, R), jnp.float32))
+    values = of_tokens if setup.has_critic else {}
+    judging = (state.actor.params, roles.actor_base, rollout, of_tokens, values, scores, kl_coef)
     experience = jax.eval_shape(parts.experience, *judging)[0]
     cut = lambda x: jax.ShapeDtypeStruct((B // config.num_minibatches, *x.shape[1:]), x.dtype)
     minibatch = rows_like(mesh, jax.tree.map(cut, experience))
     whole, unscored = (transformer.flops_per_token(model, P + R, scored=s) for s in (True, False))
     tokens, updates = B * (P + R), config.num_epochs * config.num_minibatches
-    forward = whole + (unscored if setup.has_critic else 0)  # policy, critic
     ptx = (language_model.planned_rows(mesh, config.ptx.batch_size, config.ptx.length or model.max_length),)
     mixed = (minibatch, *ptx) if config.ptx.coef else minibatch
     size = tokens / config.num_minibatches
 
-    def frozen(name: str, judge: Judge, params: Any, flops: float) -> train.Program:
+    def judged(name: str, judge: Judge, params: Any, flops: float) -> train.Program:
         return train.Program(name, judge.program, (params, rows_like(judge.mesh, rollout)), {}, flops, mesh=judge.mesh)
 
     found = [
@@ -592,17 +611,20 @@ def programs(
             *("rollout", draw, drawing, {}, whole / 3 * (asked * P + B * R)),
             **{"decoded": R, "mesh": there and there.mesh, "copied": there and there.weights},
         ),
-        frozen("reference", parts.reference, roles.ref, whole / 3 * tokens),
-        train.Program("experience", parts.experience, judging, {}, forward / 3 * tokens),
+        judged("reference", parts.reference, roles.ref, whole / 3 * tokens),
+        train.Program("experience", parts.experience, judging, {}, whole / 3 * tokens),
         train.Program(
             "actor", parts.actor_step, (state.actor, mixed), {"base": roles.actor_base}, whole * size, updates
         ),
     ]
     if roles.reward:
-        found.insert(1, frozen("score", parts.reward, roles.reward, unscored / 3 * tokens))
+        found.insert(1, judged("score", parts.reward, roles.reward, unscored / 3 * tokens))
     if setup.has_critic:
-        critic, base = (state.critic, minibatch), {"base": roles.critic_base}
-        found.append(train.Program("critic", parts.critic_step, critic, base, unscored * size, updates))
+        found.insert(1, judged("values", parts.values, (state.critic.params, roles.critic_base), unscored / 3 * tokens))
+        critic, base = (state.critic, rows_like(parts.values.mesh, minibatch)), {"base": roles.critic_base}
+        found.append(
+            train.Program("critic", parts.critic_step, critic, base, unscored * size, updates, mesh=parts.values.mesh)
+        )
     held = {"policy": state.actor, "critic": state.critic, "ema": state.ema, **roles._asdict()}
     return found, {name: tree for name, tree in held.items() if jax.tree.leaves(tree)}
 
@@ -610,12 +632,12 @@ def programs(
 def _abstract_roles(setup: Setup, mesh: jax.sharding.Mesh) -> Roles:
     config, model = setup.config, setup.model
     place = lambda family, there=mesh: place_params(there, family.abstract(model), family.axes(model))
-    decoder, with_head, meshes = place(transformer), place(scalar), role_meshes(config, mesh)
-    frozen = functools.partial(lora.place_frozen, config.lora, everywhere=replicated(mesh))
+    meshes = role_meshes(config, mesh)
+    policy = place(scalar if setup.shares_trunk else transformer)
     return Roles(
         ref=place(transformer, meshes["reference"]),
-        actor_base=frozen(with_head if setup.shares_trunk else decoder),
-        critic_base=frozen(with_head) if setup.has_critic else {},
+        actor_base=lora.place_frozen(config.lora, policy, replicated(mesh)),
+        critic_base=frozen_critic(setup, meshes["critic"]) if setup.has_critic else {},
         reward=place(scalar, meshes["reward"]) if any(source.source == "model" for source in config.rewards) else {},
     )
 
@@ -623,7 +645,11 @@ def _abstract_roles(setup: Setup, mesh: jax.sharding.Mesh) -> Roles:
 def first_state(parts: Parts, config: PPOConfig, mesh: jax.sharding.Mesh, actor: Any, critic: Any) -> PPOState:
     number = lambda dtype, value: jax.device_put(dtype(value), replicated(mesh))
     ema = jax.device_put(jax.tree.map(jnp.copy, actor), parts.actor.shardings.params) if config.ema_decay else {}
-    return _state(config, number, parts.actor.init(actor), parts.critic.init(critic) if parts.critic else {}, ema)
+    if parts.critic:
+        critic = send(critic, parts.values.mesh, parts.critic.shardings.params)
+        with jax.set_mesh(parts.values.mesh):
+            critic = parts.critic.init(critic)
+    return _state(config, number, parts.actor.init(actor), critic if parts.critic else {}, ema)
 
 
 def abstract_state(parts: Parts, config: PPOConfig, mesh: jax.sharding.Mesh) -> PPOState:
@@ -673,9 +699,9 @@ def make_step(
         asked = [prompts[i] for i in np.repeat(fetch(batch["prompt"]), config.num_responses)]
         raw, terms = score(roll, asked)
         scores, moments, shaped = parts.shape_scores(raw, roll.finished, state.moments)
-        values = critic.params if setup.has_critic else {}
-        judging = (roles.bases, roll, parts.reference(roles.ref, roll), scores, state.kl_coef)
-        experience, metrics = parts.experience(actor.params, values, *judging)
+        values = parts.values((critic.params, roles.critic_base), roll) if setup.has_critic else {}
+        judging = (roll, parts.reference(roles.ref, roll), values, scores, state.kl_coef)
+        experience, metrics = parts.experience(actor.params, roles.actor_base, *judging)
         metrics |= terms | shaped | {"kl_coef": (state.kl_coef, jnp.ones(()))}
         if table:
             table(number + 1, roll, asked, scores)
@@ -689,10 +715,19 @@ def make_step(
         metrics |= jax.tree.map(lambda *sums: functools.reduce(jnp.add, sums), *collected)
         metrics |= {"minibatches": (jnp.float32(len(collected)), jnp.ones(()))}
         # Minibatches skipped in a row by the policy, or by the critic where that is more.
-        streak = functools.reduce(jnp.maximum, [trained.guard.streak for trained in (actor, critic) if trained])
-        metrics |= {"skip_streak": (streak.astype(jnp.float32), jnp.ones(()))}
+        last = [collected[-1][name][0] for name in ("skip_streak", "critic_skip_streak") if name in collected[-1]]
+        metrics |= {"skip_streak": (functools.reduce(jnp.maximum, last), jnp.ones(()))}
         state = PPOState(state.step + 1, actor, critic, kl_coef, ema, moments)
         return state, {f"{stage}/{name}": pair for name, pair in metrics.items()}
+
+    def step_critic(critic: TrainState, minibatch: Experience) -> tuple[TrainState, Metrics]:
+        there, base = parts.values.mesh, {"base": roles.critic_base}
+        if there is parts.values.home:
+            return parts.critic_step(critic, minibatch, **base)
+        minibatch = send(minibatch, there, activation(there, "batch"))
+        with jax.set_mesh(there):
+            critic, metrics = parts.critic_step(critic, minibatch, **base)
+        return critic, send(metrics, parts.values.home, replicated(parts.values.home))
 
     def update(number: int, actor: TrainState, critic: Any, experience: Experience):
         collected: list[Metrics] = []
@@ -701,7 +736,7 @@ def make_step(
             mixed = (minibatch, ptx_at(int(actor.step))) if ptx_at else minibatch
             actor, metrics = parts.actor_step(actor, mixed, base=roles.actor_base)
             if setup.has_critic:
-                critic, more = parts.critic_step(critic, minibatch, base=roles.critic_base)
+                critic, more = step_critic(critic, minibatch)
                 metrics |= {name if name.startswith("value") else f"critic_{name}": pair for name, pair in more.items()}
             collected.append(metrics)
             total, tokens = metrics["approx_kl"]
@@ -751,10 +786,10 @@ def shape_scores(scores: jax.Array, finished: jax.Array, moments: Moments, *, co
 
 def make_experience(
     actor: Any,
-    critic: Any,
-    roles: Roles,
+    base: Any,
     rollout: Rollout,
     ref_logprobs: jax.Array,
+    values: Any,
     scores: jax.Array,
     kl_coef: jax.Array,
     *,
@@ -762,17 +797,17 @@ def make_experience(
 ) -> tuple[Experience, Metrics]:
     """Per-token rewards and advantages of a batch of rollouts, from the reference's float32[B, R] log-probabilities.
 
-    scores float32[B] is per sequence; of roles only what lies under adapters is read.
+    base: what lies under the actor's adapters. values: float32[B, R] of a critic of its own; else it is not read. scores
+    float32[B] is per sequence.
     """
     config, mask = setup.config, rollout.mask
-    policy = setup.logprobs(setup.policy(actor, roles.actor_base), rollout)
+    policy = setup.logprobs(setup.policy(actor, base), rollout)
     rewards_ = losses.token_rewards(scores, policy.logprob, ref_logprobs, mask, kl_coef)
     if config.whiten_rewards:
         rewards_ = losses.whiten(rewards_, mask, centre=False)
     if config.advantages == "gae":
-        # The critic's whole tree: trunk and head, its own or with the policy's trunk.
-        base, trained = (roles.actor_base, actor) if setup.shares_trunk else (roles.critic_base, critic)
-        values = response_values(lora.join(base, trained), rollout, model=setup.reward_model)
+        if setup.shares_trunk:
+            values = response_values(lora.join(base, actor), rollout, model=setup.reward_model)
         advantages, returns = losses.gae(rewards_, values, mask, discount=config.discount, lam=config.gae_lambda)
     else:
         values = returns = jnp.zeros_like(rewards_)
@@ -871,10 +906,10 @@ def make_evaluation(
         settings = {"seed": setup.seed, "multiple": math.lcm(*shards), **setup.drawing}
         if not (drawing := parts.drawing):
             return generate.roll_out(params, setup.model, prompts, mesh=mesh, **settings)
+        weights = drawing.place(trained, roles.actor_base)
         with jax.set_mesh(drawing.mesh):
-            weights = drawing.place(trained, roles.actor_base)
             drawn = [*generate.roll_out(weights, setup.model, prompts, mesh=drawing.mesh, **settings)]
-        return [(jax.device_put(rollout, activation(mesh, "batch")), count) for rollout, count in drawn]
+        return [(send(rollout, mesh, activation(mesh, "batch")), count) for rollout, count in drawn]
 
     def evaluation(step: int, state: PPOState) -> dict[str, float]:
         del step

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm import digest, losses, train
 from jaxllm import generate as g
-from jaxllm import losses, train
 from jaxllm.config import InputError
 from jaxllm.data import PromptExample
 from jaxllm.models import scalar, transformer
@@ -18,7 +18,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.rewards import RewardSource
-from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
+from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings, send
 from jaxllm.stages import ppo
 from tests.stages import worlds
 
@@ -49,11 +49,12 @@ def setup(config=CONFIG):
 
 def experience(world, ref, config=CONFIG, scores=None):
     scores = jnp.linspace(-1.0, 1.0, 16) if scores is None else scores
-    roles, logprobs = ppo.Roles({}, {}, {}, {}), setup(config).logprobs(ref, world["rollout"]).logprob
-    critic = world["critic"] if setup(config).has_critic else {}
-    coef = jnp.float32(config.kl_coef)
-    judging = (roles, world["rollout"], logprobs, scores, coef)
-    return ppo.make_experience(world["actor"], critic, *judging, setup=setup(config))
+    rollout = world["rollout"]
+    logprobs, values = setup(config).logprobs(ref, rollout).logprob, {}
+    if setup(config).has_critic:
+        values = ppo.response_values(world["critic"], rollout, model=MODEL)
+    judging = (world["actor"], {}, rollout, logprobs, values, scores, jnp.float32(config.kl_coef))
+    return ppo.make_experience(*judging, setup=setup(config))
 
 
 def test_policy_equal_to_the_reference_has_no_kl_at_any_temperature(world):
@@ -246,14 +247,32 @@ def test_the_reward_rises_and_a_resumed_run_has_the_same_bits(name):
         assert max(moved) > 0
 
 
-def test_eight_devices_and_one_make_the_same_update():
+@pytest.fixture
+def as_on_a_tpu(monkeypatch):
+    """Layouts of their own have the devices in another order."""
+    monkeypatch.setattr(ppo, "planned_mesh", lambda layout, devices: make_mesh(layout, devices[::-1]))
+
+
+@pytest.mark.usefixtures("as_on_a_tpu")
+def test_eight_devices_and_one_and_a_critic_laid_out_otherwise_make_the_same_update():
+    """The critic's moments are digested and compared where they are."""
     after = []
-    for devices in (1, 8):
-        world = worlds.World(SMALL, seed=2, vocab=4, length=3, devices=devices, layers=1)
-        world.train(1, lambda number, metrics, state: after.append((jax.device_get(state.actor.opt_state), metrics)))
-    for a, b in zip(jax.tree.leaves(after[0][0]), jax.tree.leaves(after[1][0]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(after[0][1]["ppo/score"], after[1][1]["ppo/score"], rtol=1e-6)
+    for devices, meshes in ((1, ()), (8, ()), (8, (ppo.RoleMesh(role="critic", data=2, fsdp=2, tensor=2),))):
+        config = dataclasses.replace(SMALL, meshes=meshes)
+        world = worlds.World(config, seed=2, vocab=4, length=3, devices=devices, layers=1)
+        after.append({})
+        world.train(2, lambda number, metrics, state, to=after[-1]: to.update(state=state, metrics=metrics))
+        state = after[-1]["state"]
+        assert digest.digests(state) == digest.digests(jax.device_get(state)) and not digest.unequal_replicas(state)
+        assert bool(meshes) == (state.critic.params["head"]["kernel"].sharding.mesh.shape["fsdp"] == 2)
+    moments = lambda seen: jax.tree.leaves((seen["state"].actor.opt_state, seen["state"].critic.opt_state))
+    for seen in after[1:]:
+        for a, b in zip(moments(after[0]), moments(seen), strict=True):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(seen["metrics"]["ppo/score"], after[0]["metrics"]["ppo/score"], rtol=1e-6)
+    for more in ({"critic_trunk": "shared"}, {"advantages": "rloo", "num_responses": 2}):
+        with pytest.raises(ValueError, match="no critic of its own"):
+            dataclasses.replace(SMALL, meshes=(ppo.RoleMesh(role="critic"),), **more)
 
 
 def test_permutations_are_fresh_in_every_epoch_and_update():
@@ -308,6 +327,7 @@ def test_at_the_optimum_with_the_true_value_every_advantage_is_zero():
         np.testing.assert_allclose(np.asarray(returns)[mask], values[mask], atol=2e-5)
 
 
+@pytest.mark.usefixtures("as_on_a_tpu")
 @pytest.mark.parametrize("more", [{}, {"critic_trunk": "shared"}, {"lora": LoRAConfig(rank=2)}], ids=str)
 def test_responses_drawn_in_another_layout_are_the_same(more):
     drawn, mesh = [], make_mesh(MeshConfig(data=2, fsdp=4))
@@ -329,7 +349,7 @@ def test_responses_drawn_in_another_layout_are_the_same(more):
     assert parts.drawing.mesh.shape["tensor"] == 4 and drawn[0].mask.sum() > 16
 
 
-@pytest.mark.usefixtures("compiled_soon")
+@pytest.mark.usefixtures("compiled_soon", "as_on_a_tpu")
 def test_a_reference_and_a_reward_model_in_other_layouts_judge_the_same(world):
     meshes = (ppo.RoleMesh(role="reference", fsdp=2, tensor=4), ppo.RoleMesh(role="reward", data=1, fsdp=8))
     mesh, rollout = make_mesh(MeshConfig(data=2, fsdp=4)), world["rollout"]
@@ -340,14 +360,14 @@ def test_a_reference_and_a_reward_model_in_other_layouts_judge_the_same(world):
         rows = jax.device_put(rollout, activation(mesh, "batch"))
         roles = ((parts.reference, world["other"], transformer), (parts.reward, world["reward"], scalar))
         for (judge, params, family), want in zip(roles, plain, strict=True):
-            found = judge(jax.device_put(params, param_shardings(judge.mesh, params, family.axes(MODEL))), rows)
+            found = judge(send(params, judge.mesh, param_shardings(judge.mesh, params, family.axes(MODEL))), rows)
             assert judge.mesh is not mesh and found.sharding.mesh == mesh
             np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="one layout only"):
         dataclasses.replace(CONFIG, meshes=(ppo.RoleMesh(), ppo.RoleMesh(tensor=2)))
 
 
-@pytest.mark.usefixtures("compiled_soon")
+@pytest.mark.usefixtures("compiled_soon", "as_on_a_tpu")
 def test_evaluation_in_other_layouts_finds_the_same(world):
     """Six prompts: of rollouts on two shards, of the stage on four, of the reference on eight."""
     mesh, found = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), []
@@ -357,9 +377,7 @@ def test_evaluation_in_other_layouts_finds_the_same(world):
         made = setup(dataclasses.replace(CONFIG, meshes=meshes, rewards=(RewardSource("length"),)))
         with jax.set_mesh(mesh):
             parts = ppo.build(made, mesh)
-            place = lambda params, there: jax.device_put(
-                params, param_shardings(there, params, transformer.axes(MODEL))
-            )
+            place = lambda params, there: send(params, there, param_shardings(there, params, transformer.axes(MODEL)))
             roles = ppo.Roles(place(world["other"], parts.reference.mesh), {}, {}, {})
             state = ppo.first_state(
                 parts,
