@@ -1,19 +1,13 @@
-"""Attention that never holds the scores: Pallas kernels for TPUs (splash attention, which JAX ships), cuDNN for GPUs."""
+"""Attention that never holds the scores: Pallas kernels for TPUs (splash attention, which JAX ships)."""
 
-import functools
-import math
-import sys
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from jaxllm.models.attention import visible
-from jaxllm.sharding import ACT_RULES, mesh_size, spec
+from jaxllm.sharding import ACT_RULES, spec
 
 _LANES = 128  # the kernels' tiles
 _BLOCK = 512  # queries and keys per block, where the length has so many
@@ -104,75 +98,3 @@ def _kernel(
         residual_checkpoint_name=name,
         interpret=interpret,
     )
-
-
-def cudnn_takes(q: jax.Array, k: jax.Array, v: jax.Array, softcap: float) -> bool:
-    """Whether cuDNN takes these [B, T, N, H], [B, S, K, H] and [B, S, K, W] on this GPU, forward and backward.
-
-    No soft cap, 16-bit numbers, an even number of tokens, shapes that the mesh divides; what else it wants, it is asked.
-    """
-    rows, context, tensor = (
-        math.prod(map(mesh_size, ACT_RULES["batch"] or ())),
-        mesh_size("context"),
-        mesh_size("tensor"),
-    )
-    (B, T, N, H), K = q.shape, k.shape[2]
-    if softcap or q.dtype.itemsize != 2 or v.shape[-1] > H or B % rows or T % (2 * context) or N % K or K % tensor:
-        return False
-    return _refusal((B // rows, T // context, N // tensor, H), (B // rows, k.shape[1], K // tensor, H), q.dtype) is None
-
-
-@functools.cache
-def _refusal(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any) -> str | None:
-    """Why cuDNN does not take arrays of one device, which is said once. It tells by raising, here or in the compiler."""
-    (B, T, *_), S = queries, keys[1]
-    settings = {"implementation": "cudnn", "is_causal": T == S}
-    run = lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask, **settings).astype(jnp.float32).sum()
-    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in (queries, keys, keys)]
-    try:
-        mask = jax.ShapeDtypeStruct((B, 1, T, S), jnp.bool_)
-        jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(*shapes, mask).compile()
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        why = str(error).partition("\n")[0]
-        print(f"attention: XLA's, which holds all scores; cuDNN does not take {queries}: {why}", file=sys.stderr)
-        return why
-    return None
-
-
-def gpu_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    q_segment_ids: jax.Array,
-    kv_segment_ids: jax.Array,
-    window: int | None,
-    scale: float,
-    softcap: float = 0.0,
-    q_order: np.ndarray | None = None,
-    name: str | None = None,
-    implementation: Literal["cudnn", "xla"] = "cudnn",
-) -> jax.Array:
-    """`models.attention.attention` of whole rows that `cudnn_takes`; each device takes its rows, heads and queries.
-
-    Segments and windows are a mask of 2 bytes for each query and key of a row, whatever the number of heads. `xla`: the
-    same operations on any device, for tests.
-    """
-    assert not softcap
-    in_order = q_order is None and mesh_size("context") == 1  # then the kernel leaves out what lies ahead
-
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, mine: jax.Array, theirs: jax.Array, places: jax.Array) -> Any:
-        mask = visible(places, mine, theirs, window)[:, None]
-        wide = jnp.pad(v, [(0, 0)] * 3 + [(0, q.shape[-1] - v.shape[-1])])  # latent attention has narrower values
-        settings = {"scale": scale, "is_causal": in_order, "implementation": implementation}
-        return jax.nn.dot_product_attention(q, k, wide, mask=mask, **settings)[..., : v.shape[-1]]
-
-    places = jnp.arange(q.shape[1]) if q_order is None else jnp.array(q_order)
-    arguments = (q, k, v, q_segment_ids, kv_segment_ids, places)
-    if not jax.sharding.get_abstract_mesh().empty:
-        queries, keys = (
-            spec(("batch", at, heads, None), ACT_RULES) for at, heads in (("seq", "heads"), (None, "kv_heads"))
-        )
-        of_ids = (spec(("batch", "seq"), ACT_RULES), spec(("batch", None), ACT_RULES), spec(("seq",), ACT_RULES))
-        local = jax.shard_map(local, in_specs=(queries, keys, keys, *of_ids), out_specs=queries, check_vma=False)
-    return checkpoint_name(local(*arguments), name) if name else local(*arguments)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm import flash
+from jaxllm.models import attention as gpu
 from jaxllm.models.attention import attention
 from jaxllm.sharding import MeshConfig, balanced_order, in_order, make_mesh
 
@@ -56,7 +57,7 @@ def test_queries_may_come_in_a_balanced_order(window, softcap):
 
 KERNELS = {
     "tpu": lambda *a, **how: flash.tpu_attention(*a, interpret=True, **how),
-    "gpu": lambda *a, **how: flash.gpu_attention(*a, implementation="xla", **how),
+    "gpu": lambda *a, **how: gpu.gpu_attention(*a, implementation="xla", **how),
 }
 CASES = [("tpu", None, 0.0, 2), ("tpu", 64, 20.0, 2), ("tpu", 1000, 0.0, 1), ("gpu", None, 0.0, 2), ("gpu", 64, 0.0, 1)]
 
@@ -79,13 +80,13 @@ def test_the_kernel_is_the_reference(kernel, window, softcap, groups, mesh):
 def test_values_may_be_narrower_than_keys():
     q, k, v = (jax.random.normal(key, (B, T, K, H)) for key in jax.random.split(jax.random.key(0), 3))
     how = {"q_segment_ids": SEGMENTS, "kv_segment_ids": SEGMENTS, "window": None, "scale": 0.2}
-    got = flash.gpu_attention(q, k, v[..., :40], implementation="xla", **how)
+    got = gpu.gpu_attention(q, k, v[..., :40], implementation="xla", **how)
     np.testing.assert_allclose(got, attention(q, k, v[..., :40], **how), atol=1e-5)
 
 
 def as_if_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("jaxllm.models.attention.platform", lambda: "gpu")
-    flash._refusal.cache_clear()
+    monkeypatch.setattr(gpu, "platform", lambda: "gpu")
+    gpu._refusal.cache_clear()
 
 
 HALF = [jax.ShapeDtypeStruct((4, T, n, H), jnp.bfloat16) for n in (2 * K, K, K)]
@@ -108,7 +109,7 @@ def test_where_cudnn_refuses_it_is_said_once_and_xla_takes_over(monkeypatch, cap
 def test_a_gpu_program_calls_cudnn_forward_and_backward(monkeypatch, mesh):
     """Lowered, not compiled: that takes the GPU."""
     as_if_on_a_gpu(monkeypatch)
-    monkeypatch.setattr(flash, "_refusal", lambda *shapes: None)
+    monkeypatch.setattr(gpu, "_refusal", lambda *shapes: None)
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91300)
     loss = lambda *a: jnp.square(attention(*a, window=64, **PACKED).astype(jnp.float32)).sum()
     with jax.set_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext():
@@ -123,12 +124,12 @@ def test_a_gpu_program_calls_cudnn_forward_and_backward(monkeypatch, mesh):
     [{"softcap": 20.0}, {"q": (4, T, 3, H)}, {"q": (3, T, 4, H)}, {"q": (4, T + 1, 4, H)}, {"dtype": "float32"}],
 )
 def test_what_cudnn_is_not_asked_for(monkeypatch, change):
-    monkeypatch.setattr(flash, "_refusal", lambda *shapes: None)
+    monkeypatch.setattr(gpu, "_refusal", lambda *shapes: None)
     dtype = change.get("dtype", jnp.bfloat16)
     q, k = jax.ShapeDtypeStruct(change.get("q", HALF[0].shape), dtype), jax.ShapeDtypeStruct(HALF[1].shape, dtype)
     with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
-        assert flash.cudnn_takes(*HALF, 0.0)
-        assert not flash.cudnn_takes(q, k, k, change.get("softcap", 0.0))
+        assert gpu.cudnn_takes(*HALF, 0.0)
+        assert not gpu.cudnn_takes(q, k, k, change.get("softcap", 0.0))
 
 
 @pytest.mark.gpu
@@ -138,7 +139,7 @@ def test_cudnn_is_the_reference(window, width):
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, HALF, strict=True))
     v, how = v[..., :width], {"window": window, "scale": 0.2, **PACKED}
-    assert flash.cudnn_takes(q, k, v, 0.0)
+    assert gpu.cudnn_takes(q, k, v, 0.0)
     real = (PACKED["q_segment_ids"] > 0)[:, :, None, None]
     weigh = lambda y: (jnp.square(y.astype(jnp.float32)) * real).sum()
     run = lambda *a: jax.jit(jax.value_and_grad(lambda *a: weigh(attention(*a, **how)), argnums=(0, 1, 2)))(*a)
