@@ -9,5 +9,6 @@ make_venv demo,dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyright
+unset PYTHONDONTWRITEBYTECODE  # tests start the program a hundred times: it must not be compiled every time
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1  # what the program sets for itself on a CPU
 exec .venv/bin/python -m pytest "$@"

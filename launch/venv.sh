@@ -39,8 +39,9 @@ make_venv() {
       python=$(find_python)
       "$python" -m venv --clear .venv
     fi
-    # Python compiles what is imported; compiling all that comes takes half a minute.
     .venv/bin/python -m pip install --disable-pip-version-check --no-compile -e ".[$extras]" | show_progress
   fi
+  # Compiling all that came takes half a minute, what the program imports 4 s, at every start where it may not be kept.
+  env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c 'import jaxllm.plan, jaxllm.chat, jaxllm.stages.ppo, jaxllm.report'
   touch "$stamp"
 }

@@ -18,6 +18,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+jax.config.update("jax_disable_most_optimizations", True)  # most programs here run once or twice
 
 # What this session's processes share (pytest's workers, `jaxllm`): the same small programs are compiled in many of them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -59,8 +60,8 @@ def tiny_run():
 
 
 @pytest.fixture
-def compiled_soon():
-    """For programs that run once or twice: without XLA's costly optimisations, partitioned all the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def compiled_well():
+    """For programs that run many times: with XLA's costly optimisations."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

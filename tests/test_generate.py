@@ -127,7 +127,6 @@ LATENT = dataclasses.replace(
 )  # fmt: skip
 
 
-@pytest.mark.usefixtures("compiled_soon")
 @pytest.mark.parametrize("model", [LLAMA, GPT, WINDOWED, LATENT], ids=["llama", "gpt", "windowed", "latent"])
 def test_layers_in_a_loop_decode_what_single_ones_do(model, monkeypatch):
     params = transformer.init(model, jax.random.key(0))

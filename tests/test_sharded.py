@@ -17,7 +17,6 @@ from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.sharding import MeshConfig, activation, make_mesh
 from jaxllm.stages import language_model
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
 B, T = 8, 16
 DENSE = ModelConfig(
     vocab_size=64, max_length=T, num_layers=2, embed_dim=32, num_heads=8, num_kv_heads=4, mlp_dim=64, dtype="float32"

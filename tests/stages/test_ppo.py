@@ -349,7 +349,7 @@ def test_responses_drawn_in_another_layout_are_the_same(more):
     assert parts.drawing.mesh.shape["tensor"] == 4 and drawn[0].mask.sum() > 16
 
 
-@pytest.mark.usefixtures("compiled_soon", "as_on_a_tpu")
+@pytest.mark.usefixtures("as_on_a_tpu")
 def test_a_reference_and_a_reward_model_in_other_layouts_judge_the_same(world):
     meshes = (ppo.RoleMesh(role="reference", fsdp=2, tensor=4), ppo.RoleMesh(role="reward", data=1, fsdp=8))
     mesh, rollout = make_mesh(MeshConfig(data=2, fsdp=4)), world["rollout"]
@@ -367,7 +367,7 @@ def test_a_reference_and_a_reward_model_in_other_layouts_judge_the_same(world):
         dataclasses.replace(CONFIG, meshes=(ppo.RoleMesh(), ppo.RoleMesh(tensor=2)))
 
 
-@pytest.mark.usefixtures("compiled_soon", "as_on_a_tpu")
+@pytest.mark.usefixtures("as_on_a_tpu")
 def test_evaluation_in_other_layouts_finds_the_same(world):
     """Six prompts: of rollouts on two shards, of the stage on four, of the reference on eight."""
     mesh, found = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), []

@@ -21,6 +21,8 @@ from jaxllm.rewards import RewardSource
 from jaxllm.stages import ppo
 from tests.stages import worlds
 
+pytestmark = pytest.mark.usefixtures("compiled_well")
+
 _ADAM = OptimConfig(learning_rate=3e-3, schedule="linear", final_fraction=0.0, weight_decay=0.0, eps=1e-5, b2=0.99)
 PPO = ppo.PPOConfig(
     rewards=(RewardSource("tests.stages.worlds:reward_of"),),

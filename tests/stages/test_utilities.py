@@ -17,6 +17,8 @@ from jaxllm import evaluate
 from jaxllm.data import DataConfig, Source, examples
 from tests.conftest import ROOT, jaxllm
 
+pytestmark = pytest.mark.usefixtures("compiled_well")
+
 WORDS = [
     "good", "bad", "room", "food", "staff", "view", "door", "lamp",
     "soup", "rain", "chair", "phone", "light", "music", "bread", "wine",
