@@ -254,10 +254,10 @@ def as_on_a_tpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("as_on_a_tpu")
-def test_eight_devices_and_one_and_a_critic_laid_out_otherwise_make_the_same_update():
+def test_one_device_and_eight_with_a_critic_laid_out_otherwise_make_the_same_update():
     """The critic's moments are digested and compared where they are."""
     after = []
-    for devices, meshes in ((1, ()), (8, ()), (8, (ppo.RoleMesh(role="critic", data=2, fsdp=2, tensor=2),))):
+    for devices, meshes in ((1, ()), (8, (ppo.RoleMesh(role="critic", data=2, fsdp=2, tensor=2),))):
         config = dataclasses.replace(SMALL, meshes=meshes)
         world = worlds.World(config, seed=2, vocab=4, length=3, devices=devices, layers=1)
         after.append({})
@@ -266,10 +266,9 @@ def test_eight_devices_and_one_and_a_critic_laid_out_otherwise_make_the_same_upd
         assert digest.digests(state) == digest.digests(jax.device_get(state)) and not digest.unequal_replicas(state)
         assert bool(meshes) == (state.critic.params["head"]["kernel"].sharding.mesh.shape["fsdp"] == 2)
     moments = lambda seen: jax.tree.leaves((seen["state"].actor.opt_state, seen["state"].critic.opt_state))
-    for seen in after[1:]:
-        for a, b in zip(moments(after[0]), moments(seen), strict=True):
-            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(seen["metrics"]["ppo/score"], after[0]["metrics"]["ppo/score"], rtol=1e-6)
+    for a, b in zip(*map(moments, after), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(*(seen["metrics"]["ppo/score"] for seen in after), rtol=1e-6)
     for more in ({"critic_trunk": "shared"}, {"advantages": "rloo", "num_responses": 2}):
         with pytest.raises(ValueError, match="no critic of its own"):
             dataclasses.replace(SMALL, meshes=(ppo.RoleMesh(role="critic"),), **more)
