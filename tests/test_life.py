@@ -62,9 +62,10 @@ MIDDLE = {
 }
 
 
-def test_killed_in_every_stage_it_ends_with_the_same_bits(tiny_run, tmp_path):
+@pytest.mark.parametrize("stages", [["pretrain", "rank", "ppo"], pytest.param(LIFE, marks=pytest.mark.slow)], ids=len)
+def test_killed_in_some_or_every_stage_it_ends_with_the_same_bits(tiny_run, tmp_path, stages):
     directory, log = tmp_path / "run", ""
-    for stage in LIFE:
+    for stage in stages:
         process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(directory), stdout=subprocess.DEVNULL)
         assert process.stderr is not None
         for line in process.stderr:

@@ -129,5 +129,7 @@ def test_sigterm_in_a_stage_saves_and_exits_0_and_goes_on(tmp_path, stages):
     changed = ("--pretrain.num-steps", "61", "--pretrain.log-every", "4")
     code, log = run_life(cut, *only, *changed)
     assert code == 2 and "pretrain.num_steps: 60 -> 61; pretrain.log_every: 5 -> 4" in log, log
+    if stages != STAGES:
+        return
     code, log = run_life(cut, *only, *changed, "--allow-change", "pretrain.num_steps", "pretrain.log_every")
     assert code == 0 and "pretrain 61/61" in log, log

@@ -459,7 +459,7 @@ class Drawing(NamedTuple):
     mesh: jax.sharding.Mesh
     weights: Any  # shapes of the policy's weights with their shardings there
     place: Callable[..., Any]  # (params, base) -> the weights, gone from device to device
-    run: Callable[..., Rollout]  # jitted: (weights, batch, key)
+    run: Callable[..., Rollout]  # jitted: (weights, batch, the key's words, which go to any mesh from the host)
 
 
 class Parts(NamedTuple):
@@ -542,7 +542,8 @@ def make_drawing(setup: Setup, there: Any, draw: Callable[..., Rollout]) -> Draw
     policy = jax.jit(lambda params, base: narrow(setup.model, lora.merge(setup.policy(params, base))))
     places = jax.tree.map(lambda leaf: leaf.sharding, weights)
     place = lambda params, base: send(policy(params, base), there, places)
-    return Drawing(there, weights, place, jax.jit(draw, out_shardings=activation(there, "batch")))
+    run = lambda weights, batch, words: draw(weights, batch, jax.random.wrap_key_data(words))
+    return Drawing(there, weights, place, jax.jit(run, out_shardings=activation(there, "batch")))
 
 
 def draw_elsewhere(mesh: jax.sharding.Mesh, drawing: Drawing) -> Callable[..., Rollout]:
@@ -551,9 +552,9 @@ def draw_elsewhere(mesh: jax.sharding.Mesh, drawing: Drawing) -> Callable[..., R
     def rollout(params: Any, base: Any, batch: Any, key: jax.Array) -> Rollout:
         weights = drawing.place(params, base)
         there = drawing.mesh
-        batch, key = send((batch, key), there, (activation(there, "batch"), replicated(there)))
+        batch, words = send(batch, there, activation(there, "batch")), fetch(jax.random.key_data(key))
         with jax.set_mesh(there):
-            drawn = drawing.run(weights, batch, key)
+            drawn = drawing.run(weights, batch, words)
         return send(drawn, mesh, activation(mesh, "batch"))
 
     return rollout
@@ -587,8 +588,8 @@ def programs(
     drawing = (state.actor.params, roles.actor_base, batch, key)
     draw, there = parts.rollout, parts.drawing
     if there:
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(there.mesh))
-        drawing, draw = (there.weights, rows_like(there.mesh, batch), key), there.run
+        words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        drawing, draw = (there.weights, rows_like(there.mesh, batch), words), there.run
     rollout = rows_like(mesh, jax.eval_shape(draw, *drawing))
     scores, kl_coef = rows_like(mesh, jax.ShapeDtypeStruct((B,), jnp.float32)), state.kl_coef
     of_tokens = rows_like(mesh, jax.ShapeDtypeStruct((B, R), jnp.float32))
