@@ -92,7 +92,9 @@ def run_life(directory, *more, wait=240):
     return process.returncode, log
 
 
-@pytest.mark.parametrize("stages", [STAGES[:3], pytest.param(STAGES, marks=pytest.mark.slow)], ids=["to sft", "all"])
+@pytest.mark.parametrize(
+    "stages", [STAGES[:2], pytest.param(STAGES, marks=pytest.mark.slow)], ids=["to pretrain", "all"]
+)
 def test_sigterm_in_a_stage_saves_and_exits_0_and_goes_on(tmp_path, stages):
     whole, cut, only = tmp_path / "whole", tmp_path / "cut", ("--stages", *stages)
     assert run_life(whole, *only)[0] == 0
@@ -114,14 +116,17 @@ def test_sigterm_in_a_stage_saves_and_exits_0_and_goes_on(tmp_path, stages):
     ours, theirs = outcome(cut, stages), outcome(whole, stages)
     assert [name for name in theirs if ours[name] != theirs[name]] == []
 
+    if stages != STAGES:
+        return
+
     # A finished stage whose checkpoint is damaged is made again when a later stage needs it.
     shutil.rmtree(cut / stages[-1])
-    needed = "sft" if stages[-1] == "evaluate" else "pretrain"
-    newest = max((cut / needed / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    newest = max((cut / "sft" / "checkpoints").iterdir(), key=lambda path: int(path.name))
     file = max(newest.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     code, log = run_life(cut, *only)
-    assert code == 0 and f"{needed} makes it again" in " ".join(log.split()), log
+    assert code == 0 and "sft makes it again" in " ".join(log.split()), log
     ours = outcome(cut, stages)
     assert [name for name in theirs if ours[name] != theirs[name]] == []
 
@@ -129,7 +134,5 @@ def test_sigterm_in_a_stage_saves_and_exits_0_and_goes_on(tmp_path, stages):
     changed = ("--pretrain.num-steps", "61", "--pretrain.log-every", "4")
     code, log = run_life(cut, *only, *changed)
     assert code == 2 and "pretrain.num_steps: 60 -> 61; pretrain.log_every: 5 -> 4" in log, log
-    if stages != STAGES:
-        return
     code, log = run_life(cut, *only, *changed, "--allow-change", "pretrain.num_steps", "pretrain.log_every")
     assert code == 0 and "pretrain 61/61" in log, log
