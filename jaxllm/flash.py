@@ -7,7 +7,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from jaxllm.sharding import ACT_RULES, spec
+from jaxllm.sharding import ACT_RULES, shards, spec
 
 _LANES = 128  # the kernels' tiles
 _BLOCK = 512  # queries and keys per block, where the length has so many
@@ -16,14 +16,8 @@ _KEYS = 2048  # keys per block backward: each block writes gradients of all quer
 
 def fits(q: jax.Array, k: jax.Array) -> bool:
     """Whether the kernels take these [B, T, N, H] and [B, S, K, H]: whole rows, of whole tiles on each device."""
-    tiles = _LANES * _shards()[1]
+    tiles = _LANES * shards("seq")
     return q.shape[1] == k.shape[1] and q.shape[1] % tiles == 0 and q.shape[2] % k.shape[2] == 0
-
-
-def _shards() -> tuple[int, int]:
-    """Devices that heads and queries are shared out over."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return (1, 1) if mesh.empty else (mesh.shape["tensor"], mesh.shape["context"])
 
 
 def tpu_attention(
@@ -72,12 +66,12 @@ def _kernel(
     name: str | None,
     interpret: bool,
 ) -> Any:
-    shape, shards = (length, length), _shards()
+    shape = (length, length)
     # So many places back and none ahead: a local mask is causal by itself.
     near = masks.LocalMask(shape, (window - 1, 0), 0) if window and window < length else masks.CausalMask(shape)
     if order is not None:
         near.q_sequence = order
-    mine = length // shards[1] // (1 if order is None else 2)  # queries of a device that stand side by side
+    mine = length // shards("seq") // (1 if order is None else 2)  # queries of a device that stand side by side
     block = next(size for size in (_BLOCK, 256, _LANES) if mine % size == 0)
     keys = next(size for size in (_KEYS, 1024, block) if length % size == 0)
     sizes = splash.BlockSizes(
@@ -93,8 +87,8 @@ def _kernel(
         masks.MultiHeadMask([near] * num_heads),
         block_sizes=sizes,
         attn_logits_soft_cap=softcap or None,
-        head_shards=shards[0],
-        q_seq_shards=shards[1],
+        head_shards=shards("heads"),
+        q_seq_shards=shards("seq"),
         residual_checkpoint_name=name,
         interpret=interpret,
     )

@@ -168,13 +168,13 @@ def in_order(x: jax.Array) -> jax.Array:
 
 def constrain_residual(x: jax.Array) -> jax.Array:
     """[B, T, D] between blocks: its positions are shared out over `tensor` too, where their number allows."""
-    split = x.shape[1] % (mesh_size("context") * mesh_size("tensor")) == 0
+    split = x.shape[1] % shards("residual") == 0
     return constrain(x, "batch", "residual" if split else "seq", "embed")
 
 
 def constrain_scored(x: jax.Array) -> jax.Array:
     """[B, T, D] that goes to the vocabulary: shared out over the stages too, where the number of rows allows."""
-    uneven = x.shape[0] % math.prod(map(mesh_size, ACT_RULES["scored"] or ()))
+    uneven = x.shape[0] % shards("scored")
     return constrain(x, "batch" if uneven else "scored", "seq", "embed")
 
 
@@ -191,6 +191,12 @@ def in_blocks(weights: jax.Array, dim: int, count: int) -> jax.Array:
     shape = weights.shape
     cut = weights.reshape(*shape[:dim], mesh_size("tensor"), count, -1, *shape[dim + 1 :])
     return jnp.moveaxis(cut, dim + 1, 0).reshape(count, *shape[:dim], -1, *shape[dim + 1 :])
+
+
+def shards(axis: str) -> int:
+    """Devices of the current mesh that a logical axis of activations is shared out over."""
+    names = ACT_RULES[axis] or ()
+    return math.prod(map(mesh_size, (names,) if isinstance(names, str) else names))
 
 
 def mesh_size(axis: str) -> int:

@@ -84,20 +84,27 @@ def test_values_may_be_narrower_than_keys():
     np.testing.assert_allclose(got, attention(q, k, v[..., :40], **how), atol=1e-5)
 
 
+@pytest.fixture
 def as_if_on_a_gpu(monkeypatch):
     monkeypatch.setattr(gpu, "platform", lambda: "gpu")
-    gpu._refusal.cache_clear()
+    asked = gpu._refusal
+    asked.cache_clear()
+    yield
+    asked.cache_clear()
 
 
 HALF = [jax.ShapeDtypeStruct((4, T, n, H), jnp.bfloat16) for n in (2 * K, K, K)]
 PACKED = {name: jnp.concatenate([SEGMENTS] * 2) for name in ("q_segment_ids", "kv_segment_ids")}
 
 
+@pytest.mark.usefixtures("as_if_on_a_gpu")
 def test_where_cudnn_refuses_it_is_said_once_and_xla_takes_over(monkeypatch, capsys):
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", None)  # CUDA may be installed
     arrays = [jnp.full(x.shape, 0.5, x.dtype) for x in HALF]
     run = lambda *a: jax.jit(lambda *a: attention(*a, **PACKED))(*a)
-    want = run(*arrays)
-    as_if_on_a_gpu(monkeypatch)
+    with monkeypatch.context() as on_a_cpu:
+        on_a_cpu.setattr(gpu, "platform", lambda: "cpu")
+        want = run(*arrays)
     with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
         for _ in range(2):
             np.testing.assert_array_equal(np.asarray(run(*arrays)), want)
@@ -106,9 +113,8 @@ def test_where_cudnn_refuses_it_is_said_once_and_xla_takes_over(monkeypatch, cap
 
 
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=4, tensor=2), MeshConfig(data=2, tensor=2, context=2)])
-def test_a_gpu_program_calls_cudnn_forward_and_backward(monkeypatch, mesh):
+def test_a_gpu_program_calls_cudnn_forward_and_backward(monkeypatch, as_if_on_a_gpu, mesh):
     """Lowered, not compiled: that takes the GPU."""
-    as_if_on_a_gpu(monkeypatch)
     monkeypatch.setattr(gpu, "_refusal", lambda *shapes: None)
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91300)
     loss = lambda *a: jnp.square(attention(*a, window=64, **PACKED).astype(jnp.float32)).sum()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxllm.sharding import ACT_RULES, mesh_size, platform, spec
+from jaxllm.sharding import ACT_RULES, platform, shards, spec
 
 ATTENDED = "attended"  # the name of what attention returns, for `jax.checkpoint`
 Local = jax.Array | bool  # whether a layer's attention has its window; traced where layers are scanned
@@ -97,11 +97,7 @@ def cudnn_takes(q: jax.Array, k: jax.Array, v: jax.Array, softcap: float) -> boo
 
     No soft cap, 16-bit numbers, an even number of tokens, shapes that the mesh divides; what else it wants, it is asked.
     """
-    rows, context, tensor = (
-        math.prod(map(mesh_size, ACT_RULES["batch"] or ())),
-        mesh_size("context"),
-        mesh_size("tensor"),
-    )
+    rows, context, tensor = shards("batch"), shards("seq"), shards("heads")
     (B, T, N, H), K = q.shape, k.shape[2]
     if softcap or q.dtype.itemsize != 2 or v.shape[-1] > H or B % rows or T % (2 * context) or N % K or K % tensor:
         return False
@@ -145,7 +141,7 @@ def gpu_attention(
     same operations on any device, for tests.
     """
     assert not softcap
-    in_order = q_order is None and mesh_size("context") == 1  # then the kernel leaves out what lies ahead
+    in_order = q_order is None and shards("seq") == 1  # then the kernel leaves out what lies ahead
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, mine: jax.Array, theirs: jax.Array, places: jax.Array) -> Any:
         mask = visible(places, mine, theirs, window)[:, None]

@@ -191,13 +191,17 @@ class PPOConfig:
             raise ValueError("rewards: name at least one source")
         if len({each.role for each in self.meshes}) < len(self.meshes):
             raise ValueError("meshes: a role can have one layout only")
-        own_critic = self.advantages == "gae" and self.critic_trunk == "separate"
-        if not own_critic and any(each.role == "critic" for each in self.meshes):
+        if not self.has_critic and any(each.role == "critic" for each in self.meshes):
             raise ValueError("meshes: there is no critic of its own to lay out; leave the role critic out")
         if self.dual_clip and self.dual_clip <= 1:
             raise ValueError("dual_clip: must be above 1, or 0 for off")
         if not 0 <= self.ema_decay < 1:
             raise ValueError("ema_decay: must be at least 0 and below 1")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the critic is a model of its own."""
+        return self.advantages == "gae" and self.critic_trunk == "separate"
 
 
 # Ahmadian et al. 2024: the whole response is one action, its KL in the reward, one step per batch.
@@ -266,8 +270,7 @@ class Setup(NamedTuple):
 
     @property
     def has_critic(self) -> bool:
-        """Whether the critic is a model of its own."""
-        return self.config.advantages == "gae" and self.config.critic_trunk == "separate"
+        return self.config.has_critic
 
     @property
     def shares_trunk(self) -> bool:
@@ -650,7 +653,7 @@ def first_state(parts: Parts, config: PPOConfig, mesh: jax.sharding.Mesh, actor:
         critic = send(critic, parts.values.mesh, parts.critic.shardings.params)
         with jax.set_mesh(parts.values.mesh):
             critic = parts.critic.init(critic)
-    return _state(config, number, parts.actor.init(actor), critic if parts.critic else {}, ema)
+    return _state(config, number, parts.actor.init(actor), critic, ema)
 
 
 def abstract_state(parts: Parts, config: PPOConfig, mesh: jax.sharding.Mesh) -> PPOState:
