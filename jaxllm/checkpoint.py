@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import shutil
 import threading
 import time
@@ -92,6 +93,7 @@ class Checkpoints:
     def __init__(
         self, directory: epath.PathLike, config: CheckpointConfig, metric: str = "", lower_is_better: bool = True
     ):
+        check_path(directory)
         self.directory, self.config, self.metric = _absolute(directory), config, metric
         self.sign = -1.0 if lower_is_better else 1.0
         self._writer: ocp.AsyncCheckpointer | None = None
@@ -133,7 +135,7 @@ class Checkpoints:
             except _IO_ERRORS as error:
                 self._error = _short(error)
             else:
-                self._commit = threading.Thread(target=self._finish, args=(self._writer, step, seal))
+                self._commit = threading.Thread(target=self._finish, args=(self._writer, step, seal, _shapes(state)))
                 self._commit.start()
         if any_process(bool(self._error)):
             self._failed()
@@ -175,13 +177,16 @@ class Checkpoints:
         if self._writer:
             self._writer.close()
 
-    def _finish(self, writer: ocp.AsyncCheckpointer, step: int, seal: dict[str, Any]) -> None:
-        """In a thread: seal the checkpoint once its files are written, and remove what need not be kept."""
+    def _finish(self, writer: ocp.AsyncCheckpointer, step: int, seal: dict[str, Any], shapes: dict[str, str]) -> None:
+        """In a thread: seal the checkpoint once it can be read back, and remove what need not be kept."""
+        step_dir = self.directory / str(step)
         try:
             writer.wait_until_finished()  # of all processes
             if jax.process_index() == 0:
-                write_seal(self.directory / str(step), seal)
-                self._prune()
+                self._error = _unreadable(step_dir, shapes)
+                if not self._error:
+                    write_seal(step_dir, seal)
+                    self._prune()
         except _IO_ERRORS as error:
             self._error = _short(error)
 
@@ -222,6 +227,37 @@ class Checkpoints:
             return read_seal(self.directory / str(step))["record"].get("metrics", {})
         except Damaged:  # found when it is needed; until then it is the worst
             return {}
+
+
+def check_path(directory: epath.PathLike) -> None:
+    """Raise InputError where Orbax could not read back what it writes into this directory.
+
+    Orbax finds its own files with a glob below the directory's unescaped name, so `r[1]` would lead it to `r1`. Its
+    storage library takes only names that are valid Unicode.
+    """
+    path = str(_absolute(directory))
+    if found := re.search(r"[*?[\\]", path):
+        raise InputError(
+            f"{directory}: the checkpoint library reads {found[0]!r} in a directory's name as a pattern and would lose "
+            f"checkpoints; choose another --run-dir, or rename {path}"
+        )
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path!a}: this directory's name is not valid UTF-8; choose another --run-dir") from None
+
+
+def _unreadable(step_dir: epath.Path, shapes: Mapping[str, str]) -> str:
+    """Why a checkpoint that was just written cannot be read back; empty where it can.
+
+    It opens every array that should be there; the values themselves are checked against their digests when restored.
+    """
+    try:
+        saved = ocp.PyTreeCheckpointHandler().metadata(step_dir).tree
+    except _READ_ERRORS as error:
+        return f"it cannot be read back: {_short(error)}"
+    wrong = {*_shapes(saved).items()} ^ {*shapes.items()}
+    return f"it reads back as another tree, at {min(wrong)[0]}" if wrong else ""
 
 
 def _new_writer(state: Any) -> ocp.AsyncCheckpointer:

@@ -118,13 +118,15 @@ def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
     for stage in stages:
         make_mesh(config.mesh_of(stage))  # one that does not fit is refused before anything runs
     run_dir = _run_dir(config)
+    checkpoint.check_path(run_dir)
     moved = f" --run-dir {config.run_dir}" if config.run_dir else ""
     signals = Signals(config.process.watchdog_seconds)
     signals.install()
     command = f"jaxllm STAGE {config_path}{moved}"
     workspace = Workspace(run_dir, mesh, config.seed, to_tree(config), command, signals, config.allow_change)
     with workspace.locked():
-        worked = [stage for stage in stages if _work(workspace, config, stage, config_path + moved)]
+        remade: set[str] = set()
+        worked = [stage for stage in stages if _work(workspace, config, stage, config_path + moved, remade)]
     if not worked:
         console.print(f"Nothing to do: {'all stages are' if len(stages) > 1 else 'it is'} finished in {run_dir}")
     if worked and jax.process_index() == 0:
@@ -165,11 +167,12 @@ def beside_plan(report: Mapping[str, Any] | None, metrics: Iterable[Mapping[str,
     return {"plan": {name: {"planned": p, "measured": m} for name, (p, m) in pairs.items()}}
 
 
-def _work(workspace: Workspace, config: Config, stage: str, config_path: str) -> bool:
+def _work(workspace: Workspace, config: Config, stage: str, config_path: str, remade: set[str]) -> bool:
     """Bring a stage to its end; False where it is there already.
 
     Where another stage's checkpoint that it needs is damaged, that stage is brought to its end again first, from its
-    newest good checkpoint: the same config, data and code give the same bits.
+    newest good checkpoint: the same config, data and code give the same bits. A stage in `remade` has been made again
+    already in this command; damaged once more, it is an error, since the disk does not keep what is written.
     """
     workspace = workspace.on(make_mesh(config.mesh_of(stage)))
     workspace.begin(stage)
@@ -186,10 +189,16 @@ def _work(workspace: Workspace, config: Config, stage: str, config_path: str) ->
             mine = error.step_dir.parent.parent == workspace.stage_dir(owner).resolve() and owner not in ("", stage)
             if not mine or getattr(config, owner).checkpoint.damaged == "stop":
                 raise
+            if owner in remade:
+                raise InputError(
+                    f"{error.step_dir}: is damaged again ({error.what}), although {owner} was just made again; check the "
+                    "disk, or choose another --run-dir"
+                ) from None
+            remade.add(owner)
             checkpoint.warn_damaged(error, f"and {owner} makes it again")
             checkpoint.set_aside(error.step_dir)
             workspace.reopen(owner)
-            _work(workspace, config, owner, config_path)
+            _work(workspace, config, owner, config_path, remade)
     if workspace.signals.received:
         raise workspace.signals.stopped(f"{stage} is finished")
     return True

@@ -85,7 +85,11 @@ class Workspace:
 
         Raises InputError where another one does. An object store has no locks.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise InputError(f"{self.run_dir}: cannot be made ({reason}); choose another --run-dir") from None
         if jax.process_index() or "://" in str(self.run_dir):
             yield
             return

@@ -6,7 +6,11 @@ import subprocess
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from jaxllm import checkpoint as c
 from jaxllm.config import InputError
@@ -215,3 +219,54 @@ def test_no_checkpoint_is_one_clear_line(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(InputError, match="holds no complete checkpoint"):
         c.load_params(tmp_path, None)
+
+
+ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+NAMES = st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=20)
+
+
+@given(name=NAMES.filter(lambda name: name not in (".", "..")))
+@example(name="r[1]")
+@example(name="back\\slash")
+@example(name="a*")
+@example(name="a?b")
+@example(name="**")
+@example(name="percent%20#fragment {a,b}")
+@example(name="\udcff")
+@example(name="模型 é\n'\"$")
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_name_of_a_directory_keeps_checkpoints_or_is_refused_at_once(tmp_path_factory, name):
+    directory = tmp_path_factory.mktemp("named") / name
+    state = {"x": jnp.arange(3.0), "y": {"z": jnp.ones((2, 2))}}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=ONE_DEVICE), state)
+    try:
+        saves = c.Checkpoints(directory, c.CheckpointConfig())
+    except InputError as error:
+        assert "--run-dir" in str(error) and not directory.exists()
+        return
+    saves.save_surely(1, state, {}, attempts=1)
+    saves.close()
+    restored, _ = c.restore(epath.Path(directory) / "1", abstract)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+@pytest.mark.parametrize("lost", ["manifest.ocdbt", "_METADATA", "d"])
+def test_a_save_that_cannot_be_read_back_is_not_sealed(tmp_path, monkeypatch, capsys, lost):
+    saves = c.Checkpoints(tmp_path / "checkpoints", c.CheckpointConfig())
+    write = ocp.AsyncCheckpointer.wait_until_finished
+
+    def write_and_lose(writer):
+        write(writer)
+        path = epath.Path(saves.directory / "1" / lost)
+        if path.exists():
+            path.rmtree() if path.is_dir() else path.unlink()
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", write_and_lose)
+    with pytest.raises(c.SaveFailed):
+        saves.save_surely(1, {"x": jnp.ones(3)}, {}, attempts=1)
+    assert "cannot be read back" in " ".join(capsys.readouterr().err.split())
+    assert c.committed_steps(saves.directory) == [] and not (saves.directory / "1").exists()
+    monkeypatch.undo()
+    saves.save_surely(2, {"x": jnp.ones(3)}, {})
+    assert c.committed_steps(saves.directory) == [2]
+    saves.close()

@@ -5,7 +5,9 @@ import re
 import shutil
 
 import pytest
+from etils import epath
 
+from jaxllm import checkpoint
 from jaxllm.__main__ import main
 from tests.conftest import ROOT
 
@@ -196,3 +198,35 @@ def test_prompt_and_response_beyond_the_context_in_ppo(capsys, config, run_dir):
     fresh(run_dir, "ppo")
     line = refused(capsys, "ppo", config(), "--run-dir", run_dir, "--ppo.sampling.max-new-tokens", 60)
     assert "ppo.max_prompt_length: 32 + max_new_tokens 60 exceed model.max_length 64" in line
+
+
+@pytest.mark.parametrize("name", ["r[1]", "back\\slash", "every*", "what?", "\udcff"])
+def test_a_run_directory_whose_name_is_a_pattern(capsys, config, tmp_path, name):
+    line = refused(capsys, "run", config(), "--run-dir", tmp_path / name)
+    assert "--run-dir" in line and not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_run_directory_that_cannot_be_made(capsys, config, tmp_path, below):
+    (tmp_path / "file").write_text("kept")
+    line = refused(capsys, "run", config(), "--run-dir", tmp_path / "file" / below)
+    assert re.search(r"file(/below)?: cannot be made \((File exists|Not a directory)\); choose another --run-dir", line)
+    assert (tmp_path / "file").read_text() == "kept"
+    assert "cannot be made" in refused(capsys, "run", config(), "--run-dir", "/proc/jaxllm")
+
+
+def test_a_stage_that_stays_damaged_is_made_again_once(capsys, config, run_dir, monkeypatch):
+    calls = []
+    broken = epath.Path(run_dir).resolve() / "sft" / "checkpoints" / "120"
+
+    def run_stage(workspace, config, stage, config_path):
+        calls.append(stage)
+        if stage == "sample":
+            raise checkpoint.Damaged(broken, "no manifest")
+        workspace.finish(stage, {})
+
+    fresh(run_dir, "sample")
+    monkeypatch.setattr("jaxllm.run._run_stage", run_stage)
+    line = refused(capsys, "sample", config(), "--run-dir", run_dir)
+    assert calls == ["sample", "sft", "sample"]
+    assert "is damaged again (no manifest), although sft was just made again" in line
