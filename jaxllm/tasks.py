@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxllm
-from jaxllm import evaluate, rewards
+from jaxllm import evaluate, numerals, rewards
 from jaxllm.checkpoint import committed_steps
 from jaxllm.config import InputError, require, to_tree
 from jaxllm.data.format import Example, sided
@@ -205,11 +205,11 @@ def _generation(asking: Asking) -> Numbers:
     stops = [] if chat or not shots else ["\n\n"]  # what parts the shots
     given = generate_texts(model, prompts, config.sampling, stops, seed=seed, batch_size=config.batch_size)
     pairs = [(text, item.answer) for (text, _), item in zip(given, items, strict=True)]
-    plain = [[re.sub(_SEPARATOR, "", text) for text in pair] for pair in pairs if re.search(r"\d", pair[1])]
+    numeric = [pair for pair in pairs if numerals.last(pair[1])]
     measures = {
         "exact": [rewards.exact_match("", *pair) for pair in pairs],
         "normalised": [float(normalise(text) == normalise(answer)) for text, answer in pairs],
-        "numeric": [rewards.last_number("", *pair) for pair in plain],
+        "numeric": [rewards.last_number("", *pair) for pair in numeric],
     }
     return _means(**measures) | {
         "response_tokens": sum(len(drawn.ids) for _, drawn in given) / len(given),
@@ -219,7 +219,6 @@ def _generation(asking: Asking) -> Numbers:
 
 
 _KINDS = {"multiple choice": _multiple_choice, "perplexity": _perplexity, "generation": _generation}
-_SEPARATOR = r"(?<=\d),(?=\d{3}(?!\d))"  # of thousands
 
 
 def _means(**measures: list[float]) -> Numbers:

@@ -9,7 +9,7 @@ from jaxllm.run import Config
 
 PACKAGE = Path(__file__).parent.parent / "jaxllm"
 LEVELS = [
-    {"config", "hardware", "sharding"},
+    {"config", "hardware", "numerals", "sharding"},
     {"flash"},
     {"tokenizer", "chat_template", "pretrained_tokenizer"}
     | {"losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"}

@@ -189,6 +189,11 @@ class PPOConfig:
             raise ValueError("sampling.top_k: top_k and top_p must be off: the loss would not know the distribution")
         if not self.rewards:
             raise ValueError("rewards: name at least one source")
+        given = [source.source for source in self.rewards]
+        if twice := next((source for source in given if given.count(source) > 1), ""):
+            raise ValueError(f"rewards: {twice} is given twice; add up the weights")
+        if not all(self.stop_strings):
+            raise ValueError("stop_strings: an empty text would end every response at once; leave it out")
         if len({each.role for each in self.meshes}) < len(self.meshes):
             raise ValueError("meshes: a role can have one layout only")
         if not self.has_critic and any(each.role == "critic" for each in self.meshes):
@@ -299,6 +304,7 @@ def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: 
     tokenizer = workspace.tokenizer()
     setup, roles, *starts = load_roles(workspace, config, stage, tokenizer)
     prompts = load_all_prompts(stage, config, tokenizer)
+    rewards.check_answers(config.rewards, [p.answer for each in prompts.values() for p in each], f"{stage}.rewards")
     parts = build(setup, mesh)
     score = make_score(setup, parts, roles, mesh, f"{stage}.rewards")
     path = ("ema",) if config.ema_decay else ("actor", "params")
@@ -418,6 +424,7 @@ def make_score(setup: Setup, parts: "Parts", roles: Roles, mesh: jax.sharding.Me
     on_texts = {s: rewards.resolve(s, field) for s in sources if s.source not in ("model", "length")}
     length = jax.jit(lambda mask: mask.astype(jnp.float32).mean(1))
     rows = activation(mesh, "batch")
+    names = rewards.metric_names(sources)
 
     def score(rollout: Rollout, prompts: Sequence[PromptExample]) -> tuple[jax.Array, Metrics]:
         texts: list[str] = []
@@ -425,7 +432,7 @@ def make_score(setup: Setup, parts: "Parts", roles: Roles, mesh: jax.sharding.Me
             texts = [setup.tokenizer.decode(c.ids) for c in generate.completions(fetch(rollout), setup.stop_ids)]
         asked, answers = [prompt_text(p.messages) for p in prompts], [p.answer for p in prompts]
         total, metrics = jnp.zeros(()), {}
-        for source in sources:
+        for source, name in zip(sources, names, strict=True):
             if source.source == "model":
                 term = parts.reward(roles.reward, rollout)
             elif source.source == "length":
@@ -433,7 +440,7 @@ def make_score(setup: Setup, parts: "Parts", roles: Roles, mesh: jax.sharding.Me
             else:
                 term = jax.device_put(on_texts[source](asked, texts, answers).astype(np.float32), rows)
             total = total + source.weight * term
-            metrics[f"reward_{source.name}"] = (term.sum(), jnp.float32(len(prompts)))
+            metrics[f"reward_{name}"] = (term.sum(), jnp.float32(len(prompts)))
         return total, metrics
 
     return score
