@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from jaxllm.config import InputError, load, parse_overrides, tyro_cli
+from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveProportion, Seed
 
 STAGE_HELP = {
     "run": "all stages in order; a finished stage is skipped, a cut one resumes",
@@ -48,21 +49,21 @@ class GenerateArgs:
     """The text to complete."""
     chat: bool = False
     """Put the prompt through the chat template, as the user's message."""
-    num_samples: int = 1
+    num_samples: PositiveInt = 1
     """Completions to draw."""
-    best_of: int = 1
+    best_of: PositiveInt = 1
     """Print the best of this many draws for each, by the reward model of --reward-from."""
     reward_from: str = ""
     """Stage directory of the reward model, for example runs/quickstart/reward."""
-    max_new_tokens: int = 64
+    max_new_tokens: PositiveInt = 64
     """Longest completion in tokens."""
-    temperature: float = 1.0
+    temperature: NonNegativeFloat = 1.0
     """0 is greedy."""
-    top_p: float = 1.0
+    top_p: PositiveProportion = 1.0
     """Nucleus sampling."""
-    top_k: int = 0
+    top_k: NonNegativeInt = 0
     """Most likely tokens drawn from; 0: all."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draws."""
 
 
@@ -72,15 +73,15 @@ class ChatArgs:
 
     stage_dir: Annotated[str, tyro.conf.Positional]
     """Directory of a stage that trained a model, for example runs/quickstart/ppo."""
-    max_new_tokens: int = 128
+    max_new_tokens: PositiveInt = 128
     """Longest answer in tokens."""
-    temperature: float = 0.7
+    temperature: NonNegativeFloat = 0.7
     """0 is greedy."""
-    top_p: float = 1.0
+    top_p: PositiveProportion = 1.0
     """Nucleus sampling."""
-    top_k: int = 0
+    top_k: NonNegativeInt = 0
     """Most likely tokens drawn from; 0: all."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draws."""
     system: str = ""
     """System message."""
@@ -106,7 +107,7 @@ class ExportArgs:
     """Directory to make."""
     dtype: str = ""
     """float32, bfloat16 or float16; by default that of an imported model, else bfloat16."""
-    shard_gb: float = 5.0
+    shard_gb: PositiveFloat = 5.0
     """Largest file, in GB."""
     adapters: bool = False
     """Only the adapters of a model trained with lora, in PEFT's format."""
@@ -217,11 +218,8 @@ def _generate(args: GenerateArgs) -> None:
     from jaxllm import chat
     from jaxllm.generate import SamplingConfig
 
-    with _field_errors():
-        sampling = SamplingConfig(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
-    if args.num_samples < 1:
-        raise InputError("--num-samples: must be at least 1")
-    if args.best_of < 1 or (args.best_of > 1) != bool(args.reward_from):
+    sampling = SamplingConfig(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    if (args.best_of > 1) != bool(args.reward_from):
         raise InputError("--best-of: give a number above 1 together with --reward-from STAGE_DIR, or neither")
     best = {"best_of": args.best_of, "reward_from": args.reward_from}
     for text in chat.answer_once(args.stage_dir, args.prompt, args.chat, sampling, args.num_samples, args.seed, **best):
@@ -232,8 +230,7 @@ def _chat(args: ChatArgs) -> None:
     from jaxllm import chat
     from jaxllm.generate import SamplingConfig
 
-    with _field_errors():
-        sampling = SamplingConfig(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    sampling = SamplingConfig(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     chat.converse(args.stage_dir, sampling, args.seed, args.system)
 
 
@@ -242,9 +239,7 @@ def _score(args: list[str]) -> None:
     from jaxllm.run import set_cpu_devices
 
     set_cpu_devices(0)
-    with _field_errors():
-        parsed = tyro_cli(tasks.ScoreArgs, args, "jaxllm score")
-    tasks.command(parsed)
+    tasks.command(tyro_cli(tasks.ScoreArgs, args, "jaxllm score"))
 
 
 def _plan(args: list[str]) -> None:
@@ -268,17 +263,6 @@ def _harness(args: list[str]) -> None:
     except ModuleNotFoundError as error:
         raise InputError(f"jaxllm lm_eval: needs {error.name}; pip install 'jaxllm[lm_eval]'") from None
     harness(args[0], args[1:])
-
-
-class _field_errors:
-    """Turn a dataclass's ValueError("field: ...") into the flag's one line."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError):
-            field, text = str(error).split(": ", 1)
-            raise InputError(f"--{field.replace('_', '-')}: {text}") from None
 
 
 def _exit(text: str, code: int) -> None:

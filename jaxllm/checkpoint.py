@@ -30,6 +30,7 @@ from jaxllm.config import InputError, build
 from jaxllm.metrics import console
 from jaxllm.models import files
 from jaxllm.models.config import ModelConfig
+from jaxllm.ranges import NonNegativeInt, PositiveInt
 from jaxllm.sharding import any_process, meet
 
 Record = dict[str, Any]
@@ -43,33 +44,24 @@ _READ_ERRORS = (*_IO_ERRORS, KeyError, TypeError, AttributeError)
 class CheckpointConfig:
     """When to save, what to keep, and what to do where something is damaged."""
 
-    save_every: int = 200
+    save_every: PositiveInt = 200
     """Steps between checkpoints; the last step is always saved."""
-    keep_last: int = 2
+    keep_last: PositiveInt = 2
     """Newest checkpoints kept."""
-    keep_best: int = 1
+    keep_best: NonNegativeInt = 1
     """Checkpoints with the best held-out metric kept besides."""
-    keep_every: int = 0
+    keep_every: NonNegativeInt = 0
     """Steps between checkpoints that are kept for ever; 0: none."""
     damaged: Literal["fall_back", "stop"] = "fall_back"
     """Where the newest checkpoint is damaged: go on from the newest good one, with a warning, or stop."""
-    rewind_after: int = 20
+    rewind_after: NonNegativeInt = 20
     """Updates skipped in a row (not finite, or a spike) after which training goes back; 0: never."""
-    rewind_skip: int = 100
+    rewind_skip: NonNegativeInt = 100
     """Batches skipped beyond the last bad one, after going back (PaLM: 200 to 500)."""
-    max_rewinds: int = 3
+    max_rewinds: NonNegativeInt = 3
     """Training has failed when it would have to go back once more."""
-    compare_replicas_every: int = 0
+    compare_replicas_every: NonNegativeInt = 0
     """Steps between comparisons of what several devices hold in common, to find silent corruption; 0: never."""
-
-    def __post_init__(self) -> None:
-        if self.save_every < 1:
-            raise ValueError("save_every: must be at least 1")
-        if self.keep_last < 1 or self.keep_best < 0:
-            raise ValueError("keep_last: keep at least the newest checkpoint, and keep_best of 0 or more")
-        for name in ("keep_every", "compare_replicas_every", "rewind_after", "rewind_skip", "max_rewinds"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: must not be negative (0 is off)")
 
 
 class Damaged(InputError):

@@ -32,6 +32,7 @@ class InputError(Exception):
     """Bad input from the user: config, data, checkpoint or command line. Its text is one complete line."""
 
 
+_MOST_KEYS = 100_000  # of a YAML file; a few lines of aliases can stand for more than any memory holds
 _adapter: Any = functools.cache(pydantic.TypeAdapter)
 
 
@@ -47,7 +48,8 @@ def load[T](cls: type[T], path: str | os.PathLike, overrides: Mapping[str, Any] 
     Raises InputError: missing file, bad YAML, unknown key, wrong type, failed cross-field check.
     """
     tree, where = read_yaml(Path(path))
-    return build(cls, merge(tree, overrides or {}), where, str(path))
+    given = overrides or {}
+    return build(cls, merge(tree, given), where | dict(_flags(given)), str(path))
 
 
 def build[T](cls: type[T], tree: Mapping[str, Any], where: Where | None = None, name: str = "config") -> T:
@@ -84,17 +86,12 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> tuple[Tree, Where]:
     """The mapping in a YAML file merged over the file it `extends:`, and where each key stands."""
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file; see configs/ for examples") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(node, yaml.MappingNode):
-        raise InputError(f"{path}: a config file must hold a mapping of `key: value`")
-    where = dict(_locate(node, (), path))
-    tree = yaml.SafeLoader("").construct_document(node)
+    tree, where = _parse_yaml(text, path)
     parent = tree.pop("extends", None)
     if parent is None:
         return tree, where
@@ -103,6 +100,24 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> tuple[Tree, Where]:
         raise InputError(f"{where[('extends',)]}: extends: {parent} extends this file again; break the circle")
     base, base_where = read_yaml(parent_path, (*seen, path.resolve()))
     return merge(base, tree), base_where | where
+
+
+def _parse_yaml(text: str, path: Path) -> tuple[Tree, Where]:
+    """The mapping in a YAML text, and where each key stands."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(node, yaml.MappingNode):
+            raise InputError(f"{path}: a config file must hold a mapping of `key: value`")
+        where: Where = {}
+        for key, place in _locate(node, (), path, ()):
+            where[key] = place
+            if len(where) > _MOST_KEYS:
+                raise InputError(f"{path}: holds more than {_MOST_KEYS:,} keys, aliases counted; make it smaller")
+        return yaml.SafeLoader("").construct_document(node), where
+    except RecursionError:
+        raise InputError(f"{path}: is nested too deeply for a config file") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date or a number that is none
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def parse_overrides(cls: type, default: Any, args: Sequence[str], prog: str) -> Tree:
@@ -123,11 +138,43 @@ def tyro_cli(cls: Any, args: Sequence[str], prog: str, default: Any = None, desc
     err = io.StringIO()
     try:
         with contextlib.redirect_stderr(err):
-            return tyro.cli(cls, args=list(args), prog=prog, description=description, **kwargs)
+            parsed = tyro.cli(cls, args=list(args), prog=prog, description=description, **kwargs)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise InputError(f"{prog}: {_without_box(err.getvalue())}") from None
+    _check_ranges(parsed, ())
+    return parsed
+
+
+def _check_ranges(parsed: Any, path: tuple[Any, ...]) -> None:
+    """Raise InputError where a field that came from a flag is not in the range of its type: tyro does not look."""
+    hints = typing.get_type_hints(type(parsed), include_extras=True)
+    for field in dataclasses.fields(parsed):
+        value, here = getattr(parsed, field.name), (*path, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, here)
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for number, item in enumerate(value):
+                _check_ranges(item, (*here, number))
+        else:
+            try:
+                _adapter(hints[field.name]).validate_python(value)
+            except pydantic.ValidationError as error:
+                raise InputError(f"{_flag(here)}: {_complaint(error.errors()[0])}") from None
+
+
+def _flag(path: tuple[Any, ...]) -> str:
+    return f"--{'.'.join(map(str, path))}".replace("_", "-")
+
+
+def _flags(tree: Mapping[str, Any], path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """(key path, flag) of what was given on the command line, as a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flags(value, (*path, key))
+        else:
+            yield (*path, key), _flag((*path, key))
 
 
 def _without_box(text: str) -> str:
@@ -146,7 +193,7 @@ def resolve_function(spec: str, field: str) -> Callable[..., Any]:
         raise InputError(f"{field} {spec!r}: write it as module:function, as in jaxllm.annotators:keyword_sentiment")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # a relative name is one of the latter two
         mend = "install that package (demos: pip install 'jaxllm[demo]') or add its directory to PYTHONPATH"
         raise InputError(f"{field} {spec!r}: {error}; {mend}") from None
     function = getattr(module, name, None)
@@ -182,21 +229,33 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
-def _locate(node: yaml.Node, path: tuple[Any, ...], file: Path) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """Yield (key path, "file:line"); PyYAML keeps the last of two equal keys, here they are an error."""
+def _locate(
+    node: yaml.Node, path: tuple[Any, ...], file: Path, inside: tuple[yaml.Node, ...]
+) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Yield (key path, "file:line"); inside: the nodes around this one.
+
+    Raises InputError where a key is given twice, of which PyYAML would keep the last, where it is not a plain word, and
+    where an alias holds itself.
+    """
+    if node in inside:
+        raise InputError(f"{file}:{node.start_mark.line + 1}: {'.'.join(map(str, path))} holds itself; mend the alias")
+    inside = (*inside, node)
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
             here = f"{file}:{key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise InputError(f"{here}: a key must be a plain word, not a list or a mapping")
+            dotted = ".".join(map(str, (*path, key.value)))
             if key.value in seen:
-                raise InputError(f"{here}: {'.'.join((*path, key.value))} is given twice; keep one")
+                raise InputError(f"{here}: {dotted} is given twice; keep one")
             seen.add(key.value)
             yield (*path, key.value), here
-            yield from _locate(value, (*path, key.value), file)
+            yield from _locate(value, (*path, key.value), file, inside)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             yield (*path, i), f"{file}:{value.start_mark.line + 1}"
-            yield from _locate(value, (*path, i), file)
+            yield from _locate(value, (*path, i), file, inside)
 
 
 def _expand(cls: Any, tree: Any, path: tuple[Any, ...], where: Where, name: str) -> Any:
@@ -234,17 +293,36 @@ def _own_defaults(default: Any) -> Tree:
 
 
 def _place(path: tuple[Any, ...], where: Where, name: str) -> str:
-    """ "file:line: dotted.path" of the deepest part of `path` that the file holds."""
+    """ "file:line: dotted.path" of the deepest part of `path` that the file holds; for a flag the flag."""
     known = next((where[path[:n]] for n in range(len(path), 0, -1) if path[:n] in where), name)
-    return f"{known}: {'.'.join(map(str, path))}" if path else known
+    return f"{known}: {'.'.join(map(str, path))}" if path and known != _flag(path) else known
 
 
 def _one_line(error: pydantic.ValidationError, where: Where, name: str) -> str:
     first, *rest = error.errors()
-    path, text = tuple(first["loc"]), first["msg"].removeprefix("Value error, ")
+    path, text = tuple(first["loc"]), _complaint(first)
     if first["type"] == "value_error" and ": " in text and " " not in text.split(": ")[0]:
         field, text = text.split(": ", 1)  # a cross-field check names its field: "field: what is wrong"
         path = (*path, *field.split("."))
-    given = "" if first["type"] in ("value_error", "missing") else f", not {first['input']!r}"
     more = f" (and {len(rest)} more)" if rest else ""
-    return f"{_place(path, where, name)}: {text[:1].lower() + text[1:]}{given}{more}"
+    return f"{_place(path, where, name)}: {text}{more}"
+
+
+# pydantic's kind of error -> what to say; {ge} and the like are its context.
+_COMPLAINTS = {
+    "greater_than_equal": "must be at least {ge:.10g}",
+    "greater_than": "must be above {gt:.10g}",
+    "less_than_equal": "must be at most {le:.10g}",
+    "less_than": "must be below {lt:.10g}",
+    "finite_number": "must be a finite number",
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "must be an integer"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+}
+
+
+def _complaint(error: Any) -> str:
+    """One of pydantic's errors in our words, with the value that was given."""
+    text = _COMPLAINTS.get(error["type"], "").format(**error.get("ctx", {}))
+    text = text or error["msg"].removeprefix("Value error, ")
+    given = "" if error["type"] in ("value_error", "missing") else f", not {error['input']!r:.80}"
+    return f"{text[:1].lower()}{text[1:]}{given}"

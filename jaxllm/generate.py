@@ -18,6 +18,7 @@ from jaxllm import losses
 from jaxllm.config import InputError
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
+from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveProportion
 from jaxllm.sharding import activation, batch_shards, constrain, fetch
 
 
@@ -25,24 +26,14 @@ from jaxllm.sharding import activation, batch_shards, constrain, fetch
 class SamplingConfig:
     """How the next token is drawn."""
 
-    max_new_tokens: int = 64
+    max_new_tokens: PositiveInt = 64
     """Longest response in tokens, its end-of-turn token included."""
-    temperature: float = 1.0
+    temperature: NonNegativeFloat = 1.0
     """Logits are divided by it; 0 takes the most likely token."""
-    top_k: int = 0
+    top_k: NonNegativeInt = 0
     """Draw from the k most likely tokens only; 0: from all."""
-    top_p: float = 1.0
+    top_p: PositiveProportion = 1.0
     """Draw from the smallest set of tokens with at least this probability (nucleus sampling)."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError("max_new_tokens: must be at least 1")
-        if self.temperature < 0:
-            raise ValueError("temperature: must not be negative (0 is greedy)")
-        if self.top_k < 0:
-            raise ValueError("top_k: must not be negative (0 is off)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError("top_p: must be above 0 and at most 1")
 
 
 _CHECK_EVERY = 8  # steps from one look at whether every row has ended to the next: a look makes the devices meet

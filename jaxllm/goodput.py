@@ -50,11 +50,13 @@ class Ledger:
 
 
 def read(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a ledger; none where there is no file. A line that was cut when its process was killed is left out."""
+    """The lines of a ledger; none where there is no file. A line that was cut or is damaged is left out."""
     path, lines = epath.Path(path), []
-    for text in path.read_text().split("\n") if path.exists() else []:
+    for text in path.read_bytes().split(b"\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
+            value = json.loads(text.decode())
+            if isinstance(value, dict) and {"attempt", "time", "stage", "step", "seconds"} <= value.keys():
+                lines.append(value)
     return lines
 
 

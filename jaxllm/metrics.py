@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,10 @@ class TrainingDiverged(Exception):
     """Training goes wrong again and again. The newest checkpoint is from before."""
 
 
+_LONG_STREAK = 20
+LOWER = "lower the learning rate and run again: it resumes from the newest checkpoint"
+
+
 class Rewind(Exception):
     """Too many updates in a row were skipped: the first of their steps, and the number of steps done by the last."""
 
@@ -80,9 +84,14 @@ class MetricLog:
         Rewind, 0: never."""
         self.directory, self.title, self.num_steps, self.work = epath.Path(directory), title, num_steps, work
         self.every, self.schedules, self.shown = (log_every, save_every), schedules or {}, shown
-        kept = [line for line in read_metrics(self.directory / "metrics.jsonl") if line["step"] <= start]
+        kept = [
+            line
+            for line in read_metrics(self.directory / "metrics.jsonl", "skip")
+            if line.get("step", math.inf) <= start
+        ]
         self.latest: dict[str, float] = {k: v for line in kept for k, v in line.items() if "/" in k}
         self._steps: list[Any] = partial or []
+        self._streak = 0  # updates skipped in a row
         self._uncounted, self._rewind_after = len(self._steps), rewind_after  # steps that are not of this process
         self._pending: tuple[int, list[Any], float, float] | None = None
         self._interval_began = time.monotonic()
@@ -115,9 +124,13 @@ class MetricLog:
         return ends
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a point of its own, for example held-out numbers; the time until now is kept off throughput."""
+        """Write a point of its own, for example held-out numbers; the time until now is kept off throughput.
+
+        Raises TrainingDiverged where a number is not finite.
+        """
         self.flush()
         self._emit(step, dict(values))
+        self._check(step, values)
         self._interval_began = time.monotonic()
 
     def partial(self) -> list[dict[str, list[float]]]:
@@ -145,18 +158,21 @@ class MetricLog:
                 values["throughput/mfu"] = self.work.flops * counted / seconds / self.work.peak_flops
         values |= {name: float(schedule(step - 1)) for name, schedule in self.schedules.items()}
         self._emit(step, {k if "/" in k else f"train/{k}": v for k, v in values.items()})
+        self._check(step, values)
+        # One skipped update is an accident; as many as this at the end are a model that does not learn any more.
+        if step == self.num_steps and self._streak >= min(_LONG_STREAK, self.num_steps):
+            raise TrainingDiverged(f"{self.title}: the last {self._streak} updates were skipped; {LOWER}")
+
+    def _check(self, step: int, values: Mapping[str, float]) -> None:
         if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-            raise TrainingDiverged(
-                f"{self.title}: {bad[0]} is {values[bad[0]]} at step {step}; lower the learning rate and run again: "
-                "it goes on from the newest checkpoint"
-            )
+            raise TrainingDiverged(f"{self.title}: {bad[0]} is {values[bad[0]]} at step {step}; {LOWER}")
 
     def _check_streak(self, step: int, steps: list[Any]) -> None:
         for done, metrics in enumerate(steps, start=step - len(steps) + 1):
             streaks = (float(total) for name, (total, _) in metrics.items() if name.endswith("skip_streak"))
-            streak = max(streaks, default=0)
-            if self._rewind_after and streak >= self._rewind_after:
-                raise Rewind(max(0, done - int(streak)), done)
+            self._streak = int(max(streaks, default=0))
+            if self._rewind_after and self._streak >= self._rewind_after:
+                raise Rewind(max(0, done - self._streak), done)
 
     def _emit(self, step: int, values: dict[str, float]) -> None:
         self.latest |= values
@@ -239,13 +255,37 @@ def _jsonl(directory: epath.Path, kept: list[dict[str, Any]]) -> Writer:
     return Writer(write, file.close)
 
 
-def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, or of another JSONL file; none where there is no file. A last line without its newline is left out."""
+def read_metrics(path: epath.PathLike, damaged: Literal["refuse", "skip", "stop"] = "refuse") -> list[dict[str, Any]]:
+    """The objects in a metrics.jsonl, or in another JSONL file; none where there is no file.
+
+    A last line without its newline was cut and is left out. Another line that holds no object, as a power cut may leave
+    one, raises InputError, or is left out with a warning: alone ("skip"), or with all that follow it ("stop", for files in
+    which the number of a line means something).
+    """
     path = epath.Path(path)
     if not path.exists():
         return []
-    *lines, _ = path.read_text().split("\n")
-    return [json.loads(line) for line in lines]
+    *lines, _ = path.read_bytes().split(b"\n")
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if (value := _object(line)) is not None:
+            found.append(value)
+            continue
+        if damaged == "refuse":
+            raise InputError(f"{path}:{number}: is no JSON object; remove that line and run the same command again")
+        rest = " and what follows it" if damaged == "stop" else ""
+        console.print(f"warning: {path}:{number}: is no JSON object; that line{rest} is left out", soft_wrap=True)
+        if damaged == "stop":
+            break
+    return found
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line.decode())
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def json_line(value: Any) -> str:
@@ -270,7 +310,8 @@ def _tensorboard(directory: epath.Path, start: int) -> Writer:
 
     def write(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            writer.add_scalar(name, value, step)
+            if math.isfinite(value):  # it would warn of each; metrics.jsonl has them
+                writer.add_scalar(name, value, step)
 
     return Writer(write, writer.close)
 

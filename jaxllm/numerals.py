@@ -4,6 +4,7 @@ It knows thousands separators (1,000), signs, decimals (0.5 and .5), leading zer
 (3/4), percent, currency signs, and full-width characters. Values are fractions, so a number of any size is exact.
 """
 
+import collections
 import re
 from collections.abc import Iterator
 from decimal import Decimal
@@ -51,10 +52,8 @@ def read(text: str) -> Iterator[Number]:
 
 def last(text: str) -> Number | None:
     """The last number in a text, None where there is none."""
-    found = None
-    for found in _NUMBER.finditer(plain(text)):
-        pass
-    return _number(found) if found else None
+    found = collections.deque(_NUMBER.finditer(plain(text)), maxlen=1)
+    return _number(found[0]) if found else None
 
 
 def is_number(text: str) -> bool:
@@ -81,9 +80,8 @@ def value_of(digits: str) -> Fraction:
 
 
 def _number(found: re.Match[str]) -> Number:
+    value = value_of(found["digits"] or found["above"])
     if found["below"]:
-        value = value_of(found["above"]) / value_of(found["below"])
-    else:
-        value = value_of(found["digits"])
+        value /= value_of(found["below"])
     negative = (found["sign"] == "-") != (found["inner"] == "-")
     return Number(-value if negative else value, bool(found["percent"]))

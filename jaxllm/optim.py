@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.config import require
+from jaxllm.ranges import Epsilon, NonNegativeFloat, NonNegativeInt, PositiveProportion, Proportion, ProportionBelowOne
 
 # Whether weight decay applies, by the name of the leaf. Every parameter must be here: an unknown name is an error.
 _MATRICES = ("tokens", "positions", "project", "q", "k", "v", "out", "gate", "up", "down", "kernel", "a", "b")
@@ -31,38 +32,34 @@ DECAYED = dict.fromkeys(_MATRICES, True) | dict.fromkeys(_OTHERS, False)
 class OptimConfig:
     """AdamW (Loshchilov and Hutter 2019) and its learning-rate schedule."""
 
-    learning_rate: float = 1e-3
+    learning_rate: NonNegativeFloat = 1e-3
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """After warm-up: constant, linear or cosine decay, or warm-up-stable-decay (Hu et al. 2024)."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate rises linearly from 0."""
-    final_fraction: float = 0.1
+    final_fraction: Proportion = 0.1
     """Learning rate at the end, as a fraction of the peak."""
-    decay_fraction: float = 0.2
+    decay_fraction: PositiveProportion = 0.2
     """wsd: the share of all steps spent decaying."""
-    b1: float = 0.9
+    b1: ProportionBelowOne = 0.9
     """Decay of the gradient's running mean."""
-    b2: float = 0.95
+    b2: ProportionBelowOne = 0.95
     """Decay of the squared gradient's running mean."""
-    eps: float = 1e-8
+    eps: Epsilon = 1e-8
     """Added to the root of the second moment."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type both moments are kept in between updates; they are computed in float32 (bfloat16: DeepSeek-V3, section 3.3.2)."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices and embeddings; norms and biases have none."""
-    clip_norm: float = 1.0
+    clip_norm: NonNegativeFloat = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
-    spike_factor: float = 0.0
+    spike_factor: NonNegativeFloat = 0.0
     """An update whose gradient norm is more than this times the usual (a running mean) is skipped; 0: only what is not
     finite is skipped."""
 
     def __post_init__(self) -> None:
-        require(self.learning_rate >= 0, "learning_rate: must not be negative")
         require(not self.spike_factor or self.spike_factor > 1, "spike_factor: must be above 1, or 0 for off")
-        require(self.warmup_steps >= 0, "warmup_steps: must not be negative")
-        require(0 <= self.final_fraction <= 1, "final_fraction: must be between 0 and 1")
-        require(0 < self.decay_fraction <= 1, "decay_fraction: must be above 0 and at most 1")
         # At 0.999 a step is less than half of bfloat16's last place: the second moment would never fall.
         narrow = self.state_dtype == "bfloat16"
         require(not narrow or max(self.b1, self.b2) <= 0.99, "state_dtype: bfloat16 needs b1 and b2 of at most 0.99")

@@ -26,6 +26,7 @@ from jaxllm import estimate
 from jaxllm.config import InputError
 from jaxllm.hardware import CHIPS, EFFICIENCY, Chip
 from jaxllm.models import transformer
+from jaxllm.ranges import PositiveInt
 from jaxllm.run import Config, plan_path, with_defaults
 from jaxllm.sharding import check_batch, num_slices, planned_mesh, slow_axis
 from jaxllm.stages import language_model, ppo, preference
@@ -44,11 +45,11 @@ class PlanArgs:
     by formulas, kind and number: h100:8, h200:64, a100:8, b200:72."""
     stage: str = "pretrain"
     """pretrain, sft, reward, dpo, rloo, grpo or ppo."""
-    slices: int = 1
+    slices: PositiveInt = 1
     """Slices joined by the data-centre network; the mesh's data axis goes over them."""
     search: bool = False
     """Try meshes, remat and batch sizes, and rank what fits by tokens per second."""
-    tries: int = 6
+    tries: PositiveInt = 6
     """Candidates of a search that are compiled, the likeliest first."""
     exact: bool = False
     """Compile as a run does. Without it XLA takes half the time or less and finds up to 8% less memory, and this is done

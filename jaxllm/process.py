@@ -14,6 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from jaxllm.config import InputError
+from jaxllm.ranges import PositiveSeconds, Seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +23,12 @@ class ProcessConfig:
 
     coordinator: str = ""
     """host:port of process 0, which listens on this address only; empty: JAX_COORDINATOR_ADDRESS, or as the cluster says."""
-    join_seconds: int = 300
+    join_seconds: PositiveSeconds = 300
     """How long to wait for all processes of the job when it begins."""
-    heartbeat_seconds: int = 60
+    heartbeat_seconds: PositiveSeconds = 60
     """A process that is not heard of for so long is lost: the others end, with an error."""
-    watchdog_seconds: int = 1800
+    watchdog_seconds: Seconds = 1800
     """A training loop without a step for so long dumps every thread's stack and exits with status 1; 0: never."""
-
-    def __post_init__(self) -> None:
-        if min(self.join_seconds, self.heartbeat_seconds) < 1 or self.watchdog_seconds < 0:
-            raise ValueError("heartbeat_seconds: it and join_seconds must be positive, watchdog_seconds not negative")
 
 
 class Stopped(Exception):

@@ -110,8 +110,9 @@ def _read_stage(directory: epath.Path) -> dict[str, Any]:
 
 
 def _read_lines(path: epath.Path, use: Callable[[list[dict[str, Any]]], Any]) -> Any:
+    lines = read_metrics(path)
     try:
-        return use(read_metrics(path))
+        return use(lines)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: a line is damaged ({error}); remove that line") from None
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxllm import numerals
 from jaxllm.annotators import check_scores, score_all
 from jaxllm.config import InputError, require, resolve_function
+from jaxllm.ranges import AnyFloat
 
 _OPERAND = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 _EXPRESSION = re.compile(rf"[-+(\s]*{_OPERAND}(?:[)\s]*[-+*/][-+(\s]*{_OPERAND})+[)\s]*")
@@ -29,7 +30,7 @@ class RewardSource:
 
     source: str = "model"
     """model: the reward model's score; module:function of (prompt, response, answer); regex:PATTERN: 1 where the whole response matches; length: its tokens over max_new_tokens."""
-    weight: float = 1.0
+    weight: AnyFloat = 1.0
     """The score is the sum of weight x term; negative for a penalty."""
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Composition root: config -> processes, devices, run directory -> stages in order."""
 
 import dataclasses
+import math
 import os
 import resource
 import sys
@@ -14,10 +15,11 @@ from rich.table import Table
 
 from jaxllm import checkpoint, goodput
 from jaxllm.config import InputError, require, to_tree
-from jaxllm.metrics import LoggingConfig, console, read_metrics
+from jaxllm.metrics import LOWER, LoggingConfig, TrainingDiverged, console, read_metrics
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.process import ProcessConfig, Signals, join
+from jaxllm.ranges import Seed, Threads
 from jaxllm.sharding import MeshConfig, make_mesh, meet
 from jaxllm.stages import evaluate, language_model, ppo, preference, rank, sample, tokenizer
 from jaxllm.stages.evaluate import EvaluateConfig
@@ -50,11 +52,11 @@ class Config:
     """Name of the run; its directory is runs/NAME."""
     run_dir: str = ""
     """Run directory, in place of runs/NAME."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every random choice."""
     stages: tuple[str, ...] = tuple(stage for stage in STAGES if stage not in ("dpo", "rloo", "grpo"))
     """Stages of `jaxllm run`, in order; dpo, rloo and grpo are others that may stand in ppo's place or beside it."""
-    cpu_devices: int = 0
+    cpu_devices: Threads = 0
     """Virtual devices on a CPU; 0: one per core, the fastest."""
     distributed: bool = False
     """Join the other processes of the job (jax.distributed): pod slices, Slurm, several processes."""
@@ -98,8 +100,6 @@ class Config:
     def __post_init__(self) -> None:
         if unknown := [stage for stage in self.stages if stage not in STAGES]:
             raise ValueError(f"stages: {unknown[0]!r} is unknown; known: {', '.join(STAGES)}")
-        if self.cpu_devices < 0:
-            raise ValueError("cpu_devices: must not be negative")
         named = [each.stage for each in self.meshes]
         require(len({*named}) == len(named), "meshes: a stage can have one layout only")
 
@@ -248,6 +248,8 @@ def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: st
     if stage in ("reward", *POLICIES):
         workspace.share_tokenizer(stage)
     result = _call(workspace, config, stage)
+    if bad := [(name, value) for name, value in _flat(result) if isinstance(value, float) and not math.isfinite(value)]:
+        raise TrainingDiverged(f"{stage}: {bad[0][0]} is {bad[0][1]}; {LOWER}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result = {**result, "wall_seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": peak}
     kept = read_json(plan_path(config, stage))

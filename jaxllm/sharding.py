@@ -17,6 +17,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.config import InputError, require
+from jaxllm.ranges import AxisSize
 
 MESH_AXES = ("data", "pipeline", "fsdp", "context", "expert", "tensor")  # slowest network first
 
@@ -53,17 +54,17 @@ ACT_RULES: Rules = {
 class MeshConfig:
     """Sizes of the mesh axes; their product is the number of devices. One of them may be -1: what is left."""
 
-    data: int = -1
+    data: AxisSize = -1
     """Replicas of the parameters, each with its share of the batch."""
-    pipeline: int = 1
+    pipeline: AxisSize = 1
     """Stages that layers are shared out over; rows go through them in microbatches."""
-    fsdp: int = 1
+    fsdp: AxisSize = 1
     """Shards of parameters and optimiser state, each with its share of the batch (ZeRO-3)."""
-    context: int = 1
+    context: AxisSize = 1
     """Shards of the sequence dimension."""
-    expert: int = 1
+    expert: AxisSize = 1
     """Shards of the experts, each with its share of the batch."""
-    tensor: int = 1
+    tensor: AxisSize = 1
     """Shards of heads, MLP and vocabulary."""
 
     def __post_init__(self) -> None:

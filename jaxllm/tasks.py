@@ -26,11 +26,12 @@ from rich.table import Table
 import jaxllm
 from jaxllm import evaluate, numerals, rewards
 from jaxllm.checkpoint import committed_steps
-from jaxllm.config import InputError, require, to_tree
+from jaxllm.config import InputError, to_tree
 from jaxllm.data.format import Example, sided
 from jaxllm.data.sources import DataConfig, Record, Source, files, read_records
 from jaxllm.generate import SamplingConfig
 from jaxllm.metrics import console
+from jaxllm.ranges import NonNegativeInt, PositiveInt, Seed
 from jaxllm.score import Model, fit, generate_texts, score_rows, split, windows
 from jaxllm.sharding import MeshConfig, make_mesh
 from jaxllm.workspace import load_policy, provenance, read_json, write_json
@@ -42,20 +43,16 @@ Numbers = dict[str, float | None]
 class ScoringConfig:
     """How models are asked the questions of task files."""
 
-    shots: int = 0
+    shots: NonNegativeInt = 0
     """Lines at the head of a file that stand, answered, before each question and are not scored; not for perplexity."""
     chat: Literal["auto", "always", "never"] = "auto"
     """Ask in the chat format; auto: every stage but pretrain."""
     delimiter: str = " "
     """Between question and answer where the chat format is not used."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Rows per batch."""
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=64, temperature=0.0)
     """How answers are generated; greedily by default."""
-
-    def __post_init__(self) -> None:
-        require(self.shots >= 0, "shots: must be at least 0")
-        require(self.batch_size >= 1, "batch_size: must be at least 1")
 
     def chats(self, stage: str) -> bool:
         return self.chat == "always" or (self.chat == "auto" and epath.Path(stage).name != "pretrain")
@@ -73,7 +70,7 @@ class ScoreArgs(ScoringConfig):
     """File for the numbers and where they come from."""
     mesh: MeshConfig = MeshConfig()
     """How devices are laid out."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draws."""
 
 

@@ -28,6 +28,7 @@ SESSION = Path(os.environ["JAXLLM_TEST_SESSION"])
 COMPILED = {"jax_compilation_cache_dir": f"{SESSION}/compiled", "jax_persistent_cache_min_compile_time_secs": 0.1}
 for name, value in COMPILED.items():
     jax.config.update(name, value)
+jax.devices()  # from here on there are 8, whatever a command that a test calls asks for
 
 ROOT = Path(__file__).parent.parent
 

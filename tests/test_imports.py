@@ -9,7 +9,7 @@ from jaxllm.run import Config
 
 PACKAGE = Path(__file__).parent.parent / "jaxllm"
 LEVELS = [
-    {"config", "hardware", "numerals", "sharding"},
+    {"config", "hardware", "numerals", "ranges", "sharding"},
     {"flash"},
     {"tokenizer", "chat_template", "pretrained_tokenizer"}
     | {"losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"}
@@ -29,6 +29,7 @@ WITHIN = [
     ("losses", "optim"),
     ("losses", "generate"),
     ("config", "sharding"),
+    ("ranges", "sharding"),
     ("models", "generate"),
     ("generate", "score"),
     ("evaluate", "tasks"),

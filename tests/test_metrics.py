@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxllm import metrics as m
+from jaxllm.config import InputError
 
 
 def make(directory, start=0, num_steps=10, **more):
@@ -75,3 +76,38 @@ def test_the_peak_of_a_cpu_is_measured():
     from jaxllm.sharding import MeshConfig, make_mesh
 
     assert m.peak_flops(make_mesh(MeshConfig())) > 1e9
+
+
+@pytest.mark.parametrize("damage", [b"\0\0\0\0", b"[1]", b"{", b"\xff", b"null", b'"text"'])
+def test_a_damaged_line_is_named_and_costs_no_other(tmp_path, capsys, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n{"no": 3}\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl:2: is no JSON object; remove that line"):
+        m.read_metrics(path)
+    assert m.read_metrics(path, "stop") == [{"step": 1}]
+    assert m.read_metrics(path, "skip") == [{"step": 1}, {"step": 2}, {"no": 3}]
+    assert "metrics.jsonl:2: is no JSON object" in capsys.readouterr().err
+    log = make(tmp_path, start=2)
+    log.close()
+    assert lines(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_held_out_number_that_is_not_finite_ends_the_stage_as_diverged(tmp_path):
+    log = make(tmp_path)
+    with pytest.raises(m.TrainingDiverged, match="eval/loss is nan at step 5; lower the learning rate"):
+        log.write(5, {"eval/loss": float("nan")})
+    log.close()
+    assert "eval/loss" in lines(tmp_path)[-1]
+
+
+@pytest.mark.parametrize(("num_steps", "streak"), [(8, 8), (100, 20)])
+def test_a_stage_that_ends_in_skipped_updates_has_diverged(tmp_path, num_steps, streak):
+    def end(skipped):
+        log = make(tmp_path, num_steps=num_steps)
+        for step in range(1, num_steps + 1):
+            log(step, None, {"loss": pair(1, 1), "skip_streak": pair(max(0, step - (num_steps - skipped)), 1)})
+        log.close()
+
+    end(streak - 1)
+    with pytest.raises(m.TrainingDiverged, match=f"the last {streak} updates were skipped"):
+        end(streak)

@@ -11,7 +11,6 @@ import importlib.util
 import io
 import itertools
 import json
-import math
 import os
 import re
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import fsspec
 
 from jaxllm.config import InputError, require, resolve_function
+from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProportionBelowOne, Threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Source:
 
     path: str = ""
     """File or glob, here or on an object store (gs://, s3://), pkg://PACKAGE/path/in/package, or py://module:function."""
-    weight: float = 0.0
+    weight: NonNegativeFloat = 0.0
     """Share of the rows in a mixture, relative to the other sources; 0 for all of them: by their sizes."""
-    epochs: float = 1.0
+    epochs: PositiveFloat = 1.0
     """Passes over this source in one over the mixture, where weights go by size."""
     record: Literal["line", "paragraph", "file"] = "line"
     """What one record of a plain text file is; paragraphs are separated by blank lines."""
@@ -51,17 +51,15 @@ class Source:
     """Template of the assistant's message."""
     exclude: tuple[str, ...] = ()
     """Files whose texts are dropped from this source."""
-    min_chars: int = 1
+    min_chars: NonNegativeInt = 1
     """Shorter texts are dropped."""
-    max_chars: int = 0
+    max_chars: NonNegativeInt = 0
     """Longer texts are dropped; 0: none."""
-    max_records: int = 0
+    max_records: NonNegativeInt = 0
     """Take a sample of this many texts, those with the smallest hashes; 0: all."""
 
     def __post_init__(self) -> None:
-        require(self.weight >= 0, "weight: must not be negative")
-        epochs_fit = 0 < self.epochs < math.inf and (not self.weight or self.epochs == 1)
-        require(epochs_fit, "epochs: must be positive, and 1 where a weight is given")
+        require(not self.weight or self.epochs == 1, "epochs: must be 1 where a weight is given")
         for name, pattern, replacement in [("match", self.match, ""), *(("replace", *pair) for pair in self.replace)]:
             try:
                 re.compile(pattern).sub(replacement, "")  # refuses references to groups that are not there
@@ -80,9 +78,9 @@ class Source:
 class Phase:
     """Other weights from a step on."""
 
-    step: int = 1
+    step: PositiveInt = 1
     """The first step that draws by them."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[NonNegativeFloat, ...] = ()
     """One for each source, in their order; 0 rests a source."""
 
 
@@ -94,9 +92,9 @@ class DataConfig:
     """Where the records come from."""
     curriculum: tuple[Phase, ...] = ()
     """Changes of the weights during training; each source goes on where it was."""
-    workers: int = 1
+    workers: Threads = 1
     """Threads that prepare batches ahead of the step; 0: none, the loop waits for each batch."""
-    held_out_fraction: float = 0.05
+    held_out_fraction: ProportionBelowOne = 0.05
     """Share of the contents held out, chosen by their hash."""
     split_salt: str = ""
     """Another salt is another split; stages that share texts need the same."""
@@ -104,14 +102,12 @@ class DataConfig:
     """What happens to a conversation or prompt longer than fits (documents are split)."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.held_out_fraction < 1, "held_out_fraction: must be at least 0 and below 1")
         weighted = {source.weight > 0 for source in self.sources}
         require(len(weighted) <= 1, "sources: give every source a weight, or none")
-        require(self.workers >= 0, "workers: must not be negative")
         steps = [0, *(phase.step for phase in self.curriculum)]
         require(steps == sorted(set(steps)), "curriculum: steps must be positive and rise")
         for phase in self.curriculum:
-            fit = len(phase.weights) == len(self.sources) and min(phase.weights) >= 0 and any(phase.weights)
+            fit = len(phase.weights) == len(self.sources) and any(phase.weights)
             require(
                 fit,
                 f"curriculum: step {phase.step} needs a weight for each of {len(self.sources)} sources, one above 0",

@@ -9,21 +9,22 @@ import jax.numpy as jnp
 from jaxllm.config import build, merge
 from jaxllm.models.moe import MoEConfig
 from jaxllm.models.rope import RopeScaling
+from jaxllm.ranges import Epsilon, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
 class MLAConfig:
     """Multi-head latent attention (DeepSeek-V2, section 2.1); kv_rank 0: ordinary attention."""
 
-    kv_rank: int = 0
+    kv_rank: NonNegativeInt = 0
     """Size of the vector that keys and values are made of."""
-    q_rank: int = 0
+    q_rank: NonNegativeInt = 0
     """Size of the vector that queries are made of; 0: made of the hidden state."""
-    nope_dim: int = 128
+    nope_dim: NonNegativeInt = 128
     """Part of a head without position."""
-    rope_dim: int = 64
+    rope_dim: PositiveInt = 64
     """Part of a head with rotary positions; its key is shared by all heads."""
-    value_dim: int = 128
+    value_dim: PositiveInt = 128
     """Size of a head's value."""
 
 
@@ -33,25 +34,25 @@ class ModelConfig:
 
     preset: str = ""
     """Name in PRESETS whose fields are the defaults of the others."""
-    vocab_size: int = 0
+    vocab_size: NonNegativeInt = 0
     """Rows of the embedding; 0 takes the tokenizer's size."""
-    max_length: int = 256
+    max_length: PositiveInt = 256
     """Context length in tokens."""
-    num_layers: int = 4
+    num_layers: PositiveInt = 4
     """Transformer blocks."""
-    embed_dim: int = 128
+    embed_dim: PositiveInt = 128
     """Width of the residual stream."""
-    num_heads: int = 4
+    num_heads: PositiveInt = 4
     """Query heads."""
-    num_kv_heads: int = 0
+    num_kv_heads: NonNegativeInt = 0
     """Key and value heads (grouped-query attention); 0 means num_heads."""
-    head_dim: int = 0
+    head_dim: NonNegativeInt = 0
     """Size of a head; 0 means embed_dim / num_heads."""
-    mlp_dim: int = 512
+    mlp_dim: PositiveInt = 512
     """Hidden size of the MLP."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation before attention, before the MLP and at the end."""
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     """Added to the variance in the normalisation."""
     norm_place: Literal["before", "after", "both"] = "before"
     """Normalisation before attention and MLP, after them (OLMo 2), or both (Gemma 2)."""
@@ -61,21 +62,21 @@ class ModelConfig:
     """Normalise queries and keys: each head (Qwen3, Gemma 3), or all heads at once (OLMo 2)."""
     position: Literal["rope", "learned"] = "rope"
     """Rotary positions, or a learned table of max_length rows."""
-    rope_theta: float = 10_000.0
+    rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary frequencies."""
-    local_rope_theta: float = 0.0
+    local_rope_theta: NonNegativeFloat = 0.0
     """Base in layers with a window (Gemma 3); 0: rope_theta, stretched like the others."""
     rope_scaling: RopeScaling = RopeScaling()
     """Stretching of the rotary frequencies over a longer context."""
-    window: int = 0
+    window: NonNegativeInt = 0
     """Places a token sees, itself included (Mistral); 0: all."""
-    global_every: int = 0
+    global_every: NonNegativeInt = 0
     """With a window: every so many-th layer has none (2 in Gemma 2, 6 in Gemma 3); 0: all layers have it."""
-    attention_scale: float = 0.0
+    attention_scale: NonNegativeFloat = 0.0
     """Factor of the attention scores; 0: 1 / sqrt(head_dim)."""
-    attention_softcap: float = 0.0
+    attention_softcap: NonNegativeFloat = 0.0
     """Bound of the attention scores, by tanh (Gemma 2); 0: none."""
-    logit_softcap: float = 0.0
+    logit_softcap: NonNegativeFloat = 0.0
     """Bound of the logits, by tanh (Gemma 2); 0: none."""
     scale_embeddings: bool = False
     """Multiply embeddings by sqrt(embed_dim) (Gemma)."""
@@ -85,7 +86,7 @@ class ModelConfig:
     """Gated SiLU or gated GELU (three matrices), or tanh-approximated GELU (two)."""
     moe: MoEConfig = MoEConfig()
     """Experts in place of the MLP."""
-    mtp_modules: int = 0
+    mtp_modules: NonNegativeInt = 0
     """Modules that each predict one token further, for training (DeepSeek-V3, section 2.2)."""
     bias: bool = False
     """Biases in every projection, as in GPT-2 and GPT-3."""
@@ -93,21 +94,18 @@ class ModelConfig:
     """Biases of queries, keys and values only, as in Qwen2."""
     tie_embeddings: bool = True
     """Use the embedding table as the output head."""
-    init_std: float = 0.02
+    init_std: NonNegativeFloat = 0.02
     """Standard deviation of the initial weights; residual projections get it divided by sqrt(2 num_layers)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and matrix products; parameters stay float32."""
     remat: Literal["none", "dots", "offload_dots", "attention", "full", "offload"] = "none"
     """Recompute in the backward pass: nothing; all but matrix products (offload_dots: these wait in the host's memory); all
     but what attention returns; whole blocks; or whole blocks with what goes into them in the host's memory."""
-    scan_unroll: int = 1
+    scan_unroll: PositiveInt = 1
     """Blocks per iteration of the scan over layers; more compiles longer and may run faster."""
 
     def __post_init__(self) -> None:
         set_ = lambda name, value: object.__setattr__(self, name, value)
-        for name in ("max_length", "num_layers", "embed_dim", "num_heads", "mlp_dim", "scan_unroll"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1")
         set_("num_kv_heads", self.num_kv_heads or self.num_heads)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
@@ -123,10 +121,8 @@ class ModelConfig:
             raise ValueError("moe.first_dense: must be less than num_layers")
         if self.mla.kv_rank and (self.position != "rope" or self.bias or self.qkv_bias or self.qk_norm != "none"):
             raise ValueError("mla: latent attention has rotary positions and neither biases nor qk_norm")
-        if self.mtp_modules < 0 or (self.mtp_modules and self.position == "learned"):
-            raise ValueError("mtp_modules: must not be negative, and positions rotary")
-        if min(self.window, self.global_every, self.attention_softcap, self.logit_softcap) < 0:
-            raise ValueError("window: it, global_every and the soft caps must not be negative (0 is off)")
+        if self.mtp_modules and self.position == "learned":
+            raise ValueError("mtp_modules: positions must be rotary")
 
     @staticmethod
     def expand(tree: Mapping[str, Any]) -> Mapping[str, Any]:

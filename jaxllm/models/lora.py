@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxllm.ranges import NonNegativeInt, PositiveFloat
+
 # The leading dimensions that are summed over in each matrix that can have an adapter; the rest are its output.
 _INPUTS = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1, "q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1}
 _STACKS = ("dense_layers", "layers")
@@ -24,16 +26,14 @@ _STACKS = ("dense_layers", "layers")
 class LoRAConfig:
     """Adapters in place of full fine-tuning."""
 
-    rank: int = 0
+    rank: NonNegativeInt = 0
     """Rank of an adapter; 0 trains all parameters."""
-    alpha: float = 16.0
+    alpha: PositiveFloat = 16.0
     """The adapter's product is scaled by alpha / rank."""
     targets: tuple[str, ...] = tuple(_INPUTS)
     """Matrices that have an adapter; by default every one in attention and MLP; routed experts have none."""
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError("rank: must not be negative (0 trains all parameters)")
         if unknown := [name for name in self.targets if name not in _INPUTS]:
             raise ValueError(f"targets: {unknown[0]!r} has no adapter; known: {', '.join(_INPUTS)}")
         if not self.targets:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jaxllm.sharding import ACT_RULES, spec
 
 _TOKEN_AXES = ("data", "fsdp", "context")  # over which tokens stay spread where those of the expert axis are gathered
@@ -24,44 +25,42 @@ _TOKEN_AXES = ("data", "fsdp", "context")  # over which tokens stay spread where
 class MoEConfig:
     """Experts in place of the MLP; num_experts 0: a dense MLP."""
 
-    num_experts: int = 0
+    num_experts: NonNegativeInt = 0
     """Routed experts of a layer."""
-    per_token: int = 2
+    per_token: PositiveInt = 2
     """Experts that a token goes to."""
-    mlp_dim: int = 0
+    mlp_dim: NonNegativeInt = 0
     """Hidden size of an expert; 0: model.mlp_dim."""
-    num_shared: int = 0
+    num_shared: NonNegativeInt = 0
     """Experts that every token goes to besides (one MLP of num_shared times the size)."""
     router: Literal["softmax", "sigmoid"] = "softmax"
     """Scores of the experts: softmax over all (Mixtral, Qwen3, DeepSeek-V2) or a sigmoid each (DeepSeek-V3)."""
     normalise: bool = True
     """Divide the weights of a token's experts by their sum."""
-    scale: float = 1.0
+    scale: PositiveFloat = 1.0
     """The weights are multiplied by it."""
-    num_groups: int = 1
+    num_groups: PositiveInt = 1
     """Groups of experts (DeepSeek): a token first chooses groups."""
-    groups_per_token: int = 1
+    groups_per_token: PositiveInt = 1
     """Groups that a token chooses its experts from."""
-    first_dense: int = 0
+    first_dense: NonNegativeInt = 0
     """The first layers have a dense MLP."""
-    capacity_factor: float = 0.0
+    capacity_factor: NonNegativeFloat = 0.0
     """Places of an expert over those at perfect balance; tokens beyond are dropped. 0: dropless."""
-    aux_coef: float = 0.0
+    aux_coef: NonNegativeFloat = 0.0
     """Coefficient of the load-balancing loss (Fedus et al. 2022, eq. 4)."""
-    bias_rate: float = 0.0
+    bias_rate: NonNegativeFloat = 0.0
     """Step of the bias that balances the load without a loss (Wang et al. 2024; DeepSeek-V3, section 2.1.2)."""
 
     def __post_init__(self) -> None:
         if not self.num_experts:
             return
-        if not 0 < self.per_token <= self.num_experts:
-            raise ValueError("per_token: must be between 1 and num_experts")
-        if self.num_experts % self.num_groups or not 0 < self.groups_per_token <= self.num_groups:
+        if self.per_token > self.num_experts:
+            raise ValueError("per_token: must be at most num_experts")
+        if self.num_experts % self.num_groups or self.groups_per_token > self.num_groups:
             raise ValueError("num_groups: must divide num_experts, and be at least groups_per_token")
         if self.per_token > self.groups_per_token * (self.num_experts // self.num_groups):
             raise ValueError("groups_per_token: the groups chosen hold fewer experts than per_token")
-        if self.capacity_factor < 0 or self.aux_coef < 0 or self.bias_rate < 0:
-            raise ValueError("capacity_factor: it, aux_coef and bias_rate must not be negative")
         if self.bias_rate and self.router != "sigmoid":
             raise ValueError("bias_rate: balancing by a bias needs router sigmoid; use aux_coef")
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -15,26 +17,24 @@ class RopeScaling:
 
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
     """Positions divided by factor (Chen et al. 2023), Llama 3's by wavelength, or YaRN (Peng et al. 2023)."""
-    factor: float = 1.0
+    factor: PositiveFloat = 1.0
     """How much longer the context becomes."""
-    original_length: int = 0
+    original_length: NonNegativeInt = 0
     """llama3, yarn: tokens of the context before."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: PositiveFloat = 1.0
     """llama3: wavelengths above original_length / this are divided by factor."""
-    high_freq_factor: float = 4.0
+    high_freq_factor: PositiveFloat = 4.0
     """llama3: wavelengths below original_length / this stay; in between they are mixed."""
-    beta_fast: float = 32.0
+    beta_fast: PositiveFloat = 32.0
     """yarn: frequencies that turn more often than this in original_length stay."""
-    beta_slow: float = 1.0
+    beta_slow: PositiveFloat = 1.0
     """yarn: those that turn less often are divided by factor; in between they are mixed."""
-    mscale: float = 0.0
+    mscale: NonNegativeFloat = 0.0
     """yarn as in DeepSeek: the rotated halves are scaled by m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1."""
-    mscale_all_dim: float = 0.0
+    mscale_all_dim: NonNegativeFloat = 0.0
     """yarn as in DeepSeek: attention scores are scaled by m(mscale_all_dim)^2."""
 
     def __post_init__(self) -> None:
-        if self.kind != "none" and self.factor <= 0:
-            raise ValueError("factor: must be positive")
         if self.kind in ("llama3", "yarn") and self.original_length < 1:
             raise ValueError(f"original_length: {self.kind} needs the length of the context before")
 

@@ -25,6 +25,7 @@ from jaxllm.data import (
 from jaxllm.generate import SamplingConfig, complete, completions, response_logprobs, roll_out
 from jaxllm.metrics import console
 from jaxllm.models.config import ModelConfig
+from jaxllm.ranges import NonNegativeInt, PositiveInt
 from jaxllm.sharding import fetch
 from jaxllm.tasks import ScoringConfig
 from jaxllm.tokenizer import Tokenizer
@@ -41,23 +42,23 @@ class EvaluateConfig:
     """Stages whose models are measured; the ones that have not run are left out."""
     accuracy: DataConfig = DataConfig()
     """Conversations whose last reply is a label, answered greedily; no sources: not measured."""
-    max_accuracy_examples: int = 1000
+    max_accuracy_examples: PositiveInt = 1000
     """At most this many of them."""
     prompts: DataConfig = DataConfig()
     """Prompts for open answers; without sources those of the sample stage."""
-    num_prompts: int = 200
+    num_prompts: PositiveInt = 200
     """At most this many held-out prompts."""
     annotator: str = ""
     """module:function scoring (prompt, response): a SIMULATED annotator; empty: none."""
     sampling: SamplingConfig = SamplingConfig()
     """How open answers are drawn."""
-    label_tokens: int = 8
+    label_tokens: PositiveInt = 8
     """Longest label in tokens."""
-    num_shown: int = 8
+    num_shown: NonNegativeInt = 8
     """Prompts whose answers are shown side by side."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Prompts per batch."""
-    contamination_n: int = 13
+    contamination_n: NonNegativeInt = 13
     """Look for this many tokens in a row of the evaluation sets in the training data; 0: do not."""
     compare_xz: bool = True
     """Also compress the held-out documents with xz -9 behind the training documents."""

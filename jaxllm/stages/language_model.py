@@ -22,6 +22,7 @@ from jaxllm.models import lora, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
+from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from jaxllm.sharding import activation, check_batch, param_shardings, place_params, replicated, rows_like
 from jaxllm.workspace import Workspace, describe_model, load_model
 
@@ -34,25 +35,25 @@ class LanguageModelConfig:
     """What to train on; a share of it is held out."""
     init_from: str = ""
     """Stage directory to start from; empty: the stage before (pre-training: fresh parameters)."""
-    num_steps: int = 0
+    num_steps: NonNegativeInt = 0
     """Optimiser updates; 0: as many as num_epochs takes."""
-    num_epochs: float = 1.0
+    num_epochs: NonNegativeFloat = 1.0
     """Passes over the data, where num_steps is 0."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Rows per update, over all devices and microbatches."""
-    num_micro: int = 1
+    num_micro: PositiveInt = 1
     """Microbatches per update (gradient accumulation)."""
-    length: int = 0
+    length: NonNegativeInt = 0
     """Tokens per row; 0: model.max_length."""
-    z_loss_coef: float = 0.0
+    z_loss_coef: NonNegativeFloat = 0.0
     """Coefficient of logsumexp^2 (PaLM)."""
-    mtp_coef: float = 0.3
+    mtp_coef: NonNegativeFloat = 0.3
     """Weight of the losses of model.mtp_modules, together (DeepSeek-V3, eq. 25)."""
-    log_every: int = 10
+    log_every: PositiveInt = 10
     """Steps per logged interval."""
-    eval_every: int = 200
+    eval_every: PositiveInt = 200
     """Steps between evaluations on the held-out split."""
-    eval_batches: int = 16
+    eval_batches: PositiveInt = 16
     """Batches of an evaluation during training; the final one takes all of the held-out split."""
     optim: OptimConfig = OptimConfig()
     """Optimiser and schedule."""
@@ -62,12 +63,9 @@ class LanguageModelConfig:
     """Saving."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_micro", "log_every", "eval_every", "eval_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1")
         if self.batch_size % self.num_micro:
             raise ValueError(f"num_micro: {self.num_micro} does not divide batch_size {self.batch_size}")
-        if self.num_steps < 0 or (self.num_steps == 0 and self.num_epochs <= 0):
+        if not self.num_steps and not self.num_epochs:
             raise ValueError("num_steps: must be positive, or 0 with num_epochs above 0")
 
 

@@ -27,6 +27,15 @@ from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
+from jaxllm.ranges import (
+    AnyFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Proportion,
+    ProportionBelowOne,
+)
 from jaxllm.rewards import RewardSource
 from jaxllm.sharding import (
     MeshConfig,
@@ -55,18 +64,14 @@ _OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0, 
 class PtxConfig:
     """PPO-ptx: the pre-training gradient mixed into the policy's (Ouyang et al. 2022, eq. 2)."""
 
-    coef: float = 0.0  # InstructGPT 27.8, on sums over sequences; ours weighs means per token
+    coef: NonNegativeFloat = 0.0  # InstructGPT 27.8, on sums over sequences; ours weighs means per token
     """Weight of the next-token loss (mean per token) beside the policy loss (mean per token); 0: off."""
     data: DataConfig = DataConfig()
     """Documents; without sources those of pretrain."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Rows of documents per minibatch of rollouts."""
-    length: int = 0
+    length: NonNegativeInt = 0
     """Tokens per row; 0: model.max_length."""
-
-    def __post_init__(self) -> None:
-        if self.coef < 0 or self.batch_size < 1:
-            raise ValueError("coef: coef must not be negative, and batch_size must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,41 +96,41 @@ class PPOConfig:
     """Terms of the score: the reward model, functions, patterns, length."""
     advantages: Literal["gae", "rloo", "grpo"] = "gae"
     """gae: a critic's (PPO); rloo, grpo: from the scores of a prompt's responses alone, without a critic."""
-    num_responses: int = 1
+    num_responses: PositiveInt = 1
     """Responses drawn to each prompt."""
-    num_steps: int = 100
+    num_steps: PositiveInt = 100
     """Updates: a batch of rollouts and num_epochs passes over it each."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Responses per update, num_responses to each prompt."""
-    num_epochs: int = 4  # Ziegler; Stiennon; Huang (InstructGPT: 1)
+    num_epochs: PositiveInt = 4  # Ziegler; Stiennon; Huang (InstructGPT: 1)
     """Passes over a batch of rollouts."""
-    num_minibatches: int = 4  # ours, small batches (InstructGPT: 8 of 64)
+    num_minibatches: PositiveInt = 4  # ours, small batches (InstructGPT: 8 of 64)
     """Optimiser updates per pass."""
-    num_micro: int = 1
+    num_micro: PositiveInt = 1
     """Microbatches per minibatch."""
-    kl_coef: float = 0.05  # Huang (InstructGPT 0.02; Ziegler 0.15 adaptive)
+    kl_coef: NonNegativeFloat = 0.05  # Huang (InstructGPT 0.02; Ziegler 0.15 adaptive)
     """Weight of the per-token KL to the reference in the reward."""
-    kl_target: float = 0.0  # Ziegler: 6 nats, with kl_horizon 10000
+    kl_target: NonNegativeFloat = 0.0  # Ziegler: 6 nats, with kl_horizon 10000
     """KL in nats per response that kl_coef is adapted to (Ziegler et al. 2019, section 2.2); 0: kl_coef is fixed."""
-    kl_horizon: float = 10_000.0
+    kl_horizon: PositiveFloat = 10_000.0
     """Responses over which kl_coef adapts; with the error clipped to 0.2, it takes five times as many to double."""
-    kl_loss_coef: float = 0.0
+    kl_loss_coef: NonNegativeFloat = 0.0
     """Weight of the k3 estimate in the loss, as in GRPO; beside kl_coef or in its place."""
-    max_approx_kl: float = 0.0
+    max_approx_kl: NonNegativeFloat = 0.0
     """An update ends early once a minibatch's approximate KL to the old policy, nats per token, passes this; 0: never."""
-    discount: float = 1.0  # InstructGPT, appendix C.4; Ziegler
+    discount: Proportion = 1.0  # InstructGPT, appendix C.4; Ziegler
     """Discount of later rewards."""
-    gae_lambda: float = 0.95  # Ziegler; Huang (InstructGPT does not say)
+    gae_lambda: Proportion = 0.95  # Ziegler; Huang (InstructGPT does not say)
     """Lambda of generalised advantage estimation."""
-    clip_low: float = 0.2  # Schulman; InstructGPT (two limits: Yu et al. 2025)
+    clip_low: Proportion = 0.2  # Schulman; InstructGPT (two limits: Yu et al. 2025)
     """The probability ratio is clipped from below at 1 - clip_low."""
-    clip_high: float = 0.2
+    clip_high: NonNegativeFloat = 0.2
     """And from above at 1 + clip_high."""
-    dual_clip: float = 0.0
+    dual_clip: NonNegativeFloat = 0.0
     """Where the advantage is negative, the loss is at most this times it (above 1; Ye et al. 2020); 0: off."""
-    value_clip: float = 0.2  # Ziegler; Huang
+    value_clip: NonNegativeFloat = 0.2  # Ziegler; Huang
     """A new value may move this far from the old one; 0: no limit."""
-    entropy_coef: float = 0.0
+    entropy_coef: NonNegativeFloat = 0.0
     """Weight of an entropy bonus per token."""
     whiten_advantages: bool = True  # Ziegler; Huang
     """Normalise advantages over the batch (population variance)."""
@@ -133,13 +138,13 @@ class PPOConfig:
     """Scale per-token rewards to variance one over the batch, their mean kept."""
     normalise_scores: bool = False
     """Scale scores by the running mean and standard deviation of all scores so far."""
-    score_clip: float = 0.0
+    score_clip: NonNegativeFloat = 0.0
     """Scores are clipped to +-this, after normalising; 0: not."""
-    missing_end_score: float = -1.0  # Ziegler; Huang, detail 13 ("EOS trick")
+    missing_end_score: AnyFloat = -1.0  # Ziegler; Huang, detail 13 ("EOS trick")
     """Score of a response that never ends, in place of all terms."""
     stop_strings: tuple[str, ...] = ()
     """A response ends with the token that completes one of these, and counts as finished."""
-    max_prompt_length: int = 64
+    max_prompt_length: PositiveInt = 64
     """Prompts longer than this many tokens are refused (or dropped: data.too_long)."""
     meshes: tuple[RoleMesh, ...] = ()
     """Roles for which devices are laid out otherwise, such as [{role: rollout, tensor: 8}]."""
@@ -149,21 +154,21 @@ class PPOConfig:
     """A critic of its own, started from the reward model, or a value head on the policy's trunk."""
     critic_head: Literal["copy", "zero"] = "copy"  # InstructGPT (zero: Huang, detail 11)
     """The critic's head at the start: the reward model's, or zero; without a reward model it is zero."""
-    value_coef: float = 0.1  # Ziegler; Huang; a separate critic has its own step
+    value_coef: NonNegativeFloat = 0.1  # Ziegler; Huang; a separate critic has its own step
     """Weight of the value loss where the trunk is shared."""
-    ema_decay: float = 0.0  # InstructGPT: 0.992 an update
+    ema_decay: ProportionBelowOne = 0.0  # InstructGPT: 0.992 an update
     """Decay per update of the running mean of the policy, which is then the stage's model; 0: off."""
     lora: LoRAConfig = LoRAConfig()
     """Train adapters of policy and critic; the reference is the policy without them."""
     ptx: PtxConfig = PtxConfig()
     """Pre-training gradients mixed in (PPO-ptx)."""
-    log_every: int = 1
+    log_every: PositiveInt = 1
     """Updates per logged interval."""
-    num_logged: int = 4
+    num_logged: NonNegativeInt = 4
     """Rollouts of each update written to rollouts.jsonl."""
-    eval_every: int = 10
+    eval_every: PositiveInt = 10
     """Updates between evaluations on held-out prompts."""
-    eval_prompts: int = 64
+    eval_prompts: PositiveInt = 64
     """Held-out prompts of an evaluation."""
     actor: OptimConfig = _OPTIM  # 1e-5: Ziegler (InstructGPT about 9e-6; Huang 3e-6); small models take more
     """The policy's optimiser."""
@@ -173,10 +178,6 @@ class PPOConfig:
     """Saving."""
 
     def __post_init__(self) -> None:
-        counts = ("num_steps", "batch_size", "num_responses", "num_epochs", "num_minibatches", "num_micro")
-        for name in (*counts, "log_every", "eval_every", "eval_prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1")
         if self.batch_size % (self.num_minibatches * self.num_micro):
             raise ValueError("num_minibatches: num_minibatches x num_micro must divide batch_size")
         if self.batch_size % self.num_responses:
@@ -200,8 +201,6 @@ class PPOConfig:
             raise ValueError("meshes: there is no critic of its own to lay out; leave the role critic out")
         if self.dual_clip and self.dual_clip <= 1:
             raise ValueError("dual_clip: must be above 1, or 0 for off")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError("ema_decay: must be at least 0 and below 1")
 
     @property
     def has_critic(self) -> bool:
@@ -963,7 +962,7 @@ class SampleTable:
         if jax.process_index():
             return
         if self._file is None or step <= self._last:  # a run that goes on, or that has gone back
-            kept = (line for line in read_metrics(self.path) if line["step"] < step)
+            kept = (line for line in read_metrics(self.path, "skip") if line.get("step", math.inf) < step)
             write_whole(self.path, "".join(map(json_line, kept)))
             self._file = self.path.open("a")
         self._last = step

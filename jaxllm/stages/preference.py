@@ -8,11 +8,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Lt
 
 from jaxllm import evaluate, losses, train
 from jaxllm.checkpoint import CheckpointConfig
@@ -23,6 +24,7 @@ from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
+from jaxllm.ranges import FINITE, NOT_BOOL, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jaxllm.sharding import activation, check_batch, fetch, place_params, replicated, rows_like
 from jaxllm.workspace import Workspace, describe_model, load_model, read_json, write_json
 
@@ -37,29 +39,29 @@ class PreferenceConfig:
     """Stage directory to start from; empty: sft."""
     loss: Literal["pairwise", "plackett_luce", "regression"] = "pairwise"
     """All pairs (Bradley-Terry), the whole order (Plackett-Luce), or the records' own scores by squared error."""
-    margin_coef: float = 0.0
+    margin_coef: NonNegativeFloat = 0.0
     """pairwise: the better score must lead by this times the difference in given scores, or in rank."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, NOT_BOOL, FINITE, Ge(0), Lt(0.5)] = 0.0
     """pairwise: the chance that a label is wrong."""
     weighting: Literal["prompt", "pair"] = "prompt"
     """What counts once: a prompt, however many responses it has, or each of its pairs."""
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
     """dpo: the implicit reward is beta * log(policy / reference)."""
     normalise: Literal["centre", "unit", "none"] = "centre"
     """reward: scores of the training responses are shifted to mean 0, also scaled to variance 1, or left alone."""
-    num_epochs: float = 1.0
+    num_epochs: NonNegativeFloat = 1.0
     """Passes over the rankings; more than one overfits soon."""
-    num_steps: int = 0
+    num_steps: NonNegativeInt = 0
     """Updates; 0: as many as num_epochs takes."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Prompts per update, over all devices and microbatches."""
-    num_micro: int = 1
+    num_micro: PositiveInt = 1
     """Microbatches per update."""
-    length: int = 0
+    length: NonNegativeInt = 0
     """Longest prompt and response in tokens; 0: model.max_length."""
-    log_every: int = 5
+    log_every: PositiveInt = 5
     """Steps per logged interval."""
-    eval_every: int = 20
+    eval_every: PositiveInt = 20
     """Steps between evaluations on held-out rankings."""
     optim: OptimConfig = OptimConfig(learning_rate=1e-4, weight_decay=0.0)
     """Optimiser and schedule."""
@@ -69,17 +71,10 @@ class PreferenceConfig:
     """Saving."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_micro", "log_every", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1")
         if self.batch_size % self.num_micro:
             raise ValueError(f"num_micro: {self.num_micro} does not divide batch_size {self.batch_size}")
-        if self.num_steps < 0 or (self.num_steps == 0 and self.num_epochs <= 0):
+        if not self.num_steps and not self.num_epochs:
             raise ValueError("num_steps: must be positive, or 0 with num_epochs above 0")
-        if self.margin_coef < 0 or self.beta <= 0:
-            raise ValueError("margin_coef: margin_coef must not be negative, and beta must be above 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError("label_smoothing: must be at least 0 and below 0.5")
         if self.loss != "pairwise" and (self.margin_coef or self.label_smoothing):
             raise ValueError("loss: margin_coef and label_smoothing belong to the pairwise loss")
 

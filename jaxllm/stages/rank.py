@@ -28,6 +28,7 @@ from jaxllm.annotators import prompt_text, score_all
 from jaxllm.config import InputError, resolve_function
 from jaxllm.data import DataConfig, is_held_out, said
 from jaxllm.metrics import console, json_line, write_whole
+from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, ProportionBelowOne
 from jaxllm.sharding import meet
 from jaxllm.workspace import StageCut, Workspace
 
@@ -44,25 +45,20 @@ class RankConfig:
 
     annotator: str = "person"
     """person (asks in the terminal), file:PATH (a rankings JSONL), or module:function (SIMULATED: scores responses)."""
-    noise: float = 0.0
+    noise: NonNegativeFloat = 0.0
     """Standard deviation of Gaussian noise added to the scores of a simulated annotator."""
-    tie_margin: float = 0.0
+    tie_margin: NonNegativeFloat = 0.0
     """Scores of a simulated annotator no further apart than this are a tie."""
     annotator_name: str = ""
     """Recorded with each ranking; empty: person, or the simulated annotator's module:function."""
-    max_prompts: int = 0
+    max_prompts: NonNegativeInt = 0
     """Rank only the first so many prompts; 0: all."""
-    held_out: float = 0.1
+    held_out: ProportionBelowOne = 0.1
     """Share of the prompts kept for evaluation, where the lines of a file name no split."""
 
     def __post_init__(self) -> None:
         if self.annotator != "person" and not re.fullmatch(r"file:.+|[\w.]+:\w+", self.annotator):
             raise ValueError(f"annotator: person, file:PATH or module:function, not {self.annotator!r}")
-        for name in ("noise", "tie_margin", "max_prompts"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: must not be negative")
-        if not 0 <= self.held_out < 1:
-            raise ValueError("held_out: must be at least 0 and less than 1")
 
 
 def run(workspace: Workspace, config: RankConfig, ask: Callable[[], str] | None = None) -> dict[str, Any]:

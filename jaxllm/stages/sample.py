@@ -11,6 +11,7 @@ from jaxllm.config import InputError
 from jaxllm.data import DataConfig, PromptExample, load_prompts
 from jaxllm.generate import SamplingConfig, complete, whole_batch
 from jaxllm.metrics import console, json_line, read_metrics, write_whole
+from jaxllm.ranges import NonNegativeInt, PositiveInt
 from jaxllm.sharding import meet
 from jaxllm.workspace import Workspace, load_model
 
@@ -23,13 +24,13 @@ class SampleConfig:
     """Prompts."""
     init_from: str = ""
     """Stage directory of the model to sample from; empty: sft."""
-    num_prompts: int = 1000
+    num_prompts: PositiveInt = 1000
     """Prompts of the training split to sample; fewer if there are fewer."""
-    num_held_out: int = 200
+    num_held_out: NonNegativeInt = 200
     """Prompts of the held-out split, for measuring the reward model."""
-    num_responses: int = 4
+    num_responses: PositiveInt = 4
     """Responses drawn to each prompt (K)."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Prompts per batch."""
     sampling: SamplingConfig = SamplingConfig()
     """How responses are drawn."""
@@ -37,8 +38,6 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if self.num_responses < 2:
             raise ValueError("num_responses: at least 2 responses are needed to rank them")
-        if self.num_prompts < 1 or self.num_held_out < 0 or self.batch_size < 1:
-            raise ValueError("num_prompts: num_prompts and batch_size must be positive, num_held_out not negative")
 
 
 def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
@@ -92,7 +91,7 @@ def _keep_whole_batches(path: epath.Path, batch_size: int) -> int:
 
     Batches then have the same rows as in a run never cut, and so the same bits.
     """
-    lines = read_metrics(path)
+    lines = read_metrics(path, "stop")
     keep = len(lines) // batch_size * batch_size
     if jax.process_index() == 0:
         write_whole(path, "".join(map(json_line, lines[:keep])))

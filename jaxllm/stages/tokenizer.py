@@ -4,15 +4,17 @@ import dataclasses
 import os
 import random
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
+from annotated_types import Ge, Le
 from etils import epath
 from rich.table import Table
 
 from jaxllm.data import DataConfig, load_texts
 from jaxllm.metrics import console
 from jaxllm.pretrained_tokenizer import load_tokenizer
+from jaxllm.ranges import FINITE, NOT_BOOL, ByteCount, Seed, Threads
 from jaxllm.tokenizer import MAX_VOCAB_SIZE, RULE_OF_THUMB, compression, train
 from jaxllm.workspace import Workspace
 
@@ -25,26 +27,18 @@ class TokenizerConfig:
     """Stage directory, or folder of a downloaded model, whose tokenizer is taken; nothing is trained then."""
     data: DataConfig = DataConfig()
     """Text to train on; without sources that of pretrain."""
-    vocab_size: int = 4096
+    vocab_size: Annotated[int, NOT_BOOL, Ge(270), Le(MAX_VOCAB_SIZE)] = 4096
     """Tokens, with the special ones and the 256 bytes."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """Byte-pair encoding or a unigram language model."""
-    character_coverage: float = 0.9995
+    character_coverage: Annotated[float, NOT_BOOL, FINITE, Ge(0.9), Le(1.0)] = 0.9995
     """Share of the characters that get a token of their own; the rest is spelled in bytes."""
-    sample_bytes: int = 100_000_000
+    sample_bytes: ByteCount = 100_000_000
     """Train on a random sample of at most this many bytes."""
-    sample_seed: int = 0
+    sample_seed: Seed = 0
     """Seed of that sample."""
-    num_threads: int = 0
+    num_threads: Threads = 0
     """Training threads; 0: one per core."""
-
-    def __post_init__(self) -> None:
-        if not 270 <= self.vocab_size <= MAX_VOCAB_SIZE:
-            raise ValueError(f"vocab_size: must be between 270 and {MAX_VOCAB_SIZE}")
-        if not 0.9 <= self.character_coverage <= 1:
-            raise ValueError("character_coverage: must be between 0.9 and 1")
-        if self.sample_bytes < 1:
-            raise ValueError("sample_bytes: must be positive")
 
 
 def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
