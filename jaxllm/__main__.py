@@ -3,6 +3,9 @@
 import dataclasses
 import difflib
 import errno
+import glob
+import importlib.util
+import io
 import logging
 import os
 import sys
@@ -11,6 +14,7 @@ from typing import Annotated
 
 import tyro
 
+from jaxllm import __version__
 from jaxllm.config import InputError, load, parse_overrides, tyro_cli
 from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveProportion, Seed
 
@@ -28,14 +32,21 @@ STAGE_HELP = {
     "ppo": "reinforcement learning from the reward model",
     "evaluate": "measure the models and write the report",
 }
+# command -> (what it takes, what it does)
 OTHER_HELP = {
-    "generate": "complete a prompt with a stage's model",
-    "chat": "talk to a stage's model",
-    "import": "make a stage directory of a downloaded model (safetensors, GGUF)",
-    "export": "write a stage's model for others: safetensors, config.json, tokenizer",
-    "score": "stages' models on tasks in JSONL files, side by side",
-    "plan": "a stage's step compiled for TPUs that are not there: does it fit, what does it cost",
-    "lm_eval": "EleutherAI's lm-evaluation-harness on a stage's model",
+    "generate": ("STAGE_DIR --prompt TEXT [options]", "complete a prompt with a stage's model"),
+    "chat": ("STAGE_DIR [options]", "talk to a stage's model"),
+    "import": (
+        "SOURCE STAGE_DIR",
+        "make a stage directory from a downloaded model: a folder of safetensors, or a GGUF file",
+    ),
+    "export": ("STAGE_DIR FOLDER [options]", "write a stage's model for others: safetensors, config.json, tokenizer"),
+    "score": ("STAGE_DIR ... --task FILE ... [options]", "score stages' models on tasks in JSONL files, side by side"),
+    "plan": (
+        "CONFIG --topology NAME [options]",
+        "compile a stage's step for TPUs that are not there: does it fit, what does it cost",
+    ),
+    "lm_eval": ("STAGE_DIR --tasks NAME ...", "run EleutherAI's lm-evaluation-harness on a stage's model"),
 }
 
 
@@ -55,10 +66,10 @@ class GenerateArgs:
     """Print the best of this many draws for each, by the reward model of --reward-from."""
     reward_from: str = ""
     """Stage directory of the reward model, for example runs/quickstart/reward."""
-    max_new_tokens: PositiveInt = 64
-    """Longest completion in tokens."""
+    max_new_tokens: NonNegativeInt = 0
+    """Longest completion in tokens; 0: 64, or what the prompt leaves of the model's context where that is less."""
     temperature: NonNegativeFloat = 1.0
-    """0 is greedy."""
+    """Higher is more varied; 0 is greedy."""
     top_p: PositiveProportion = 1.0
     """Nucleus sampling."""
     top_k: NonNegativeInt = 0
@@ -73,10 +84,10 @@ class ChatArgs:
 
     stage_dir: Annotated[str, tyro.conf.Positional]
     """Directory of a stage that trained a model, for example runs/quickstart/ppo."""
-    max_new_tokens: PositiveInt = 128
-    """Longest answer in tokens."""
+    max_new_tokens: NonNegativeInt = 0
+    """Longest answer in tokens; 0: 128, or half of the model's context where that is less."""
     temperature: NonNegativeFloat = 0.7
-    """0 is greedy."""
+    """Higher is more varied; 0 is greedy."""
     top_p: PositiveProportion = 1.0
     """Nucleus sampling."""
     top_k: NonNegativeInt = 0
@@ -117,7 +128,11 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, or stopped by a signal with everything saved, 1 training failed, 2 bad input, 3 stopped before the end on purpose."""
     if argv is None:
         _use_huge_pages()
+        _choose_platform()
     args = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Chinese shows its characters' numbers
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax announces its options as warnings
     try:
         _dispatch(args)
@@ -127,11 +142,27 @@ def main(argv: list[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+        if error.errno not in _OF_THE_SYSTEM:
             raise
         _exit(f"jaxllm: {error.filename or 'writing'}: {error.strerror}; mend that and run the same command again", 1)
     except KeyboardInterrupt:
-        _exit("jaxllm: interrupted; run the same command again to go on", 130)
+        _exit("jaxllm: interrupted; run the same command again to resume", 130)
+
+
+# What a disk, its permissions and its limits can refuse at any place.
+_OF_THE_SYSTEM = (
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.EIO,
+)
 
 
 def _use_huge_pages() -> None:
@@ -145,9 +176,29 @@ def _use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def _choose_platform() -> None:
+    """Choose the CPU where libtpu is installed and no accelerator is there, before JAX is imported.
+
+    Otherwise libtpu prints a trace of its failure at every start. JAX_PLATFORMS, where it is set, is left as it is.
+    """
+    accelerators = (
+        "/dev/accel*",
+        "/dev/vfio/[0-9]*",
+        "/dev/nvidia[0-9]*",
+        "/dev/kfd",
+        "/dev/dxg",
+    )  # TPU, NVIDIA, AMD, WSL
+    if "JAX_PLATFORMS" in os.environ or sys.platform != "linux" or importlib.util.find_spec("libtpu") is None:
+        return
+    if not any(glob.glob(pattern) for pattern in accelerators):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
 def _dispatch(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         return print(_usage())
+    if args[0] == "--version":
+        return print(f"jaxllm {__version__}")
     command, *rest = args
     if command in STAGE_HELP:
         return _train(command, rest)
@@ -158,11 +209,11 @@ def _dispatch(args: list[str]) -> None:
 
 
 def _usage() -> str:
-    rows = [f"  jaxllm {name} CONFIG [--section.field VALUE ...]".ljust(56) + text for name, text in STAGE_HELP.items()]
-    rows += [f"  jaxllm {name} STAGE_DIR [options]".ljust(56) + text for name, text in OTHER_HELP.items()]
-    return "\n".join(
-        ["The whole life of a language model.\n", *rows, "\n`jaxllm COMMAND --help` explains every option."]
-    )
+    stages = [(name, "CONFIG [--section.field VALUE ...]", text) for name, text in STAGE_HELP.items()]
+    others = [(name, takes, text) for name, (takes, text) in OTHER_HELP.items()]
+    rows = [f"  jaxllm {name} {takes}".ljust(56) + text for name, takes, text in stages + others]
+    end = "\n`jaxllm COMMAND --help` explains every option; `jaxllm --version` prints the version."
+    return "\n".join(["The whole life of a language model.\n", *rows, end])
 
 
 def _train(command: str, args: list[str]) -> None:
@@ -218,10 +269,10 @@ def _generate(args: GenerateArgs) -> None:
     from jaxllm import chat
     from jaxllm.generate import SamplingConfig
 
-    sampling = SamplingConfig(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    sampling = SamplingConfig(args.max_new_tokens or 64, args.temperature, args.top_k, args.top_p)
     if (args.best_of > 1) != bool(args.reward_from):
         raise InputError("--best-of: give a number above 1 together with --reward-from STAGE_DIR, or neither")
-    best = {"best_of": args.best_of, "reward_from": args.reward_from}
+    best: dict = {"best_of": args.best_of, "reward_from": args.reward_from, "shorten": not args.max_new_tokens}
     for text in chat.answer_once(args.stage_dir, args.prompt, args.chat, sampling, args.num_samples, args.seed, **best):
         print(text, flush=True)
 
@@ -230,8 +281,8 @@ def _chat(args: ChatArgs) -> None:
     from jaxllm import chat
     from jaxllm.generate import SamplingConfig
 
-    sampling = SamplingConfig(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
-    chat.converse(args.stage_dir, sampling, args.seed, args.system)
+    sampling = SamplingConfig(args.max_new_tokens or 128, args.temperature, args.top_k, args.top_p)
+    chat.converse(args.stage_dir, sampling, args.seed, args.system, shorten=not args.max_new_tokens)
 
 
 def _score(args: list[str]) -> None:

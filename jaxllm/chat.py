@@ -1,5 +1,6 @@
 """Using a stage's model from the terminal: one prompt, or a conversation that streams and is kept."""
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -30,8 +31,11 @@ def answer_once(
     seed: int,
     best_of: int = 1,
     reward_from: str = "",
+    shorten: bool = False,
 ) -> Iterator[str]:
     """Yield num_samples completions of a prompt; chat: the prompt is a user's message in the chat template.
+
+    shorten: completions take no more tokens than the prompt leaves of the context.
 
     With best_of N each is the one of N that the reward model in the stage directory reward_from scores highest
     (best-of-N sampling; its KL to the policy is at most log N - (N - 1) / N, Stiennon et al. 2020, section 4.3).
@@ -41,6 +45,8 @@ def answer_once(
         ids, _ = tokenizer.encode_chat([{"role": "user", "content": prompt}], reply=True)
     else:
         ids = tokenizer.encode_document(prompt)[:-1]
+    if shorten and 0 < model.max_length - len(ids) < sampling.max_new_tokens:
+        sampling = dataclasses.replace(sampling, max_new_tokens=model.max_length - len(ids))
     stops = tokenizer.stop_ids
     with jax.set_mesh(mesh):
         settings: dict[str, Any] = {"sampling": sampling, "stop_ids": stops, "pad_id": tokenizer.pad_id}
@@ -55,9 +61,27 @@ def answer_once(
             yield tokenizer.decode(completion.ids)
 
 
-def converse(stage_dir: str, sampling: SamplingConfig, seed: int, system: str = "", user: TextIO = sys.stdin) -> None:
-    """Read messages from `user` (default: standard input) and stream answers to standard output."""
+def converse(
+    stage_dir: str,
+    sampling: SamplingConfig,
+    seed: int,
+    system: str = "",
+    user: TextIO = sys.stdin,
+    shorten: bool = False,
+) -> None:
+    """Read messages from `user` (default: standard input) and stream answers to standard output.
+
+    shorten: an answer takes at most half of the context. Raises InputError where no message would fit beside an answer.
+    """
     params, model, tokenizer, mesh = load(stage_dir)
+    if shorten:
+        sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, model.max_length // 2))
+    room = model.max_length - sampling.max_new_tokens
+    if room < 1:
+        raise InputError(
+            f"--max-new-tokens: {sampling.max_new_tokens} leaves no room for a message in the context of "
+            f"{model.max_length} tokens; lower it"
+        )
     params = jax.jit(lambda p: transformer.unstack(p, transformer.decoding(model)))(params)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
@@ -70,11 +94,13 @@ def converse(stage_dir: str, sampling: SamplingConfig, seed: int, system: str = 
             if text == "/reset":
                 messages = list(opening)
                 continue
-            messages.append({"role": "user", "content": text})
-            messages, ids = _fit(messages, len(opening), tokenizer, model.max_length - sampling.max_new_tokens)
+            asked = [*messages, {"role": "user", "content": text}]
+            if (fitted := _fit(asked, len(opening), tokenizer, room)) is None:
+                continue
+            messages, ids = fitted
             decoder, answer = StreamDecoder(tokenizer), ""
             settings: dict[str, Any] = {"sampling": sampling, "stop_ids": stops, "pad_id": tokenizer.pad_id}
-            for token in stream(params, model, ids, seed=seed + turn, **settings):
+            for token in stream(params, model, ids, seed=(seed + turn) % 2**32, **settings):
                 answer += _say(decoder.add(token))
             answer += _say(decoder.flush())
             print(flush=True)
@@ -83,14 +109,21 @@ def converse(stage_dir: str, sampling: SamplingConfig, seed: int, system: str = 
 
 def _fit(
     messages: list[dict[str, str]], keep: int, tokenizer: Tokenizer, limit: int
-) -> tuple[list[dict[str, str]], list[int]]:
-    """Forget the oldest turns until the conversation fits; the system message stays."""
+) -> tuple[list[dict[str, str]], list[int]] | None:
+    """Forget the oldest turns until the conversation fits; the first `keep` messages, the system's, stay.
+
+    None, and a note, where the newest message alone does not fit.
+    """
+    alone, _ = tokenizer.encode_chat([*messages[:keep], messages[-1]], reply=True)
+    if len(alone) > limit:
+        _note(
+            f"(this message takes {len(alone)} tokens and {limit} fit beside the answer; shorten it and send it again)"
+        )
+        return None
     while True:
         ids, _ = tokenizer.encode_chat(messages, reply=True)
         if len(ids) <= limit:
             return messages, ids
-        if len(messages) <= keep + 1:
-            raise InputError(f"the message takes {len(ids)} tokens, and {limit} fit beside the answer; shorten it")
         messages = [*messages[:keep], *messages[keep + 2 :]]
         _note("(the oldest turn no longer fits the context and is forgotten)")
 
@@ -100,7 +133,13 @@ def _ask(user: TextIO) -> str | None:
     while True:
         if user.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = user.readline()
+        raw = getattr(user, "buffer", user).readline()
+        try:
+            line = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
+            line.encode()
+        except UnicodeError as error:
+            _note(f"(this line is not valid UTF-8, {error.reason} at byte {error.start}; send it again)")
+            continue
         if not line or line.strip():
             return line.strip() or None
 

@@ -29,7 +29,13 @@ Where = dict[tuple[Any, ...], str]
 
 
 class InputError(Exception):
-    """Bad input from the user: config, data, checkpoint or command line. Its text is one complete line."""
+    """Bad input from the user: config, data, checkpoint or command line. Its text is one complete line.
+
+    What it quotes may hold anything: line breaks and control characters are spelled out.
+    """
+
+    def __init__(self, text: str):
+        super().__init__("".join(c if c.isprintable() or c in "\xa0\u3000" else f"{c!a}"[1:-1] for c in text))
 
 
 _MOST_KEYS = 100_000  # of a YAML file; a few lines of aliases can stand for more than any memory holds
@@ -277,7 +283,7 @@ def _expand(cls: Any, tree: Any, path: tuple[Any, ...], where: Where, name: str)
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             mend = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
-            raise InputError(f"{_place((*path, key), where, name)}: unknown key; {mend}")
+            raise InputError(f"{_place((*path, str(key)), where, name)}: unknown key; {mend}")
         if isinstance(value, Mapping) and dataclasses.is_dataclass(default := defaults[key]):
             value = merge(_own_defaults(default), value)
         empty = value is None and dataclasses.is_dataclass(hints[key])

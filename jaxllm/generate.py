@@ -29,11 +29,21 @@ class SamplingConfig:
     max_new_tokens: PositiveInt = 64
     """Longest response in tokens, its end-of-turn token included."""
     temperature: NonNegativeFloat = 1.0
-    """Logits are divided by it; 0 takes the most likely token."""
+    """Logits are divided by it; 0, or less than 1e-5, takes the most likely token."""
     top_k: NonNegativeInt = 0
     """Draw from the k most likely tokens only; 0: from all."""
     top_p: PositiveProportion = 1.0
     """Draw from the smallest set of tokens with at least this probability (nucleus sampling)."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken: below this temperature float32 cannot tell the two apart."""
+        return self.temperature < 1e-5
+
+    @property
+    def divisor(self) -> float:
+        """What logits are divided by; log-probabilities of greedy decoding are those at temperature 1."""
+        return 1.0 if self.greedy else self.temperature
 
 
 _CHECK_EVERY = 8  # steps from one look at whether every row has ended to the next: a look makes the devices meet
@@ -165,9 +175,9 @@ def _pick(
     """Draw a token from each row: hidden [rows, D], keys [rows] -> (int32[rows], float32[rows] log-probability)."""
     logits = jnp.einsum("bd,dv->bv", hidden, params["unembed"], preferred_element_type=jnp.float32)
     logits = constrain(logits, "batch", "vocab")  # or XLA gathers the matrix, for each token
-    logits = losses.softcap(constrain(logits, "batch", None), cap) / (sampling.temperature or 1.0)
+    logits = losses.softcap(constrain(logits, "batch", None), cap) / sampling.divisor
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    if sampling.temperature == 0:
+    if sampling.greedy:
         token = jnp.argmax(logits, axis=-1)
     else:
         uniform = jax.vmap(jax.random.uniform)(keys)
@@ -213,7 +223,8 @@ def keep_likely(logprobs: jax.Array, top_k: int, top_p: float) -> jax.Array:
         ordered = -jnp.sort(-jax.nn.softmax(logprobs, axis=-1), axis=-1)
         before = jnp.cumsum(ordered, axis=-1) - ordered
         last = (before < top_p).astype(jnp.int32).sum(-1, keepdims=True) - 1
-        floor = jnp.take_along_axis(ordered, last, axis=-1)
+        # At least the first: float32 has no number for a top_p below 1e-45.
+        floor = jnp.take_along_axis(ordered, jnp.maximum(last, 0), axis=-1)
         logprobs = jnp.where(jax.nn.softmax(logprobs, axis=-1) < floor, -jnp.inf, logprobs)
     return logprobs
 

@@ -26,7 +26,7 @@ class Ledger:
         self.path = epath.Path(path)
         lines = read(self.path) if jax.process_index() == 0 else []
         self.attempt = 1 + max((line["attempt"] for line in lines), default=0)
-        cut = bool(lines) and not self.path.read_text().endswith("\n")
+        cut = bool(lines) and not self.path.read_bytes().endswith(b"\n")
         self._newline = "\n" if cut else ""  # ends a line that was cut
         self._seconds: dict[str, float] = defaultdict(float)
         self._since = time.monotonic() - (max(0.0, time.time() - began) if began else 0.0)
@@ -44,7 +44,7 @@ class Ledger:
         self._seconds.clear()
         line = {"attempt": self.attempt, "time": round(time.time(), 3), "stage": stage, "step": step, **more}
         if jax.process_index() == 0:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(self._newline + json.dumps({**line, "seconds": seconds}) + "\n")
             self._newline = ""
 

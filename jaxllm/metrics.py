@@ -20,7 +20,8 @@ from jaxllm.config import InputError
 from jaxllm.losses import Metrics
 from jaxllm.sharding import fetch
 
-console = Console(stderr=True, highlight=False)
+# What is printed is text: square brackets and colons in a path are not markup.
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +220,9 @@ def _measure_matmul(mesh: jax.sharding.Mesh, size: int = 1024) -> float:
 
 def _line(values: Mapping[str, float], shown: tuple[str, ...]) -> str:
     names = [name if "/" in name else f"train/{name}" for name in shown]
-    parts = [f"{name.split('/')[-1]} {values[name]:.4g}" for name in names if name in values]
+    # Held-out numbers keep their prefix: the last update has a score and a KL as well.
+    short = lambda name: name if name.startswith("eval/") else name.split("/")[-1]
+    parts = [f"{short(name)} {values[name]:.4g}" for name in names if name in values]
     if (rate := values.get("throughput/tokens_per_second")) is not None:
         parts.append(f"{rate:,.0f} tokens/s")
     if (mfu := values.get("throughput/mfu")) is not None:
@@ -246,7 +249,7 @@ def _jsonl(directory: epath.Path, kept: list[dict[str, Any]]) -> Writer:
     """Append to metrics.jsonl; what a killed run wrote past the checkpoint it left is dropped first."""
     path = directory / "metrics.jsonl"
     write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-    file = path.open("a")
+    file = path.open("a", encoding="utf-8")
 
     def write(step: int, values: Mapping[str, float]) -> None:
         file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")

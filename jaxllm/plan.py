@@ -139,10 +139,10 @@ def stage_programs(config: Config, stage: str, mesh: Any) -> tuple[list[Program]
     )
     check_batch(mesh, section.batch_size // parts, f"{stage}.batch_size / its parts, {parts},")
     if stage in ("pretrain", "sft"):
-        return language_model.programs(mesh, section, model, seed)
+        return language_model.programs(mesh, stage, section, model, seed)
     if stage in ("reward", "dpo"):
         return preference.programs(mesh, stage, section, model, config.sample.num_responses, seed)
-    return ppo.programs(mesh, section, model, seed)
+    return ppo.programs(mesh, stage, section, model, seed)
 
 
 def _sizes(config: Config, stage: str, mesh: Any, held: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def _shardings(held: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _show(report: Mapping[str, Any], args: PlanArgs) -> None:
-    console = Console()
+    console = Console(markup=False, emoji=False)
     table = Table(title=f"{args.stage} on {args.topology}{f' x {args.slices}' * (args.slices > 1)}", show_header=False)
     for name, value in report.items():
         if name not in ("collectives", "leaves", "programs"):
@@ -312,7 +312,7 @@ def _show_ranking(ranked: Sequence[Mapping[str, Any]]) -> None:
         numbers = (f"{each.get('predicted_tokens_per_second', 0):,.0f}", f"{each.get('predicted_mfu', 0):.1%}")
         size = _bytes(each.get("total_bytes_per_device", 0))
         table.add_row(mesh, each["remat"], str(each["batch_size"]), str(each["fits"]), size, *numbers)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def _devices(args: PlanArgs) -> tuple[Chip, Any]:

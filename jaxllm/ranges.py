@@ -7,7 +7,7 @@ pydantic finds into one line.
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AllowInfNan, BeforeValidator
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator
 
 LARGEST_INT = 2**31 - 1  # counts and sizes become int32 on devices
 LARGEST_FLOAT = 1e12  # a coefficient beyond this overflows float32 as soon as it is squared twice
@@ -17,6 +17,12 @@ def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("must be a number")
     return value
+
+
+def _not_zero(size: int) -> int:
+    if not size:
+        raise ValueError("must be positive, or -1 for the devices that are left")
+    return size
 
 
 # What every type below has, for a field that needs limits of its own.
@@ -29,7 +35,7 @@ ByteCount = Annotated[int, NOT_BOOL, Ge(1), Le(10**15)]
 Threads = Annotated[int, NOT_BOOL, Ge(0), Le(4096)]
 Seconds = Annotated[int, NOT_BOOL, Ge(0), Le(366 * 24 * 3600)]
 PositiveSeconds = Annotated[int, NOT_BOOL, Ge(1), Le(366 * 24 * 3600)]
-AxisSize = Annotated[int, NOT_BOOL, Ge(-1), Le(2**24)]
+AxisSize = Annotated[int, NOT_BOOL, Ge(-1), Le(2**24), AfterValidator(_not_zero)]
 # Keys of random numbers hold 32 bits: a larger seed would be the same as a smaller one.
 Seed = Annotated[int, NOT_BOOL, Ge(0), Le(2**32 - 1)]
 

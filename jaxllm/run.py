@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 from rich.table import Table
+from rich.text import Text
 
 from jaxllm import checkpoint, goodput
 from jaxllm.config import InputError, require, to_tree
@@ -128,7 +129,9 @@ def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
         remade: set[str] = set()
         worked = [stage for stage in stages if _work(workspace, config, stage, config_path + moved, remade)]
     if not worked:
-        console.print(f"Nothing to do: {'all stages are' if len(stages) > 1 else 'it is'} finished in {run_dir}")
+        console.print(
+            f"Nothing to do: {'all stages are' if len(stages) > 1 else 'it is'} finished in {run_dir}", soft_wrap=True
+        )
     if worked and jax.process_index() == 0:
         console.print(goodput.summary(goodput.read(workspace.ledger.path)))
     unwritten = worked or not (run_dir / "report.html").exists()  # it may have been killed just before
@@ -138,7 +141,7 @@ def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
         write_report(run_dir, [s for s in STAGES if s in config.stages or workspace.result(s) is not None])
         policies = [stage for stage in POLICIES if workspace.result(stage) is not None]
         talk = f"; talk to it: jaxllm chat {run_dir}/{policies[-1]}" if policies else ""
-        console.print(f"Report: {run_dir}/report.html and report.md{talk}")
+        console.print(f"Report: {run_dir}/report.html and report.md{talk}", soft_wrap=True)
     meet("everything is written")  # who leaves first waits for the others only heartbeat_seconds, then counts them lost
 
 
@@ -177,7 +180,7 @@ def _work(workspace: Workspace, config: Config, stage: str, config_path: str, re
     workspace = workspace.on(make_mesh(config.mesh_of(stage)))
     workspace.begin(stage)
     if workspace.result(stage) is not None:
-        console.print(f"{stage}: finished already, in {workspace.stage_dir(stage)}")
+        console.print(f"{stage}: finished already, in {workspace.stage_dir(stage)}", soft_wrap=True)
         return False
     while True:
         try:
@@ -242,10 +245,9 @@ def start_devices(config: Config) -> jax.sharding.Mesh:
 
 def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: str) -> None:
     began = time.monotonic()
-    console.rule(f"[bold]{stage}")
-    if stage in ("pretrain", "sft"):
-        workspace.require("tokenizer", stage)
+    console.rule(Text(stage, style="bold"))
     if stage in ("reward", *POLICIES):
+        workspace.require("tokenizer", stage)
         workspace.share_tokenizer(stage)
     result = _call(workspace, config, stage)
     if bad := [(name, value) for name, value in _flat(result) if isinstance(value, float) and not math.isfinite(value)]:
@@ -259,7 +261,7 @@ def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: st
         workspace.finish(stage, result)
         print_result(stage, result)
         if following := config.stages[config.stages.index(stage) + 1 :] if stage in config.stages else STAGES[-1:]:
-            console.print(f"next: jaxllm {following[0]} {config_path}")
+            console.print(f"next: jaxllm {following[0]} {config_path}", soft_wrap=True)
     workspace.ledger.mark("work")
     workspace.ledger.write(stage, event="finished")
     meet(f"{stage} is finished")

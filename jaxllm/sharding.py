@@ -68,10 +68,8 @@ class MeshConfig:
     """Shards of heads, MLP and vocabulary."""
 
     def __post_init__(self) -> None:
-        sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
-        for name, size in sizes.items():
-            require(size >= 1 or size == -1, f"{name}: must be positive, or -1 for the devices that are left")
-        require(list(sizes.values()).count(-1) <= 1, "data: only one axis can be -1")
+        sizes = [getattr(self, axis) for axis in MESH_AXES]
+        require(sizes.count(-1) <= 1, "data: only one axis can be -1")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

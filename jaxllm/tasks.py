@@ -269,4 +269,4 @@ def command(args: ScoreArgs) -> None:
         if not name.endswith("_error"):
             cells = (show(value) + (f" ± {errors[stage]:.2g}" if errors else "") for stage, value in values.items())
             table.add_row(*name.rsplit(" ", 1), *cells)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160).print(table)

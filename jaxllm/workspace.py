@@ -163,6 +163,7 @@ class Workspace:
     def share_tokenizer(self, stage: str) -> None:
         """Copy the tokenizer into a stage's directory, which is thereby complete by itself."""
         target = Path(self.stage_dir(stage) / "tokenizer")
+        self.tokenizer()  # one that is missing or damaged is an error before anything is copied
         if not target.exists() and jax.process_index() == 0:
             partial = target.with_name("tokenizer.partial")
             shutil.rmtree(partial, ignore_errors=True)

@@ -218,3 +218,19 @@ def test_going_on_in_the_middle_gives_the_same_completions():
         whole = list(g.complete(params, LLAMA, prompts, batch_size=8, **settings))
         rest = list(g.complete(params, LLAMA, prompts, batch_size=8, start=16, **settings))
     assert rest == whole[16:]
+
+
+def test_a_tiny_temperature_is_greedy(model_and_params):
+    model, params = model_and_params
+    greedy = roll(model, params, PROMPTS, g.SamplingConfig(8, 0.0))
+    for temperature in (1e-6, 1e-10, 1e-40, 5e-324):
+        tiny = roll(model, params, PROMPTS, g.SamplingConfig(8, temperature))
+        np.testing.assert_array_equal(tiny.tokens, greedy.tokens)
+        np.testing.assert_array_equal(tiny.logprobs, greedy.logprobs)
+
+
+@pytest.mark.parametrize("top_p", [1e-30, 1e-46, 5e-324])
+def test_the_smallest_nucleus_holds_the_most_likely_token(top_p):
+    logprobs = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (4, 40)))
+    kept = np.isfinite(np.asarray(g.keep_likely(logprobs, 0, top_p)))
+    np.testing.assert_array_equal(kept, np.asarray(logprobs) == np.asarray(logprobs).max(-1, keepdims=True))

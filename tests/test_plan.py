@@ -22,7 +22,7 @@ SECTION = LanguageModelConfig(batch_size=16, num_steps=10)
 
 
 def traced(model, mesh, section=SECTION):
-    (program,), _ = language_model.programs(mesh, section, model, 0)
+    (program,), _ = language_model.programs(mesh, "pretrain", section, model, 0)
     with jax.set_mesh(mesh):
         return program.run.trace(*program.arguments, **program.keywords)
 

@@ -154,6 +154,23 @@ def test_all_masked_example(capsys, config, run_dir, tmp_path):
     assert "data.jsonl:1: the last reply is empty" in refused(capsys, "sft", path, "--run-dir", run_dir)
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_rows_beyond_the_context_are_refused_in_every_stage(capsys, config, run_dir, stage, position):
+    shutil.rmtree(run_dir / stage, ignore_errors=True)
+    field = "ppo.ptx.length" if stage == "ppo" else f"{stage}.length"
+    flags = [f"--{field}", 65, "--model.position", position]
+    line = refused(capsys, stage, config(), "--run-dir", run_dir, *flags)
+    assert line.startswith(f"jaxllm: {field}: 65 tokens exceed model.max_length 64")
+
+
+def test_a_planned_row_beyond_the_context_is_refused(capsys, config):
+    path = config()
+    path.write_text("model: {preset: tiny-1m, vocab_size: 512}\nreward: {length: 257}\n")
+    line = refused(capsys, "plan", path, "--topology", "v5p:2x2x1", "--stage", "reward")
+    assert line.startswith("jaxllm: reward.length: 257 tokens exceed model.max_length 256")
+
+
 def test_checkpoint_from_another_model(capsys, config, run_dir):
     fresh(run_dir, "sft")
     line = refused(capsys, "sft", config(), "--run-dir", run_dir, "--model.embed-dim", 64)
@@ -229,3 +246,11 @@ def test_a_stage_that_stays_damaged_is_made_again_once(capsys, config, run_dir, 
     line = refused(capsys, "sample", config(), "--run-dir", run_dir)
     assert calls == ["sample", "sft", "sample"]
     assert "is damaged again (no manifest), although sft was just made again" in line
+
+
+@pytest.mark.parametrize(
+    "stage", ["pretrain", "sft", "sample", "rank", "reward", "dpo", "rloo", "grpo", "ppo", "evaluate"]
+)
+def test_a_stage_whose_input_was_never_made(capsys, config, tmp_path, stage):
+    line = refused(capsys, stage, config(), "--run-dir", tmp_path / "r")
+    assert re.search(r"needs the \w+ stage; run: jaxllm \w+|none of the stages .* has finished", line)

@@ -327,7 +327,7 @@ def _shares(weights: Sequence[float]) -> list[int]:
 def _order(sizes: Sequence[int], phases: Sequence[_Stretch], seed: int) -> Callable[[int], tuple[int, int]]:
     """Number in an endless sequence -> (source, row): each source is shuffled anew every epoch, and goes on where it
     was when the weights change."""
-    shuffles = [grain.MapDataset.range(size).seed(seed + k).shuffle() for k, size in enumerate(sizes)]
+    shuffles = [grain.MapDataset.range(size).seed((seed + k) % 2**32).shuffle() for k, size in enumerate(sizes)]
 
     def order(number: int) -> tuple[int, int]:
         phase = next(phase for phase in reversed(phases) if phase.begin <= number)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxllm.config import build, merge
+from jaxllm.config import InputError, build, merge
 from jaxllm.models.moe import MoEConfig
 from jaxllm.models.rope import RopeScaling
 from jaxllm.ranges import Epsilon, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -128,13 +128,26 @@ class ModelConfig:
     def expand(tree: Mapping[str, Any]) -> Mapping[str, Any]:
         """Put a preset's fields under those given."""
         name = tree.get("preset") or ""
-        if name and name not in PRESETS:
+        if not isinstance(name, str) or (name and name not in PRESETS):
             raise ValueError(f"preset: {name!r} is unknown; known: {', '.join(PRESETS)}")
         return merge(PRESETS.get(name, {}), tree)
 
     def windowed(self, layer: int) -> bool:
         """Whether a layer's attention has the window."""
         return self.window > 0 and (self.global_every == 0 or (layer + 1) % self.global_every != 0)
+
+    def row_length(self, length: int, field: str, spelled: str = "") -> int:
+        """The tokens of a row: `length` (in an error as `spelled`), where that is 0 the whole context.
+
+        Raises InputError, naming the field, where a row is longer than the context: positions beyond it are not the
+        model's, and a learned table has no rows for them.
+        """
+        if length > self.max_length:
+            what = spelled or f"{length} tokens"
+            raise InputError(
+                f"{field}: {what} exceed model.max_length {self.max_length}; lower the one or raise the other"
+            )
+        return length or self.max_length
 
     @property
     def recomputes(self) -> bool:

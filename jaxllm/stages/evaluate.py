@@ -182,7 +182,7 @@ def open_answers(
     """(numbers, answers, prompts) on held-out prompts; KL to the reference's parameters where they are given."""
     limit = model.max_length - config.sampling.max_new_tokens
     held_out = load_prompts(config.prompts, "held_out", tokenizer, limit)[: config.num_prompts]
-    temperature = config.sampling.temperature or 1.0
+    temperature = config.sampling.divisor
 
     @jax.jit
     def kl(params, reference, rollout):

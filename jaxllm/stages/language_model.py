@@ -77,7 +77,7 @@ def run(
     source = config.init_from if stage == "pretrain" else workspace.source(config.init_from, "pretrain", stage)
     mesh, directory = workspace.mesh, workspace.stage_dir(stage)
     check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
-    tokenizer, length = workspace.tokenizer(), config.length or model.max_length
+    tokenizer, length = workspace.tokenizer(), model.row_length(config.length, f"{stage}.length")
     cache = workspace.run_dir / "cache"
     rows = {split: load_rows(config.data, kind, split, tokenizer, length, cache) for split in ("train", "held_out")}
     num_steps = config.num_steps or math.ceil(config.num_epochs * epoch_rows(rows["train"]) / config.batch_size)
@@ -151,11 +151,11 @@ def program(
 
 
 def programs(
-    mesh: jax.sharding.Mesh, config: LanguageModelConfig, model: ModelConfig, seed: int
+    mesh: jax.sharding.Mesh, stage: str, config: LanguageModelConfig, model: ModelConfig, seed: int
 ) -> tuple[list[train.Program], dict[str, Any]]:
     """(what an update runs, {role: its state}), as shapes with their shardings."""
     step, placed = program(mesh, config, model, max(config.num_steps, 1), seed)
-    shape = (config.batch_size, length := config.length or model.max_length)
+    shape = (config.batch_size, length := model.row_length(config.length, f"{stage}.length"))
     batch = planned_rows(mesh, *shape)
     whole = place_params(mesh, transformer.abstract(model), transformer.axes(model))
     base = lora.place_frozen(config.lora, whole, replicated(mesh))

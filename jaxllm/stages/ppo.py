@@ -18,7 +18,6 @@ from etils import epath
 from jaxllm import data, evaluate, generate, losses, rewards, train
 from jaxllm.annotators import prompt_text
 from jaxllm.checkpoint import CheckpointConfig
-from jaxllm.config import InputError
 from jaxllm.data import DataConfig, PromptExample
 from jaxllm.generate import Rollout, SamplingConfig
 from jaxllm.losses import Metrics, Moments
@@ -184,8 +183,8 @@ class PPOConfig:
             raise ValueError(f"num_responses: {self.num_responses} does not divide batch_size {self.batch_size}")
         if self.advantages != "gae" and self.num_responses < 2:
             raise ValueError(f"num_responses: {self.advantages} needs at least 2 responses to each prompt")
-        if self.sampling.temperature <= 0:
-            raise ValueError("sampling.temperature: a policy gradient needs a temperature above 0")
+        if self.sampling.greedy:
+            raise ValueError("sampling.temperature: a policy gradient needs a temperature of at least 1e-5")
         if self.sampling.top_k or self.sampling.top_p < 1:
             raise ValueError("sampling.top_k: top_k and top_p must be off: the loss would not know the distribution")
         if not self.rewards:
@@ -357,12 +356,8 @@ def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: T
     ref, reward, reward_model = lora.merge(ref), {}, model
     if has_reward:
         reward, reward_model = load_model(reward_from, mesh, "reward", {source: ref})
-    length = config.max_prompt_length + config.sampling.max_new_tokens
-    if length > (limit := min(model.max_length, reward_model.max_length)):
-        raise InputError(
-            f"{stage}.max_prompt_length: {config.max_prompt_length} + max_new_tokens {config.sampling.max_new_tokens} "
-            f"exceed model.max_length {limit}; lower one of them"
-        )
+    for each in (model, reward_model):
+        check_lengths(config, each, stage)
     setup = Setup(config, model, reward_model, tokenizer, workspace.seed)
     actor, actor_base = split(config.lora, first_scalar(ref, model, reward, config) if setup.shares_trunk else ref)
     there = role_meshes(config, mesh)
@@ -381,6 +376,13 @@ def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: T
         critic_base = send(critic_base, there["critic"], places)
     ref = moved("reference", ref, transformer.axes(model))
     return setup, Roles(ref, actor_base, critic_base, moved("reward", reward, scalar.axes(reward_model))), actor, critic
+
+
+def check_lengths(config: PPOConfig, model: ModelConfig, stage: str) -> None:
+    """Raise InputError where a prompt and its response, or a row of documents, are longer than the model's context."""
+    asked, new = config.max_prompt_length, config.sampling.max_new_tokens
+    model.row_length(asked + new, f"{stage}.max_prompt_length", f"{asked} + max_new_tokens {new}")
+    model.row_length(config.ptx.length, f"{stage}.ptx.length")
 
 
 def frozen_critic(setup: Setup, there: Any) -> Any:
@@ -580,9 +582,10 @@ def narrow(model: ModelConfig, params: Any) -> Any:
 
 
 def programs(
-    mesh: jax.sharding.Mesh, config: PPOConfig, model: ModelConfig, seed: int
+    mesh: jax.sharding.Mesh, stage: str, config: PPOConfig, model: ModelConfig, seed: int
 ) -> tuple[list[train.Program], dict[str, Any]]:
     """(what an update runs, {role: its state}), as shapes with their shardings; all models are of one size."""
+    check_lengths(config, model, stage)
     setup = Setup(config, model, model, _PlannedTokenizer(), seed)
     parts = build(setup, mesh)
     state, roles = abstract_state(parts, config, mesh), _abstract_roles(setup, mesh)
@@ -964,7 +967,7 @@ class SampleTable:
         if self._file is None or step <= self._last:  # a run that goes on, or that has gone back
             kept = (line for line in read_metrics(self.path, "skip") if line.get("step", math.inf) < step)
             write_whole(self.path, "".join(map(json_line, kept)))
-            self._file = self.path.open("a")
+            self._file = self.path.open("a", encoding="utf-8")
         self._last = step
         rows = zip(prompts, generate.completions(first, self.setup.stop_ids), scores, strict=False)
         for prompt, response, score in rows:

@@ -87,7 +87,7 @@ def load_rankings(
     if not data.sources:
         workspace.require("rank", stage)
         data = dataclasses.replace(data, sources=(Source(str(workspace.stage_dir("rank") / "rankings.jsonl")),))
-    tokenizer, length = workspace.tokenizer(), config.length or model.max_length
+    tokenizer, length = workspace.tokenizer(), model.row_length(config.length, f"{stage}.length")
     rankings = {s: load_ranked(data, s, tokenizer, length) for s in ("train", "held_out")}
     if config.loss == "regression":
         for example in (e for split in rankings.values() for e in split if not e.scores):
@@ -218,7 +218,7 @@ def programs(
 ) -> tuple[list[train.Program], dict[str, Any]]:
     """(what an update runs, {role: its state}), as shapes with their shardings."""
     step, _, place = program(mesh, stage, config, model, max(config.num_steps, 1), seed)
-    B, K, T = config.batch_size, num_responses, config.length or model.max_length
+    B, K, T = config.batch_size, num_responses, model.row_length(config.length, f"{stage}.length")
     types = {"tokens": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
     batch = {name: jax.ShapeDtypeStruct((B, K, T), dtype) for name, dtype in types.items()}
     batch |= {

@@ -33,9 +33,9 @@ from jaxllm.sharding import meet
 from jaxllm.workspace import StageCut, Workspace
 
 LABELS = string.ascii_uppercase
-HELP = (
+HELP = Text.from_markup(
     "Best first: [b]B>A=D>C[/b] says B is best, A and D are equal, C is worst. Name every response once.\n"
-    "[b]s[/b] skip this prompt   [b]u[/b] undo the previous answer   [b]q[/b] stop and go on later   [b]?[/b] this help"
+    "[b]s[/b] skip this prompt   [b]u[/b] undo the previous answer   [b]q[/b] stop and resume later   [b]?[/b] this help"
 )
 
 
@@ -253,7 +253,7 @@ def _terminal() -> Callable[[], str]:
         raise InputError(
             "rank.annotator: person needs a terminal; rank elsewhere and give --rank.annotator file:RANKINGS.jsonl"
         )
-    return lambda: console.input("[bold]order>[/bold] ")
+    return lambda: console.input(Text("order> ", style="bold"))
 
 
 def _ask_person(answers: _Answers, name: str, seed: int, ask: Callable[[], str]) -> None:
@@ -307,7 +307,7 @@ def _show(sample: Mapping[str, Any], shuffle: np.ndarray, title: str) -> None:
         console.print(Text(f"{message['role']}: ", style="bold") + Text(_printable(said(message))))
     for label, i in zip(LABELS, shuffle, strict=False):
         response = Text(_printable(sample["responses"][i]))
-        console.print(Panel(response, title=f"[bold]{label}[/bold]", title_align="left"))
+        console.print(Panel(response, title=Text(label, style="bold"), title_align="left"))
 
 
 def _printable(text: str) -> str:
