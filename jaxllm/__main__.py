@@ -14,7 +14,7 @@ from typing import Annotated
 
 import tyro
 
-from jaxllm import __version__
+import jaxllm
 from jaxllm.config import InputError, load, parse_overrides, tyro_cli
 from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveProportion, Seed
 
@@ -198,7 +198,7 @@ def _dispatch(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         return print(_usage())
     if args[0] == "--version":
-        return print(f"jaxllm {__version__}")
+        return print(f"jaxllm {jaxllm.__version__}")
     command, *rest = args
     if command in STAGE_HELP:
         return _train(command, rest)

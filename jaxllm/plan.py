@@ -317,7 +317,7 @@ def _show_ranking(ranked: Sequence[Mapping[str, Any]]) -> None:
 
 def _devices(args: PlanArgs) -> tuple[Chip, Any]:
     kind, _, shape = args.topology.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise InputError(f"--topology {args.topology}: must be KIND:SHAPE, as v5p:4x4x4; kinds: {', '.join(CHIPS)}")
     if CHIPS[kind].kind.startswith("NVIDIA"):
         return CHIPS[kind], math.prod(map(int, shape.split("x"))) * args.slices

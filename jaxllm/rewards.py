@@ -17,6 +17,7 @@ import numpy as np
 from jaxllm import numerals
 from jaxllm.annotators import check_scores, score_all
 from jaxllm.config import InputError, require, resolve_function
+from jaxllm.metrics import console
 from jaxllm.ranges import AnyFloat
 
 _OPERAND = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
@@ -59,12 +60,21 @@ def metric_names(sources: Sequence[RewardSource]) -> list[str]:
 def check_answers(sources: Sequence[RewardSource], answers: Sequence[str], field: str) -> None:
     """Raise InputError where a term compares with an answer and a prompt has none: an empty response would be right."""
     missing = sum(not answer.strip() for answer in answers)
+    given_answers = [source.source for source in sources if _takes_answer(source, field)]
+    if missing == len(answers) and given_answers:
+        console.print(f"note: no prompt has an answer; {given_answers[0]} gets an empty one", soft_wrap=True)
     needing = [source.source for source in sources if source.source in NEED_ANSWERS]
     if needing and missing:
         raise InputError(
             f"{field}: {needing[0]} compares with the right answer, and {missing} of {len(answers)} prompts have none; "
             'give each record an "answer" or a reply'
         )
+
+
+def _takes_answer(source: RewardSource, field: str) -> bool:
+    """Whether a term is a user's function of prompt, response and answer."""
+    named = source.source not in ("model", "length") and not source.source.startswith(("regex:", f"{__name__}:"))
+    return named and len(inspect.signature(resolve_function(source.source, field)).parameters) == 3
 
 
 Terms = Callable[[Sequence[str], Sequence[str], Sequence[str]], np.ndarray]

@@ -37,6 +37,7 @@ WITHIN = [
     ("metrics", "checkpoint"),
     ("train", "workspace"),
     ("annotators", "rewards"),
+    ("metrics", "rewards"),
     ("tokenizer", "pretrained_tokenizer"),
     ("chat_template", "pretrained_tokenizer"),
 ]

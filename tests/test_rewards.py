@@ -161,6 +161,14 @@ def test_terms_that_would_share_a_metric_get_names_of_their_own():
     assert rewards.metric_names(sources) == ["regex", "length", "length_2", "regex_2", "length_3", "model"]
 
 
+def test_a_function_that_gets_no_answer_is_named(capsys):
+    sources = [RewardSource("jaxllm.rewards:arithmetic"), RewardSource("tests.test_rewards:two_parameters")]
+    rewards.check_answers(sources, ["", ""], "ppo.rewards")
+    assert "note" not in capsys.readouterr().err
+    rewards.check_answers([*sources, RewardSource("tests.test_rewards:half_right")], ["", ""], "ppo.rewards")
+    assert "no prompt has an answer; tests.test_rewards:half_right gets an empty one" in capsys.readouterr().err
+
+
 def test_a_reward_that_compares_needs_answers():
     sources = [RewardSource("model"), RewardSource("jaxllm.rewards:exact_match")]
     rewards.check_answers(sources, ["46", "12"], "ppo.rewards")

@@ -95,6 +95,10 @@ def load_rankings(
                 f'{stage}.loss: regression needs "scores" in every record, and one of {len(example.rows)} responses '
                 f"has only ranks; give scores, or set {stage}.loss to pairwise"
             )
+    if config.loss != "regression" and all(len({*example.ranks}) == 1 for example in rankings["train"]):
+        raise InputError(
+            f"{stage}.data: every training prompt ranks all of its responses the same; nothing can be learned"
+        )
     console.print(f"{stage}: {len(rankings['train'])} training and {len(rankings['held_out'])} held-out prompts")
     return rankings
 
