@@ -137,7 +137,7 @@ def _ask(user: TextIO) -> str | None:
         try:
             line = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
             line.encode()
-        except UnicodeError as error:
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
             _note(f"(this line is not valid UTF-8, {error.reason} at byte {error.start}; send it again)")
             continue
         if not line or line.strip():
