@@ -55,7 +55,7 @@ def import_model(source: str, out: str) -> None:
 
 def _fill(stage: Path, folder: Path, move: bool) -> None:
     """Put what is in the folder into the directory of a stage."""
-    if (config := read_json(folder / "config.json")) is None:
+    if (config := read_json(folder / "config.json", "fetch it again")) is None:
         raise InputError(f"{folder}: has no config.json; give the folder of a downloaded model")
     model, family = from_hf(config, str(folder / "config.json"))
     files = Files(folder)

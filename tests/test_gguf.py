@@ -220,3 +220,61 @@ def test_what_is_not_known_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"pip install 'jaxllm\[gguf\]'"):
         import_model(str(tmp_path / "c.gguf"), str(tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()].count("out") == 0 and not [*tmp_path.glob(".out*")]
+
+
+def metadata(path, case="qwen2", **more):
+    """(metadata, tensors) of a file with a small SentencePiece tokenizer."""
+
+    def tokens(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["<unk>", "<s>", "</s>", "a"])
+        writer.add_token_scores([0.0, 0.0, 0.0, -1.0])
+        writer.add_token_types([2, 3, 3, 1])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_add_bos_token(True)
+        writer.add_add_space_prefix(False)
+
+    write_gguf(path, case, tokens=tokens)
+    reader = gguf_file._open(gguf, path)
+    return gguf_file._values(reader, path), {tensor.name: tensor for tensor in reader.tensors}
+
+
+WRONG = ["x", -1, 1.5, True, [1, "a"], [-2.5], float("nan")]
+
+
+def fits(value, wrong):
+    """Whether one may stand where the other does."""
+    numbers = isinstance(value, float) and type(wrong) in (int, float) and np.isfinite(wrong)
+    return numbers or (type(value) is type(wrong) and not (type(value) is int and wrong < 0))
+
+
+@pytest.mark.parametrize("case", ["mixtral", "gemma2", "gemma3"])
+def test_metadata_of_a_wrong_type_is_one_line_that_names_the_key(tmp_path, case):
+    values, held = metadata(tmp_path / "m.gguf", case)
+    read = lambda values: (gguf_file._config(about := gguf_file.Metadata(values), held), gguf_file._tokenizer(about))
+    read(values)
+    for key in values:
+        for wrong in (w for w in WRONG if not fits(values[key], w)):
+            if isinstance(values[key], list) and isinstance(wrong, list):
+                wrong = [*wrong, None]
+            with pytest.raises(ValueError, match=key if key != "general.architecture" else "architecture"):
+                read({**values, key: wrong})
+
+
+def test_ids_and_lists_that_do_not_fit_the_tokens_are_one_line(tmp_path):
+    values, _ = metadata(tmp_path / "m.gguf")
+    for key, wrong, error in (
+        ("tokenizer.ggml.eos_token_id", 4, "is 4, and there are 4 tokens"),
+        ("tokenizer.ggml.token_type", [1, 1], "2 values for 4 tokens"),
+        ("tokenizer.ggml.scores", [0.5], "1 values for 4 tokens"),
+    ):
+        with pytest.raises(ValueError, match=f"{key} .*{error}"):
+            gguf_file._tokenizer(gguf_file.Metadata({**values, key: wrong}))
+
+
+def test_what_gemma_2_leaves_out_is_its_own_default(tmp_path):
+    values, held = metadata(tmp_path / "m.gguf", "gemma2")
+    left = {k: v for k, v in values.items() if "softcapping" not in k and "sliding_window" not in k}
+    model = families.from_hf(gguf_file._config(gguf_file.Metadata(left), held), "x")[0]
+    assert (model.window, model.attention_softcap, model.logit_softcap) == (4096, 50.0, 30.0)

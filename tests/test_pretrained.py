@@ -16,6 +16,7 @@ from jaxllm.models import families, lora, scalar, transformer
 from jaxllm.models.config import PRESETS, preset
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.pretrained import export_model, import_model
+from jaxllm.pretrained_tokenizer import load_tokenizer
 from jaxllm.sharding import MeshConfig, make_mesh, param_shardings
 from jaxllm.workspace import describe_model, load_model, write_json
 from tests.models.test_families import CASES, RECORD, load
@@ -110,6 +111,27 @@ def test_what_does_not_fit_is_one_line(tmp_path):
     with pytest.raises(InputError, match="pickles are not read"):
         import_model(str(strange), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content, error", [
+    (b"[]", "must hold a JSON object, not a list"), (b"null", "not null"), (b"3", "not a number"), (b"{", "not valid"),
+    (b"\xff{}", "not valid JSON"), (b'{"a":' * 9999, "nested too deeply"), (b'{"model_type": []}', "model_type"),
+])  # fmt: skip
+def test_a_config_that_is_none_is_one_line(tmp_path, content, error):
+    folder, _ = hf_folder(tmp_path / "in", "llama3")
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=rf"in/config\.json: .*{error}"):
+        import_model(str(folder), str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_byte_order_marks_are_skipped(tmp_path):
+    folder, _ = hf_folder(tmp_path / "in", "llama3")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    import_model(str(folder), str(tmp_path / "stage"))
+    assert load_tokenizer(tmp_path / "stage" / "tokenizer").vocab_size == 29
+    export_model(str(tmp_path / "stage"), str(tmp_path / "out"))
 
 
 def save_stage(path, params, model, kind, **more):
