@@ -40,7 +40,7 @@ def answer_once(
     if chat:
         ids, _ = tokenizer.encode_chat([{"role": "user", "content": prompt}], reply=True)
     else:
-        ids = tokenizer.encode_document(prompt)[:-1]
+        ids = tokenizer.prompt(prompt)
     stops = tokenizer.stop_ids
     with jax.set_mesh(mesh):
         settings: dict[str, Any] = {"sampling": sampling, "stop_ids": stops, "pad_id": tokenizer.pad_id}

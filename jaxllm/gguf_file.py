@@ -39,7 +39,7 @@ _PRE = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (split_pattern(1), {"type": "NFC"}, False)),
     "smollm": ("digits", None, False),
 }
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type, as in SentencePiece
+_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # tokenizer.ggml.token_type, as in SentencePiece
 
 
 class Metadata:
@@ -367,7 +367,8 @@ def _pieces(
     for token, score, kind in zip(tokens, scores, types, strict=True):
         model.pieces.add(piece=token, score=score, type=kind)
     spec = model.trainer_spec
-    spec.model_type, spec.vocab_size, spec.byte_fallback = spec.BPE, len(tokens), True
+    spec.model_type, spec.vocab_size = spec.BPE, len(tokens)
+    spec.byte_fallback = types.count(_BYTE) == 256
     for name in ("unk", "bos", "eos"):
         if name in ids:
             setattr(spec, f"{name}_id", ids[name])

@@ -26,6 +26,7 @@ from jaxllm.models.families import FAMILIES, family_of, file_shapes, file_value,
 from jaxllm.models.files import KINDS, Files, Planned
 from jaxllm.pretrained_tokenizer import load_tokenizer
 from jaxllm.sharding import MeshConfig, make_mesh, replicated
+from jaxllm.tokenizer_files import IDS
 from jaxllm.workspace import describe_model, described_model, load_model, read_json, write_json
 
 _KINDS = {str(dtype): kind for kind, dtype in KINDS.items()}  # bfloat16 -> BF16, ...
@@ -50,7 +51,16 @@ def import_model(source: str, out: str) -> None:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    console.print(f"next: jaxllm chat {target}")
+    console.print(f"next: {_next(target)}")
+
+
+def _next(stage: Path) -> str:
+    """What can be done with an imported model."""
+    if not (stage / "tokenizer").exists():
+        return f"jaxllm export {stage} FOLDER"
+    if load_tokenizer(stage / "tokenizer").chat_refusal:
+        return f"jaxllm generate {stage} --prompt TEXT"
+    return f"jaxllm chat {stage}"
 
 
 def _fill(stage: Path, folder: Path, move: bool) -> None:
@@ -111,6 +121,8 @@ def _take_tokenizer(folder: Path, partial: Path, model: ModelConfig) -> None:
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size} rows"
         )
     tokenizer.save(partial / "tokenizer")
+    if tokenizer.chat_refusal:
+        console.print(f"warning: no chats ({tokenizer.chat_refusal}); everything else works")
 
 
 def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.0, adapters: bool = False) -> None:
@@ -252,7 +264,7 @@ def _describe_tokens(source: epath.Path, folder: Path, config: dict[str, Any]) -
         generation = generation or ids
         config |= {name: value for name, value in ids.items() if config.get(name) is None}
         for path in sorted((Path(source) / "tokenizer").iterdir()):
-            if path.name != "jaxllm.json":
+            if path.name not in ("jaxllm.json", IDS):
                 shutil.copyfile(path, folder / path.name)
     write_json(folder / "config.json", config)
     if generation:
