@@ -20,7 +20,7 @@ from etils import epath
 from jaxllm import checkpoint
 from jaxllm.config import InputError, to_tree
 from jaxllm.metrics import console
-from jaxllm.models import lora, scalar, transformer
+from jaxllm.models import downloads, lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.families import FAMILIES, family_of, file_shapes, file_value, from_hf, pick, present, tensors, to_hf
 from jaxllm.models.files import KINDS, Files, Planned
@@ -37,16 +37,16 @@ def import_model(source: str, out: str) -> None:
 
     Raises InputError where `out` exists, the family is not known, or a tensor is missing, unknown or misshapen.
     """
-    folder, target = Path(source), Path(out)
+    folder, target = Path(source).expanduser(), Path(out).expanduser()
     if target.exists():
         raise InputError(f"{target}: exists already; give another directory, or remove it")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        if folder.suffix == ".gguf":
-            file, folder = folder, partial / "gguf"
-            _unpack(file, folder)
-        _fill(partial, folder, move=folder.parent == partial)
+        if folder.suffix.lower() == ".gguf" and not folder.is_dir():
+            _fill(partial, _unpack(folder, partial / "gguf"), move=True)
+        else:
+            _fill(partial, folder, move=False)
         shutil.rmtree(partial / "gguf", ignore_errors=True)
         partial.rename(target)
     finally:
@@ -65,27 +65,17 @@ def _next(stage: Path) -> str:
 
 def _fill(stage: Path, folder: Path, move: bool) -> None:
     """Put what is in the folder into the directory of a stage."""
-    if (config := read_json(folder / "config.json", "fetch it again")) is None:
-        raise InputError(f"{folder}: has no config.json; give the folder of a downloaded model")
-    model, family = from_hf(config, str(folder / "config.json"))
-    files = Files(folder)
-    if not files.paths:
-        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt")]
-        pickled = " (files of pickles are not read: they can run code)" if pickles else ""
-        raise InputError(f"{folder}: has no *.safetensors{pickled}; convert the model to safetensors")
-    model = present(model, files.where)
+    model, family, files = _read_folder(folder)
     unused = files.check(model, family)
     if unused:
         console.print(f"not needed: {len(unused)} tensors ({', '.join(unused[:3])})")
-    kinds = {place.kind for name, place in files.where.items() if name not in unused}
-    if other := kinds - KINDS.keys():
-        raise InputError(f"{folder}: tensors of type {', '.join(sorted(other))}; known: {', '.join(KINDS)}")
+    kinds = sorted({place.kind for name, place in files.where.items() if name not in unused})
     step = stage / "checkpoints" / "0"
     step.mkdir(parents=True)
     for path in files.paths:  # the system copies them: nothing passes through this process
         console.print(f"copying {path.name}")
         (shutil.move if move else shutil.copyfile)(path, step / path.name)
-    record = {"format": "safetensors", "family": family, "model": to_tree(model), "stored": sorted(kinds)}
+    record = {"format": "safetensors", "family": family, "model": to_tree(model), "stored": kinds}
     checkpoint.write_seal(epath.Path(step), {"record": record, "digests": {}})
     _take_tokenizer(folder, stage, model)
     (stage / "hf").mkdir()
@@ -95,11 +85,25 @@ def _fill(stage: Path, folder: Path, move: bool) -> None:
     describe_model(epath.Path(stage), model, "policy", ("params",))
     count = transformer.num_params(model)
     write_json(stage / "result.json", {"parameters": count, "family": family, "checkpoint": 0})
-    console.print(f"{family}, {count:,} parameters, {', '.join(sorted(kinds))}")
+    console.print(f"{family}, {count:,} parameters, {', '.join(kinds)}")
 
 
-def _unpack(file: Path, folder: Path) -> None:
-    """Make a folder of safetensors from a GGUF file."""
+def _read_folder(folder: Path) -> tuple[ModelConfig, str, Files]:
+    """(config, family, tensors) of a downloaded model. Raises InputError on all that cannot be read."""
+    downloads.check_folder(folder)
+    where, mend = str(folder / "config.json"), "fetch it again"
+    config = read_json(folder / "config.json", mend) or {}
+    downloads.check_not_quantised(config, where)
+    model, family = from_hf(config, where)
+    files = downloads.model_files(folder, read_json(folder / downloads.INDEX, mend))
+    downloads.check_kinds(files)
+    model = present(model, files.where)
+    downloads.check_tied(files, model, family, where)
+    return model, family, files
+
+
+def _unpack(file: Path, folder: Path) -> Path:
+    """Make a folder of safetensors from a GGUF file, and return it."""
     from jaxllm import gguf_file  # an extra
 
     config, named, tokenizer = gguf_file.read(file)
@@ -108,6 +112,7 @@ def _unpack(file: Path, folder: Path) -> None:
     write_json(folder / "config.json", config)
     for name, content in tokenizer.items():
         (folder / name).write_bytes(content)
+    return folder
 
 
 def _take_tokenizer(folder: Path, partial: Path, model: ModelConfig) -> None:
@@ -130,7 +135,7 @@ def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.
 
     dtype: "float32", "bfloat16" or "float16"; empty: that of an imported model, else bfloat16.
     """
-    source, target = epath.Path(stage_dir), Path(out)
+    source, target = epath.Path(stage_dir), Path(out).expanduser()
     if target.exists():
         raise InputError(f"{target}: exists already; give another directory, or remove it")
     if dtype not in ("", *_KINDS):
