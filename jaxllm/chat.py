@@ -58,6 +58,8 @@ def answer_once(
 def converse(stage_dir: str, sampling: SamplingConfig, seed: int, system: str = "", user: TextIO = sys.stdin) -> None:
     """Read messages from `user` (default: standard input) and stream answers to standard output."""
     params, model, tokenizer, mesh = load(stage_dir)
+    if tokenizer.chat_refusal:
+        raise InputError(tokenizer.chat_refusal)
     params = jax.jit(lambda p: transformer.unstack(p, transformer.decoding(model)))(params)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)

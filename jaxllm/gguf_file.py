@@ -142,7 +142,7 @@ def _config(about: Metadata, held: Mapping[str, Any]) -> dict[str, Any]:
     if "token_embd.weight" not in held:
         raise ValueError("has no token_embd.weight, which every model needs; fetch it again")
     whole = lambda name: about.whole(f"{arch}.{name}")
-    config = {ours: whole(theirs) for ours, theirs in _SIZES.items()}
+    config: dict[str, Any] = {ours: whole(theirs) for ours, theirs in _SIZES.items()}
     config["rms_norm_eps"] = about.number(f"{arch}.{_EPSILON}")
     if missing := [theirs for ours, theirs in {**_SIZES, "rms_norm_eps": _EPSILON}.items() if not config[ours]]:
         raise ValueError(f"has no {arch}.{missing[0]}, which a {arch} model needs")

@@ -106,6 +106,21 @@ class PretrainedTokenizer(Tokenizer):
             spec = json_object(files, "tokenizer.json", self._origin)
             special = tokenizer_files.special_tokens(config, special_map)
             backend = _JsonBackend(spec, special, scaffold, self._origin)
+        self._read_controls(backend)
+        ends = tokenizer_files.end_spellings(config, special_map)
+        self._read_ends([named.get("eos_token", ""), *ends], files)
+        self._read_beginning(named, config.get("add_bos_token") is True)
+
+    def _read_template(self, files: Mapping[str, bytes], config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+        """Without a chat template, or with a broken one, everything but chats works."""
+        self._template, self.chat_refusal = None, ""
+        try:
+            source = tokenizer_files.template_source(files, config, self._origin)
+            self._template = ChatTemplate(source, named, self._origin)
+        except InputError as error:
+            self.chat_refusal = str(error)
+
+    def _read_controls(self, backend: "_JsonBackend | _Backend") -> None:
         self._backend = backend
         self.controls, self._bytes, self.dummy_prefix = backend.controls, backend.bytes, backend.dummy_prefix
         self.vocab_size = len(self._bytes)
@@ -113,31 +128,11 @@ class PretrainedTokenizer(Tokenizer):
         self._spellings = re.compile(f"({_any_of(self.controls)})")
         # What templates join or trim could spell a control token from the end of one text on.
         self._dangers = re.compile(f"{_any_of(self.controls)}|(?:{_any_of(begun)})(?=\\s*\\Z)")
-        ends = [named["eos_token"]] if "eos_token" in named else []
-        ends += tokenizer_files.end_spellings(config, special_map)
-        self._read_ends([self.controls[text] for text in ends if text in self.controls], files)
-        bos, pad = (self.controls.get(named.get(name, "")) for name in ("bos_token", "pad_token"))
-        self.bos_id = bos  # type: ignore[assignment]
-        self.pad_id = self.eos_id if pad is None else pad
-        # Where there is a tokenizer.json it decides, and `transformers` does not read add_bos_token.
-        asked = config.get("add_bos_token") is True and bos is not None and not isinstance(backend, _JsonBackend)
-        self.begin_ids = (bos,) if asked else backend.begin_ids  # type: ignore[assignment]
-        if max(self.begin_ids, default=0) >= self.vocab_size:
-            raise ValueError(f"the post-processor begins a text with {max(self.begin_ids)}, which is no token's id")
 
-    def _read_template(self, files: Mapping[str, bytes], config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-        """Without a chat template, or with a broken one, everything but chats works."""
-        self._template, self.chat_refusal = None, ""
-        try:
-            self._template = ChatTemplate(
-                tokenizer_files.template_source(files, config, self._origin), named, self._origin
-            )
-        except InputError as error:
-            self.chat_refusal = str(error)
-
-    def _read_ends(self, named: Sequence[int], files: Mapping[str, bytes]) -> None:
+    def _read_ends(self, named: Sequence[str], files: Mapping[str, bytes]) -> None:
         """What ends a document, what ends a turn, and everything that ends a response."""
-        ends = [*named, *tokenizer_files.end_ids(files, self._origin)]
+        ends = [self.controls[text] for text in named if text in self.controls]
+        ends += tokenizer_files.end_ids(files, self._origin)
         if (eos := next((token for token in ends if token < self.vocab_size), None)) is None:
             mend = 'name one of its special tokens as "eos_token" in tokenizer_config.json'
             raise InputError(f"{self._origin}: the tokenizer's files name no end-of-text token; {mend}")
@@ -146,6 +141,17 @@ class PretrainedTokenizer(Tokenizer):
         found = self._spellings.search("".join(self._written("user", "assistant")[-1:]))
         self.end_id = self.controls[found[0]] if found else eos
         self.stop_ids = tuple(dict.fromkeys((self.end_id, eos, *ends)))
+
+    def _read_beginning(self, named: Mapping[str, str], add_bos: bool) -> None:
+        """What begins a text: tokenizer.json says it; without one add_bos_token, which is not read beside it."""
+        bos, pad = (self.controls.get(named.get(name, "")) for name in ("bos_token", "pad_token"))
+        self.bos_id = bos  # type: ignore[assignment]
+        self.pad_id = self.eos_id if pad is None else pad
+        self.begin_ids = (bos,) if add_bos and bos is not None else ()
+        if isinstance(self._backend, _JsonBackend):
+            self.begin_ids = self._backend.begin_ids
+        if max(self.begin_ids, default=0) >= self.vocab_size:
+            raise ValueError(f"the post-processor begins a text with {max(self.begin_ids)}, which is no token's id")
 
     def _written(self, *roles: str) -> list[str]:
         """What the template writes before, between and behind messages of these roles; nothing where it refuses."""
@@ -246,7 +252,7 @@ class _JsonBackend:
         except Exception as error:  # the library raises no other
             reason = f"{error}".replace("\n", " ")[:120]
             raise InputError(f"{origin}/tokenizer.json: no tokenizer ({reason}); copy the file again") from None
-        self.controls = {text: self._tokenizer.token_to_id(mark) for text, mark in marks.items()}
+        self.controls: dict[str, int] = {text: self._tokenizer.token_to_id(mark) for text, mark in marks.items()}  # type: ignore[assignment]
         self.begin_ids = _beginning(spec.get("post_processor"))
         self._find_bytes(spec.get("decoder") or {"type": None}, {token["content"] for token in added}, origin)
 
@@ -306,7 +312,6 @@ class _Backend:
     what each token decodes to (nothing for control tokens), and `part`: (ids of a text, where each begins and ends)."""
 
     dummy_prefix = False
-    begin_ids: tuple[int, ...] = ()
 
     def __init__(self, named: Mapping[str, str], controls: Mapping[str, int], tokens: Sequence[bytes], config: Any):
         self.named, self.controls, self.bytes = dict(named), dict(controls), list(tokens)

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from jaxllm.chat import answer_once, load
 from jaxllm.config import InputError
+from jaxllm.data import DataConfig, Source, load_prompts, load_rows
 from jaxllm.generate import SamplingConfig, complete, stream
 from jaxllm.pretrained import export_model, import_model
 from jaxllm.pretrained_tokenizer import load_tokenizer
 from tests.oracles import text_beginnings as oracle
 from tests.test_pretrained import hf_folder
+from tests.test_wrong_input import refused
 
 RECORD = json.loads((oracle.HERE / "text_beginnings.json").read_text())
 CHAT = [{"role": "user", "content": "ab"}]
@@ -176,6 +178,28 @@ def test_any_text_as_template_is_a_chat_or_one_line(tmp_path_factory, source):
         assert tokenizer.encode_chat(CHAT)[0]
     except InputError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("command", [["chat"], ["generate", "--prompt", "a", "--chat"]])
+def test_commands_that_chat_refuse_with_the_reason(tmp_path, capsys, command):
+    folder, _ = hf_folder(tmp_path / "in", "llama3")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>", "chat_template": [{"name": "x"}]}')
+    import_model(str(folder), str(tmp_path / "stage"))
+    capsys.readouterr()
+    line = refused(capsys, command[0], tmp_path / "stage", *command[1:])
+    assert 'tokenizer_config.json: of several chat templates none is called "default"' in line
+
+
+def test_training_on_chats_refuses_with_the_reason_and_the_place(tmp_path):
+    folder = folder_of(tmp_path / "in", tokenizer_config=NAMED)
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "a", "response": "b", "split": "train"}\n')
+    data = DataConfig((Source(str(tmp_path / "chats.jsonl")),))
+    for ask in (
+        lambda tokenizer: load_rows(data, "chat", "train", tokenizer, 16, tmp_path / "cache"),
+        lambda tokenizer: load_prompts(data, "train", tokenizer, 16),
+    ):
+        with pytest.raises(InputError, match=r"chats\.jsonl:1: .*no chat template; give a chat_template\.jinja"):
+            ask(load_tokenizer(folder))
 
 
 def test_the_import_says_that_chat_will_not_work_and_why(tmp_path, capsys):
