@@ -289,13 +289,17 @@ def _tokenizer(about: Metadata) -> dict[str, bytes]:
         scores = _as_long(about, "scores", float, tokens) or [0.0] * len(tokens)
         spaced = about.flag(f"{at}.add_space_prefix", True)
         files = {"tokenizer.model": _pieces(tokens, types, scores, ids, spaced)}
-    config: dict[str, Any] = {f"{name}_token": tokens[token] for name, token in ids.items() if name != "unk"}
+    config: dict[str, Any] = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "pad") if name in ids}
     config["add_bos_token"] = begins
     if template := about.values.get("tokenizer.chat_template"):
         config["chat_template"] = template
-    return files | {"tokenizer_config.json": json.dumps(config, ensure_ascii=False).encode()}
+    files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False).encode()
+    if ends := [ids[name] for name in _ENDS if name in ids]:
+        files["generation_config.json"] = json.dumps({"eos_token_id": ends}).encode()
+    return files
 
 
+_ENDS = ("eos", "eot", "eom")  # of a text, of a turn, of a message: llama.cpp stops at each
 # Byte-level tokenizers before whose texts llama.cpp puts BOS where the file does not say (tokenizer.ggml.add_bos_token);
 # it does so for every SentencePiece vocabulary and for no other byte-level one that is known here.
 _BEGUN = ("llama-bpe", "llama3", "llama-v3")
@@ -308,7 +312,8 @@ def _adds_bos(kind: str, pre: str) -> bool:
 def _special_ids(about: Metadata, kind: str, count: int) -> dict[str, int | None]:
     """Ids of the special tokens by role; llama.cpp has defaults for SentencePiece vocabularies."""
     defaults = {"bos": 1, "eos": 2, "unk": 0} if kind == "llama" else {}
-    keys = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
+    keys = {name: f"{name}_token_id" for name in ("bos", *_ENDS)}
+    keys |= {"pad": "padding_token_id", "unk": "unknown_token_id"}
     found = {name: about.whole(f"tokenizer.ggml.{key}", defaults.get(name)) for name, key in keys.items()}
     for name, token in found.items():
         if token is not None and token >= count:

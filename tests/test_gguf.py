@@ -316,6 +316,15 @@ def test_pieces_without_special_ids_have_those_of_llama_cpp(tmp_path):
     assert (tokenizer.begin_ids, tokenizer.bos_id, tokenizer.eos_id) == ((1,), 1, 2)
 
 
+def test_ends_of_a_turn_and_of_a_message_end_a_response(tmp_path):
+    values, _ = metadata(tmp_path / "m.gguf")
+    values |= {"tokenizer.ggml.eot_token_id": 3, "tokenizer.ggml.eom_token_id": 0}
+    for name, content in gguf_file._tokenizer(gguf_file.Metadata(values)).items():
+        (tmp_path / name).write_bytes(content)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.stop_ids == (2, 3, 0) and tokenizer.encode_document("a")[-1] == 2
+
+
 def split(path, count):
     """The file's tensors in parts; the first has the metadata, as llama.cpp writes them."""
     reader = gguf.GGUFReader(path)

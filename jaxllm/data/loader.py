@@ -102,8 +102,8 @@ def load_rows(
     if not mixture:
         raise InputError(f"data.sources: every {kind} example of the {split} split is too long for {length} tokens")
     if not any(rows.num_bytes for rows, _ in mixture):
-        only = f"every {kind} example of the {split} split is a single token, and no text is predicted"
-        raise InputError(f"data.sources: {only}; give longer texts")
+        none = f"no {kind} example of the {split} split has a target that stands for text"
+        raise InputError(f"data.sources: {none} (a first token is none); give longer texts")
     for phase in zip(*(rows.phases for rows, _ in mixture), strict=True):
         if not any(weight for _, weight in phase):
             raise InputError(f"data.curriculum: step {phase[0][0]} gives weight only to sources without examples")

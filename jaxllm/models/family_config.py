@@ -166,10 +166,8 @@ def _numbers_of(given: Mapping[str, Any]) -> list[str]:
 
 
 def _length_before(fields: Fields, given: Mapping[str, Any]) -> int:
-    """The context's length before it was stretched: the config's own, else that of the rotary positions."""
-    name = "original_max_position_embeddings"
-    if (length := fields.count_or_none(name)) is None:
-        length = Fields(given, fields.family).count_or_none(name)
+    """The context's length before it was stretched."""
+    length = Fields(given, fields.family).count_or_none("original_max_position_embeddings")
     return length or fields.count("max_position_embeddings")
 
 

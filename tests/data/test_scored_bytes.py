@@ -106,5 +106,5 @@ def test_bytes_of_conversations_are_those_of_their_targets(made, tmp_path_factor
 
 def test_texts_of_one_token_predict_nothing(made, tmp_path):
     tokenizer = made["chatml bare"]
-    with pytest.raises(InputError, match=r"data\.sources: every document example .* is a single token"):
+    with pytest.raises(InputError, match=r"data\.sources: no document example .* has a target that stands for text"):
         rows_of(tmp_path, tokenizer, "document", [{"text": "t"}, {"text": "h"}])

@@ -127,3 +127,11 @@ def test_old_and_new_rotary_settings_together_are_read_as_the_class_does():
     assert (found.rope_scaling.kind, found.rope_theta) == ("linear", 10_000.0)
     found = ours("gemma3_text", {"rope_scaling": linear, "rope_parameters": {"full_attention": {"rope_theta": 5.0}}})
     assert (found.rope_scaling.kind, found.rope_theta) == ("linear", 5.0)
+
+
+def test_the_length_before_stretching_is_that_of_the_rotary_settings_else_the_contexts():
+    """As the class reads it: a field of this name beside the rotary settings is not read."""
+    beside = {"original_max_position_embeddings": 32, "max_position_embeddings": 64}
+    for own, wanted in (({"original_max_position_embeddings": 16}, 16), ({}, 64)):
+        found = ours("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, **own}, **beside})
+        assert found.rope_scaling.original_length == wanted
