@@ -1,6 +1,6 @@
 """GGUF files, read as if they were a downloaded folder: config.json, tensors, tokenizer. Needs `pip install jaxllm[gguf]`.
 
-Tensors are dequantised: exactly, so what is not stored as float16 or bfloat16 becomes float32.
+Tensors are dequantized: exactly, so what is not stored as float16 or bfloat16 becomes float32.
 """
 
 import functools

@@ -93,7 +93,7 @@ def _read_folder(folder: Path) -> tuple[ModelConfig, str, Files]:
     downloads.check_folder(folder)
     where, mend = str(folder / "config.json"), "fetch it again"
     config = read_json(folder / "config.json", mend) or {}
-    downloads.check_not_quantised(config, where)
+    downloads.check_not_quantized(config, where)
     model, family = from_hf(config, where)
     files = downloads.model_files(folder, read_json(folder / downloads.INDEX, mend))
     downloads.check_kinds(files)

@@ -201,15 +201,15 @@ def test_without_an_index_model_safetensors_is_the_model_else_all_files(tmp_path
 
 
 @pytest.mark.parametrize("config, error", [
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "weights are quantised by gptq"),
-    ({"quantization_config": {}}, "weights are quantised, which"),
-    ({"compression_config": {"quant_method": "compressed-tensors"}}, "quantised by compressed-tensors"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "weights are quantized by gptq"),
+    ({"quantization_config": {}}, "weights are quantized, which"),
+    ({"compression_config": {"quant_method": "compressed-tensors"}}, "quantized by compressed-tensors"),
 ])  # fmt: skip
-def test_quantised_models_are_refused_by_their_method(tmp_path, config, error):
+def test_quantized_models_are_refused_by_their_method(tmp_path, config, error):
     folder, values = hf_folder(tmp_path / "in", "llama3", **config)
     values = {name: value.view(np.uint8) for name, value in values.items()}
     safetensors.numpy.save_file(values, folder / "model-0.safetensors")
-    with pytest.raises(InputError, match=rf"config\.json: .*{error}.*dequantise"):
+    with pytest.raises(InputError, match=rf"config\.json: .*{error}.*dequantize"):
         import_model(str(folder), str(tmp_path / "out"))
     without = {
         name: value for name, value in json.loads((folder / "config.json").read_text()).items() if name not in config

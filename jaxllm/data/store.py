@@ -325,7 +325,7 @@ def _scored_bytes(
 ) -> list[int]:
     """UTF-8 bytes that the targets of each example stand for: nothing predicts the first token of an example.
 
-    A document's are those of its text, less the first token's where no token begins it; so a normaliser's changes and
+    A document's are those of its text, less the first token's where no token begins it; so a normalizer's changes and
     the space that some tokenizers put before a text do not count.
     """
     if masks:

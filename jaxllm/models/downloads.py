@@ -96,14 +96,14 @@ def check_folder(folder: Path) -> None:
     raise InputError(f"{folder}: has no config.json; give the folder of a downloaded model")
 
 
-def check_not_quantised(config: Mapping[str, Any], where: str) -> None:
-    """Raise InputError where a config.json says that the weights are stored quantised."""
+def check_not_quantized(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError where a config.json says that the weights are stored quantized."""
     for field in ("quantization_config", "compression_config"):
         if (about := config.get(field)) is not None:
             method = about.get("quant_method") if isinstance(about, Mapping) else None
             named = f" by {method}" if isinstance(method, str) else ""
-            mend = "dequantise the model and save it, or import the model that it was made from"
-            raise InputError(f"{where}: {field}: the weights are quantised{named}, which is not read; {mend}")
+            mend = "dequantize the model and save it, or import the model that it was made from"
+            raise InputError(f"{where}: {field}: the weights are quantized{named}, which is not read; {mend}")
 
 
 def check_kinds(files: Files) -> None:

@@ -108,3 +108,13 @@ def test_texts_of_one_token_predict_nothing(made, tmp_path):
     tokenizer = made["chatml bare"]
     with pytest.raises(InputError, match=r"data\.sources: no document example .* has a target that stands for text"):
         rows_of(tmp_path, tokenizer, "document", [{"text": "t"}, {"text": "h"}])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_documents_compared_with_training_data_are_whole(made, tmp_path, name):
+    tokenizer, text = made[name], "the quick brown fox"
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": text, "split": "held_out"}))
+    data = d.DataConfig((d.Source(str(tmp_path / "data.jsonl")),))
+    held_out = d.open_store(data, "document", tokenizer, tmp_path / "cache")["held_out"]
+    (found,) = d.some_documents(held_out, 10, len(tokenizer.begin_ids))
+    assert found.tolist() == tokenizer.encode(text)

@@ -18,6 +18,7 @@ FIELDS = [(family, field) for family, record in RECORD.items() for field in reco
 UNREAD = {"gpt2": {"initializer_range"}, "mistral": {"attention_bias"}, "mixtral": {"attention_bias"}}
 UNREAD |= {"qwen2": {"attention_bias"}, "gemma2": {"hidden_act"}, "gemma3_text": {"hidden_act"}}
 UNREAD |= {"qwen3_moe": {"max_window_layers"}}
+READ = [(family, field) for family, field in FIELDS if field not in UNREAD.get(family, ())]
 
 
 def ours(family, config):
@@ -80,10 +81,8 @@ def wrong_for(value):
     return [v for v in ANYTHING if not isinstance(value, bool) or not isinstance(v, bool)]
 
 
-@pytest.mark.parametrize("family, field", FIELDS)
+@pytest.mark.parametrize("family, field", READ)
 def test_a_wrong_value_is_one_line_that_names_file_and_field(family, field):
-    if field in UNREAD.get(family, ()):
-        return
     for wrong in wrong_for(RECORD[family]["given"][field]):
         found = ours(family, {**RECORD[family]["given"], field: wrong})
         assert isinstance(found, str), wrong
