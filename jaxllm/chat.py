@@ -44,7 +44,7 @@ def answer_once(
     if chat:
         ids, _ = tokenizer.encode_chat([{"role": "user", "content": prompt}], reply=True)
     else:
-        ids = tokenizer.encode_document(prompt)[:-1]
+        ids = tokenizer.prompt(prompt)
     if shorten and 0 < model.max_length - len(ids) < sampling.max_new_tokens:
         sampling = dataclasses.replace(sampling, max_new_tokens=model.max_length - len(ids))
     stops = tokenizer.stop_ids
@@ -74,6 +74,8 @@ def converse(
     shorten: an answer takes at most half of the context. Raises InputError where no message would fit beside an answer.
     """
     params, model, tokenizer, mesh = load(stage_dir)
+    if tokenizer.chat_refusal:
+        raise InputError(tokenizer.chat_refusal)
     if shorten:
         sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, model.max_length // 2))
     room = model.max_length - sampling.max_new_tokens

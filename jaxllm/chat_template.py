@@ -29,9 +29,9 @@ class ChatTemplate:
         self.tokens, self.origin = tokens, origin
         try:
             self._compiled = _ENVIRONMENT.from_string(source)
-        except (jinja2.TemplateSyntaxError, TypeError, AttributeError) as error:  # a list of templates is not known
-            mend = "repair it, or give one as chat_template.jinja"
-            raise InputError(f"{origin}: the chat template is not valid Jinja ({error}); {mend}") from None
+        except _REFUSALS as error:
+            reason, mend = " ".join(f"{error}".split())[:200], "repair it, or give one as chat_template.jinja"
+            raise InputError(f"{origin}: the chat template is not valid Jinja ({reason}); {mend}") from None
 
     def render(self, messages: Sequence[Any], *, reply: bool = False, **inputs: Any) -> tuple[str, list[Span]]:
         """(text of a conversation, where its {% generation %} blocks are); reply opens the assistant's next turn.

@@ -267,6 +267,7 @@ def roll_out(
     to go on in the list, a multiple of `whole_batch(...)`; the batches are then those of a run from 0. multiple: of which
     the rows of a batch are one, for other meshes that they go to.
     """
+    check_not_empty(prompts)
     check_lengths(config, max(map(len, prompts), default=1), sampling)
     batch_size = whole_batch(mesh, min(batch_size, len(prompts)), multiple)
     P = min(-(-max(map(len, prompts), default=1) // 16) * 16, config.max_length - sampling.max_new_tokens)
@@ -354,6 +355,12 @@ def left_pad(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[n
     return tokens, mask
 
 
+def check_not_empty(prompts: Sequence[Sequence[int]]) -> None:
+    """Raise InputError where a prompt has no tokens: there is nothing to go on from."""
+    if not all(map(len, prompts)):
+        raise InputError("prompt: has no tokens; begin it with the tokenizer's start_id, as `Tokenizer.prompt` does")
+
+
 def check_lengths(config: ModelConfig, prompt_length: int, sampling: SamplingConfig) -> None:
     """Raise InputError where prompt and response do not fit the context."""
     if prompt_length + sampling.max_new_tokens > config.max_length:
@@ -374,6 +381,7 @@ def stream(
     seed: int,
 ) -> Iterator[int]:
     """Yield the ids of one response as they are drawn, the stop token left out. params from `transformer.unstack` with `transformer.decoding(config)`."""
+    check_not_empty([prompt])
     check_lengths(config, len(prompt), sampling)
     config = transformer.decoding(config)
     start, step = _stream_steps(config, sampling)

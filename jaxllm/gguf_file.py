@@ -1,11 +1,13 @@
 """GGUF files, read as if they were a downloaded folder: config.json, tensors, tokenizer. Needs `pip install jaxllm[gguf]`.
 
-Tensors are dequantised: exactly, so what is not stored as float16 or bfloat16 becomes float32.
+Tensors are dequantized: exactly, so what is not stored as float16 or bfloat16 becomes float32.
 """
 
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
 from jaxllm.config import InputError
-from jaxllm.models.families import file_shapes, from_hf, tensors
+from jaxllm.models.families import file_shapes, tensors
+from jaxllm.models.family_config import from_hf
 from jaxllm.models.files import KINDS, Planned
 from jaxllm.models.rope import RopeScaling, frequencies
 from jaxllm.models.transformer import abstract
@@ -21,8 +24,13 @@ from jaxllm.pretrained_tokenizer import split_pattern
 
 # general.architecture -> model_type
 _ARCHITECTURES = {
-    **{"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"},
-    **{"gemma2": "gemma2", "gemma3": "gemma3_text", "olmo2": "olmo2"},
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "olmo2": "olmo2",
 }
 # tokenizer.ggml.pre -> (how text is split before byte-level BPE, its normaliser, whether whole words skip the merges)
 _PRE = {
@@ -31,26 +39,95 @@ _PRE = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (split_pattern(1), {"type": "NFC"}, False)),
     "smollm": ("digits", None, False),
 }
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type, as in SentencePiece
+_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # tokenizer.ggml.token_type, as in SentencePiece
+
+
+class Metadata:
+    """What a GGUF file says about itself, each value checked: ValueError names the key whose value is of no use."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = values
+
+    def whole(self, key: str, default: int | None = None) -> int | None:
+        """A whole number of at least 0, the default where there is no such key."""
+        return self._checked(key, default, "a whole number", lambda value: type(value) is int and 0 <= value < 2**31)
+
+    def number(self, key: str, default: float | None = None) -> float | None:
+        """A finite number."""
+        real = lambda value: isinstance(value, int | float) and math.isfinite(value)
+        return self._checked(key, default, "a finite number", lambda v: real(v) and not isinstance(v, bool))
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        return self._checked(key, default, "true or false", lambda value: isinstance(value, bool))
+
+    def text(self, key: str, default: str | None = None) -> str | None:
+        """A text."""
+        return self._checked(key, default, "a text", lambda value: isinstance(value, str))
+
+    def items(self, key: str, kind: type) -> list[Any]:
+        """A list of values of this kind, empty where there is no such key."""
+        alike = lambda value: isinstance(value, list) and all(type(item) is kind for item in value)
+        return self._checked(key, [], f"a list of {kind.__name__}", alike)
+
+    def _checked(self, key: str, default: Any, wanted: str, fits: Callable[[Any], bool]) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not fits(value):
+            raise ValueError(f"{key} must be {wanted}, not {value!r:.60}; fetch the file again")
+        return value
 
 
 def read(path: Path) -> tuple[dict[str, Any], Iterator[Planned], dict[str, bytes]]:
     """(config.json, tensors with their names in a folder of safetensors, the tokenizer's files) of a GGUF file.
 
-    Raises InputError: not such a file, an architecture that is not known, tensors missing, unknown or misshapen.
+    A file that was split is read with its other parts, which lie beside it. Raises InputError: not such a file, a part
+    missing, an architecture that is not known, metadata of a wrong type, tensors missing, unknown or misshapen.
     """
     try:
         import gguf
     except ModuleNotFoundError:
         raise InputError(f"{path}: reading GGUF needs a package more; pip install 'jaxllm[gguf]'") from None
+    readers = [_open(gguf, part) for part in _parts(path)]
+    about = Metadata(_values(readers[0], path))
+    held = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError) as error:
+        _check_whole(about, len(readers))
+        config = _config(about, held)
+        return config, _tensors(gguf, held, config, about, str(path)), _tokenizer(about)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _parts(path: Path) -> list[Path]:
+    """The file, or all parts of the one that it is a part of: NAME-00001-of-00003.gguf, ..."""
+    if (found := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.gguf", path.name)) is None:
+        return [path]
+    parts = [path.with_name(f"{found[1]}{number:05}-of-{found[3]}.gguf") for number in range(1, int(found[3]) + 1)]
+    if missing := [part for part in parts if not part.exists()]:
+        raise InputError(f"{missing[0]}: is missing, one of the {len(parts)} parts of {path.name}; fetch it as well")
+    return parts
+
+
+def _check_whole(about: Metadata, parts: int) -> None:
+    count = about.whole("split.count", 1)
+    if count not in (0, parts):
+        raise ValueError(f"is one of {count} parts, which must lie beside it as NAME-00001-of-{count:05}.gguf, ...")
+
+
+def _open(gguf: Any, path: Path) -> Any:
+    try:
+        return gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
         raise InputError(f"{path}: not a whole GGUF file ({error}); fetch it again") from None
-    about = {name: _plain(field.contents()) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    held = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(about, held, str(path))
-    return config, _tensors(gguf, held, config, about, str(path)), _tokenizer(about, str(path))
+
+
+def _values(reader: Any, path: Path) -> dict[str, Any]:
+    try:
+        return {name: _plain(field.contents()) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    except ValueError as error:  # a text that is not UTF-8
+        raise InputError(f"{path}: damaged metadata ({error}); fetch it again") from None
 
 
 def _plain(value: Any) -> Any:
@@ -58,63 +135,104 @@ def _plain(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _config(about: Mapping[str, Any], held: Mapping[str, Any], where: str) -> dict[str, Any]:
-    arch = about.get("general.architecture")
+def _config(about: Metadata, held: Mapping[str, Any]) -> dict[str, Any]:
+    arch = about.text("general.architecture") or ""
     if arch not in _ARCHITECTURES:
-        raise InputError(f"{where}: architecture {arch!r} is not known; known: {', '.join(_ARCHITECTURES)}")
-    of = lambda name, default=None: about.get(f"{arch}.{name}", default)
-    family = _ARCHITECTURES[arch]
-    if family == "llama" and (of("expert_count") or of("attention.sliding_window")):
-        family = "mixtral" if of("expert_count") else "mistral"
-    heads, width = of("attention.head_count"), of("embedding_length")
-    names = {
-        **{"max_position_embeddings": "context_length", "num_hidden_layers": "block_count"},
-        **{"hidden_size": "embedding_length", "intermediate_size": "feed_forward_length"},
-        **{"num_attention_heads": "attention.head_count", "rms_norm_eps": "attention.layer_norm_rms_epsilon"},
+        raise ValueError(f"architecture {arch!r} is not known; known: {', '.join(_ARCHITECTURES)}")
+    if "token_embd.weight" not in held:
+        raise ValueError("has no token_embd.weight, which every model needs; fetch it again")
+    whole = lambda name: about.whole(f"{arch}.{name}")
+    config: dict[str, Any] = {ours: whole(theirs) for ours, theirs in _SIZES.items()}
+    config["rms_norm_eps"] = about.number(f"{arch}.{_EPSILON}")
+    if missing := [theirs for ours, theirs in {**_SIZES, "rms_norm_eps": _EPSILON}.items() if not config[ours]]:
+        raise ValueError(f"has no {arch}.{missing[0]}, which a {arch} model needs")
+    heads = config["num_attention_heads"]
+    head_dim = whole("attention.key_length") or whole("rope.dimension_count") or config["hidden_size"] // heads
+    config |= {
+        "model_type": _family(about, arch),
+        "num_key_value_heads": whole("attention.head_count_kv") or heads,
+        "head_dim": head_dim,
+        "rope_theta": about.number(f"{arch}.rope.freq_base", 10_000.0),
+        "vocab_size": int(held["token_embd.weight"].shape[-1]),
+        "dtype": "float32",
+        "tie_word_embeddings": "output.weight" not in held,
+        "attention_bias": False,
     }
-    if missing := [f"{arch}.{name}" for name in names.values() if of(name) is None]:
-        raise InputError(f"{where}: has no {missing[0]}, which a {arch} model needs")
-    config = {ours: of(theirs) for ours, theirs in names.items()} | {"model_type": family}
-    head_dim = of("attention.key_length") or of("rope.dimension_count") or width // heads
-    config |= {"num_key_value_heads": of("attention.head_count_kv", heads), "head_dim": head_dim}
-    config |= {"rope_theta": of("rope.freq_base", 10_000.0), "sliding_window": of("attention.sliding_window")}
-    config |= {"vocab_size": int(held["token_embd.weight"].shape[-1]), "dtype": "float32"}
-    config |= {"tie_word_embeddings": "output.weight" not in held, "attention_bias": False}
-    if of("expert_count"):
-        counted = {"num_local_experts": of("expert_count"), "num_experts_per_tok": of("expert_used_count")}
-        config |= counted | {"moe_intermediate_size": of("expert_feed_forward_length"), "norm_topk_prob": True}
+    if arch != "gemma2" or f"{arch}.attention.sliding_window" in about.values:  # else the family's own
+        config["sliding_window"] = whole("attention.sliding_window") or None
+    if whole("expert_count"):
+        config |= _experts(about, arch)
     if arch.startswith("gemma"):
-        # The largest of both do not scale scores by a head's size; the file does not say so.
-        scalar = width // heads if (arch, of("block_count")) in (("gemma2", 46), ("gemma3", 62)) else head_dim
-        config |= {"query_pre_attn_scalar": scalar, "attn_logit_softcapping": of("attn_logit_softcapping")}
-        config |= {"hidden_activation": "gelu_pytorch_tanh", "final_logit_softcapping": of("final_logit_softcapping")}
-    if scaling := _scaling(about, arch, held, config, where):
+        config |= _gemma(about, arch, config)
+    if scaling := _scaling(about, arch, held, config):
         config["rope_scaling"] = scaling
     return config
 
 
-def _scaling(about: Mapping[str, Any], arch: str, held: Any, config: Any, where: str) -> dict[str, Any]:
+_EPSILON = "attention.layer_norm_rms_epsilon"
+_SIZES = {
+    "max_position_embeddings": "context_length",
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+}
+
+
+def _family(about: Metadata, arch: str) -> str:
+    """The model_type; Mistral's and Mixtral's files call themselves llama."""
+    if arch == "llama" and about.whole("llama.expert_count"):
+        return "mixtral"
+    if arch == "llama" and about.whole("llama.attention.sliding_window"):
+        return "mistral"
+    return _ARCHITECTURES[arch]
+
+
+def _experts(about: Metadata, arch: str) -> dict[str, Any]:
+    if not (used := about.whole(f"{arch}.expert_used_count")):
+        raise ValueError(f"has no {arch}.expert_used_count, which a model of experts needs")
+    experts = {"num_local_experts": about.whole(f"{arch}.expert_count"), "num_experts_per_tok": used}
+    experts["norm_topk_prob"] = True
+    if width := about.whole(f"{arch}.expert_feed_forward_length"):
+        experts["moe_intermediate_size"] = width
+    return experts
+
+
+def _gemma(about: Metadata, arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    # The largest of both do not scale scores by a head's size; the file does not say so.
+    largest = (arch, config["num_hidden_layers"]) in (("gemma2", 46), ("gemma3", 62))
+    scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
+    caps = {name: about.number(f"{arch}.{name}") for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    return {
+        "query_pre_attn_scalar": scalar,
+        "hidden_activation": "gelu_pytorch_tanh",
+        **{name: cap for name, cap in caps.items() if cap is not None},  # else the family's own
+    }
+
+
+def _scaling(about: Metadata, arch: str, held: Any, config: Any) -> dict[str, Any]:
     """How rotary frequencies are stretched. Llama 3's stretching is a tensor of factors: it must be one we know."""
-    of = lambda name: about.get(f"{arch}.rope.scaling.{name}")
-    if of("type") not in (None, "none"):
-        length = of("original_context_length")
+    at = f"{arch}.rope.scaling"
+    if (kind := about.text(f"{at}.type")) not in (None, "none"):
+        length = about.whole(f"{at}.original_context_length")
         more = {"original_max_position_embeddings": length} if length else {}
-        return {"rope_type": of("type"), "factor": of("factor"), **more}
+        return {"rope_type": kind, "factor": about.number(f"{at}.factor"), **more}
     if "rope_freqs.weight" not in held:
         return {}
     given = np.asarray(held["rope_freqs.weight"].data)
     factor, size, theta = float(given.max()), config["head_dim"], config["rope_theta"]
     llama3 = RopeScaling(kind="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
-    if not np.allclose(frequencies(size, theta, RopeScaling()) / given, frequencies(size, theta, llama3), rtol=1e-3):
-        raise InputError(f"{where}: its rope_freqs are not Llama 3's (factor {factor:g}), and others are not known")
+    plain, stretched = frequencies(size, theta, RopeScaling()), frequencies(size, theta, llama3)
+    if given.shape != plain.shape or not np.allclose(plain / given, stretched, rtol=1e-3):
+        raise ValueError(f"its rope_freqs are not Llama 3's (factor {factor:g}), and others are not known")
     names = ("factor", "low_freq_factor", "high_freq_factor")
     fields = {name: getattr(llama3, name) for name in names}
     return {"rope_type": "llama3", **fields, "original_max_position_embeddings": 8192}
 
 
-def _tensors(gguf: Any, held: Mapping[str, Any], config: Any, about: Any, where: str) -> Iterator[Planned]:
+def _tensors(gguf: Any, held: Mapping[str, Any], config: Any, about: Metadata, where: str) -> Iterator[Planned]:
     model, family = from_hf(config, where)
-    arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[about["general.architecture"]]
+    arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[about.values["general.architecture"]]
     names = gguf.get_tensor_name_map(arch, model.num_layers)
     shapes = file_shapes(model, family, abstract(model))
     found = {t.name: _theirs(names, t.name) for t in tensors(model, family)}
@@ -150,29 +268,74 @@ def _halves(array: np.ndarray, heads: int) -> np.ndarray:
     return apart.swapaxes(1, 2).reshape(array.shape)
 
 
-def _tokenizer(about: Mapping[str, Any], where: str) -> dict[str, bytes]:
-    """The files of the tokenizer in the metadata; none where it is not known, which is said."""
-    of = lambda name, default=None: about.get(f"tokenizer.ggml.{name}", default)
-    tokens, kind = of("tokens"), of("model")
+def _tokenizer(about: Metadata) -> dict[str, bytes]:
+    """The files of the tokenizer in the metadata; none where the file has none. ValueError where it is not known."""
+    at = "tokenizer.ggml"
+    tokens, kind, pre = about.items(f"{at}.tokens", str), about.text(f"{at}.model"), about.text(f"{at}.pre") or ""
     if not tokens:
         return {}
-    types = of("token_type") or [_NORMAL] * len(tokens)
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(f"a tokenizer of kind {kind!r} is not known; known: gpt2, llama")
+    types = _as_long(about, "token_type", int, tokens) or [_NORMAL] * len(tokens)
+    ids = {name: token for name, token in _special_ids(about, kind, len(tokens)).items() if token is not None}
+    begins = about.flag(f"{at}.add_bos_token", _adds_bos(kind, pre)) and "bos" in ids
     if kind == "gpt2":
-        if of("pre", "") not in _PRE:
-            raise InputError(
-                f"{where}: the tokenizer splits text by {of('pre')!r}; known: {', '.join(filter(None, _PRE))}"
-            )
-        files = {"tokenizer.json": json.dumps(_byte_level(tokens, types, of("merges"), of("pre", ""))).encode()}
-    elif kind == "llama":
-        files = {"tokenizer.model": _pieces(tokens, types, of("scores"), of)}
+        if pre not in _PRE:
+            raise ValueError(f"the tokenizer splits text by {pre!r}; known: {', '.join(filter(None, _PRE))}")
+        spec = _byte_level(tokens, types, about.items(f"{at}.merges", str), pre)
+        spec["post_processor"] = _beginning(tokens[ids["bos"]], ids["bos"]) if begins else None
+        files = {"tokenizer.json": json.dumps(spec).encode()}
     else:
-        raise InputError(f"{where}: a tokenizer of kind {kind!r} is not known; known: gpt2, llama")
-    roles = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
-    config = {role: tokens[of(name)] for role, name in roles.items() if of(name) is not None}
-    config |= {"add_bos_token": bool(of("add_bos_token", kind == "llama"))}
-    if template := about.get("tokenizer.chat_template"):
+        scores = _as_long(about, "scores", float, tokens) or [0.0] * len(tokens)
+        spaced = about.flag(f"{at}.add_space_prefix", True)
+        files = {"tokenizer.model": _pieces(tokens, types, scores, ids, spaced)}
+    config: dict[str, Any] = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "pad") if name in ids}
+    config["add_bos_token"] = begins
+    if template := about.values.get("tokenizer.chat_template"):
         config["chat_template"] = template
-    return files | {"tokenizer_config.json": json.dumps(config, ensure_ascii=False).encode()}
+    files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False).encode()
+    if ends := [ids[name] for name in _ENDS if name in ids]:
+        files["generation_config.json"] = json.dumps({"eos_token_id": ends}).encode()
+    return files
+
+
+_ENDS = ("eos", "eot", "eom")  # of a text, of a turn, of a message: llama.cpp stops at each
+# Byte-level tokenizers before whose texts llama.cpp puts BOS where the file does not say (tokenizer.ggml.add_bos_token);
+# it does so for every SentencePiece vocabulary and for no other byte-level one that is known here.
+_BEGUN = ("llama-bpe", "llama3", "llama-v3")
+
+
+def _adds_bos(kind: str, pre: str) -> bool:
+    return kind == "llama" or pre in _BEGUN
+
+
+def _special_ids(about: Metadata, kind: str, count: int) -> dict[str, int | None]:
+    """Ids of the special tokens by role; llama.cpp has defaults for SentencePiece vocabularies."""
+    defaults = {"bos": 1, "eos": 2, "unk": 0} if kind == "llama" else {}
+    keys = {name: f"{name}_token_id" for name in ("bos", *_ENDS)}
+    keys |= {"pad": "padding_token_id", "unk": "unknown_token_id"}
+    found = {name: about.whole(f"tokenizer.ggml.{key}", defaults.get(name)) for name, key in keys.items()}
+    for name, token in found.items():
+        if token is not None and token >= count:
+            raise ValueError(f"tokenizer.ggml.{keys[name]} is {token}, and there are {count} tokens; fetch it again")
+    return found
+
+
+def _as_long(about: Metadata, name: str, kind: type, tokens: Sequence[str]) -> list[Any]:
+    """A list with a value for each token, empty where there is none."""
+    values = about.items(f"tokenizer.ggml.{name}", kind)
+    if values and len(values) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.{name} has {len(values)} values for {len(tokens)} tokens; fetch it again")
+    return values
+
+
+def _beginning(token: str, number: int) -> dict[str, Any]:
+    """A post-processor of tokenizer.json that puts a token before every text."""
+    first: list[dict[str, Any]] = [{"SpecialToken": {"id": token, "type_id": 0}}]
+    text = lambda name: {"Sequence": {"id": name, "type_id": 0}}
+    special = {token: {"id": token, "ids": [number], "tokens": [token]}}
+    pair = [*first, text("A"), *first, text("B")]
+    return {"type": "TemplateProcessing", "single": [*first, text("A")], "pair": pair, "special_tokens": special}
 
 
 def _byte_level(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str) -> dict[str, Any]:
@@ -201,19 +364,22 @@ def _byte_level(tokens: Sequence[str], types: Sequence[int], merges: Sequence[st
     }
 
 
-def _pieces(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], of: Any) -> bytes:
-    """A SentencePiece model of these pieces."""
+def _pieces(
+    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], ids: Mapping[str, int], spaced: bool
+) -> bytes:
+    """A SentencePiece model of these pieces; spaced: a space is put before a text."""
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     for token, score, kind in zip(tokens, scores, types, strict=True):
         model.pieces.add(piece=token, score=score, type=kind)
     spec = model.trainer_spec
-    spec.model_type, spec.vocab_size, spec.byte_fallback = spec.BPE, len(tokens), True
-    for name, key in (("unk", "unknown_token_id"), ("bos", "bos_token_id"), ("eos", "eos_token_id")):
-        if (token := of(key)) is not None:
-            setattr(spec, f"{name}_id", token)
-            setattr(spec, f"{name}_piece", tokens[token])
+    spec.model_type, spec.vocab_size = spec.BPE, len(tokens)
+    spec.byte_fallback = types.count(_BYTE) == 256
+    for name in ("unk", "bos", "eos"):
+        if name in ids:
+            setattr(spec, f"{name}_id", ids[name])
+            setattr(spec, f"{name}_piece", tokens[ids[name]])
     spec.pad_id = -1
     normalizer = model.normalizer_spec
     normalizer.name, normalizer.remove_extra_whitespaces = "identity", False
-    normalizer.add_dummy_prefix = bool(of("add_space_prefix", True))
+    normalizer.add_dummy_prefix = spaced
     return model.SerializeToString()

@@ -20,12 +20,13 @@ from etils import epath
 from jaxllm import checkpoint
 from jaxllm.config import InputError, to_tree
 from jaxllm.metrics import console
-from jaxllm.models import lora, scalar, transformer
+from jaxllm.models import downloads, lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.families import FAMILIES, family_of, file_shapes, file_value, from_hf, pick, present, tensors, to_hf
 from jaxllm.models.files import KINDS, Files, Planned
 from jaxllm.pretrained_tokenizer import load_tokenizer
 from jaxllm.sharding import MeshConfig, make_mesh, replicated
+from jaxllm.tokenizer_files import IDS
 from jaxllm.workspace import describe_model, described_model, load_model, read_json, write_json
 
 _KINDS = {str(dtype): kind for kind, dtype in KINDS.items()}  # bfloat16 -> BF16, ...
@@ -36,46 +37,45 @@ def import_model(source: str, out: str) -> None:
 
     Raises InputError where `out` exists, the family is not known, or a tensor is missing, unknown or misshapen.
     """
-    folder, target = Path(source), Path(out)
+    folder, target = Path(source).expanduser(), Path(out).expanduser()
     if target.exists():
         raise InputError(f"{target}: exists already; give another directory, or remove it")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        if folder.suffix == ".gguf":
-            file, folder = folder, partial / "gguf"
-            _unpack(file, folder)
-        _fill(partial, folder, move=folder.parent == partial)
+        if folder.suffix.lower() == ".gguf" and not folder.is_dir():
+            _fill(partial, _unpack(folder, partial / "gguf"), move=True)
+        else:
+            _fill(partial, folder, move=False)
         shutil.rmtree(partial / "gguf", ignore_errors=True)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    console.print(f"next: jaxllm chat {target}")
+    console.print(f"next: {_next(target)}")
+
+
+def _next(stage: Path) -> str:
+    """What can be done with an imported model."""
+    if not (stage / "tokenizer").exists():
+        return f"jaxllm export {stage} FOLDER"
+    if load_tokenizer(stage / "tokenizer").chat_refusal:
+        return f"jaxllm generate {stage} --prompt TEXT"
+    return f"jaxllm chat {stage}"
 
 
 def _fill(stage: Path, folder: Path, move: bool) -> None:
     """Put what is in the folder into the directory of a stage."""
-    if (config := read_json(folder / "config.json")) is None:
-        raise InputError(f"{folder}: has no config.json; give the folder of a downloaded model")
-    model, family = from_hf(config, str(folder / "config.json"))
-    files = Files(folder)
-    if not files.paths:
-        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt")]
-        pickled = " (files of pickles are not read: they can run code)" if pickles else ""
-        raise InputError(f"{folder}: has no *.safetensors{pickled}; convert the model to safetensors")
-    model = present(model, files.where)
+    model, family, files = _read_folder(folder)
     unused = files.check(model, family)
     if unused:
         console.print(f"not needed: {len(unused)} tensors ({', '.join(unused[:3])})")
-    kinds = {place.kind for name, place in files.where.items() if name not in unused}
-    if other := kinds - KINDS.keys():
-        raise InputError(f"{folder}: tensors of type {', '.join(sorted(other))}; known: {', '.join(KINDS)}")
+    kinds = sorted({place.kind for name, place in files.where.items() if name not in unused})
     step = stage / "checkpoints" / "0"
     step.mkdir(parents=True)
     for path in files.paths:  # the system copies them: nothing passes through this process
         console.print(f"copying {path.name}")
         (shutil.move if move else shutil.copyfile)(path, step / path.name)
-    record = {"format": "safetensors", "family": family, "model": to_tree(model), "stored": sorted(kinds)}
+    record = {"format": "safetensors", "family": family, "model": to_tree(model), "stored": kinds}
     checkpoint.write_seal(epath.Path(step), {"record": record, "digests": {}})
     _take_tokenizer(folder, stage, model)
     (stage / "hf").mkdir()
@@ -85,11 +85,25 @@ def _fill(stage: Path, folder: Path, move: bool) -> None:
     describe_model(epath.Path(stage), model, "policy", ("params",))
     count = transformer.num_params(model)
     write_json(stage / "result.json", {"parameters": count, "family": family, "checkpoint": 0})
-    console.print(f"{family}, {count:,} parameters, {', '.join(sorted(kinds))}")
+    console.print(f"{family}, {count:,} parameters, {', '.join(kinds)}")
 
 
-def _unpack(file: Path, folder: Path) -> None:
-    """Make a folder of safetensors from a GGUF file."""
+def _read_folder(folder: Path) -> tuple[ModelConfig, str, Files]:
+    """(config, family, tensors) of a downloaded model. Raises InputError on all that cannot be read."""
+    downloads.check_folder(folder)
+    where, mend = str(folder / "config.json"), "fetch it again"
+    config = read_json(folder / "config.json", mend) or {}
+    downloads.check_not_quantized(config, where)
+    model, family = from_hf(config, where)
+    files = downloads.model_files(folder, read_json(folder / downloads.INDEX, mend))
+    downloads.check_kinds(files)
+    model = present(model, files.where)
+    downloads.check_tied(files, model, family, where)
+    return model, family, files
+
+
+def _unpack(file: Path, folder: Path) -> Path:
+    """Make a folder of safetensors from a GGUF file, and return it."""
     from jaxllm import gguf_file  # an extra
 
     config, named, tokenizer = gguf_file.read(file)
@@ -98,6 +112,7 @@ def _unpack(file: Path, folder: Path) -> None:
     write_json(folder / "config.json", config)
     for name, content in tokenizer.items():
         (folder / name).write_bytes(content)
+    return folder
 
 
 def _take_tokenizer(folder: Path, partial: Path, model: ModelConfig) -> None:
@@ -111,6 +126,8 @@ def _take_tokenizer(folder: Path, partial: Path, model: ModelConfig) -> None:
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size} rows"
         )
     tokenizer.save(partial / "tokenizer")
+    if tokenizer.chat_refusal:
+        console.print(f"warning: no chats ({tokenizer.chat_refusal}); everything else works")
 
 
 def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.0, adapters: bool = False) -> None:
@@ -118,7 +135,7 @@ def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.
 
     dtype: "float32", "bfloat16" or "float16"; empty: that of an imported model, else bfloat16.
     """
-    source, target = epath.Path(stage_dir), Path(out)
+    source, target = epath.Path(stage_dir), Path(out).expanduser()
     if target.exists():
         raise InputError(f"{target}: exists already; give another directory, or remove it")
     if dtype not in ("", *_KINDS):
@@ -252,7 +269,7 @@ def _describe_tokens(source: epath.Path, folder: Path, config: dict[str, Any]) -
         generation = generation or ids
         config |= {name: value for name, value in ids.items() if config.get(name) is None}
         for path in sorted((Path(source) / "tokenizer").iterdir()):
-            if path.name != "jaxllm.json":
+            if path.name not in ("jaxllm.json", IDS):
                 shutil.copyfile(path, folder / path.name)
     write_json(folder / "config.json", config)
     if generation:

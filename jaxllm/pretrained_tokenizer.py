@@ -19,9 +19,11 @@ import sentencepiece
 import tiktoken
 import tokenizers
 
+from jaxllm import tokenizer_files
 from jaxllm.chat_template import SECRET, ChatTemplate, Span
 from jaxllm.config import InputError
 from jaxllm.tokenizer import Tokenizer, check_unicode, piece_bytes
+from jaxllm.tokenizer_files import json_object, read_files, spelling
 
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -52,19 +54,18 @@ _RANKS: dict[str, tuple[str, int, dict[str, int]]] = {
 }
 _ROLES = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|finetune_right_pad_id|>"}
 _VOCABULARIES = ("tokenizer.json", *(f"{kind}.tiktoken" for kind in _RANKS), "tokenizer.model")
-_FILES = (*_VOCABULARIES, "chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 
 
 def load_tokenizer(directory: Any) -> Tokenizer:
     """The tokenizer in a directory: one trained here, or a published model's; InputError: none, damaged, unknown."""
     folder = Path(directory)
-    files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+    files = read_files(folder, _VOCABULARIES)
     ours = b'"type": "sentencepiece"' in files.get("tokenizer.json", b"")[:100]
     if ours or not any(name in files for name in _VOCABULARIES):
         return Tokenizer.load(folder)
     tokenizer = PretrainedTokenizer(files, str(folder))
     if (record := folder / PretrainedTokenizer.record).exists():
-        recorded = _json({record.name: record.read_bytes()}, record.name, str(folder))
+        recorded = json_object({record.name: record.read_bytes()}, record.name, str(folder))
         if tokenizer.fingerprint != recorded.get("sha256"):
             raise InputError(f"{folder}: are not the files that were saved (sha256 differs); import the model again")
     return tokenizer
@@ -78,8 +79,9 @@ def restore(model: Any) -> Tokenizer:
 class PretrainedTokenizer(Tokenizer):
     """A published model's tokenizer, made from its files {name: content}.
 
-    bos_id is None where documents do not begin with a token; pad_id is eos_id where the files name no padding. Raises
-    InputError on damaged files, and where no token ends a text.
+    bos_id is None where the files name none; whether a text begins with it (begin_ids) is another question. pad_id is
+    eos_id where the files name no padding. chat_refusal says why there are no chats, and is empty where there are.
+    Raises InputError on damaged files, and where no token ends a text.
     """
 
     kind, record = "pretrained", "jaxllm.json"
@@ -94,18 +96,31 @@ class PretrainedTokenizer(Tokenizer):
             raise InputError(f"{origin}: the tokenizer's files are damaged ({error!r:.120}); copy them again") from None
 
     def _read(self, files: Mapping[str, bytes]) -> None:
-        config = _json(files, "tokenizer_config.json", self._origin)
+        config = json_object(files, "tokenizer_config.json", self._origin)
+        special_map = json_object(files, "special_tokens_map.json", self._origin)
         backend = _backend(files, config, self._origin)
-        given = {name: _spelling(value) for name, value in config.items() if name.endswith("_token")}
-        named = (backend.named if backend else {}) | {name: text for name, text in given.items() if text}
-        source = (
-            files["chat_template.jinja"].decode() if "chat_template.jinja" in files else config.get("chat_template")
-        )
-        self._template = ChatTemplate(source, named, self._origin) if source else None
+        named = (backend.named if backend else {}) | tokenizer_files.named_tokens(config, special_map)
+        self._read_template(files, config, named)
         if backend is None:
             scaffold = "".join(self._written("user", "assistant", "user"))
-            spec = _json(files, "tokenizer.json", self._origin)
-            backend = _JsonBackend(spec, named.values(), scaffold, self._origin)
+            spec = json_object(files, "tokenizer.json", self._origin)
+            special = tokenizer_files.special_tokens(config, special_map)
+            backend = _JsonBackend(spec, special, scaffold, self._origin)
+        self._read_controls(backend)
+        ends = tokenizer_files.end_spellings(config, special_map)
+        self._read_ends([named.get("eos_token", ""), *ends], files)
+        self._read_beginning(named, config.get("add_bos_token") is True)
+
+    def _read_template(self, files: Mapping[str, bytes], config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+        """Without a chat template, or with a broken one, everything but chats works."""
+        self._template, self.chat_refusal = None, ""
+        try:
+            source = tokenizer_files.template_source(files, config, self._origin)
+            self._template = ChatTemplate(source, named, self._origin)
+        except InputError as error:
+            self.chat_refusal = str(error)
+
+    def _read_controls(self, backend: "_JsonBackend | _Backend") -> None:
         self._backend = backend
         self.controls, self._bytes, self.dummy_prefix = backend.controls, backend.bytes, backend.dummy_prefix
         self.vocab_size = len(self._bytes)
@@ -113,19 +128,30 @@ class PretrainedTokenizer(Tokenizer):
         self._spellings = re.compile(f"({_any_of(self.controls)})")
         # What templates join or trim could spell a control token from the end of one text on.
         self._dangers = re.compile(f"{_any_of(self.controls)}|(?:{_any_of(begun)})(?=\\s*\\Z)")
-        ends = _json(files, "generation_config.json", self._origin).get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        bos, eos, pad = (self.controls.get(named.get(f"{name}_token", "")) for name in ("bos", "eos", "pad"))
-        eos = next(iter(ends), None) if eos is None else eos
-        if eos is None:
+
+    def _read_ends(self, named: Sequence[str], files: Mapping[str, bytes]) -> None:
+        """What ends a document, what ends a turn, and everything that ends a response."""
+        ends = [self.controls[text] for text in named if text in self.controls]
+        ends += tokenizer_files.end_ids(files, self._origin)
+        if (eos := next((token for token in ends if token < self.vocab_size), None)) is None:
             mend = 'name one of its special tokens as "eos_token" in tokenizer_config.json'
             raise InputError(f"{self._origin}: the tokenizer's files name no end-of-text token; {mend}")
-        self.eos_id, self.pad_id = eos, eos if pad is None else pad
-        self.bos_id = None if config.get("add_bos_token") is False else bos  # type: ignore[assignment]
+        self.eos_id = eos
         # The end of turn is the first control token behind the assistant's text.
         found = self._spellings.search("".join(self._written("user", "assistant")[-1:]))
         self.end_id = self.controls[found[0]] if found else eos
         self.stop_ids = tuple(dict.fromkeys((self.end_id, eos, *ends)))
+
+    def _read_beginning(self, named: Mapping[str, str], add_bos: bool) -> None:
+        """What begins a text: tokenizer.json says it; without one add_bos_token, which is not read beside it."""
+        bos, pad = (self.controls.get(named.get(name, "")) for name in ("bos_token", "pad_token"))
+        self.bos_id = bos  # type: ignore[assignment]
+        self.pad_id = self.eos_id if pad is None else pad
+        self.begin_ids = (bos,) if add_bos and bos is not None else ()
+        if isinstance(self._backend, _JsonBackend):
+            self.begin_ids = self._backend.begin_ids
+        if max(self.begin_ids, default=0) >= self.vocab_size:
+            raise ValueError(f"the post-processor begins a text with {max(self.begin_ids)}, which is no token's id")
 
     def _written(self, *roles: str) -> list[str]:
         """What the template writes before, between and behind messages of these roles; nothing where it refuses."""
@@ -157,7 +183,7 @@ class PretrainedTokenizer(Tokenizer):
         assistant messages whose place cannot be told.
         """
         if self._template is None:
-            raise InputError(f"{self._origin}: no chat template; give a chat_template.jinja beside its files")
+            raise InputError(self.chat_refusal)
         inputs = {"messages": list(messages), **inputs}
         safe = inputs if parse_special else self._veiled(inputs)
         text, spans = self._template.render(**safe, reply=reply)
@@ -170,6 +196,8 @@ class PretrainedTokenizer(Tokenizer):
             spans = self._template.assistant_spans(text, ends, **safe, reply=reply)
         check_unicode([marked := self._marked(text)])
         ids, offsets = self._backend.spans(marked)
+        if not ids:
+            raise InputError(f"{self._origin}: the chat template writes nothing for this conversation; mend it")
         mask = np.zeros(len(ids), bool)
         for span in spans:
             start, end = (len(self._marked(text[:place])) for place in span)
@@ -206,6 +234,8 @@ class _JsonBackend:
 
     def __init__(self, spec: dict[str, Any], special: Collection[str], scaffold: str, origin: str):
         model, added, marks = spec["model"], spec.get("added_tokens") or [], {}
+        added += _promoted(model, added, special)
+        spec["added_tokens"] = added
         for token in added:
             text = token["content"]
             if token["special"] or text in special or (text.strip() and text in scaffold):
@@ -222,7 +252,8 @@ class _JsonBackend:
         except Exception as error:  # the library raises no other
             reason = f"{error}".replace("\n", " ")[:120]
             raise InputError(f"{origin}/tokenizer.json: no tokenizer ({reason}); copy the file again") from None
-        self.controls = {text: self._tokenizer.token_to_id(mark) for text, mark in marks.items()}
+        self.controls: dict[str, int] = {text: self._tokenizer.token_to_id(mark) for text, mark in marks.items()}  # type: ignore[assignment]
+        self.begin_ids = _beginning(spec.get("post_processor"))
         self._find_bytes(spec.get("decoder") or {"type": None}, {token["content"] for token in added}, origin)
 
     def _find_bytes(self, decoder: Mapping[str, Any], added: Collection[str], origin: str) -> None:
@@ -254,6 +285,22 @@ class _JsonBackend:
         return encoding.ids, np.array(encoding.offsets, int).reshape(-1, 2)
 
 
+def _promoted(model: Mapping[str, Any], added: Sequence[Mapping[str, Any]], special: Collection[str]) -> list[Any]:
+    """Special tokens that are in the vocabulary only, as entries of added_tokens."""
+    known, vocabulary = {token["content"] for token in added}, model.get("vocab", {})
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    found = [text for text in special if text not in known and isinstance(vocabulary, dict) and text in vocabulary]
+    return [{"id": vocabulary[text], "content": text, **flags, "special": True} for text in found]
+
+
+def _beginning(post_processor: Any) -> tuple[int, ...]:
+    """The ids that a post-processor of tokenizer.json puts before a text."""
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    one_word = tokenizers.Tokenizer.from_str(json.dumps({"model": model, "post_processor": post_processor}))
+    encoding = one_word.encode("a")
+    return tuple(encoding.ids[: encoding.special_tokens_mask.index(0)])
+
+
 # Byte-level BPE spells a byte as a visible character: itself, else the next one from U+0100 on.
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _SPELLED = [*_VISIBLE, *sorted({*range(256)} - {*_VISIBLE})]
@@ -271,7 +318,7 @@ class _Backend:
         for token, record in config.get("added_tokens_decoder", {}).items():  # further ones, beyond the vocabulary
             self.bytes += [b""] * (int(token) + 1 - len(self.bytes))
             if not self.bytes[int(token)]:
-                self.controls[_spelling(record)] = int(token)
+                self.controls[spelling(record)] = int(token)
         self.batch: Callable[[Sequence[str], int], list[list[int]]]
         self.part: Callable[[str], tuple[list[int], Sequence[Span]]]
 
@@ -352,23 +399,6 @@ def _of_ranks(name: str, data: bytes, config: Mapping[str, Any], origin: str) ->
     backend.batch = lambda texts, threads: encode(list(texts), num_threads=threads if threads > 0 else 8)
     backend.part = part
     return backend
-
-
-def _json(files: Mapping[str, bytes], name: str, origin: str) -> dict[str, Any]:
-    """The object in a file, empty where there is no file."""
-    try:
-        if isinstance(value := json.loads(files.get(name, b"{}")), dict):
-            return value
-        error = "must be a JSON object"
-    except ValueError as found:
-        error = found
-    raise InputError(f"{origin}/{name}: damaged ({error}); copy the file again")
-
-
-def _spelling(token: Any) -> str:
-    """A token is a string or an object with "content"."""
-    text = token.get("content") if isinstance(token, Mapping) else token
-    return text if isinstance(text, str) else ""
 
 
 def _any_of(texts: Collection[str]) -> str:

@@ -33,6 +33,7 @@ class Tokenizer:
     """
 
     kind, record = "sentencepiece", "tokenizer.json"
+    chat_refusal = ""  # why there are no conversations, empty where there are
     dummy_prefix = False  # whether every text is encoded with a space before it, which decoding takes away
 
     def __init__(self, model: bytes):
@@ -41,6 +42,7 @@ class Tokenizer:
         self.vocab_size = self._sp.vocab_size()
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.pad_id, self.bos_id, self.eos_id, self.end_id = map(self._sp.piece_to_id, (PAD, BOS, EOS, END))
+        self.begin_ids: tuple[int, ...] = (self.bos_id,)  # what every text begins with; nothing in some models
         roles = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
         self.role_ids = {role: self._sp.piece_to_id(piece) for role, piece in roles.items()}
         self.stop_ids = (self.end_id, self.eos_id)
@@ -49,7 +51,7 @@ class Tokenizer:
 
     @property
     def start_id(self) -> int:
-        """What stands before the first token of a text that is scored: bos_id, or eos_id where there is none."""
+        """What stands before the first token that is scored: the named bos_id, added to texts or not, else eos_id."""
         return self.eos_id if self.bos_id is None else self.bos_id
 
     def encode(self, text: str) -> list[int]:
@@ -80,7 +82,11 @@ class Tokenizer:
 
     def document(self, ids: Sequence[int]) -> list[int]:
         """The ids of a whole text between those that begin and end one; some models have none that begins one."""
-        return [*([] if self.bos_id is None else [self.bos_id]), *ids, self.eos_id]
+        return [*self.begin_ids, *ids, self.eos_id]
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text that goes on, at least one: a model that is given nothing continues start_id."""
+        return [*self.begin_ids, *self.encode(text)] or [self.start_id]
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False, **inputs: Any
@@ -134,7 +140,8 @@ class Tokenizer:
             tokenizer = cls(path.read_bytes())
             recorded = json.loads((Path(directory) / "tokenizer.json").read_text())["sha256"]
         except FileNotFoundError as error:
-            raise InputError(f"{error.filename}: no such tokenizer; run the tokenizer stage first") from None
+            mend = "run the tokenizer stage first, or import the model with its tokenizer's files"
+            raise InputError(f"{error.filename}: no such tokenizer; {mend}") from None
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:120]
             raise InputError(f"{path}: damaged tokenizer ({reason}); run the tokenizer stage again") from None

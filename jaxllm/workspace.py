@@ -246,14 +246,34 @@ def load_policy(stage_dir: epath.PathLike, mesh: jax.sharding.Mesh) -> tuple[Any
     return params, model, load_tokenizer(epath.Path(stage_dir) / "tokenizer")
 
 
-def read_json(path: epath.PathLike) -> Any | None:
-    """The JSON value in a file, None where there is no file. Raises InputError where it is damaged."""
+def read_json(path: epath.PathLike, mend: str = "remove the file to redo what wrote it") -> dict[str, Any] | None:
+    """The JSON object in a file, None where there is no file; a byte order mark is skipped.
+
+    Raises InputError, ending in `mend`, where the file cannot be read or holds anything else.
+    """
     try:
-        return json.loads(epath.Path(path).read_text())
-    except FileNotFoundError:
+        value = json.loads(epath.Path(path).read_bytes().decode("utf-8-sig"))
+    except (FileNotFoundError, NotADirectoryError):  # the latter: what should be its folder is a file
         return None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {mend}") from None
+    except RecursionError:
+        raise InputError(f"{path}: not valid JSON (nested too deeply); {mend}") from None
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); remove the file to redo what wrote it") from None
+        raise InputError(f"{path}: not valid JSON ({error}); {mend}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: must hold a JSON object, not {_JSON_NAMES[type(value)]}; {mend}")
+    return value
+
+
+_JSON_NAMES = {
+    list: "a list",
+    str: "a text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:

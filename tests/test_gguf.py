@@ -220,3 +220,139 @@ def test_what_is_not_known_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"pip install 'jaxllm\[gguf\]'"):
         import_model(str(tmp_path / "c.gguf"), str(tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()].count("out") == 0 and not [*tmp_path.glob(".out*")]
+
+
+def metadata(path, case="qwen2", **more):
+    """(metadata, tensors) of a file with a small SentencePiece tokenizer."""
+
+    def tokens(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["<unk>", "<s>", "</s>", "a"])
+        writer.add_token_scores([0.0, 0.0, 0.0, -1.0])
+        writer.add_token_types([2, 3, 3, 1])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_add_bos_token(True)
+        writer.add_add_space_prefix(False)
+
+    write_gguf(path, case, tokens=tokens)
+    reader = gguf_file._open(gguf, path)
+    return gguf_file._values(reader, path), {tensor.name: tensor for tensor in reader.tensors}
+
+
+WRONG = ["x", -1, 1.5, True, [1, "a"], [-2.5], float("nan")]
+
+
+def fits(value, wrong):
+    """Whether one may stand where the other does."""
+    numbers = isinstance(value, float) and type(wrong) in (int, float) and np.isfinite(wrong)
+    return numbers or (type(value) is type(wrong) and not (type(value) is int and wrong < 0))
+
+
+@pytest.mark.parametrize("case", ["mixtral", "gemma2", "gemma3"])
+def test_metadata_of_a_wrong_type_is_one_line_that_names_the_key(tmp_path, case):
+    values, held = metadata(tmp_path / "m.gguf", case)
+    read = lambda values: (gguf_file._config(about := gguf_file.Metadata(values), held), gguf_file._tokenizer(about))
+    read(values)
+    for key in values:
+        for wrong in (w for w in WRONG if not fits(values[key], w)):
+            if isinstance(values[key], list) and isinstance(wrong, list):
+                wrong = [*wrong, None]
+            with pytest.raises(ValueError, match=key if key != "general.architecture" else "architecture"):
+                read({**values, key: wrong})
+
+
+def test_ids_and_lists_that_do_not_fit_the_tokens_are_one_line(tmp_path):
+    values, _ = metadata(tmp_path / "m.gguf")
+    for key, wrong, error in (
+        ("tokenizer.ggml.eos_token_id", 4, "is 4, and there are 4 tokens"),
+        ("tokenizer.ggml.token_type", [1, 1], "2 values for 4 tokens"),
+        ("tokenizer.ggml.scores", [0.5], "1 values for 4 tokens"),
+    ):
+        with pytest.raises(ValueError, match=f"{key} .*{error}"):
+            gguf_file._tokenizer(gguf_file.Metadata({**values, key: wrong}))
+
+
+def test_what_gemma_2_leaves_out_is_its_own_default(tmp_path):
+    values, held = metadata(tmp_path / "m.gguf", "gemma2")
+    left = {k: v for k, v in values.items() if "softcapping" not in k and "sliding_window" not in k}
+    model = families.from_hf(gguf_file._config(gguf_file.Metadata(left), held), "x")[0]
+    assert (model.window, model.attention_softcap, model.logit_softcap) == (4096, 50.0, 30.0)
+
+
+BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+# (kind, how text is split, add_bos_token in the file) -> whether llama.cpp begins a text with BOS
+BEGUN = {
+    **{("gpt2", pre, None): pre in ("llama-bpe", "llama3", "llama-v3") for pre in gguf_file._PRE},
+    ("gpt2", "llama-bpe", False): False,
+    ("gpt2", "qwen2", True): True,
+    ("llama", "", None): True,
+    ("llama", "default", None): True,
+    ("llama", "", False): False,
+}
+
+
+@pytest.mark.parametrize("kind, pre, flag", BEGUN)
+def test_a_text_begins_as_llama_cpp_begins_it(tmp_path, kind, pre, flag):
+    values = {"tokenizer.ggml.model": kind, "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *BYTES]}
+    values |= {"tokenizer.ggml.token_type": [2, 3, 3, *[1] * len(BYTES)], "tokenizer.ggml.bos_token_id": 1}
+    values |= {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.add_space_prefix": False}
+    values |= {"tokenizer.ggml.pre": pre} if pre else {}
+    values |= {"tokenizer.ggml.add_bos_token": flag} if flag is not None else {}
+    for name, content in gguf_file._tokenizer(gguf_file.Metadata(values)).items():
+        (tmp_path / name).write_bytes(content)
+    tokenizer = load_tokenizer(tmp_path)
+    first = [1] if BEGUN[kind, pre, flag] else []
+    assert tokenizer.prompt("ab") == [*first, *tokenizer.encode("ab")]
+    assert tokenizer.prompt("") == [1] and tokenizer.start_id == tokenizer.bos_id == 1
+
+
+def test_pieces_without_special_ids_have_those_of_llama_cpp(tmp_path):
+    values, _ = metadata(tmp_path / "m.gguf")
+    values = {name: value for name, value in values.items() if "_token" not in name or "type" in name}
+    for name, content in gguf_file._tokenizer(gguf_file.Metadata(values)).items():
+        (tmp_path / name).write_bytes(content)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.begin_ids, tokenizer.bos_id, tokenizer.eos_id) == ((1,), 1, 2)
+
+
+def test_ends_of_a_turn_and_of_a_message_end_a_response(tmp_path):
+    values, _ = metadata(tmp_path / "m.gguf")
+    values |= {"tokenizer.ggml.eot_token_id": 3, "tokenizer.ggml.eom_token_id": 0}
+    for name, content in gguf_file._tokenizer(gguf_file.Metadata(values)).items():
+        (tmp_path / name).write_bytes(content)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.stop_ids == (2, 3, 0) and tokenizer.encode_document("a")[-1] == 2
+
+
+def split(path, count):
+    """The file's tensors in parts; the first has the metadata, as llama.cpp writes them."""
+    reader = gguf.GGUFReader(path)
+    names = [path.with_name(f"m-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
+    for number, name in enumerate(names):
+        writer = gguf.GGUFWriter(name, reader.fields["general.architecture"].contents())
+        for key, field in reader.fields.items() if number == 0 else ():
+            if not key.startswith("GGUF.") and key != "general.architecture":
+                kinds = field.types
+                writer.add_key_value(key, field.contents(), kinds[0], kinds[1] if len(kinds) > 1 else None)
+        writer.add_uint16("split.count", count)
+        for tensor in reader.tensors[number::count]:
+            writer.add_tensor(tensor.name, tensor.data)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return names
+
+
+def test_a_file_in_parts_is_read_whole_from_any_of_them(tmp_path):
+    values = write_gguf(tmp_path / "m.gguf", "qwen2")
+    parts = split(tmp_path / "m.gguf", 3)
+    for part in parts:
+        config, stored, _ = gguf_file.read(part)
+        assert {t.name for t in stored} == values.keys() and config == gguf_file.read(tmp_path / "m.gguf")[0]
+    parts[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(InputError, match=r"renamed\.gguf: is one of 3 parts"):
+        gguf_file.read(tmp_path / "renamed.gguf")
+    with pytest.raises(InputError, match=r"m-00001-of-00003\.gguf: is missing, one of the 3 parts"):
+        gguf_file.read(parts[2])

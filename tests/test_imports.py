@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxllm"
 LEVELS = [
     {"config", "hardware", "numerals", "ranges", "sharding"},
     {"flash"},
-    {"tokenizer", "chat_template", "pretrained_tokenizer"}
+    {"tokenizer", "chat_template", "tokenizer_files", "pretrained_tokenizer"}
     | {"losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"}
     | {"digest", "process", "goodput"},
     {"data", "generate", "gguf_file", "score", "train", "workspace"},
@@ -40,6 +40,7 @@ WITHIN = [
     ("metrics", "rewards"),
     ("tokenizer", "pretrained_tokenizer"),
     ("chat_template", "pretrained_tokenizer"),
+    ("tokenizer_files", "pretrained_tokenizer"),
 ]
 STAGES = {"tokenizer", "pretrain", "sft", "sample", "rank", "reward", "dpo", "ppo", "evaluate"}
 EXTRAS = {

@@ -16,6 +16,7 @@ from jaxllm.models import families, lora, scalar, transformer
 from jaxllm.models.config import PRESETS, preset
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.pretrained import export_model, import_model
+from jaxllm.pretrained_tokenizer import load_tokenizer
 from jaxllm.sharding import MeshConfig, make_mesh, param_shardings
 from jaxllm.workspace import describe_model, load_model, write_json
 from tests.models.test_families import CASES, RECORD, load
@@ -110,6 +111,166 @@ def test_what_does_not_fit_is_one_line(tmp_path):
     with pytest.raises(InputError, match="pickles are not read"):
         import_model(str(strange), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content, error", [
+    (b"[]", "must hold a JSON object, not a list"), (b"null", "not null"), (b"3", "not a number"), (b"{", "not valid"),
+    (b"\xff{}", "not valid JSON"), (b'{"a":' * 9999, "nested too deeply"), (b'{"model_type": []}', "model_type"),
+])  # fmt: skip
+def test_a_config_that_is_none_is_one_line(tmp_path, content, error):
+    folder, _ = hf_folder(tmp_path / "in", "llama3")
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=rf"in/config\.json: .*{error}"):
+        import_model(str(folder), str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_byte_order_marks_are_skipped(tmp_path):
+    folder, _ = hf_folder(tmp_path / "in", "llama3")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    import_model(str(folder), str(tmp_path / "stage"))
+    assert load_tokenizer(tmp_path / "stage" / "tokenizer").vocab_size == 29
+    export_model(str(tmp_path / "stage"), str(tmp_path / "out"))
+
+
+def mistral(path):
+    """As Mistral's folders are: shards with an index; beside them the same model in other names, and an adapter."""
+    folder, values = hf_folder(path, "mistral", shards=2)
+    index = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(values)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    others = {"layers.0.attention.wk.weight": np.ones((2, 2), np.float32)}
+    for name in ("consolidated.safetensors", "adapter_model.safetensors", "other.safetensors"):
+        safetensors.numpy.save_file(others, folder / name)
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    return folder, values, index
+
+
+def test_the_index_decides_which_files_are_the_model(tmp_path):
+    folder, values, _ = mistral(tmp_path / "in")
+    import_model(str(folder), str(tmp_path / "stage"))
+    step = tmp_path / "stage" / "checkpoints" / "0"
+    assert {p.name for p in step.glob("*.safetensors")} == {"model-0.safetensors", "model-1.safetensors"}
+    export_model(str(tmp_path / "stage"), str(tmp_path / "out"))
+    found = tensors_in(tmp_path / "out")
+    assert found.keys() == values.keys() and all(found[n].tobytes() == v.tobytes() for n, v in values.items())
+
+
+def test_an_index_that_does_not_fit_is_one_line(tmp_path):
+    folder, _, index = mistral(tmp_path / "in")
+    name = next(iter(index))
+    path = folder / "model.safetensors.index.json"
+    for content, error in (
+        (
+            {"weight_map": index | {"x": "model-7.safetensors"}},
+            r"model-7\.safetensors: is missing, .*index\.json names",
+        ),
+        ({"weight_map": index | {"x": "model-0.safetensors"}}, r"model-0\.safetensors: has no x, which .*puts there"),
+        ({"weight_map": index | {name: "model-1.safetensors"}}, rf"model-1\.safetensors: has no {name}"),
+        ({"weight_map": index | {"x": "../model-0.safetensors"}}, r"index\.json: names '\.\./model-0.* beside it"),
+        ({"weight_map": index | {"x": "/a.safetensors"}}, r"index\.json: names '/a\.safetensors'"),
+        ({"weight_map": index | {"x": 3}}, r"index\.json: has no weight_map"),
+        ({"weight_map": {}}, r"index\.json: has no weight_map"),
+        ({}, r"index\.json: has no weight_map"),
+        ([], r"index\.json: must hold a JSON object, not a list; fetch it again"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=error):
+            import_model(str(folder), str(tmp_path / "out"))
+    path.write_text("{")
+    with pytest.raises(InputError, match=r"index\.json: not valid JSON .*fetch it again"):
+        import_model(str(folder), str(tmp_path / "out"))
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_without_an_index_model_safetensors_is_the_model_else_all_files(tmp_path):
+    folder, values = hf_folder(tmp_path / "in", "llama3", shards=2)
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        safetensors.numpy.save_file({"strange": np.ones(2, np.float32)}, folder / name)
+    import_model(str(folder), str(tmp_path / "all"))
+    for path in folder.glob("model-*"):
+        path.rename(folder / f"part-0000{int(path.stem[-1]) + 1}-of-00002.safetensors")
+    import_model(str(folder), str(tmp_path / "parts"))
+    (folder / "part-00001-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match=r"part-00001-of-00002\.safetensors: is missing, one of the 2 parts"):
+        import_model(str(folder), str(tmp_path / "out"))
+    safetensors.numpy.save_file(values, folder / "model.safetensors")
+    import_model(str(folder), str(tmp_path / "one"))
+    for name in ("all", "parts", "one"):
+        assert load_model(tmp_path / name, make_mesh(MeshConfig()))[1].num_layers == 3
+
+
+@pytest.mark.parametrize("config, error", [
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "weights are quantized by gptq"),
+    ({"quantization_config": {}}, "weights are quantized, which"),
+    ({"compression_config": {"quant_method": "compressed-tensors"}}, "quantized by compressed-tensors"),
+])  # fmt: skip
+def test_quantized_models_are_refused_by_their_method(tmp_path, config, error):
+    folder, values = hf_folder(tmp_path / "in", "llama3", **config)
+    values = {name: value.view(np.uint8) for name, value in values.items()}
+    safetensors.numpy.save_file(values, folder / "model-0.safetensors")
+    with pytest.raises(InputError, match=rf"config\.json: .*{error}.*dequantize"):
+        import_model(str(folder), str(tmp_path / "out"))
+    without = {
+        name: value for name, value in json.loads((folder / "config.json").read_text()).items() if name not in config
+    }
+    (folder / "config.json").write_text(json.dumps({**without, "quantization_config": None}))
+    with pytest.raises(InputError, match=r"in: tensors of type U8 \(.*weight\); known: F32"):
+        import_model(str(folder), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("case, tied", [("smollm2", True), ("llama3", False), ("gpt2", True)])
+def test_another_head_than_the_config_says_is_one_line(tmp_path, case, tied):
+    folder, values = hf_folder(tmp_path / "in", case)
+    table = "transformer.wte.weight" if case == "gpt2" else "model.embed_tokens.weight"
+    head = {"lm_head.weight": values[table] + values[table]} if tied else {}
+    values = {name: value for name, value in values.items() if name != "lm_head.weight"} | head
+    safetensors.numpy.save_file(values, folder / "model-0.safetensors")
+    error = rf"true, and lm_head\.weight is another matrix than {table}; set it to false"
+    with pytest.raises(
+        InputError, match=error if tied else r"false, and the files have no lm_head\.weight; set it to true"
+    ):
+        import_model(str(folder), str(tmp_path / "out"))
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": not tied}
+    (folder / "config.json").write_text(json.dumps(config))
+    import_model(str(folder), str(tmp_path / "out"))
+
+
+def test_buffers_and_a_copy_of_the_table_are_not_needed(tmp_path, capsys):
+    folder, values = hf_folder(tmp_path / "in", "smollm2")
+    at = "model.layers.0.self_attn.rotary_emb"
+    buffers = {f"{at}.{name}": np.ones(4, np.int64) for name in ("inv_freq", "cos_cached", "sin_cached")}
+    copy = {"lm_head.weight": values["model.embed_tokens.weight"]}
+    safetensors.numpy.save_file(values | buffers | copy, folder / "model-0.safetensors")
+    import_model(str(folder), str(tmp_path / "out"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "not needed: 4 tensors" in said and "cos_cached" in said
+
+
+def test_a_source_that_is_no_models_folder_is_one_line(tmp_path, monkeypatch):
+    folder, _ = hf_folder(tmp_path / "in", "llama3")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "meta/base"}')
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "ggufs").mkdir()
+    (tmp_path / "ggufs" / "a.gguf").write_bytes(b"")
+    for source, error in (
+        (folder / "model-0.safetensors", r"model-0\.safetensors: is a file; give the folder"),
+        (folder / "config.json", r"config\.json: is a file; give the folder"),
+        ("org/model", "org/model: no such folder; download the model"),
+        (tmp_path / "adapter", "adapter: holds an adapter of meta/base and no model; merge it"),
+        (tmp_path / "ggufs", r"but GGUF files; give one of them, as in .*a\.gguf"),
+        (tmp_path, "has no config.json; give the folder of a downloaded model"),
+    ):
+        with pytest.raises(InputError, match=error):
+            import_model(str(source), str(tmp_path / "out"))
+    (tmp_path / "adapter" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(InputError, match="holds an adapter of meta/base and no model"):
+        import_model(str(tmp_path / "adapter"), str(tmp_path / "out"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    import_model("~/in", "~/stage")
+    export_model(str(tmp_path / "stage"), "~/out")
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def save_stage(path, params, model, kind, **more):

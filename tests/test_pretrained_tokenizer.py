@@ -296,12 +296,6 @@ def test_the_templates_sandbox_and_its_refusals(tmp_path):
     write(tmp_path / "escape", "chatml", "{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(InputError, match="refuses the conversation"):
         load_tokenizer(tmp_path / "escape").encode_chat(messages_of(CHATS[0]))
-    write(tmp_path / "broken", "chatml", "{% for %}")
-    with pytest.raises(InputError, match="not valid Jinja"):
-        load_tokenizer(tmp_path / "broken")
-    write(tmp_path / "many", "chatml", config={"chat_template": [{"name": "default", "template": CHATML}]})
-    with pytest.raises(InputError, match=r"not valid Jinja .*give one as chat_template.jinja"):
-        load_tokenizer(tmp_path / "many")
     write(tmp_path / "none", "chatml")
     with pytest.raises(InputError, match=r"no chat template; give a chat_template.jinja"):
         load_tokenizer(tmp_path / "none").encode_chat(messages_of(CHATS[0]))

@@ -32,11 +32,12 @@ def measure_contamination(texts: Sequence[Any], training: Iterable[Examples], n:
     return numbers | {"counted": float(len(hits)), "shorter": float(len(texts) - len(hits))}
 
 
-def some_documents(held_out: Sequence[Examples], limit: int) -> list[np.ndarray]:
-    """The tokens of at most so many documents from everywhere in a split, without the special ones at their ends."""
+def some_documents(held_out: Sequence[Examples], limit: int, begin: int = 1) -> list[np.ndarray]:
+    """The tokens of at most so many documents from everywhere in a split, without the `begin` special ones that begin
+    them and the one that ends them."""
     share = min(1.0, limit / max(1, sum(len(each.table) for each in held_out)))
     picked = ((each, int(i)) for each in held_out for i in np.arange(0, len(each.table), 1 / share))
-    read = lambda each, row: each.tokens.read(row["start"], row["size"].astype(np.int64))[0][1:-1]
+    read = lambda each, row: each.tokens.read(row["start"], row["size"].astype(np.int64))[0][begin:-1]
     return [read(each, each.table.read(i, i + 1)) for each, i in picked]
 
 

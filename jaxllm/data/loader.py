@@ -39,7 +39,7 @@ class Rows(NamedTuple):
     num_examples: int
     num_dropped: int  # longer than a row
     num_tokens: int  # tokens that are targets
-    num_bytes: int  # UTF-8 bytes of the text that is learnt
+    num_bytes: int  # UTF-8 bytes that these targets stand for
     fingerprint: str  # of the contents, the tokenizer, the split and the length
     epochs: float = 1.0  # passes over these rows in one over the mixture
     phases: tuple[tuple[int, float], ...] = ()  # (step, weight from that step on)
@@ -101,6 +101,9 @@ def load_rows(
             mixture.append((rows, each.source.weight or float(rows.num_rows * rows.epochs)))
     if not mixture:
         raise InputError(f"data.sources: every {kind} example of the {split} split is too long for {length} tokens")
+    if not any(rows.num_bytes for rows, _ in mixture):
+        none = f"no {kind} example of the {split} split has a target that stands for text"
+        raise InputError(f"data.sources: {none} (a first token is none); give longer texts")
     for phase in zip(*(rows.phases for rows, _ in mixture), strict=True):
         if not any(weight for _, weight in phase):
             raise InputError(f"data.curriculum: step {phase[0][0]} gives weight only to sources without examples")

@@ -34,11 +34,11 @@ from jaxllm.data.sources import PART_BYTES, DataConfig, Part, Source, read_recor
 from jaxllm.pretrained_tokenizer import restore
 from jaxllm.tokenizer import Tokenizer
 
-_VERSION = "v2"
+_VERSION = "v3"
 _SPLITS = ("train", "held_out")
 _RUN = 1 << 17  # hashes sorted at once
 _IN_PROCESS = 1 << 24  # bytes of text for which starting workers takes longer
-_DOCUMENT = [("start", "<i8"), ("size", "<u4"), ("bytes", "<u4")]  # first token, tokens, bytes of text learnt
+_DOCUMENT = [("start", "<i8"), ("size", "<u4"), ("bytes", "<u4")]  # first token, tokens, bytes of the targets
 EXAMPLE = {"document": np.dtype(_DOCUMENT), "chat": np.dtype([*_DOCUMENT, ("part", "<u4"), ("line", "<u4")])}
 _KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("index", "<u4"), ("side", "u1")])  # a content's hash; 1 + its split
 
@@ -269,7 +269,7 @@ def _write(folder: Path, unit: Unit, tokenizer: Tokenizer | None) -> dict[str, A
             out["mask"].write(np.fromiter(itertools.chain.from_iterable(masks), bool).tobytes())
             table = np.zeros(len(chunk), EXAMPLE[unit.kind])
             table["start"], table["size"] = total + np.cumsum(sizes) - sizes, sizes
-            table["bytes"] = [len(example.learnt().encode("utf-8", "surrogatepass")) for example, _, _ in chunk]
+            table["bytes"] = _scored_bytes([example for example, _, _ in chunk], ids, masks, tokenizer)
             if unit.kind == "chat":
                 places = [example.origin.rpartition(":") for example, _, _ in chunk]
                 table["part"], table["line"] = [index[p] for p, *_ in places], [int(n) for *_, n in places]
@@ -318,6 +318,28 @@ def _encode(chunk: Sequence[Example], kind: str, tokenizer: Tokenizer | None) ->
         ids, masks = zip(*(example.encode(tokenizer) for example in chunk), strict=True)
         return ids, masks
     return [*map(tokenizer.document, tokenizer.encode_batch([example.text for example in chunk]))], []
+
+
+def _scored_bytes(
+    chunk: Sequence[Example], ids: Sequence[Sequence[int]], masks: Sequence[Any], tokenizer: Tokenizer | None
+) -> list[int]:
+    """UTF-8 bytes that the targets of each example stand for: nothing predicts the first token of an example.
+
+    A document's are those of its text, less the first token's where no token begins it; so a normalizer's changes and
+    the space that some tokenizers put before a text do not count.
+    """
+    if masks:
+        return [int((_token_sizes(tokenizer)[list(i)] * m)[1:].sum()) for i, m in zip(ids, masks, strict=True)]
+    sizes = [len(example.learnt().encode("utf-8", "surrogatepass")) for example in chunk]
+    if tokenizer is None or tokenizer.begin_ids:
+        return sizes
+    firsts = [len(tokenizer.token_bytes(i[0])) - (tokenizer.dummy_prefix and len(i) > 1) for i in ids]
+    return [max(0, size - first) for size, first in zip(sizes, firsts, strict=True)]
+
+
+@functools.lru_cache(maxsize=1)
+def _token_sizes(tokenizer: Tokenizer) -> np.ndarray:
+    return np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)], np.int64)
 
 
 def _sorted(keys: Sequence[tuple[bytes, int]]) -> np.ndarray:

@@ -1,38 +1,23 @@
 """Model families as published: their config.json and tensor names, to and from ours.
 
-A family of known parts is an entry of FAMILIES and what is special about it in `from_hf`. Names depend on the parts
-a model has, so that `tensors` serves all families but GPT-2, whose matrices are fused and stored the other way round.
+A family of known parts is an entry of FAMILIES and what is special about it in family_config.py. Names depend on the
+parts a model has, so that `tensors` serves all families but GPT-2, whose matrices are fused and stored the other way
+round.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxllm.config import InputError
-from jaxllm.models.config import MLAConfig, ModelConfig
-from jaxllm.models.moe import MoEConfig
-from jaxllm.models.rope import RopeScaling
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.family_config import FAMILIES, family_of, from_hf, present, to_hf
 from jaxllm.models.transformer import stacks
 
-# model_type -> class in `transformers`, without ForCausalLM
-FAMILIES = {
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-}
+__all__ = ["FAMILIES", "Part", "Place", "Tensor", "family_of", "file_shapes", "file_value", "from_hf", "pick", "places"]
+__all__ += ["present", "tensors", "to_file", "to_hf", "to_ours"]
 
 
 class Part(NamedTuple):
@@ -200,179 +185,6 @@ def _experts(block: ModelConfig, family: str) -> Iterator[tuple[str, list[Part]]
         yield from _mlp(f"{at}.shared_experts", ("mlp", "shared"), False)
 
 
-def from_hf(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, str]:
-    """(our config, family) of a config.json. Raises InputError, naming the file, on what is not known."""
-    family = config.get("model_type", "")
-    if family not in FAMILIES:
-        raise InputError(f"{where}: model_type {family!r} is not known; known: {', '.join(FAMILIES)}")
-    try:
-        fields = _gpt2(config) if family == "gpt2" else _common(config, family) | _special(config, family)
-        model = ModelConfig(**fields)
-    except KeyError as error:
-        raise InputError(f"{where}: has no {error.args[0]!r}, which a {family} model needs") from None
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
-    for i, kind in enumerate(config.get("layer_types") or ()):
-        if (kind == "sliding_attention") != model.windowed(i):
-            raise InputError(f"{where}: layer_types mixes windows in a way that is not known (layer {i} is {kind})")
-    return model, family
-
-
-def present(model: ModelConfig, names: Iterable[str]) -> ModelConfig:
-    """The model less the modules that no file has: a tuned model's config may still name them."""
-    found = any(name.endswith("eh_proj.weight") for name in names)
-    return model if found else dataclasses.replace(model, mtp_modules=0)
-
-
-def _gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
-    _expect(config, "activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
-    _expect(config, "scale_attn_by_inverse_layer_idx", (False,), False)
-    _expect(config, "scale_attn_weights", (True,), True)
-    width = config["n_embd"]
-    return {
-        **{"vocab_size": config["vocab_size"], "max_length": config["n_positions"], "num_layers": config["n_layer"]},
-        **{"embed_dim": width, "num_heads": config["n_head"], "mlp_dim": config.get("n_inner") or 4 * width},
-        **{"norm": "layernorm", "norm_eps": config.get("layer_norm_epsilon", 1e-5), "position": "learned"},
-        **{"mlp": "gelu", "bias": True, "tie_embeddings": config.get("tie_word_embeddings", True)},
-        "dtype": _compute(config),
-    }
-
-
-def _compute(config: Mapping[str, Any]) -> str:
-    stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    return "float32" if stored == "float32" else "bfloat16"
-
-
-def _expect(config: Mapping[str, Any], name: str, known: tuple[Any, ...], default: Any) -> Any:
-    if (value := config.get(name, default)) not in known:
-        raise ValueError(f"{name} {value!r} is not known; known: {', '.join(map(str, known))}")
-    return value
-
-
-def _common(config: Mapping[str, Any], family: str) -> dict[str, Any]:
-    gemma = family.startswith("gemma")
-    heads = config["num_attention_heads"]
-    act = (
-        config.get("hidden_activation") or config.get("hidden_act") or "silu"
-        if gemma
-        else config.get("hidden_act", "silu")
-    )
-    if act not in (known := ("gelu_pytorch_tanh",) if gemma else ("silu",)):
-        raise ValueError(f"activation {act!r} is not known in a {family} model; known: {known[0]}")
-    biases = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    if biases[0] != biases[1]:
-        raise ValueError("attention_bias and mlp_bias differ, which is not known")
-    theta, scaling = _rope(config, "full_attention")
-    return {
-        **{"vocab_size": config["vocab_size"], "max_length": config["max_position_embeddings"]},
-        **{"num_layers": config["num_hidden_layers"], "embed_dim": config["hidden_size"], "num_heads": heads},
-        **{"num_kv_heads": config.get("num_key_value_heads") or heads, "head_dim": config.get("head_dim") or 0},
-        **{"mlp_dim": config["intermediate_size"], "norm_eps": config.get("rms_norm_eps", 1e-6), "bias": biases[0]},
-        **{"rope_theta": theta, "rope_scaling": scaling, "init_std": config.get("initializer_range", 0.02)},
-        **{"tie_embeddings": config.get("tie_word_embeddings", gemma), "dtype": _compute(config)},
-    }
-
-
-def _rope(config: Mapping[str, Any], kind: str) -> tuple[float, RopeScaling]:
-    """Base and stretching of layers of this kind, in the spelling of `transformers` 4 or 5."""
-    given = config.get("rope_parameters") or {}
-    given = {**(config.get("rope_scaling") or {}), **given.get(kind, given)}
-    theta = given.get("rope_theta", config.get("rope_theta", 10_000.0))
-    name = given.get("rope_type") or given.get("type") or "default"
-    if name == "default":
-        return theta, RopeScaling()
-    if name not in ("linear", "llama3", "yarn"):
-        raise ValueError(f"rope type {name!r} is not known; known: default, linear, llama3, yarn")
-    if given.get("attention_factor") or not given.get("truncate", True):
-        raise ValueError("rope: attention_factor and truncate are not known")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-    fields = {k: float(given[k]) for k in names if given.get(k) is not None}
-    length = given.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    needs = {} if name == "linear" else {"original_length": length or config["max_position_embeddings"]}
-    return theta, RopeScaling(kind=name, **fields, **needs)
-
-
-def _special(config: Mapping[str, Any], family: str) -> dict[str, Any]:
-    window = config.get("sliding_window") or 0
-    if family in ("mistral", "mixtral"):
-        fields: dict[str, Any] = {"window": window}
-    elif family in ("qwen2", "qwen3", "qwen3_moe"):
-        first = config.get("max_window_layers", 0)
-        if config.get("use_sliding_window") and 0 < first < config["num_hidden_layers"]:
-            raise ValueError("max_window_layers: windows in some of the layers are not known")
-        on = config.get("use_sliding_window") and not first
-        fields = {"window": window if on else 0}
-        fields |= {"qkv_bias": True} if family == "qwen2" else {"qk_norm": "head"}
-    elif family == "olmo2":
-        fields = {"norm_place": "after", "qk_norm": "all"}
-    elif family.startswith("gemma"):
-        fields = _gemma(config, family, window)
-    else:
-        fields = {}
-    experts = {"mixtral": _mixtral, "qwen3_moe": _qwen3_moe, "deepseek_v2": _deepseek, "deepseek_v3": _deepseek}
-    return fields | experts.get(family, lambda *_: {})(config, family)
-
-
-def _gemma(config: Mapping[str, Any], family: str, window: int) -> dict[str, Any]:
-    third = family == "gemma3_text"
-    every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
-    fields = {
-        **{"norm_place": "both", "norm_offset": True, "mlp": "geglu", "scale_embeddings": True, "window": window},
-        **{"global_every": every if third else 2, "attention_scale": config["query_pre_attn_scalar"] ** -0.5},
-        **{"head_dim": config.get("head_dim", 256), "attention_softcap": config.get("attn_logit_softcapping") or 0.0},
-        "logit_softcap": config.get("final_logit_softcapping") or 0.0,
-    }
-    if third:
-        local = config.get("rope_local_base_freq", 10_000.0)
-        local = _rope(config, "sliding_attention")[0] if config.get("rope_parameters") else local
-        fields |= {"qk_norm": "head", "local_rope_theta": local}
-    return fields
-
-
-def _mixtral(config: Mapping[str, Any], family: str) -> dict[str, Any]:
-    del family
-    coef = config.get("router_aux_loss_coef", 0.0) if config.get("output_router_logits") else 0.0
-    return {"moe": MoEConfig(config["num_local_experts"], config["num_experts_per_tok"], aux_coef=coef)}
-
-
-def _qwen3_moe(config: Mapping[str, Any], family: str) -> dict[str, Any]:
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        raise ValueError("mlp_only_layers: layers without experts between the others are not known")
-    count = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
-    moe = MoEConfig(count, config["num_experts_per_tok"], config["moe_intermediate_size"])
-    return {"moe": dataclasses.replace(moe, normalise=bool(config.get("norm_topk_prob", False)))}
-
-
-def _deepseek(config: Mapping[str, Any], family: str) -> dict[str, Any]:
-    third, heads = family == "deepseek_v3", config["num_attention_heads"]
-    _expect(config, "moe_layer_freq", (1,), 1)
-    _expect(config, "rope_interleave", (True,), True)
-    grouped = third or config.get("topk_method") == "group_limited_greedy"
-    moe = MoEConfig(
-        num_experts=config["n_routed_experts"],
-        per_token=config["num_experts_per_tok"],
-        mlp_dim=config["moe_intermediate_size"],
-        num_shared=config.get("n_shared_experts") or 0,
-        router="sigmoid" if third else "softmax",
-        normalise=bool(config.get("norm_topk_prob", third)) and third,
-        scale=float(config.get("routed_scaling_factor", 1.0)),
-        num_groups=(config.get("n_group") or 1) if grouped else 1,
-        groups_per_token=(config.get("topk_group") or 1) if grouped else 1,
-        first_dense=config.get("first_k_dense_replace", 0),
-        bias_rate=0.001 if third else 0.0,
-    )
-    mla = MLAConfig(
-        config["kv_lora_rank"],
-        config.get("q_lora_rank") or 0,
-        config["qk_nope_head_dim"],
-        config["qk_rope_head_dim"],
-        config["v_head_dim"],
-    )
-    ahead = (config.get("num_nextn_predict_layers") or 0) if third else 0
-    head_dim = mla.nope_dim + mla.rope_dim
-    return {"moe": moe, "mla": mla, "num_kv_heads": heads, "head_dim": head_dim, "mtp_modules": ahead}
-
-
 class Place(NamedTuple):
     """Where a slice of a leaf of ours is in a file: part `number` of `count` along the tensor's last axis."""
 
@@ -415,100 +227,3 @@ def _stored(part: Part, shape: tuple[int, ...], family: str) -> tuple[int, ...]:
     if family == "gpt2" and part.path[-1] in ("q", "k", "v", "out", "up", "down"):
         return math.prod(shape[:inputs]), math.prod(shape[inputs:])
     return shape if part.path[0] in ("embed", "head") else (math.prod(shape),)
-
-
-def to_hf(model: ModelConfig) -> tuple[dict[str, Any], str]:
-    """(config.json, family) of a model. Raises InputError where no known family has its parts together."""
-    family = family_of(model)
-    if family == "gpt2":
-        config: dict[str, Any] = {
-            **{"n_positions": model.max_length, "n_embd": model.embed_dim, "n_layer": model.num_layers},
-            **{"n_head": model.num_heads, "n_inner": model.mlp_dim, "layer_norm_epsilon": model.norm_eps},
-            "activation_function": "gelu_new",
-        }
-    else:
-        config = _config_of(model) | _experts_config(model, family)
-    config |= {"vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings}
-    config |= {"model_type": family, "architectures": [FAMILIES[family]], "initializer_range": model.init_std}
-    again = from_hf(config, "export")[0]
-    alike = ("preset", "dtype", "remat", "scan_unroll", "init_std")
-    same = dataclasses.replace(again, **{name: getattr(model, name) for name in alike})
-    balance = {name: getattr(model.moe, name) for name in ("capacity_factor", "aux_coef", "bias_rate")}
-    same = dataclasses.replace(same, moe=dataclasses.replace(same.moe, **balance))
-    if same != model:
-        differ = [f.name for f in dataclasses.fields(model) if getattr(same, f.name) != getattr(model, f.name)]
-        raise InputError(f"export: a {family} model has no {', '.join(differ)} as this one has; no known family has")
-    return config, family
-
-
-def family_of(model: ModelConfig) -> str:
-    """The family that has the parts of this model."""
-    if model.position == "learned":
-        return "gpt2"
-    if model.mla.kv_rank:
-        return "deepseek_v3" if model.moe.router == "sigmoid" else "deepseek_v2"
-    if model.moe.num_experts:
-        return "qwen3_moe" if model.qk_norm == "head" else "mixtral"
-    if model.norm_place == "both":
-        return "gemma3_text" if model.qk_norm == "head" else "gemma2"
-    if model.norm_place == "after":
-        return "olmo2"
-    if model.qk_norm == "head":
-        return "qwen3"
-    return "qwen2" if model.qkv_bias else "mistral" if model.window else "llama"
-
-
-def _config_of(model: ModelConfig) -> dict[str, Any]:
-    c, gemma = model, model.mlp == "geglu"
-    config: dict[str, Any] = {
-        **{"max_position_embeddings": c.max_length, "num_hidden_layers": c.num_layers, "hidden_size": c.embed_dim},
-        **{"num_attention_heads": c.num_heads, "num_key_value_heads": c.num_kv_heads, "head_dim": c.head_dim},
-        **{"intermediate_size": c.mlp_dim, "rms_norm_eps": c.norm_eps, "attention_bias": c.bias, "mlp_bias": c.bias},
-        "rope_theta": c.rope_theta,
-    }
-    config |= {"hidden_activation": "gelu_pytorch_tanh"} if gemma else {"hidden_act": "silu"}
-    if (scaling := c.rope_scaling).kind != "none":
-        names = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-        yarn = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-        rope = {name: getattr(scaling, name) for name in names.get(scaling.kind, yarn)}
-        length = {"original_max_position_embeddings": scaling.original_length} if scaling.original_length else {}
-        config["rope_scaling"] = {"rope_type": scaling.kind, **rope, **length}
-    if c.window:
-        config |= {"sliding_window": c.window, "use_sliding_window": True, "max_window_layers": 0}
-        kinds = ["sliding_attention" if c.windowed(i) else "full_attention" for i in range(c.num_layers)]
-        config |= {"layer_types": kinds} if c.global_every else {}
-    if gemma:
-        scalar = 1 / c.attention_scale**2 if c.attention_scale else c.head_dim
-        whole = math.isclose(scalar, round(scalar))  # `transformers` takes nothing else
-        config |= {"query_pre_attn_scalar": round(scalar) if whole else scalar}
-        config |= {
-            "attn_logit_softcapping": c.attention_softcap or None,
-            "final_logit_softcapping": c.logit_softcap or None,
-        }
-        config |= {"sliding_window_pattern": c.global_every, "rope_local_base_freq": c.local_rope_theta}
-    return config
-
-
-def _experts_config(model: ModelConfig, family: str) -> dict[str, Any]:
-    e, m = model.moe, model.mla
-    if not e.num_experts:
-        return {}
-    config: dict[str, Any] = {"num_experts_per_tok": e.per_token}
-    if family == "mixtral":
-        return config | {"num_local_experts": e.num_experts}
-    config |= {"moe_intermediate_size": e.mlp_dim or model.mlp_dim, "norm_topk_prob": e.normalise}
-    if family == "qwen3_moe":
-        return config | {"num_experts": e.num_experts}
-    method = (
-        {} if family == "deepseek_v3" else {"topk_method": "group_limited_greedy" if e.num_groups > 1 else "greedy"}
-    )
-    ahead = {"num_nextn_predict_layers": model.mtp_modules} if family == "deepseek_v3" else {}
-    return {
-        **config,
-        **method,
-        **ahead,
-        **{"n_routed_experts": e.num_experts, "n_shared_experts": e.num_shared, "routed_scaling_factor": e.scale},
-        **{"n_group": e.num_groups, "topk_group": e.groups_per_token, "first_k_dense_replace": e.first_dense},
-        **{"kv_lora_rank": m.kv_rank, "q_lora_rank": m.q_rank or None, "qk_nope_head_dim": m.nope_dim},
-        **{"qk_rope_head_dim": m.rope_dim, "v_head_dim": m.value_dim, "head_dim": m.rope_dim},
-    }

@@ -4,7 +4,7 @@ import concurrent.futures
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from jaxllm.models.families import Place, file_shapes, places
 from jaxllm.models.transformer import abstract
 
 # Buffers that old files hold; they are computed, not learnt.
-_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias)$")
+BUFFERS = re.compile(r"(rotary_emb\.(\w*inv_freq|\w+_cached)|\.attn\.bias|\.attn\.masked_bias)$")
 _THREADS = 4
 KINDS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 
@@ -66,18 +66,18 @@ def _stored(path: Path) -> dict[str, Stored]:
 
 
 class Files:
-    """The tensors of all safetensors files in a folder, by name.
+    """The tensors of safetensors files, by name: of these paths, else of all files in a folder.
 
     They are read, not mapped: a mapped file counts as this process's memory, all of it in the end.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.paths = folder, sorted(folder.glob("*.safetensors"))
+    def __init__(self, folder: Path, paths: Sequence[Path] = ()):
+        self.folder, self.paths = folder, list(paths) or sorted(folder.glob("*.safetensors"))
         self.where: dict[str, Stored] = {}
         for path in self.paths:
             try:
                 stored = _stored(path)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
             if twice := stored.keys() & self.where.keys():
                 raise InputError(f"{path}: {min(twice)} is in another file as well; remove one of them")
@@ -90,16 +90,17 @@ class Files:
         count = math.prod(place.shape)
         return np.fromfile(place.path, KINDS[place.kind], count, offset=place.start).reshape(place.shape)
 
-    def _equal(self, name: str, other: str) -> bool:
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same values."""
         return name == other or np.array_equal(self.get(name), self.get(other))
 
     def check(self, model: ModelConfig, family: str) -> list[str]:
         """Names that are not needed. Raises InputError listing what is missing, not known, or of another shape."""
         wanted = file_shapes(model, family, abstract(model))
         extra = [name for name in self.where if name not in wanted]
-        unused = [name for name in extra if _BUFFERS.search(name)]
+        unused = [name for name in extra if BUFFERS.search(name)]
         table = next(iter(wanted))
-        if model.tie_embeddings and "lm_head.weight" in extra and self._equal("lm_head.weight", table):
+        if model.tie_embeddings and "lm_head.weight" in extra and self.equal("lm_head.weight", table):
             unused.append("lm_head.weight")
         copies = {"embed_tokens.weight": table, "shared_head.head.weight": "lm_head.weight"}
         copied = [(name, first) for name in wanted for end, first in copies.items() if name.endswith(end)]
@@ -112,7 +113,7 @@ class Files:
                 if name in self.where and self.where[name].shape != shape
             ],
             "not the copies they should be": [
-                name for name, first in copied if {name, first} <= self.where.keys() and not self._equal(name, first)
+                name for name, first in copied if {name, first} <= self.where.keys() and not self.equal(name, first)
             ],
         }
         if text := "; ".join(

@@ -138,7 +138,8 @@ def contamination(
     training = {"pretrain": pretrain["train"]}
     if chats and chats.sources:
         training["sft"] = open_store(chats, "chat", tokenizer, cache, share)["train"]
-    found = {"held_out_in_pretrain": (some_documents(pretrain["held_out"], MAX_HELD_OUT), "pretrain")}
+    texts = some_documents(pretrain["held_out"], MAX_HELD_OUT, len(tokenizer.begin_ids))
+    found = {"held_out_in_pretrain": (texts, "pretrain")}
     if config.accuracy.sources:
         chosen = shuffled(examples(config.accuracy, "chat", "held_out"))[: config.max_accuracy_examples]
         asked = tokenizer.encode_batch(["\n".join(map(said, example.messages[:-1])) for example in chosen])
