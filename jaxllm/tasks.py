@@ -122,7 +122,7 @@ def _kind(item: Example) -> str:
 
 
 def _item(record: Record) -> Example:
-    fields, origin = record
+    fields, origin, _ = record
     asked = next((name for name in ("messages", "prompt", "question") if name in fields), "")
     answer, choices, text = (fields.get(name) for name in ("answer", "choices", "text"))
     if not asked and choices is None and isinstance(text, str) and text:

@@ -21,4 +21,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'jaxllm.data' has no attribute {name!r}")
 
 
-_MODULES = ("cache", "contamination", "format", "loader", "packing", "sources", "store")
+_MODULES = ("cache", "contamination", "file_formats", "files", "format", "loader")
+_MODULES += ("packing", "readers", "records", "sources", "store")

@@ -150,7 +150,7 @@ def is_held_out(content: str, data: DataConfig) -> bool:
 
 
 def _make(kind: str, source: Source, record: Record, index: int) -> Example:
-    fields, origin = record
+    fields, origin, _ = record
     if kind == "document":
         text = fields.get("text")
         if not isinstance(text, str):

@@ -27,14 +27,17 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxllm.config import InputError
-from jaxllm.data import sources
+from jaxllm.data import readers, sources
 from jaxllm.data.cache import ArrayFile, clean, find, inspect, key_of, made, make_once
+from jaxllm.data.file_formats import format_of
+from jaxllm.data.files import compression_of, remote_info
 from jaxllm.data.format import Example, not_empty, sided
-from jaxllm.data.sources import PART_BYTES, DataConfig, Part, Source, read_records
+from jaxllm.data.readers import PART_BYTES, Part
+from jaxllm.data.sources import DataConfig, Source, read_records
 from jaxllm.pretrained_tokenizer import restore
 from jaxllm.tokenizer import Tokenizer
 
-_VERSION = "v2"
+_VERSION = "v3"
 _SPLITS = ("train", "held_out")
 _RUN = 1 << 17  # hashes sorted at once
 _IN_PROCESS = 1 << 24  # bytes of text for which starting workers takes longer
@@ -153,13 +156,14 @@ def _units(data: DataConfig, kind: str, tokenizer: Tokenizer | None, folder: Pat
     """The units of all sources in their order, which is that of their examples."""
     units = []
     for index, source in enumerate(data.sources):
-        rules = dataclasses.asdict(source) | {"path": "", "exclude": (), "weight": 0, "epochs": 1}
+        rules = dataclasses.asdict(source) | {"path": "", "format": "", "exclude": (), "weight": 0, "epochs": 1}
         others = (dataclasses.replace(source, path=path, exclude=()) for path in source.exclude)
         excluded = [version for other in others for group in _grouped(other, folder) for _, version, _ in group]
         side_rules = (data.held_out_fraction, data.split_salt)
         same = (_VERSION, kind, tokenizer and tokenizer.fingerprint, *side_rules, rules, excluded)
         for pieces in _grouped(source, folder):
-            prints = [(v, *p[1:3], sources.format_of(p.path), p.path.endswith((".gz", ".zst"))) for p, v, _ in pieces]
+            read_as = lambda path, given=source.format: (format_of(path, given), compression_of(path))
+            prints = [(version, *part[1:3], *read_as(part.path)) for part, version, _ in pieces]
             name = folder / f"unit-{key_of(*same, prints)}"
             units.append(Unit(name, data, kind, index, tuple(p for p, *_ in pieces), sum(n for *_, n in pieces)))
     return units
@@ -176,8 +180,8 @@ def _grouped(source: Source, folder: Path) -> Iterator[list[tuple[Part, str, int
         return
     group: list[tuple[Part, str, int]] = []
     for name in names:
-        found = sources.remote_info(name) if "://" in name else inspect(name, PART_BYTES, folder)
-        parts = sources.split(name, source, found["size"], found.get("lines", ()))
+        found = remote_info(name) if "://" in name else inspect(name, PART_BYTES, folder)
+        parts = readers.split(name, source.format, source.record, found["size"], found.get("lines", ()))
         for part in parts:
             group.append((part, found["version"], found["size"] // len(parts)))
             if sum(n for *_, n in group) >= PART_BYTES // 2 and not source.max_records:
