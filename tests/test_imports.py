@@ -9,7 +9,7 @@ from jaxllm.run import Config
 
 PACKAGE = Path(__file__).parent.parent / "jaxllm"
 LEVELS = [
-    {"config", "hardware", "sharding"},
+    {"config", "hardware", "sharding", "messages"},
     {"flash"},
     {"tokenizer", "chat_template", "pretrained_tokenizer"}
     | {"losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"}
@@ -29,6 +29,7 @@ WITHIN = [
     ("losses", "optim"),
     ("losses", "generate"),
     ("config", "sharding"),
+    ("config", "messages"),
     ("models", "generate"),
     ("generate", "score"),
     ("evaluate", "tasks"),

@@ -22,4 +22,4 @@ def __getattr__(name: str) -> Any:
 
 
 _MODULES = ("cache", "contamination", "file_formats", "files", "format", "loader")
-_MODULES += ("packing", "readers", "records", "sources", "store")
+_MODULES += ("packing", "readers", "records", "sources", "store", "templates")

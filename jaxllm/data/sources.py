@@ -198,6 +198,8 @@ def raw_records(source: Source, parts: Sequence[Part] | None = None) -> Iterator
             record.fields["text"] = text
         elif source.text_field != "text":
             record.fields.pop("text", None)  # another field was asked for
+            if source.text_field in record.empty:
+                record = record._replace(empty=record.empty | {"text"})
         yield record
 
 

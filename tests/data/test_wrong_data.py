@@ -1,347 +1,307 @@
-"""Files of every kind, right, damaged and wrong: the same records, or one line that names the file and the line."""
+"""Null, tools and any value in any field of a record: an example, or one line that names the file and the line."""
 
-import bz2
-import csv
-import gzip
-import io
 import json
-import lzma
 
-import fsspec
 import pytest
-import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm import data as d
+from jaxllm import messages, tasks
+from jaxllm.annotators import prompt_text
 from jaxllm.config import InputError
-from jaxllm.data import cache, file_formats, readers, store
-from jaxllm.tokenizer import train
+from tests.data.test_formats import FEW, write
 
-FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-TEXTS = ["plain", 'a "quoted" word', "comma, and\ttab", "文字 é 🙂", " spaces ", "1e3", "null", "{}"]
-COMPRESS = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".gzip": gzip.compress,
-    ".zst": zstandard.ZstdCompressor().compress,
-    ".zstd": zstandard.ZstdCompressor().compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-}
-SUFFIXES = {
-    "text": [".txt", ".md", ".TXT", ""],
-    "jsonl": [".jsonl", ".JSONL", ".ndjson", ".json", ".Json"],
-    "json": [".json", ".JSON"],
-    "csv": [".csv", ".CSV"],
-    "tsv": [".tsv", ".Tsv", ".tab"],
-}
-BOM = "\ufeff".encode()
+# --- null is absent
+
+LETTERS = st.text('abc文"\n{}')
+ALPACA = {"prompt": "{instruction}\n{input}", "response": "{output}"}
 
 
-def write(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(path)
+def examples(path, kind, **source):
+    config = d.DataConfig((d.Source(str(path), **source),), held_out_fraction=0.0)
+    return list(d.examples(config, kind, "train"))
 
 
-def table(rows, delimiter):
-    file = io.StringIO()
-    csv.writer(file, delimiter=delimiter, lineterminator="\n").writerows(rows)
-    return file.getvalue()
+def one(tmp_path, kind, fields, **source):
+    (example,) = examples(write(tmp_path / "a.jsonl", json.dumps(fields)), kind, **source)
+    return example
 
 
-def spell(kind, texts):
-    """Records of these texts as a file of a kind."""
-    records = [{"n": str(n), "text": text} for n, text in enumerate(texts)]
-    if kind == "text":
-        return "".join(text + "\n" for text in texts)
-    if kind == "jsonl":
-        return "".join(json.dumps(record) + "\n" for record in records)
-    if kind == "json":
-        return json.dumps(records, indent=1)
-    return table([["n", "text"], *([r["n"], r["text"]] for r in records)], "," if kind == "csv" else "\t")
-
-
-def read(path, **fields):
-    return list(d.read_records(d.Source(str(path), **{"min_chars": 0, **fields})))
-
-
-def texts(path, **fields):
-    return [record.fields["text"] for record in read(path, **fields)]
-
-
-def refused(path, **fields):
-    """The one line with which a file is refused; it begins with its path."""
+def not_one(tmp_path, kind, fields, **source):
+    """The line with which a record is refused, without the path; a good record stands before it, in line 1."""
+    good = {"prompt": "q", "response": "r", "responses": ["a", "b"], "ranks": [1, 2], "text": "t", "body": "b"}
+    good |= {"instruction": "q", "input": "i", "output": "r"}
+    path = write(tmp_path / "a.jsonl", json.dumps(good) + "\n" + json.dumps(fields))
     with pytest.raises(InputError) as error:
-        read(path, **fields)
-    assert "\n" not in str(error.value) and str(error.value).startswith(str(path))
-    return str(error.value).removeprefix(str(path))
+        examples(path, kind, **source)
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"{path}:2: ")
+    return str(error.value).removeprefix(f"{path}:2: ")
 
 
-# --- what is in a file
+def contents(example):
+    return [messages.said(m) for m in example.messages]
 
 
-@pytest.mark.parametrize("bom", [b"", BOM], ids=["", "bom"])
-@pytest.mark.parametrize("compression", COMPRESS)
-@pytest.mark.parametrize("kind", SUFFIXES)
-def test_every_format_by_name_compressed_or_not_gives_the_same_records(tmp_path, kind, compression, bom):
-    first = 2 if kind in ("csv", "tsv") else 1
-    content = COMPRESS[compression](bom + spell(kind, TEXTS).encode())
-    for name in SUFFIXES[kind]:
-        for end in (compression, compression.upper()):
-            path = write(tmp_path / f"a{name}{end}", content)
-            assert texts(path) == TEXTS
-            assert [r.origin for r in read(path)] == [f"{path}:{n}" for n, _ in enumerate(TEXTS, start=first)]
-    path = write(tmp_path / f"a.data{compression}", content)
-    assert texts(path, format=kind) == TEXTS
+@pytest.mark.parametrize("null", [None, float("nan")], ids=str)
+def test_a_null_field_of_a_template_is_empty_text(tmp_path, null):
+    record = {"instruction": "Name a colour", "input": null, "output": "red"}
+    assert contents(one(tmp_path, "chat", record, **ALPACA)) == ["Name a colour\n", "red"]
+    assert one(tmp_path, "prompt", record, **ALPACA).answer == "red"
+    system = {**ALPACA, "system": "{input}"}
+    assert contents(one(tmp_path, "chat", record, **system)) == ["Name a colour\n", "red"]
+    assert contents(one(tmp_path, "chat", {**record, "input": "one"}, **system))[0] == "one"
 
 
-@pytest.mark.parametrize("name", ["a.PARQUET", "a.Array_Record", "a.arrayrecord", "a.bin"])
-def test_binary_formats_by_name_in_any_case_or_as_the_source_says(tmp_path, name):
+@pytest.mark.parametrize("null", [None, float("nan")], ids=str)
+def test_null_is_absent_beside_what_is_there(tmp_path, null):
+    absent = dict.fromkeys(("system", "messages", "tools", "split", "text", "scores", "answer", "annotator"), null)
+    spoken = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
+    assert one(tmp_path, "chat", {"prompt": "q", "response": "r", **absent}).messages == spoken
+    with_nulls = [{**m, "tool_calls": null, "name": null, "reasoning_content": null} for m in spoken]
+    nulls = {"prompt": null, "response": null, "system": null, "tools": null}
+    assert one(tmp_path, "chat", {"messages": with_nulls, **nulls}).messages == spoken
+    assert one(tmp_path, "prompt", {"prompt": "q", "response": null, "answer": null}).answer == ""
+    ranking = {"prompt": "q", "responses": ["a", "b"], **absent}
+    ranked = one(tmp_path, "ranked", {**ranking, "ranks": [2, 1]})
+    assert (ranked.ranks, ranked.scores, ranked.annotator) == ([2, 1], (), "")
+    assert one(tmp_path, "ranked", {**ranking, "ranks": null, "scores": [1, 2.5]}).ranks == [2, 1]
+
+
+def test_parquet_says_absent_by_null(tmp_path):
     import pyarrow
     import pyarrow.parquet
-    from array_record.python.array_record_module import ArrayRecordWriter
 
-    path, is_parquet = tmp_path / name, name in ("a.PARQUET", "a.bin")
-    if is_parquet:
-        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path)
-    else:
-        writer = ArrayRecordWriter(str(path), "group_size:1")
-        for text in TEXTS:
-            writer.write(json.dumps({"text": text}).encode())
-        writer.close()
-    assert texts(path, format="parquet" if name == "a.bin" else "auto") == TEXTS
-    if name == "a.bin":
-        assert "holds Parquet" in refused(path)
+    called = {"id": None, "function": {"name": "f", "arguments": {"a": 1}}}
+    rows = [
+        {"prompt": "q", "response": "r", "messages": None},
+        {
+            "prompt": None,
+            "response": None,
+            "messages": [
+                {"role": "user", "content": "q", "tool_calls": None},
+                {"role": "assistant", "content": None, "tool_calls": [called]},
+                {"role": "tool", "content": "3", "tool_calls": None},
+                {"role": "assistant", "content": "three", "tool_calls": None},
+            ],
+        },
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    first, second = examples(tmp_path / "a.parquet", "chat")
+    assert [m["content"] for m in first.messages] == ["q", "r"]
+    assert [sorted(m) for m in second.messages][:2] == [["content", "role"], ["role", "tool_calls"]]
+    assert second.messages[1]["tool_calls"] == [{"function": called["function"]}]
 
 
-@FEW
+def test_nulls_in_the_arguments_of_a_call_stay(tmp_path):
+    call = {"function": {"name": "f", "arguments": {"a": None}}}
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    assert one(tmp_path, "chat", {"messages": chat}).messages[-1]["tool_calls"] == [call]
+
+
+REFUSED = [
+    ("document", {"text": None}, {}, "a document needs the field 'text'"),
+    ("document", {"text": "a", "body": None}, {"text_field": "body"}, "a document needs the field 'body'"),
+    ("prompt", {"body": None}, {"text_field": "body", "prompt": "{text}"}, "the prompt is empty"),
+    ("chat", {"prompt": None, "response": "r"}, {}, 'has a "response" without a "prompt"'),
+    ("chat", {"prompt": "q", "response": None}, {}, "must end with the assistant"),
+    ("chat", {"prompt": "", "response": "r"}, {}, "the prompt is empty"),
+    ("prompt", {"prompt": " "}, {}, "the prompt is empty"),
+    ("prompt", {"prompt": None}, {}, "must end with the user"),
+    ("prompt", {"messages": None}, {}, "must end with the user"),
+    ("chat", {"messages": [{"role": "user", "content": None}]}, {}, "a message needs a role"),
+    ("chat", {"messages": [None]}, {}, '"messages" must be a list of objects'),
+    ("chat", {"instruction": "a", "input": None, "output": None}, ALPACA, "the last reply is empty"),
+    ("chat", {"instruction": None, "input": None, "output": "a"}, ALPACA, "the prompt is empty"),
+    ("chat", {"instruction": None, "input": "", "output": "a"}, ALPACA, "the prompt is empty"),
+    ("chat", {"instruction": "a", "output": "a"}, ALPACA, "{input} is not a field; known: instruction, output"),
+    ("ranked", {"prompt": "q", "responses": ["a", None], "ranks": [1, 2]}, {}, 'needs "responses"'),
+    ("ranked", {"prompt": "q", "responses": None, "ranks": [1, 2]}, {}, 'needs "responses"'),
+    ("ranked", {"prompt": "q", "responses": ["a", "b"], "ranks": None}, {}, 'needs "ranks"'),
+    ("ranked", {"prompt": "q", "responses": ["a", "b"], "ranks": [1, None]}, {}, 'needs "ranks"'),
+    ("ranked", {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2**40]}, {}, 'needs "ranks"'),
+    ("ranked", {"prompt": "q", "responses": ["a", "b"], "scores": [1, None]}, {}, '"scores" must be one finite'),
+    ("ranked", {"prompt": "q", "responses": ["a", "b"], "scores": [1, 10**400]}, {}, '"scores" must be one finite'),
+    ("ranked", {"prompt": "q", "responses": ["a", "b"], "scores": [1, 1e300]}, {}, '"scores" must be one finite'),
+    ("ranked", {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2], "scores": 5}, {}, '"scores" must be'),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields", "source", "message"), REFUSED, ids=lambda x: str(x)[:60])
+def test_absent_where_it_is_required_is_refused_with_its_line(tmp_path, kind, fields, source, message):
+    assert message in not_one(tmp_path, kind, fields, **source)
+
+
 @given(
-    rows=st.lists(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=2, max_size=2)),
-    ends=st.sampled_from(["\n", "\r\n"]),
-    kind=st.sampled_from(["csv", "tsv"]),
+    st.recursive(
+        st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+        lambda inner: st.lists(inner | LETTERS | st.none()) | st.dictionaries(LETTERS, inner | st.none()),
+    )
 )
-def test_tables_hold_any_text_and_rows_are_named_by_their_first_line(tmp_path, rows, ends, kind):
-    file = io.StringIO(newline="")
-    writer = csv.writer(file, delimiter="," if kind == "csv" else "\t", lineterminator=ends, quoting=csv.QUOTE_ALL)
-    lines = []
-    for row in [["n", "text"], *rows]:
-        lines.append(1 + file.getvalue().count("\n"))
-        writer.writerow(row)
-    path = write(tmp_path / f"t.{kind}", file.getvalue())
-    records = read(path)
-    assert [[r.fields["n"], r.fields["text"]] for r in records] == rows
-    assert [r.origin for r in records] == [f"{path}:{n}" for n in lines[1:]]
-
-
-def test_a_long_cell_is_read(tmp_path):
-    long = "word, " * 100_000
-    assert texts(write(tmp_path / "t.csv", f'text,n\n"{long}",1\n')) == [long]
-
-
-BAD_TABLES = {
-    "": ": is empty; name the columns",
-    "a,b,a\n1,2,3\n": ":1: the column 'a' is named twice",
-    "a,b\n1,2\n1\n": ":3: has 1 cells under 2 names",
-    "a,b\n1,2,3\n": ":2: has 3 cells under 2 names",
-    'a,b\n"1\n2",3\n4,5,6\n': ":4: has 3 cells",
-    'a,b\n1,"2\n3,4\n': ":2: not a row of a table",
-    'a,b\n1,"2"3\n': ":2: not a row of a table",
-    "a,b\n1,\x00\n": ":2: holds a NUL byte",
-}
-
-
-@pytest.mark.parametrize("content", BAD_TABLES)
-@pytest.mark.parametrize("kind", ["csv", "tsv"])
-def test_a_row_that_does_not_fit_is_refused_with_its_line(tmp_path, kind, content):
-    path = write(tmp_path / f"t.{kind}", content if kind == "csv" else content.replace(",", "\t"))
-    assert refused(path).startswith(BAD_TABLES[content])
-
-
-@pytest.mark.parametrize("name", ["a.dat", "a.jsonl_", "a.csv1", "a.2024", "a.dat.gz", "noname"])
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv"])
-def test_json_and_tables_under_an_unknown_suffix_are_refused_with_the_mend(tmp_path, name, kind):
-    content = spell(kind, TEXTS).encode()
-    path = write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
-    found = "jsonl" if kind == "json" else kind
-    assert f'set the source\'s format to "{found}", or to "text"' in refused(path)
-    assert texts(path, format=kind) == TEXTS
-    assert "".join(text + "\n" for text in texts(path, format="text")) == content.decode() + "\n" * (kind == "json")
-    known = write(tmp_path / "known.txt", content)
-    assert len(texts(known)) == len(content.decode().splitlines())
-
-
-WORDS = st.sampled_from(
-    ["the", "Sea", "is", "“deep”", "1,234", "[1]", "{x}", "a", "3.5", "(see", "below)", '"so"', "3,5"]
-)
-
-
-@settings(deadline=None)
-@given(st.lists(st.lists(WORDS, min_size=1).flatmap(lambda w: st.sampled_from([" ".join(w), ", ".join(w) + "."]))))
-def test_prose_is_never_taken_for_records(lines):
-    assert file_formats.guess("\n".join(lines)) == ""
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.dat"])
-def test_what_is_no_utf8_text_is_refused_whatever_its_name(tmp_path, name):
-    packed = {end: compress(b'{"text": "a"}\n' * 9) for end, compress in COMPRESS.items() if end}
-    zipped = b"PK\x03\x04\x14\0\0\0\x08\0"
-    for content in (*packed.values(), zipped, b"PAR1\x15\x04\x15"):
-        message = refused(write(tmp_path / name, content))
-        assert message.startswith(": holds ") and "; " in message
-    for encoding in ("utf-16", "utf-16-be", "utf-16-le", "utf-32"):
-        message = refused(write(tmp_path / name, '{"text": "ab"}\n{"text": "cd"}\n'.encode(encoding)))
-        assert "UTF-16" in message or "NUL" in message
-    good = {"a.json": "[", "a.csv": "text\n", "a.jsonl": '{"text": "a"}\n'}.get(name, "fine\n")
-    line = 1 + good.count("\n")
-    assert f":{line}: holds a NUL byte" in refused(write(tmp_path / name, good + "\0\n"))
-    assert f":{line}: not UTF-8" in refused(write(tmp_path / name, good.encode() + b"caf\xe9\n"))
-
-
-def test_json_is_a_list_or_lines(tmp_path):
-    path = tmp_path / "a.json"
-    assert texts(write(path, '\n{"text": "a"}\n\n{"text": "b"}')) == ["a", "b"]
-    assert [r.origin for r in read(path)] == [f"{path}:2", f"{path}:4"]
-    assert ":2: not valid JSON" in refused(write(path, '{"text": "a"}\n{"text": \n'))
-    for content in ('{\n"data": [{"text": "a"}]\n}', "3", '["a"]', '[{"text": "a"}, 3]'):
-        assert "must hold a list of objects, or one object a line" in refused(write(path, content))
-    assert "not valid JSON" in refused(write(path, '[{"text": "a"},\n'))
-
-
-# --- damage
-
-
-@pytest.mark.parametrize("end", [end for end in COMPRESS if end])
-def test_a_cut_compressed_file_is_never_taken_for_a_whole_one(tmp_path, end):
-    pieces = ["".join(f"line {i}\n" for i in range(a, a + 40)).encode() for a in (0, 40)]
-    whole = b"".join(map(COMPRESS[end], pieces))
-    assert len(texts(write(tmp_path / f"a.txt{end}", whole))) == 80
-    first = len(COMPRESS[end](pieces[0]))
-    for size in sorted({*range(1, len(whole), 7), len(whole) - 1} - {first}):
-        assert "cannot be read" in refused(write(tmp_path / f"cut.txt{end}", whole[:size]))
-
-
 @FEW
-@given(data=st.data(), kind=st.sampled_from([*SUFFIXES]), end=st.sampled_from([*COMPRESS]))
-def test_damaged_bytes_give_records_or_one_line(tmp_path, data, kind, end):
-    content = bytearray(COMPRESS[end](spell(kind, TEXTS).encode()))
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    content = content[: data.draw(st.integers(0, len(content)))]
-    path = write(tmp_path / f"a{SUFFIXES[kind][0]}{end}", bytes(content))
+def test_values_stand_in_templates_as_json_spells_them(tmp_path, value):
+    example = one(tmp_path, "prompt", {"value": value, "answer": value}, prompt="x {value} {")
+    assert contents(example) == [f"x {example.answer} {{"]
+    assert json.loads(example.answer) == value and "None" not in example.answer and "True" not in example.answer
+
+
+def test_bytes_and_infinite_numbers_are_no_text(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = write(tmp_path / "a.jsonl", '{"value": 1e999}')
+    with pytest.raises(InputError, match=r"a.jsonl:1: inf has no spelling as text"):
+        examples(path, "prompt", prompt="{value}")
+    pyarrow.parquet.write_table(pyarrow.table({"value": [b"x"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a.parquet:1: b'x' has no spelling as text"):
+        examples(tmp_path / "a.parquet", "prompt", prompt="{value}")
+
+
+# --- tools
+
+CALLS = [{"type": "function", "function": {"name": "warm", "arguments": {"place": "Rome"}}}]
+SPELLED = '[{"type": "function", "function": {"name": "warm", "arguments": {"place": "Rome"}}}]'
+USER, CALL = {"role": "user", "content": "how warm?"}, {"role": "assistant", "tool_calls": CALLS}
+RESULT, REPLY = {"role": "tool", "content": "21"}, {"role": "assistant", "content": "21 degrees"}
+
+
+@pytest.mark.parametrize("call", [CALL, {**CALL, "content": None}, {**CALL, "content": ""}], ids=str)
+def test_calls_without_content_are_said(tmp_path, call):
+    prompt = one(tmp_path, "prompt", {"messages": [USER, call]})
+    assert (prompt.question(), prompt.answer) == ("how warm?", SPELLED)
+    chat = one(tmp_path, "chat", {"messages": [call, REPLY]})
+    assert (chat.question(), chat.learnt()) == (SPELLED, SPELLED + "21 degrees")
+    assert prompt_text([USER, call]) == SPELLED and prompt_text([USER, call, RESULT]) == "21"
+    chat = one(tmp_path, "chat", {"messages": [USER, call, RESULT, REPLY]})
+    assert json.loads(chat.question()) == [USER, {k: v for k, v in call.items() if v is not None}, RESULT]
+    assert chat.whole() == f"how warm?\n{SPELLED}\n21\n21 degrees"
+    for kind, more in (("prompt", {}), ("ranked", {"responses": ["a", "b"], "ranks": [1, 2]})):
+        asked = one(tmp_path, kind, {"messages": [USER, call, RESULT], **more})
+        assert asked.messages[-1] == RESULT and asked.answer == ""
+
+
+@pytest.mark.parametrize(
+    ("message", "wrong"),
+    [
+        ({"role": "assistant", "content": "a", "tool_calls": "call"}, '"tool_calls" must be a list of objects'),
+        ({"role": "assistant", "tool_calls": [3]}, '"tool_calls" must be a list of objects'),
+        ({"role": "assistant", "tool_calls": []}, "a message needs a role"),
+        ({"role": "user", "tool_calls": CALLS}, "a message needs a role"),
+        ({"role": "user", "content": "a", "name": 3}, '"name" of a message must be a string'),
+        ({"role": ["user"], "content": "a"}, "a message needs a role"),
+    ],
+    ids=str,
+)
+def test_a_malformed_call_is_refused_with_its_line(tmp_path, message, wrong):
+    for kind in ("chat", "prompt"):
+        assert wrong in not_one(tmp_path, kind, {"messages": [USER, message, REPLY]})
+
+
+# --- tasks
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": "q", "answer": "a"},
+        {"messages": [USER, CALL, RESULT], "answer": 3},
+        {"question": "q", "choices": ["a", "b"], "answer": 1},
+        {"text": "a"},
+    ],
+    ids=str,
+)
+def test_null_is_absent_in_tasks_and_required_where_it_is(tmp_path, line):
+    nulls = dict.fromkeys({"prompt", "messages", "question", "choices", "answer", "text"} - set(line))
+    read_all = lambda value: tasks.read_tasks([write(tmp_path / "t.jsonl", json.dumps(value))], tasks.ScoringConfig())
+    (plain,), (with_nulls,) = read_all(line), read_all({**nulls, **line})
+    assert plain.items == with_nulls.items and plain.kind == with_nulls.kind
+    for name in line:
+        with pytest.raises(InputError, match=r"t.jsonl:1: ") as error:
+            read_all({**line, name: None} if name != "choices" else {**line, name: [None, "b"]})
+        assert "None" not in str(error.value)
+
+
+@pytest.mark.parametrize(("answer", "text"), [("3", "3"), ("1e3", "1000.0"), ('"None"', "None"), ("0.50", "0.5")])
+def test_answers_of_tasks_are_spelled_as_json_does(tmp_path, answer, text):
+    path = write(tmp_path / "t.jsonl", f'\ufeff{{"prompt": "q", "answer": {answer}}}')
+    assert tasks.read_tasks([path], tasks.ScoringConfig())[0].items[0].answer == text
+
+
+def test_tasks_in_a_table_are_read_and_wrong_answers_refused(tmp_path):
+    path = write(tmp_path / "t.CSV", "prompt,answer\nq,3\n")
+    assert tasks.read_tasks([path], tasks.ScoringConfig())[0].items[0].answer == "3"
+    for answer in ("true", "1e999", "NaN", "[1]", "null"):
+        path = write(tmp_path / "t.jsonl", f'{{"prompt": "q", "answer": {answer}}}')
+        with pytest.raises(InputError, match=r"t.jsonl:1: "):
+            tasks.read_tasks([path], tasks.ScoringConfig())
+
+
+# --- any value in any field
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "train", "user", "assistant"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "tool_calls", "name", "function", "a"]), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "tool"])},
+        optional={"content": st.just("hi") | VALUES, "tool_calls": st.just(CALLS) | VALUES, "name": VALUES},
+    ),
+    max_size=4,
+)
+RIGHT = {
+    "document": {"text": "hi"},
+    "chat": {"prompt": "hi", "response": "ho"},
+    "prompt": {"prompt": "hi", "answer": "ho"},
+    "ranked": {"prompt": "hi", "responses": ["a", "b"], "ranks": [1, 2]},
+    "task": {"question": "hi", "choices": ["a", "b"], "answer": 1},
+}
+NAMES = (
+    "text",
+    "prompt",
+    "response",
+    "system",
+    "split",
+    "answer",
+    "annotator",
+    "question",
+    "other",
+    "tools",
+    "choices",
+)
+FIELDS = dict.fromkeys(NAMES, VALUES) | {
+    "messages": MESSAGES | VALUES,
+    "responses": st.lists(VALUES, max_size=3),
+    "ranks": st.lists(st.integers() | VALUES, max_size=3),
+    "scores": st.lists(st.floats() | st.integers() | VALUES, min_size=2, max_size=2),
+}
+CHANGES = st.lists(st.sampled_from([*FIELDS]), max_size=3).flatmap(
+    lambda names: st.fixed_dictionaries({name: FIELDS[name] for name in names})
+)
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+@given(changes=CHANGES, template=st.sampled_from(["", "{text}", "{other} {answer}"]))
+@settings(FEW, max_examples=150)
+def test_any_value_in_any_field_gives_an_example_or_one_line(tmp_path, kind, changes, template):
+    fields = RIGHT[kind] | changes
+    path = write(tmp_path / "a.jsonl", json.dumps(fields))
     try:
-        read(path)
+        if kind == "task":
+            found = tasks.read_tasks([path], tasks.ScoringConfig())[0].items
+        else:
+            templates = {"prompt": template, "response": template} if template else {}
+            found = examples(path, kind, min_chars=0, **templates)
     except InputError as error:
         assert "\n" not in str(error) and str(error).startswith(path)
-
-
-BAD_JSON = {
-    "deep": "[" * 100_000 + "]" * 100_000,
-    "deep objects": '{"a":' * 300 + "1" + "}" * 300,
-    "half a pair": '{"text": "a\\ud800b"}',
-    "half a pair in a name": '{"text": "a", "\\uDC00": 1}',
-    "a NUL": '{"text": "a\0b"}',
-    "many digits": '{"text": "a", "n": ' + "7" * 5000 + "}",
-    "no object": '"text"',
-    "a cut line": '{"text": "a',
-}
-
-
-@pytest.mark.parametrize("name", BAD_JSON)
-def test_a_line_that_no_json_holds_is_refused_with_its_place(tmp_path, name):
-    path = write(tmp_path / "a.jsonl", '{"text": "fine \\ud83d\\ude42"}\n' + BAD_JSON[name] + "\n")
-    assert refused(path).startswith(":2: ")
-    if name not in ("a NUL", "no object", "a cut line"):
-        assert refused(write(tmp_path / "a.json", f'[{{"text": "fine"}},\n{BAD_JSON[name]}]')).startswith(": ")
-
-
-def test_infinite_numbers_and_pairs_are_read(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude42", "n": 1e999, "m": -Infinity}\n')
-    assert texts(path) == ["🙂"]
-
-
-def test_a_function_is_checked_as_a_file_is(tmp_path, monkeypatch):
-    bad = ["{'text': '\\ud800'}", "{'text': 'a', 'n': 7 ** 9999}", "{'text': 'a', (1, 2): 3}"]
-    rows = "\n".join(f"def f{i}():\n    yield {{'text': 'fine'}}\n    yield {value}" for i, value in enumerate(bad))
-    write(tmp_path / "wrong_rows.py", rows)
-    monkeypatch.syspath_prepend(tmp_path)
-    for i in range(len(bad)):
-        assert refused(f"py://wrong_rows:f{i}").startswith(":2: ")
-
-
-# --- byte order marks and parts
-
-
-def test_a_byte_order_mark_is_skipped_once_and_parts_keep_their_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "PART_BYTES", 100)
-    lines = [f"{'x' * (i % 37)} {i}" for i in range(60)]
-    for kind, spelled in (("jsonl", [json.dumps({"text": line}) for line in lines]), ("txt", lines)):
-        path = write(tmp_path / f"a.{kind}", BOM + "\n".join(spelled).encode())
-        found = cache.inspect(path, 100, tmp_path)
-        parts = readers.split(path, "auto", "line", found["size"], found["lines"])
-        records = list(d.read_records(d.Source(path), parts))
-        assert len(parts) > 10 and [r.fields["text"] for r in records] == lines
-        assert [r.origin for r in records] == [f"{path}:{n}" for n in range(1, 61)]
-
-
-@pytest.mark.parametrize("unit", ["line", "paragraph", "file"])
-def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, unit):
-    path = write(tmp_path / "a.txt", "\ufeffone\n\ntwo")
-    assert texts(path, record=unit, min_chars=1) == {"file": ["one\n\ntwo"]}.get(unit, ["one", "two"])
-    assert texts(write(tmp_path / "b.txt", "one\n\ufefftwo"))[1] == "\ufefftwo"
-
-
-def test_tables_are_prepared_whole_and_a_format_that_is_said_is_the_same_store(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "PART_BYTES", 100)
-    monkeypatch.setattr(store, "PART_BYTES", 100)
-    settings = {"vocab_size": 300, "model_type": "bpe", "character_coverage": 1.0, "num_threads": 1}
-    tokenizer = train(iter(["some text of a line"] * 50), **settings)
-    lines = [f"some\ntext {i}" for i in range(60)]
-    keys = set()
-    for name, said in (("a.csv", "auto"), ("b.dat", "csv")):
-        path = write(tmp_path / name, table([["text"], *([line] for line in lines)], ","))
-        config = d.DataConfig((d.Source(path, format=said),), held_out_fraction=0.0)
-        examples = d.open_store(config, "document", tokenizer, tmp_path / "cache")["train"][0]
-        keys.add(examples.key)
-        assert len(examples.table) == 60
-        assert list(d.load_texts(config, "train")) == lines
-    assert len(keys) == 1
-
-
-# --- paths
-
-
-def test_a_home_folder_is_expanded_and_a_folder_is_refused_with_a_glob(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "corpus").mkdir()
-    write(tmp_path / "corpus" / "a.txt", "one\ntwo")
-    assert texts("~/corpus/a.txt") == texts("~/corpus/*.txt") == ["one", "two"]
-    assert texts("~/corpus/a.txt", exclude=("~/corpus/*.txt",)) == []
-    folder = str(tmp_path / "corpus")
-    assert f"is a folder; give a glob of the files in it, such as {folder}/*.jsonl" in refused(folder)
-    assert "is a folder" in refused(folder + "/")
-    with pytest.raises(InputError, match="no such file"):
-        read("~nobody_here/a.txt")
-    with pytest.raises(InputError, match="NUL"):
-        read("a\0.txt")
-
-
-def test_a_path_that_exists_is_taken_as_it_is(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("[a].txt", "~.txt", "a*.txt", "a b.txt"):
-        write(tmp_path / name, name)
-        assert texts(name) == [name]
-
-
-def test_an_object_store_names_its_formats_too():
-    fs = fsspec.filesystem("memory")
-    for name, content in {
-        "a.JSONL.XZ": lzma.compress(spell("jsonl", TEXTS).encode()),
-        "a.Csv": spell("csv", TEXTS),
-    }.items():
-        fs.pipe(f"/wrong/{name}", content if isinstance(content, bytes) else content.encode())
-        assert texts(f"memory:///wrong/{name}") == TEXTS
-    with pytest.raises(InputError, match="memory:///wrong: is a folder; give a glob"):
-        read("memory:///wrong")
-    fs.pipe("/wrong/a.dat", spell("jsonl", TEXTS).encode())
-    assert "seems to hold JSON" in refused("memory:///wrong/a.dat")
+        return
+    for example in found:
+        words = [example.answer, example.annotator, example.text, *contents(example), *example.responses]
+        assert all(isinstance(word, str) and "None" not in word for word in words)
+        assert (example.digest() and len(example.ranks) == len(example.responses)) or kind == "task"
