@@ -1,4 +1,4 @@
-"""Records -> examples: documents, conversations, prompts, rankings; without duplicates, split by content.
+"""Records -> examples: documents, conversations, prompts, rankings, each on its side of the split.
 
 Which side of the split a content is on depends on its hash alone. For a text that is the text before any template:
 a review held out of pre-training is held out of every task made from it. Where a prompt is cut from a text, the
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxllm.config import InputError
 from jaxllm.data.records import Record, spelled
-from jaxllm.data.sources import DataConfig, Source, digest, read_records
+from jaxllm.data.sources import DataConfig, Source, digest
 from jaxllm.data.templates import fill
 from jaxllm.messages import Messages, as_json, check_messages, known_parts, question, said
 from jaxllm.tokenizer import Tokenizer
@@ -63,53 +63,6 @@ class Example(NamedTuple):
             return tokenizer.encode_chat(messages, reply=reply, **({"tools": self.tools} if self.tools else {}))
         except InputError as error:
             raise InputError(f"{self.origin}: {error}") from None
-
-
-def examples(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
-    """The examples of one split ("train" or "held_out"), exact duplicates removed.
-
-    Raises InputError: no sources, a malformed record with its place, or a split without a single example.
-    """
-    if not data.sources:
-        raise InputError(f"data.sources: none given, and {kind} examples are needed; name at least one source")
-    yield from not_empty(_stream(data, kind, split), data, kind, split)
-
-
-def _stream(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
-    # Two texts on different sides may give the same conversation: it stays held out. So does a ranked prompt.
-    every = lambda: (pair for i, s in enumerate(data.sources) for pair in sided(data, kind, i, read_records(s)))
-    held_out = {_leak(e, kind) for e, side in every() if side == "held_out"} if split == "train" else set()
-    seen: set[bytes] = set()
-    for example, side in every():
-        if side == split and _leak(example, kind) not in held_out and (key := example.digest()) not in seen:
-            seen.add(key)
-            yield example
-
-
-def not_empty[T](stream: Iterator[T], data: DataConfig, kind: str, split: str) -> Iterator[T]:
-    empty = True
-    for item in stream:
-        empty = False
-        yield item
-    if empty:
-        raise nothing_there(data, kind, split)
-
-
-def nothing_there(data: DataConfig, kind: str, split: str) -> InputError:
-    where = ", ".join(source.path for source in data.sources)
-    more, text = "raise data.held_out_fraction or give more text", "give text that is not empty"
-    mend = more if split == "held_out" else text
-    return InputError(f"{where}: not a single {kind} example in the {split} split; {mend}")
-
-
-def shuffled(stream: Iterable[Example]) -> list[Example]:
-    """Examples in the order of their contents' hashes: a fixed shuffle, so that the first n are a sample of all."""
-    return sorted(stream, key=Example.digest)
-
-
-def _leak(example: Example, kind: str) -> bytes:
-    """What must not be in both splits: of a ranking its prompt, whatever the responses; else the whole content."""
-    return digest(example.question() if kind == "ranked" else example.content())
 
 
 def sided(data: DataConfig, kind: str, index: int, records: Iterable[Record]) -> Iterator[tuple[Example, str | None]]:

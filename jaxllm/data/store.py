@@ -31,9 +31,10 @@ from jaxllm.data import readers, sources
 from jaxllm.data.cache import ArrayFile, clean, find, inspect, key_of, made, make_once
 from jaxllm.data.file_formats import format_of
 from jaxllm.data.files import compression_of, remote_info
-from jaxllm.data.format import Example, not_empty, sided
+from jaxllm.data.format import Example, sided
 from jaxllm.data.readers import PART_BYTES, Part
 from jaxllm.data.sources import DataConfig, Source, read_records
+from jaxllm.data.splits import nothing_there, require_examples
 from jaxllm.pretrained_tokenizer import restore
 from jaxllm.tokenizer import Tokenizer
 
@@ -129,13 +130,19 @@ def load_texts(data: DataConfig, split: str, cache_dir: Any = None) -> Iterator[
             for some, kind in ((plain, "document"), (chats, "chat"))
             if some
         )
-        yield from not_empty(itertools.chain.from_iterable(texts), data, "text", split)
+        empty = True
+        for text in itertools.chain.from_iterable(texts):
+            empty = False
+            yield text
+    if empty:
+        raise nothing_there(data, "text", split)
 
 
 def _kept_texts(data: DataConfig, kind: str, split: str, cache_dir: Any) -> Iterator[str]:
     """A store without a tokenizer has a token for each example, so that `start` numbers them; then a second pass."""
     folder = Path(cache_dir)
     tables = [each.table for each in open_store(data, kind, None, folder)[split]]
+    require_examples(data, kind, split, [len(table) for table in tables], word="text")
     kept = (number for table in tables for chunk in table.chunks() for number in chunk["start"].tolist())
     stream = itertools.chain.from_iterable(_distinct(_read(unit)) for unit in _units(data, kind, None, folder))
     wanted = next(kept, None)

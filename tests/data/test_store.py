@@ -68,8 +68,8 @@ def test_duplicates_and_splits_are_those_of_the_reference(tmp_path, tokenizer, s
         "chat": lambda n: {"prompt": f"p{n // 3}", "response": f"r{n}", **({"text": f"t{n}"} if n % 5 else {})},
     }[kind]
     names = []
-    for name in "abc":
-        lines = [make(rng.randrange(60)) for _ in range(150)]
+    for first, name in enumerate("abc"):
+        lines = [make(40 * first + rng.randrange(60)) for _ in range(150)]
         for line in rng.sample(lines, 6):
             line["split"] = rng.choice(["train", "held_out"])
         names.append(write(tmp_path / f"{name}.jsonl", lines))
