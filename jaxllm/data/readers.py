@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxllm.config import InputError
@@ -55,7 +55,7 @@ def read_part(part: Part, given: Format, unit: str) -> Iterator[Record]:
         yield from _read_text(part, unit) if kind == "text" else _READERS[kind](part)
 
 
-def _lines(part: Part) -> Iterator[tuple[str, str]]:
+def _lines(part: Part) -> Generator[tuple[str, str]]:
     """("path:number", line) of the lines that begin in a part; a byte order mark is no part of the first."""
     with opened(part.path) as file:
         number, place = part.line, part.start

@@ -169,8 +169,10 @@ def _units(data: DataConfig, kind: str, tokenizer: Tokenizer | None, folder: Pat
         side_rules = (data.held_out_fraction, data.split_salt)
         same = (_VERSION, kind, tokenizer and tokenizer.fingerprint, *side_rules, rules, excluded)
         for pieces in _grouped(source, folder):
-            read_as = lambda path, given=source.format: (format_of(path, given), compression_of(path))
-            prints = [(version, *part[1:3], *read_as(part.path)) for part, version, _ in pieces]
+            prints = [
+                (version, *part[1:3], format_of(part.path, source.format), compression_of(part.path))
+                for part, version, _ in pieces
+            ]
             name = folder / f"unit-{key_of(*same, prints)}"
             units.append(Unit(name, data, kind, index, tuple(p for p, *_ in pieces), sum(n for *_, n in pieces)))
     return units

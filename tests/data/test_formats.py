@@ -244,6 +244,7 @@ BAD_JSON = {
     "many digits": '{"text": "a", "n": ' + "7" * 5000 + "}",
     "no object": '"text"',
     "a cut line": '{"text": "a',
+    "a byte order mark far inside": '\ufeff{"text": "a"}',
 }
 
 
@@ -251,7 +252,7 @@ BAD_JSON = {
 def test_a_line_that_no_json_holds_is_refused_with_its_place(tmp_path, name):
     path = write(tmp_path / "a.jsonl", '{"text": "fine \\ud83d\\ude42"}\n' + BAD_JSON[name] + "\n")
     assert refused(path).startswith(":2: ")
-    if name not in ("a NUL", "no object", "a cut line"):
+    if name not in ("a NUL", "no object", "a cut line", "a byte order mark far inside"):
         assert refused(write(tmp_path / "a.json", f'[{{"text": "fine"}},\n{BAD_JSON[name]}]')).startswith(": ")
 
 

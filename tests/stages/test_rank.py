@@ -528,3 +528,24 @@ def test_a_damaged_file_of_the_run_is_one_line_and_nothing_is_written(workspace,
         rank.run(workspace, SIMULATED)
     rankings_file = workspace.stage_dir("rank") / "rankings.jsonl"
     assert not rankings_file.exists() or not rankings_file.read_bytes()
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "train", "A>B=C", "user"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
+    max_leaves=5,
+)
+NAMES = ("prompt", "messages", "responses", "order", "ranks", "annotator", "simulated", "time", "split", "other")
+
+
+@given(changes=st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3))
+def test_any_value_in_any_field_of_a_ranking_is_taken_over_or_one_line(tmp_path_factory, changes):
+    folder = tmp_path_factory.mktemp("any")
+    config, written = write(folder / "in.jsonl", LINE | changes), folder / "rankings.jsonl"
+    try:
+        rank._import_file(folder / "in.jsonl", epath.Path(folder), config)
+    except InputError as error:
+        assert str(error).startswith(f"{folder}/in.jsonl:1: ") and "\n" not in str(error) and not written.exists()
+    else:
+        (line,) = read_rankings(written)
+        assert all(isinstance(response, str) for response in line["responses"])
