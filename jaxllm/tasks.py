@@ -1,4 +1,4 @@
-"""Tasks in local files, and what models score on them. One object a line, and its fields tell the kind:
+"""Tasks in files, and what models score on them. One object a line (or row of a table), and its fields tell the kind:
 
 {"question": text or "messages": [...], "choices": [texts], "answer": the right one's index from 0}
 {"text": ...}
@@ -70,7 +70,7 @@ class ScoreArgs(ScoringConfig):
     stage_dirs: tyro.conf.Positional[tuple[str, ...]]
     """Directories of stages that trained a model, for example runs/quickstart/pretrain runs/quickstart/ppo."""
     task: tuple[str, ...]
-    """JSONL files, one kind of line in each: multiple choice, perplexity or generation."""
+    """Files of JSONL or another format of the data, one kind of line in each: multiple choice, perplexity or generation."""
     json: str = ""
     """File for the numbers and where they come from."""
     mesh: MeshConfig = MeshConfig()

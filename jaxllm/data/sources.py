@@ -24,7 +24,7 @@ class Source:
     """Where records come from, and how a plain text becomes fields, a conversation or a prompt."""
 
     path: str = ""
-    """File or glob, here or on an object store (gs://, s3://), pkg://PACKAGE/path/in/package, or py://module:function."""
+    """File or glob, here (~ is the home folder) or on an object store (gs://, s3://), pkg://PACKAGE/path/in/package, or py://module:function."""
     weight: float = 0.0
     """Share of the rows in a mixture, relative to the other sources; 0 for all of them: by their sizes."""
     epochs: float = 1.0

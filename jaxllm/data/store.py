@@ -163,7 +163,8 @@ def _units(data: DataConfig, kind: str, tokenizer: Tokenizer | None, folder: Pat
     """The units of all sources in their order, which is that of their examples."""
     units = []
     for index, source in enumerate(data.sources):
-        rules = dataclasses.asdict(source) | {"path": "", "format": "", "exclude": (), "weight": 0, "epochs": 1}
+        rules = dataclasses.asdict(source) | {"path": "", "exclude": (), "weight": 0, "epochs": 1}
+        rules["format"] = source.format if source.exclude else ""  # the excluded files are read by it as well
         others = (dataclasses.replace(source, path=path, exclude=()) for path in source.exclude)
         excluded = [version for other in others for group in _grouped(other, folder) for _, version, _ in group]
         side_rules = (data.held_out_fraction, data.split_salt)

@@ -90,9 +90,12 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
 def _keep_whole_batches(path: epath.Path, batch_size: int) -> int:
     """Drop what a killed run wrote past its last whole batch; the number of lines kept.
 
-    Batches then have the same rows as in a run never cut, and so the same bits.
+    Batches then have the same rows as in a run never cut, and so the same bits. Raises InputError where it is damaged.
     """
-    lines = read_metrics(path)
+    try:
+        lines = read_metrics(path)
+    except ValueError as error:  # no JSON, no UTF-8
+        raise InputError(f"{path}: is damaged ({error}); remove it to sample anew") from None
     keep = len(lines) // batch_size * batch_size
     if jax.process_index() == 0:
         write_whole(path, "".join(map(json_line, lines[:keep])))

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +11,7 @@ from jaxllm import data as d
 from jaxllm import messages, tasks
 from jaxllm.annotators import prompt_text
 from jaxllm.config import InputError
+from jaxllm.stages import sample
 from tests.data.test_formats import FEW, write
 
 # --- null is absent
@@ -234,6 +236,14 @@ def test_tasks_in_a_table_are_read_and_wrong_answers_refused(tmp_path):
         path = write(tmp_path / "t.jsonl", f'{{"prompt": "q", "answer": {answer}}}')
         with pytest.raises(InputError, match=r"t.jsonl:1: "):
             tasks.read_tasks([path], tasks.ScoringConfig())
+
+
+@pytest.mark.parametrize("content", [b'{"responses": [\n', b"caf\xe9\n"])
+def test_damaged_samples_of_a_killed_run_are_one_line(tmp_path, content):
+    path = epath.Path(write(tmp_path / "samples.jsonl", b'{"responses": []}\n' + content))
+    with pytest.raises(InputError, match=r"samples.jsonl: is damaged .*; remove it") as error:
+        sample._keep_whole_batches(path, 1)
+    assert "\n" not in str(error.value)
 
 
 # --- any value in any field
