@@ -10,8 +10,16 @@ from jaxllm.data.files import opened, readable, suffix_of
 
 Format = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "array_record"]
 _BY_SUFFIX: dict[str, Format] = {
-    **{"jsonl": "jsonl", "ndjson": "jsonl", "jsonlines": "jsonl", "json": "json", "csv": "csv", "tsv": "tsv"},
-    **{"tab": "tsv", "parquet": "parquet", "array_record": "array_record", "arrayrecord": "array_record"},
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "jsonlines": "jsonl",
+    "json": "json",
+    "csv": "csv",
+    "tsv": "tsv",
+    "tab": "tsv",
+    "parquet": "parquet",
+    "array_record": "array_record",
+    "arrayrecord": "array_record",
 }
 _TEXTS = ("txt", "text", "md", "markdown", "rst", "tex", "log", "py")  # taken for text whatever they hold
 _HEAD = 1 << 16  # bytes that tell

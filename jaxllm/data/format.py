@@ -152,9 +152,9 @@ def _messages(source: Source, record: Record, with_reply: bool) -> Messages:
 
 def _filled(source: Source, record: Record, with_reply: bool) -> Messages:
     """The conversation of a source's templates; a system message of empty fields is left out."""
-    system, asked = fill(source.system, record), fill(source.prompt, record)
+    system = fill(source.system, record)
     messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": asked})
+    messages.append({"role": "user", "content": fill(source.prompt, record)})
     if with_reply and source.response:
         messages.append({"role": "assistant", "content": fill(source.response, record)})
     return messages

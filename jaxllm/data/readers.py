@@ -205,6 +205,10 @@ def _read_array_record(part: Part) -> Iterator[Record]:
 
 
 _READERS = {
-    **{"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "tsv": _read_tsv},
-    **{"parquet": _read_parquet, "array_record": _read_array_record},
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "parquet": _read_parquet,
+    "array_record": _read_array_record,
 }

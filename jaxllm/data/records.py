@@ -81,7 +81,7 @@ def parse(text: str, origin: str, mend: str = "write one object per line") -> An
         raise too_deep(origin) from None
     except json.JSONDecodeError as error:
         if text.startswith("\ufeff"):  # of a file that was put behind another one
-            mend = "remove the byte order mark at its begin"
+            mend = "remove the byte order mark at its start"
         raise InputError(f"{origin}: not valid JSON: {error}; {mend}") from None
     except ValueError:  # Python's limit for the digits of a whole number
         raise InputError(f"{origin}: holds a number of thousands of digits; write it as a text") from None

@@ -58,27 +58,30 @@ def nothing_there(data: DataConfig, kind: str, split: str) -> InputError:
         return InputError(f"{where}: {nothing}; raise data.held_out_fraction or give more text")
     if kind == "text":
         return InputError(f"{where}: {nothing}; give text that is not held out")
-    return InputError(f"{where}: {nothing} ({_spelled(_reasons(data, kind, 0))}); give text that is not empty")
+    return InputError(f"{where}: {nothing} ({_reasons(data, kind, 0)}); mend the source or give more text")
 
 
 def require_examples(data: DataConfig, kind: str, split: str, counts: Sequence[int], word: str = "") -> None:
-    """Each source has examples (counts) in a split. Raises InputError with the reasons on one that gives none to train
-    on; one that has none to hold out, or is held out by its own records' word, is named in a line.
+    """Check that each source gives examples to a split; counts: how many, source by source.
 
-    word: what the examples are called there, where not by their kind.
+    Raises InputError with the reasons where one gives none to train on, unless its records themselves say "held_out".
+    Such a source, and one without held-out examples, is named in a line. word: what the examples are called there.
     """
     nothing = f"not a single {word or kind} example in the {split} split"
     for index, source in enumerate(data.sources):
         if counts[index]:
             continue
-        if split == "train" and {*(reasons := _reasons(data, kind, index))} != {_MARKED}:
-            raise InputError(f"{source.path}: {nothing} ({_spelled(reasons)}); mend the source or leave it out")
+        if split == "train" and {*_sides(data, kind, index)} != {_MARKED}:
+            why = _reasons(data, kind, index)
+            raise InputError(f"{source.path}: {nothing} ({why}); mend the source or leave it out")
         _say(f"data: {source.path}: {nothing}")
 
 
 def require_room(data: DataConfig, kind: str, split: str, found: Iterable[int], kept: Iterable[int], size: int) -> None:
-    """Of each source that has examples some are not longer than `size` tokens; found, kept: the sources of examples
-    before and after the longer ones are dropped. Raises InputError on one to train on; another one is named."""
+    """Check that each source has examples of at most `size` tokens; found, kept: the sources of all and of those.
+
+    Raises InputError where one has none of them to train on; in the held-out split it is named in a line.
+    """
     for index in sorted({*found} - {*kept}):
         long = f"every {kind} example of the {split} split is longer than {size} tokens"
         if split == "train":
@@ -86,12 +89,19 @@ def require_room(data: DataConfig, kind: str, split: str, found: Iterable[int], 
         _say(f"data: {data.sources[index].path}: {long}")
 
 
-def _reasons(data: DataConfig, kind: str, index: int) -> Counter[str]:
-    """Why each record of a source gives no example to train on; they are read again."""
+def _reasons(data: DataConfig, kind: str, index: int) -> str:
+    """Why the records of a source, which are read again, give no example to train on, with their numbers."""
     source = data.sources[index]
     excluded = excluded_digests(source)
-    found = Counter(filter(None, (dropped(source, record, excluded) for record in raw_records(source))))
-    for record in read_records(source):
+    why = Counter(filter(None, (dropped(source, record, excluded) for record in raw_records(source))))
+    numbers = ", ".join(f"{count:,} {reason}" for reason, count in (why + _sides(data, kind, index)).items())
+    return f"records: {numbers}" if numbers else "it has no records"
+
+
+def _sides(data: DataConfig, kind: str, index: int) -> Counter[str]:
+    """Where the records of a source that are not dropped went instead of into training."""
+    found = Counter[str]()
+    for record in read_records(data.sources[index]):
         ((_, side),) = sided(data, kind, index, [record])
         found[_reason(record.fields.get("split"), side)] += 1
     return found
@@ -103,11 +113,6 @@ def _reason(given: str | None, side: str | None) -> str:
     if side == "held_out":
         return "held out by the hash of their content"
     return "in another source too" if side else "with a prompt that is held out"
-
-
-def _spelled(reasons: Counter[str]) -> str:
-    numbers = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-    return f"records: {numbers}" if numbers else "it has no records"
 
 
 @functools.cache

@@ -88,7 +88,8 @@ def test_all_held_out_by_chance_is_refused_and_by_their_own_word_is_named(tmp_pa
     bad = d.Source(write(tmp_path / "bad.jsonl", *by_chance), weight=1.0)
     with pytest.raises(InputError, match="2 held out by the hash of their content"):
         load("prompt", tokenizer, tmp_path / "cache", good, bad, held_out_fraction=0.9999999)
-    marked = d.Source(write(tmp_path / "marked.jsonl", *(record(i, split="held_out") for i in (30, 31))), weight=1.0)
+    validation = [record(30, split="held_out"), record(31, split="held_out"), record(32, text="")]
+    marked = d.Source(write(tmp_path / "marked.jsonl", *validation), weight=1.0)
     for kind in LOADERS:
         splits._say.cache_clear()
         assert load(kind, tokenizer, tmp_path / "cache", good, marked)
