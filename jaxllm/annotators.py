@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.config import InputError
+from jaxllm.messages import said
 
 Annotator = Callable[[str, str], float]
 
@@ -78,8 +79,8 @@ def _shown(value: Any) -> str:
 
 
 def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
-    """What an annotator gets as the prompt: the content of the last message."""
-    return messages[-1]["content"]
+    """What an annotator gets as the prompt: what the last message says, which may be a tool's result."""
+    return said(messages[-1])
 
 
 def snownlp_sentiment(prompt: str, response: str) -> float:

@@ -1,4 +1,4 @@
-"""Tasks in local files, and what models score on them. One object a line, and its fields tell the kind:
+"""Tasks in files, and what models score on them. One object a line (or row of a table), and its fields tell the kind:
 
 {"question": text or "messages": [...], "choices": [texts], "answer": the right one's index from 0}
 {"text": ...}
@@ -12,7 +12,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import fsspec
@@ -28,8 +28,10 @@ from jaxllm import evaluate, numerals, rewards
 from jaxllm.checkpoint import committed_steps
 from jaxllm.config import InputError, to_tree
 from jaxllm.data.format import Example, sided
-from jaxllm.data.sources import DataConfig, Record, Source, files, read_records
+from jaxllm.data.records import Record, spelled
+from jaxllm.data.sources import DataConfig, Source, files, read_records
 from jaxllm.generate import SamplingConfig
+from jaxllm.messages import said
 from jaxllm.metrics import console
 from jaxllm.ranges import NonNegativeInt, PositiveInt, Seed
 from jaxllm.score import Model, fit, generate_texts, score_rows, split, windows
@@ -65,7 +67,7 @@ class ScoreArgs(ScoringConfig):
     stage_dirs: tyro.conf.Positional[tuple[str, ...]]
     """Directories of stages that trained a model, for example runs/quickstart/pretrain runs/quickstart/ppo."""
     task: tuple[str, ...]
-    """JSONL files, one kind of line in each: multiple choice, perplexity or generation."""
+    """Files of JSONL or another format of the data, one kind of line in each: multiple choice, perplexity or generation."""
     json: str = ""
     """File for the numbers and where they come from."""
     mesh: MeshConfig = MeshConfig()
@@ -119,9 +121,9 @@ def _kind(item: Example) -> str:
 
 
 def _item(record: Record) -> Example:
-    fields, origin = record
+    fields, origin = record.fields, record.origin
     asked = next((name for name in ("messages", "prompt", "question") if name in fields), "")
-    answer, choices, text = (fields.get(name) for name in ("answer", "choices", "text"))
+    choices, text = fields.get("choices"), fields.get("text")
     if not asked and choices is None and isinstance(text, str) and text:
         return Example(text, [], [], [], 0, origin)
     if not asked:
@@ -130,11 +132,25 @@ def _item(record: Record) -> Example:
     known = {"messages" if asked == "messages" else "prompt": fields[asked]}  # checked as training prompts are
     item, _ = next(sided(DataConfig((Source(),)), "prompt", 0, [Record(known, origin)]))
     if choices is None:
-        if not isinstance(answer, str | int | float) or isinstance(answer, bool):
-            raise InputError(f'{origin}: generation needs "answer", a text or a number; add it (or "choices")')
-        return item._replace(answer=str(answer))
+        return item._replace(answer=_answer(fields, origin))
+    return _with_choices(item, choices, fields.get("answer"))
+
+
+def _answer(fields: Mapping[str, Any], origin: str) -> str:
+    """The text of a generation's answer, a number as JSON spells it."""
+    answer = fields.get("answer")
+    if not isinstance(answer, str | int | float) or isinstance(answer, bool):
+        raise InputError(f'{origin}: generation needs "answer", a text or a number; add it (or "choices")')
+    return spelled(answer, origin)
+
+
+def _with_choices(item: Example, choices: Any, answer: Any) -> Example:
+    """A question of multiple choice; answer: the right choice's index."""
+    origin = item.origin
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise InputError(f'{origin}: "choices" must be a list of at least 2 texts that are not empty; mend the list')
+    if answer is None:
+        raise InputError(f'{origin}: multiple choice needs "answer", the right choice\'s index from 0; add it')
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise InputError(f'{origin}: "answer" must be the right choice\'s index from 0, not {answer!r:.40}')
     ranks = [1 + (i != answer) for i in range(len(choices))]
@@ -237,8 +253,8 @@ def question_ids(asking: Asking, item: Example, choice: str = "") -> tuple[list[
     if asking.chat:
         answered = [m for s in shots for m in (*s.messages, {"role": "assistant", "content": s.answer})]
         return tokenizer.encode_chat([*answered, *item.messages], reply=True)[0], tokenizer.encode(choice)
-    said = lambda item: "\n".join(m["content"] for m in item.messages)
-    text = "\n\n".join([*(said(shot) + delimiter + shot.answer for shot in shots), said(item)])
+    asked = lambda item: "\n".join(map(said, item.messages))
+    text = "\n\n".join([*(asked(shot) + delimiter + shot.answer for shot in shots), asked(item)])
     context, ids = split(tokenizer.encode, text, delimiter + choice) if choice else (tokenizer.encode(text), [])
     return [tokenizer.start_id, *context], ids
 

@@ -9,7 +9,7 @@ from jaxllm.run import Config
 
 PACKAGE = Path(__file__).parent.parent / "jaxllm"
 LEVELS = [
-    {"config", "hardware", "numerals", "ranges", "sharding"},
+    {"config", "hardware", "messages", "numerals", "ranges", "sharding"},
     {"flash"},
     {"tokenizer", "chat_template", "tokenizer_files", "pretrained_tokenizer"}
     | {"losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"}
@@ -30,6 +30,7 @@ WITHIN = [
     ("losses", "generate"),
     ("config", "sharding"),
     ("ranges", "sharding"),
+    ("config", "messages"),
     ("models", "generate"),
     ("generate", "score"),
     ("evaluate", "tasks"),

@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxllm.config import InputError
 from jaxllm.data.cache import ArrayFile, key_of, made
-from jaxllm.data.format import examples, nothing_there, shuffled
 from jaxllm.data.packing import Row, best_fit, concat_and_split, materialise
 from jaxllm.data.sources import DataConfig
+from jaxllm.data.splits import examples, nothing_there, require_examples, require_room, shuffled
 from jaxllm.data.store import EXAMPLE, Examples, Tokens, open_store
 from jaxllm.tokenizer import Tokenizer
 
@@ -93,18 +93,21 @@ def load_rows(
     found = open_store(data, kind, tokenizer, folder, share)[split]
     if not any(len(each.table) for each in found):
         raise nothing_there(data, kind, split)
-    mixture = []
+    require_examples(data, kind, split, [len(each.table) for each in found])
+    mixture, kept = [], []
     for index, each in enumerate(found):
         rows = _rows(data, kind, each, length, tokenizer, folder)
         rows = rows._replace(phases=tuple((phase.step, phase.weights[index]) for phase in data.curriculum))
         if rows.num_rows:
+            kept.append(index)
             mixture.append((rows, each.source.weight or float(rows.num_rows * rows.epochs)))
     if not mixture:
         raise InputError(f"data.sources: every {kind} example of the {split} split is too long for {length} tokens")
     if not any(rows.num_bytes for rows, _ in mixture):
         none = f"no {kind} example of the {split} split has a target that stands for text"
         raise InputError(f"data.sources: {none} (a first token is none); give longer texts")
-    for phase in zip(*(rows.phases for rows, _ in mixture), strict=True):
+    require_room(data, kind, split, [i for i, each in enumerate(found) if len(each.table)], kept, length)
+    for phase in zip(*(rows.phases for rows, _ in mixture), strict=True) if split == "train" else ():
         if not any(weight for _, weight in phase):
             raise InputError(f"data.curriculum: step {phase[0][0]} gives weight only to sources without examples")
     return mixture
@@ -208,16 +211,19 @@ def load_prompts(data: DataConfig, split: str, tokenizer: Tokenizer, max_length:
     """
     if max_length < 1:
         raise InputError("sampling.max_new_tokens: leaves no room for a prompt in model.max_length; lower it")
-    prompts = []
-    for example in shuffled(examples(data, "prompt", split)):
+    prompts, kept = [], []
+    every = shuffled(examples(data, "prompt", split))
+    for example in every:
         ids, _ = example.encode(tokenizer, reply=True)
         if len(ids) <= max_length:
             prompts.append(PromptExample(example.messages, ids, example.answer))
+            kept.append(example.source)
         elif data.too_long != "drop":
             takes = f"the prompt takes {len(ids)} tokens and {max_length} fit beside the response"
             raise InputError(f"{example.origin}: {takes}; raise model.max_length, or set data.too_long to drop")
     if not prompts:
         raise InputError(f"data.sources: every prompt of the {split} split is longer than {max_length} tokens")
+    require_room(data, "prompt", split, [example.source for example in every], kept, max_length)
     return prompts
 
 
@@ -237,8 +243,9 @@ def make_prompt_batch_at(
 
 def load_ranked(data: DataConfig, split: str, tokenizer: Tokenizer, length: int) -> list[RankedExample]:
     """Rankings whose conversations fit `length` tokens. Raises InputError on a longer one (data.too_long: error)."""
-    ranked = []
+    ranked, found, kept = [], [], []
     for example in examples(data, "ranked", split):
+        found.append(example.source)
         encoded = [example.encode(tokenizer, response) for response in example.responses]
         longest = max(len(ids) for ids, _ in encoded)
         if longest > length and data.too_long == "error":
@@ -253,8 +260,10 @@ def load_ranked(data: DataConfig, split: str, tokenizer: Tokenizer, length: int)
         # Through the end of turn, as a rollout ends: some templates write a line end behind it.
         rows = [ids[: min(length, len(mask) - mask[::-1].index(True))] for ids, mask in encoded]
         ranked.append(RankedExample(rows, example.ranks, len(prompt), example.scores, example.annotator))
+        kept.append(example.source)
     if not ranked:
         raise InputError(f"data.sources: every ranking of the {split} split is longer than {length} tokens")
+    require_room(data, "ranked", split, found, kept, length)
     return ranked
 
 

@@ -27,10 +27,14 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxllm.config import InputError
-from jaxllm.data import sources
+from jaxllm.data import readers, sources
 from jaxllm.data.cache import ArrayFile, clean, find, inspect, key_of, made, make_once
-from jaxllm.data.format import Example, not_empty, sided
-from jaxllm.data.sources import PART_BYTES, DataConfig, Part, Source, read_records
+from jaxllm.data.file_formats import format_of
+from jaxllm.data.files import compression_of, remote_info
+from jaxllm.data.format import Example, sided
+from jaxllm.data.readers import PART_BYTES, Part
+from jaxllm.data.sources import DataConfig, Source, read_records
+from jaxllm.data.splits import nothing_there, require_examples
 from jaxllm.pretrained_tokenizer import restore
 from jaxllm.tokenizer import Tokenizer
 
@@ -126,13 +130,19 @@ def load_texts(data: DataConfig, split: str, cache_dir: Any = None) -> Iterator[
             for some, kind in ((plain, "document"), (chats, "chat"))
             if some
         )
-        yield from not_empty(itertools.chain.from_iterable(texts), data, "text", split)
+        empty = True
+        for text in itertools.chain.from_iterable(texts):
+            empty = False
+            yield text
+    if empty:
+        raise nothing_there(data, "text", split)
 
 
 def _kept_texts(data: DataConfig, kind: str, split: str, cache_dir: Any) -> Iterator[str]:
     """A store without a tokenizer has a token for each example, so that `start` numbers them; then a second pass."""
     folder = Path(cache_dir)
     tables = [each.table for each in open_store(data, kind, None, folder)[split]]
+    require_examples(data, kind, split, [len(table) for table in tables], word="text")
     kept = (number for table in tables for chunk in table.chunks() for number in chunk["start"].tolist())
     stream = itertools.chain.from_iterable(_distinct(_read(unit)) for unit in _units(data, kind, None, folder))
     wanted = next(kept, None)
@@ -154,12 +164,16 @@ def _units(data: DataConfig, kind: str, tokenizer: Tokenizer | None, folder: Pat
     units = []
     for index, source in enumerate(data.sources):
         rules = dataclasses.asdict(source) | {"path": "", "exclude": (), "weight": 0, "epochs": 1}
+        rules["format"] = source.format if source.exclude else ""  # the excluded files are read by it as well
         others = (dataclasses.replace(source, path=path, exclude=()) for path in source.exclude)
         excluded = [version for other in others for group in _grouped(other, folder) for _, version, _ in group]
         side_rules = (data.held_out_fraction, data.split_salt)
         same = (_VERSION, kind, tokenizer and tokenizer.fingerprint, *side_rules, rules, excluded)
         for pieces in _grouped(source, folder):
-            prints = [(v, *p[1:3], sources.format_of(p.path), p.path.endswith((".gz", ".zst"))) for p, v, _ in pieces]
+            prints = [
+                (version, *part[1:3], format_of(part.path, source.format), compression_of(part.path))
+                for part, version, _ in pieces
+            ]
             name = folder / f"unit-{key_of(*same, prints)}"
             units.append(Unit(name, data, kind, index, tuple(p for p, *_ in pieces), sum(n for *_, n in pieces)))
     return units
@@ -176,8 +190,8 @@ def _grouped(source: Source, folder: Path) -> Iterator[list[tuple[Part, str, int
         return
     group: list[tuple[Part, str, int]] = []
     for name in names:
-        found = sources.remote_info(name) if "://" in name else inspect(name, PART_BYTES, folder)
-        parts = sources.split(name, source, found["size"], found.get("lines", ()))
+        found = remote_info(name) if "://" in name else inspect(name, PART_BYTES, folder)
+        parts = readers.split(name, source.format, source.record, found["size"], found.get("lines", ()))
         for part in parts:
             group.append((part, found["version"], found["size"] // len(parts)))
             if sum(n for *_, n in group) >= PART_BYTES // 2 and not source.max_records:

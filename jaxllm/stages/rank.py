@@ -6,7 +6,6 @@ without an answer. Answers are in the order of samples.jsonl; prompts that were 
 
 import dataclasses
 import datetime
-import json
 import os
 import re
 import string
@@ -26,7 +25,9 @@ from rich.text import Text
 
 from jaxllm.annotators import prompt_text, score_all
 from jaxllm.config import InputError, resolve_function
-from jaxllm.data import DataConfig, is_held_out, said
+from jaxllm.data import DataConfig, Source, is_held_out, read_records
+from jaxllm.data.file_formats import format_of
+from jaxllm.messages import check_messages, known_parts, question, said
 from jaxllm.metrics import console, json_line, write_whole
 from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, ProportionBelowOne
 from jaxllm.sharding import meet
@@ -130,31 +131,18 @@ def read_rankings(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: epath.PathLike) -> list[tuple[dict[str, Any], str]]:
-    """(JSON object, "path:line") of each line that is not blank."""
-    try:
-        text = epath.Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}; give the path of a JSONL file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    lines = []
-    for where, line in ((f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: not valid JSON ({error}); each line is one whole JSON object") from None
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: must be a JSON object, not {type(value).__name__}")
-        lines.append((value, where))
-    return lines
+    """(fields, "path:line") of each record, read as the data of every stage is; lines of JSON under any other name."""
+    path = str(path)
+    given = "jsonl" if format_of(path) == "text" else "auto"
+    return [(r.fields, r.origin) for r in read_records(Source(path, format=given, min_chars=0))]
 
 
 def _check_responses(line: Mapping[str, Any], where: str) -> None:
     messages, responses = line.get("messages"), line.get("responses")
-    known = messages if isinstance(messages, list) and all(isinstance(m, dict) for m in messages) else []
-    if not known or not all(isinstance(m.get(k), str) for m in known for k in ("role", "content")):
+    if not isinstance(messages, list) or not messages:
         example = '[{"role": "user", "content": "..."}]'
         raise InputError(f'{where}: messages: must be a list such as {example} (or give a "prompt")')
+    check_messages(messages, where)
     if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
         raise InputError(f"{where}: responses: must be a list of texts")
     if not 2 <= len(responses) <= len(LABELS):
@@ -167,19 +155,23 @@ def _check_ranking(line: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(ranks, list) or not all(type(r) is int for r in ranks) or len(ranks) != len(line["responses"]):
         wanted = f'{len(line["responses"])} whole numbers, 1 = best (or give an "order")'
         raise InputError(f"{where}: ranks: must be {wanted}")
-    if set(ranks) != set(range(1, max(ranks) + 1)):
+    if sorted(set(ranks)) != [*range(1, len(set(ranks)) + 1)]:
         raise InputError(f"{where}: ranks: must count 1, 2, ... without a gap, equal numbers for a tie, not {ranks}")
     if not isinstance(line.get("annotator"), str) or not line["annotator"]:
         raise InputError(f"{where}: annotator: name who ranked (or set rank.annotator_name)")
     if not isinstance(line.get("simulated"), bool):
         raise InputError(f"{where}: simulated: must be false for a person's ranking, true for a program's")
-    if line.get("split") not in ("train", "held_out"):
-        raise InputError(f"{where}: split: must be train or held_out, not {line.get('split')!r}")
+    _check_split(line.get("split"), where)
     try:
         datetime.datetime.fromisoformat(line["time"])
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{where}: time: must be an ISO-8601 time, such as 2026-01-31T12:00:00+00:00") from None
     return line
+
+
+def _check_split(split: Any, where: str) -> None:
+    if split not in ("train", "held_out"):
+        raise InputError(f"{where}: split: must be train or held_out, not {split!r:.40}")
 
 
 def _read_samples(path: epath.Path, limit: int) -> list[dict[str, Any]]:
@@ -188,6 +180,7 @@ def _read_samples(path: epath.Path, limit: int) -> list[dict[str, Any]]:
         raise InputError(f"{path}: holds no samples to rank; run the sample stage again")
     for line, where in lines:
         _check_responses(line, where)
+        _check_split(line.get("split", "train"), where)
     kept = lambda line: {k: line[k] for k in ("messages", "responses")} | {"split": line.get("split", "train")}
     return [kept(line) for line, _ in lines]
 
@@ -200,7 +193,7 @@ class _Answers:
         self.paths = {name: Path(directory / f"{name}.jsonl") for name in ("rankings", "skipped")}
         for path in self.paths.values():
             _drop_half_line(path)
-        self.skipped = [line["index"] for line, _ in _read_lines(self.paths["skipped"])]
+        self.skipped = [_skipped(line, where) for line, where in _read_lines(self.paths["skipped"])]
         rankings = read_rankings(self.paths["rankings"])
         self.done = len(rankings) + len(self.skipped)
         expected = [s for i, s in enumerate(samples[: self.done]) if i not in self.skipped]
@@ -232,6 +225,12 @@ class _Answers:
             file.flush()
             os.fsync(file.fileno())
         self.done += 1
+
+
+def _skipped(line: Mapping[str, Any], where: str) -> int:
+    if type(line.get("index")) is not int:
+        raise InputError(f"{where}: index: must be the number of a prompt that was skipped; remove the line")
+    return line["index"]
 
 
 def _drop_half_line(path: Path) -> None:
@@ -366,7 +365,7 @@ def _complete(line: dict[str, Any], where: str, config: RankConfig) -> dict[str,
 
 def _split(messages: Sequence[Mapping[str, Any]], held_out: float) -> str:
     """By content, as the data of every stage is split: a prompt stands on the same side in all of them."""
-    content = json.dumps([{"role": m["role"], "content": said(m)} for m in messages], ensure_ascii=False)
+    content = question(known_parts(messages))
     return "held_out" if is_held_out(content, DataConfig(held_out_fraction=held_out)) else "train"
 
 

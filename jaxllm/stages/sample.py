@@ -89,7 +89,7 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
 def _keep_whole_batches(path: epath.Path, batch_size: int) -> int:
     """Drop what a killed run wrote past its last whole batch; the number of lines kept.
 
-    Batches then have the same rows as in a run never cut, and so the same bits.
+    Batches then have the same rows as in a run never cut, and so the same bits. What follows a damaged line is drawn again.
     """
     lines = read_metrics(path, "stop")
     keep = len(lines) // batch_size * batch_size

@@ -256,8 +256,10 @@ def test_a_curriculum_that_makes_no_sense_is_refused(text_data, tokenizer, tmp_p
     for weights in [(1.0,), (0.0, 0.0), (-1.0, 2.0), ()]:
         with pytest.raises(ValueError, match="curriculum: step 5 needs a weight for each of 2 sources"):
             dataclasses.replace(text_data, curriculum=(d.Phase(5, weights),))
-    (tmp_path / "b.txt").write_text("\n")
-    empty = dataclasses.replace(text_data, curriculum=(d.Phase(5, (0.0, 1.0)),))
+    (tmp_path / "b.jsonl").write_text('{"text": "a b c d", "split": "held_out"}')
+    sources = (text_data.sources[0], d.Source(str(tmp_path / "b.jsonl"), weight=1.0))
+    empty = dataclasses.replace(text_data, sources=sources, curriculum=(d.Phase(5, (0.0, 1.0)),))
+    assert d.load_rows(empty, "document", "held_out", tokenizer, 32, tmp_path / "cache")
     with pytest.raises(InputError, match="step 5 gives weight only to sources without examples"):
         d.load_rows(empty, "document", "train", tokenizer, 32, tmp_path / "cache")
 

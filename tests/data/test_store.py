@@ -17,7 +17,7 @@ import pytest
 
 from jaxllm import data as d
 from jaxllm.config import InputError
-from jaxllm.data import cache, format, sources, store
+from jaxllm.data import cache, format, readers, sources, store
 from jaxllm.tokenizer import train
 from tests.conftest import ROOT
 
@@ -31,7 +31,7 @@ def tokenizer():
 @pytest.fixture
 def small(monkeypatch):
     """Units, runs and chunks so small that a little text makes many."""
-    for module, name, value in ((sources, "PART_BYTES", 600), (store, "PART_BYTES", 600), (store, "_RUN", 16)):
+    for module, name, value in ((readers, "PART_BYTES", 600), (store, "PART_BYTES", 600), (store, "_RUN", 16)):
         monkeypatch.setattr(module, name, value)
 
 
@@ -68,8 +68,8 @@ def test_duplicates_and_splits_are_those_of_the_reference(tmp_path, tokenizer, s
         "chat": lambda n: {"prompt": f"p{n // 3}", "response": f"r{n}", **({"text": f"t{n}"} if n % 5 else {})},
     }[kind]
     names = []
-    for name in "abc":
-        lines = [make(rng.randrange(60)) for _ in range(150)]
+    for first, name in enumerate("abc"):
+        lines = [make(40 * first + rng.randrange(60)) for _ in range(150)]
         for line in rng.sample(lines, 6):
             line["split"] = rng.choice(["train", "held_out"])
         names.append(write(tmp_path / f"{name}.jsonl", lines))
@@ -90,8 +90,8 @@ def test_parts_of_a_file_are_its_lines_with_their_numbers(tmp_path, small):
     for end in ("\n", "\r\n"):
         path = tmp_path / "a.txt"
         path.write_bytes((end.join(lines)).encode())
-        found = cache.inspect(str(path), sources.PART_BYTES, tmp_path)
-        parts = sources.split(str(path), d.Source(str(path)), found["size"], found["lines"])
+        found = cache.inspect(str(path), readers.PART_BYTES, tmp_path)
+        parts = readers.split(str(path), "auto", "line", found["size"], found["lines"])
         records = [r for part in parts for r in sources.read_records(d.Source(str(path)), [part])]
         assert len(parts) > 20 and [r.fields["text"] for r in records] == lines
         assert [r.origin for r in records] == [f"{path}:{n}" for n in range(1, 301)]
@@ -132,9 +132,9 @@ PREPARE = """
 import sys
 from pathlib import Path
 from jaxllm import data as d
-from jaxllm.data import sources, store
+from jaxllm.data import readers, store
 from jaxllm.tokenizer import Tokenizer
-sources.PART_BYTES = store.PART_BYTES = 20_000
+readers.PART_BYTES = store.PART_BYTES = 20_000
 store._IN_PROCESS = int(sys.argv[4])
 data = d.DataConfig((d.Source(sys.argv[1]),), held_out_fraction=0.1)
 share = (int(sys.argv[5]), 3)
@@ -299,9 +299,9 @@ MEMORY = """
 import sys
 from pathlib import Path
 from jaxllm import data as d
-from jaxllm.data import sources, store
+from jaxllm.data import readers, store
 from jaxllm.tokenizer import Tokenizer
-sources.PART_BYTES = store.PART_BYTES = 200_000
+readers.PART_BYTES = store.PART_BYTES = 200_000
 store._RUN = 2048
 data = d.DataConfig((d.Source(sys.argv[1]),))
 found = d.open_store(data, "document", Tokenizer.load(sys.argv[2]), Path(sys.argv[3]))

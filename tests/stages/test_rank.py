@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.config import InputError
+from jaxllm.data import DataConfig, is_held_out
 from jaxllm.stages import rank
 from jaxllm.stages.rank import RankConfig, format_order, parse_order, read_rankings
 from jaxllm.workspace import StageCut, Workspace
@@ -409,7 +410,18 @@ def test_prompts_without_a_split_are_held_out_by_their_content(workspace, tmp_pa
         ("{not json", "not valid JSON"),
         ("[1]", "JSON object"),
         ({**LINE, "prompt": 3}, "messages"),
-        ({**LINE, "messages": [{"role": "user"}]}, "messages"),
+        ({**LINE, "messages": [{"role": "user"}]}, "a message needs a role"),
+        ({**LINE, "messages": 3}, "messages"),
+        ({**LINE, "messages": []}, "messages"),
+        ({**LINE, "prompt": None}, "messages"),
+        ({**LINE, "responses": ["a", None, "c"]}, "responses"),
+        ({**LINE, "responses": None}, "responses"),
+        ({**LINE, "order": None}, "ranks"),
+        ({**LINE, "annotator": None}, "annotator"),
+        ({**LINE, "simulated": None}, "simulated"),
+        ({**LINE, "ranks": [1, 10**15, 2]}, "without a gap"),
+        (json.dumps({**LINE, "prompt": "half \ud800"}), "surrogate"),
+        ("[" * 100_000, "nested"),
         ({**LINE, "responses": ["a"]}, "responses"),
         ({**LINE, "responses": ["a", 2, "c"]}, "responses"),
         ({**LINE, "order": "A>B"}, "C is missing"),
@@ -434,10 +446,106 @@ def test_malformed_line_is_refused_by_number_and_nothing_is_written(workspace, t
 
 
 def test_missing_empty_and_binary_files_are_refused(workspace, tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"none\.jsonl: no such file"):
         rank.run(workspace, RankConfig(annotator=f"file:{tmp_path}/none.jsonl"))
     with pytest.raises(InputError, match="no rankings"):
         rank.run(workspace, write(tmp_path / "empty.jsonl"))
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="UTF-8"):
         rank.run(workspace, RankConfig(annotator=f"file:{tmp_path}/b.jsonl"))
+
+
+# null, formats and tools
+
+TOOL_CHAT = [
+    {"role": "user", "content": "how warm?"},
+    {"role": "assistant", "tool_calls": [{"function": {"name": "warm", "arguments": {"place": None}}}]},
+    {"role": "tool", "content": "21"},
+]
+
+
+def test_null_is_absent(workspace, tmp_path):
+    nulls = {"messages": None, "ranks": None, "time": None, "split": None}
+    result = rank.run(workspace, write(tmp_path / "in.jsonl", {**LINE, **nulls}, {**LINE, "finished": None}))
+    first, second = rankings(workspace)
+    assert {**first, "time": 0} == {**second, "time": 0}
+    assert first["messages"] == [{"role": "user", "content": "问题"}] and result["prompts"] == 2
+
+
+def test_rankings_are_read_from_other_formats_with_a_byte_order_mark_too(workspace, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = [{**LINE, "messages": None}, {**LINE, "prompt": None, "messages": [{"role": "user", "content": "q"}]}]
+    text = "\ufeff" + "".join(json.dumps(line) + "\n" for line in lines)
+    wanted = None
+    for name in ("a.jsonl", "a.txt", "a.rankings", "a.json", "a.parquet"):
+        if name == "a.parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), tmp_path / name)
+        else:
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        rank.run(workspace, RankConfig(annotator=f"file:{tmp_path / name}"))
+        found = without_time(rankings(workspace))
+        wanted = wanted or found
+        assert found == wanted and found[1]["messages"] == [{"role": "user", "content": "q"}]
+
+
+def test_conversations_with_tools_are_shown_and_ranked(tmp_path, capsys):
+    workspace = make_workspace(tmp_path / "run", count=1)
+    path = workspace.stage_dir("sample") / "samples.jsonl"
+    path.write_text(json.dumps({**samples(workspace)[0], "messages": TOOL_CHAT}) + "\n")
+    rank.run(workspace, RankConfig(), answers_from("A>B>C>D"))
+    assert '"name": "warm"' in capsys.readouterr().err
+    assert rankings(workspace)[0]["messages"] == TOOL_CHAT
+    again = make_workspace(tmp_path / "again", count=1)
+    rank.run(again, write(tmp_path / "in.jsonl", {**LINE, "messages": TOOL_CHAT}))
+    assert rankings(again)[0]["messages"] == TOOL_CHAT
+    third = make_workspace(tmp_path / "third", count=1)
+    path = third.stage_dir("sample") / "samples.jsonl"
+    silent = [*TOOL_CHAT[:1], TOOL_CHAT[1]]
+    path.write_text(json.dumps({**samples(third)[0], "messages": silent}) + "\n")
+    assert rank.run(third, SIMULATED)["prompts"] == 1
+
+
+def test_a_prompt_is_on_the_side_it_has_in_the_data_of_every_stage(workspace, tmp_path):
+    lines = [{**LINE, "prompt": f"question {i}"} for i in range(200)]
+    rank.run(workspace, dataclasses.replace(write(tmp_path / "in.jsonl", *lines), held_out=0.3))
+    data = DataConfig(held_out_fraction=0.3)
+    for i, line in enumerate(rankings(workspace)):
+        assert (line["split"] == "held_out") == is_held_out(f"question {i}", data)
+
+
+@pytest.mark.parametrize(("name", "line"), [("sample", {"split": "test"}), ("rank", {"number": 3})])
+def test_a_damaged_file_of_the_run_is_one_line_and_nothing_is_written(workspace, name, line):
+    if name == "sample":
+        path = workspace.stage_dir("sample") / "samples.jsonl"
+        path.write_text(json.dumps({**samples(workspace)[0], **line}) + "\n")
+    else:
+        workspace.stage_dir("rank").mkdir()
+        path = workspace.stage_dir("rank") / "skipped.jsonl"
+        path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match=f"{path}:1: (split|index): must be"):
+        rank.run(workspace, SIMULATED)
+    rankings_file = workspace.stage_dir("rank") / "rankings.jsonl"
+    assert not rankings_file.exists() or not rankings_file.read_bytes()
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "train", "A>B=C", "user"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
+    max_leaves=5,
+)
+NAMES = ("prompt", "messages", "responses", "order", "ranks", "annotator", "simulated", "time", "split", "other")
+
+
+@given(changes=st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3))
+def test_any_value_in_any_field_of_a_ranking_is_taken_over_or_one_line(tmp_path_factory, changes):
+    folder = tmp_path_factory.mktemp("any")
+    config, written = write(folder / "in.jsonl", LINE | changes), folder / "rankings.jsonl"
+    try:
+        rank._import_file(folder / "in.jsonl", epath.Path(folder), config)
+    except InputError as error:
+        assert str(error).startswith(f"{folder}/in.jsonl:1: ") and "\n" not in str(error) and not written.exists()
+    else:
+        (line,) = read_rankings(written)
+        assert all(isinstance(response, str) for response in line["responses"])
