@@ -66,7 +66,7 @@ def converse(
     sampling: SamplingConfig,
     seed: int,
     system: str = "",
-    user: TextIO = sys.stdin,
+    user: TextIO | None = sys.stdin,
     shorten: bool = False,
 ) -> None:
     """Read messages from `user` (default: standard input) and stream answers to standard output.
@@ -130,9 +130,9 @@ def _fit(
         _note("(the oldest turn no longer fits the context and is forgotten)")
 
 
-def _ask(user: TextIO) -> str | None:
-    """The next message that is not blank, None at the end of input."""
-    while True:
+def _ask(user: TextIO | None) -> str | None:
+    """The next message that is not blank, None at the end of input, or where standard input is closed."""
+    while user:
         if user.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         raw = getattr(user, "buffer", user).readline()

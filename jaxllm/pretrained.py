@@ -135,7 +135,7 @@ def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.
 
     dtype: "float32", "bfloat16" or "float16"; empty: that of an imported model, else bfloat16.
     """
-    source, target = epath.Path(stage_dir), Path(out).expanduser()
+    source, target = epath.Path(stage_dir).expanduser(), Path(out).expanduser()
     if target.exists():
         raise InputError(f"{target}: exists already; give another directory, or remove it")
     if dtype not in ("", *_KINDS):

@@ -146,7 +146,7 @@ def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
 
 
 def _run_dir(config: Config) -> epath.Path:
-    return epath.Path(config.run_dir or f"runs/{config.name}")
+    return epath.Path(config.run_dir or f"runs/{config.name}").expanduser()
 
 
 def plan_path(config: Config, stage: str) -> epath.Path:

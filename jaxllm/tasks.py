@@ -8,6 +8,7 @@
 import dataclasses
 import hashlib
 import math
+import os
 import re
 import sys
 import unicodedata
@@ -265,6 +266,7 @@ def command(args: ScoreArgs) -> None:
         raise InputError("jaxllm score: give STAGE_DIR ... --task FILE.jsonl ..., at least one of each")
     if args.json and (not epath.Path(args.json).parent.is_dir() or epath.Path(args.json).is_dir()):
         raise InputError(f"--json {args.json}: is no file in an existing folder; make the folder or name another")
+    args = dataclasses.replace(args, stage_dirs=tuple(map(os.path.expanduser, args.stage_dirs)))
     if wrong := next((s for s in args.stage_dirs if not (epath.Path(s) / "model.json").exists()), ""):
         raise InputError(f"{wrong}: is not the directory of a trained stage (no model.json); give runs/NAME/STAGE")
     tasks, mesh = read_tasks(args.task, args), make_mesh(args.mesh)

@@ -155,7 +155,7 @@ class Workspace:
         """The stage directory `given`; where it is empty that of `stage`, which must be finished."""
         if not given:
             self.require(stage, needed_by)
-        return given or str(self.stage_dir(stage))
+        return os.path.expanduser(given) or str(self.stage_dir(stage))
 
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.run_dir / "tokenizer" / "tokenizer")
@@ -208,7 +208,7 @@ def describe_model(
 
 def described_model(stage_dir: epath.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     """(config of the model in a stage directory, what `describe_model` wrote). Raises InputError where it holds none."""
-    if (record := read_json(epath.Path(stage_dir) / "model.json")) is None:
+    if (record := read_json(epath.Path(stage_dir).expanduser() / "model.json")) is None:
         raise InputError(f"{stage_dir}: is not the directory of a trained stage (no model.json); give runs/NAME/STAGE")
     return build(ModelConfig, record["model"], name=f"{stage_dir}/model.json"), record
 
@@ -222,7 +222,7 @@ def load_model(
     `transformer.apply` takes as they are and `lora.merge` makes one of; bases {stage directory: parameters} are then
     not loaded again. Raises InputError where the directory holds no model, or one of another kind.
     """
-    stage_dir = epath.Path(stage_dir)
+    stage_dir = epath.Path(stage_dir).expanduser()
     model, record = described_model(stage_dir)
     if record["kind"] != kind:
         raise InputError(f"{stage_dir}: holds a {record['kind']} model where a {kind} model is needed")
@@ -243,7 +243,7 @@ def load_model(
 def load_policy(stage_dir: epath.PathLike, mesh: jax.sharding.Mesh) -> tuple[Any, ModelConfig, Tokenizer]:
     """(parameters, config, tokenizer) of the policy in a stage directory, trained here or imported."""
     params, model = load_model(stage_dir, mesh)
-    return params, model, load_tokenizer(epath.Path(stage_dir) / "tokenizer")
+    return params, model, load_tokenizer(epath.Path(stage_dir).expanduser() / "tokenizer")
 
 
 def read_json(path: epath.PathLike, mend: str = "remove the file to redo what wrote it") -> dict[str, Any] | None:

@@ -209,3 +209,16 @@ def test_odd_yaml_is_one_line(tmp_path, case):
     with pytest.raises(InputError, match=message) as error:
         load(run.Config, tmp_path / "x.yaml")
     assert "\n" not in str(error.value)
+
+
+def test_a_tilde_is_the_home_folder_for_runs_and_stages(monkeypatch, tmp_path, tiny_run, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tiny").symlink_to(tiny_run)
+    cli.main(["generate", "~/tiny/sft", "--prompt", "x", "--max-new-tokens", "2"])
+    assert run._run_dir(run.Config(run_dir="~/r")) == tmp_path / "r"
+    cli.main(["export", "~/tiny/sft", "~/out"])
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_chat_without_standard_input_ends():
+    assert chat._ask(None) is None

@@ -74,7 +74,8 @@ def run(
 ) -> dict[str, float]:
     """Train the decoder of stage "pretrain" or "sft"; the result has its held-out bits per byte."""
     kind = "document" if stage == "pretrain" else "chat"
-    source = config.init_from if stage == "pretrain" else workspace.source(config.init_from, "pretrain", stage)
+    fresh = stage == "pretrain" and not config.init_from
+    source = "" if fresh else workspace.source(config.init_from, "pretrain", stage)
     mesh, directory = workspace.mesh, workspace.stage_dir(stage)
     check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
     tokenizer, length = workspace.tokenizer(), model.row_length(config.length, f"{stage}.length")

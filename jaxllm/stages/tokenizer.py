@@ -47,8 +47,9 @@ def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
         return {}
     target, cache = workspace.stage_dir("tokenizer") / "tokenizer", workspace.run_dir / "cache"
     if config.init_from:
-        inside = epath.Path(config.init_from) / "tokenizer"
-        tokenizer = load_tokenizer(inside if inside.exists() else config.init_from)
+        folder = epath.Path(config.init_from).expanduser()
+        inside = folder / "tokenizer"
+        tokenizer = load_tokenizer(inside if inside.exists() else folder)
         tokenizer.save(target)
         return {"vocab_size": tokenizer.vocab_size, "init_from": config.init_from}
     texts, corpus_bytes = sample_texts(load_texts(config.data, "train", cache), config.sample_bytes, config.sample_seed)
