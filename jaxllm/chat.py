@@ -87,6 +87,7 @@ def converse(
     params = jax.jit(lambda p: transformer.unstack(p, transformer.decoding(model)))(params)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
+    tokenizer.encode_chat([*opening, {"role": "user", "content": "?"}], reply=True)  # a template may refuse the opening
     stops = tokenizer.stop_ids
     _note("Talk to the model. /reset starts anew, /quit or end of input ends.")
     with jax.set_mesh(mesh):
@@ -97,9 +98,11 @@ def converse(
                 messages = list(opening)
                 continue
             asked = [*messages, {"role": "user", "content": text}]
-            if (fitted := _fit(asked, len(opening), tokenizer, room)) is None:
+            try:
+                messages, ids = _fit(asked, len(opening), tokenizer, room)
+            except InputError as error:  # of this message alone: the conversation before it is kept
+                _note(f"({error}; send it again)")
                 continue
-            messages, ids = fitted
             decoder, answer = StreamDecoder(tokenizer), ""
             settings: dict[str, Any] = {"sampling": sampling, "stop_ids": stops, "pad_id": tokenizer.pad_id}
             for token in stream(params, model, ids, seed=(seed + turn) % 2**32, **settings):
@@ -111,17 +114,14 @@ def converse(
 
 def _fit(
     messages: list[dict[str, str]], keep: int, tokenizer: Tokenizer, limit: int
-) -> tuple[list[dict[str, str]], list[int]] | None:
+) -> tuple[list[dict[str, str]], list[int]]:
     """Forget the oldest turns until the conversation fits; the first `keep` messages, the system's, stay.
 
-    None, and a note, where the newest message alone does not fit.
+    Raises InputError where the newest message alone does not fit, or the template refuses it.
     """
     alone, _ = tokenizer.encode_chat([*messages[:keep], messages[-1]], reply=True)
     if len(alone) > limit:
-        _note(
-            f"(this message takes {len(alone)} tokens and {limit} fit beside the answer; shorten it and send it again)"
-        )
-        return None
+        raise InputError(f"this message takes {len(alone)} tokens and {limit} fit beside the answer; shorten it")
     while True:
         ids, _ = tokenizer.encode_chat(messages, reply=True)
         if len(ids) <= limit:

@@ -227,6 +227,8 @@ def check_path(directory: epath.PathLike) -> None:
     Orbax finds its own files with a glob below the directory's unescaped name, so `r[1]` would lead it to `r1`. Its
     storage library takes only names that are valid Unicode.
     """
+    if "\0" in str(directory):
+        raise InputError(f"{directory}: a directory's name cannot hold a NUL character; choose another --run-dir")
     path = str(_absolute(directory))
     if found := re.search(r"[*?[\\]", path):
         raise InputError(

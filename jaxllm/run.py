@@ -101,6 +101,7 @@ class Config:
     def __post_init__(self) -> None:
         if unknown := [stage for stage in self.stages if stage not in STAGES]:
             raise ValueError(f"stages: {unknown[0]!r} is unknown; known: {', '.join(STAGES)}")
+        require(bool(self.name), "name: must not be empty")
         named = [each.stage for each in self.meshes]
         require(len({*named}) == len(named), "meshes: a stage can have one layout only")
 

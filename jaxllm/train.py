@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from jaxllm.goodput import Ledger
 from jaxllm.losses import Loss, Metrics
 from jaxllm.metrics import LoggingConfig, MetricLog, Rewind, TrainingDiverged, Work, console
 from jaxllm.process import Signals
+from jaxllm.ranges import LARGEST_INT
 from jaxllm.sharding import param_shardings, replicated, with_shardings
 
 Batch = Any
@@ -52,6 +54,17 @@ class Run(NamedTuple):
 
 
 LossFunction = Callable[..., Loss]  # (params, batch, key, **frozen)
+
+
+def count_steps(given: int, epochs: float, per_epoch: float, field: str) -> int:
+    """The updates of a stage: `given`, where that is 0 as many as `epochs` of `per_epoch` updates each take.
+
+    Raises InputError where they are more than devices can count.
+    """
+    steps = given or math.ceil(epochs * per_epoch)
+    if steps > LARGEST_INT:
+        raise InputError(f"{field}: {epochs:g} takes {steps:,} updates and {LARGEST_INT:,} can be counted; lower it")
+    return steps
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:

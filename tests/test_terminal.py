@@ -116,6 +116,22 @@ def test_a_message_that_does_not_fit_ends_nothing(converse):
     assert re.search(r"this message takes \d+ tokens and 32 fit beside the answer", err)
 
 
+def test_a_message_that_the_template_refuses_ends_nothing(converse, tokenizer, monkeypatch):
+    encode = tokenizer.encode_chat
+
+    def refuse(messages, **settings):
+        if "no" in messages[-1]["content"]:
+            raise InputError("the chat template refuses the conversation (no)")
+        return encode(messages, **settings)
+
+    monkeypatch.setattr(tokenizer, "encode_chat", refuse)
+    out, err, _ = converse(b"hello\nno\nhello\n")
+    assert out == "ok\nok\n" and "refuses the conversation" in err
+    with pytest.raises(InputError, match="refuses"):
+        monkeypatch.setattr(tokenizer, "encode_chat", lambda messages, **_: refuse([{"content": "no"}]))
+        converse(b"hello\n")
+
+
 def test_the_answer_that_is_asked_for_by_default_fits_every_context(converse):
     assert converse(b"hello\n")[0] == "ok\n"
     with pytest.raises(

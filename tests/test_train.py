@@ -336,3 +336,10 @@ def test_a_batch_that_fails_in_a_thread_fails_the_step():
     with pytest.raises(ZeroDivisionError):
         ahead(2)
     ahead.close()
+
+
+def test_more_updates_than_can_be_counted_are_refused():
+    assert train.count_steps(7, 1e12, 1e6, "sft.num_epochs") == 7
+    assert train.count_steps(0, 1.5, 3, "sft.num_epochs") == 5
+    with pytest.raises(InputError, match=r"sft.num_epochs: 1e\+12 takes 3,000,000,000,000 updates"):
+        train.count_steps(0, 1e12, 3, "sft.num_epochs")

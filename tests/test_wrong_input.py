@@ -254,3 +254,10 @@ def test_a_stage_that_stays_damaged_is_made_again_once(capsys, config, run_dir, 
 def test_a_stage_whose_input_was_never_made(capsys, config, tmp_path, stage):
     line = refused(capsys, stage, config(), "--run-dir", tmp_path / "r")
     assert re.search(r"needs the \w+ stage; run: jaxllm \w+|none of the stages .* has finished", line)
+
+
+@pytest.mark.parametrize("line", ['run_dir: "a\\0b"', 'name: "a\\0b"', 'name: ""'])
+def test_a_run_without_a_usable_name(capsys, tmp_path, line):
+    (tmp_path / "config.yaml").write_text(line + "\n")
+    shown = refused(capsys, "run", tmp_path / "config.yaml")
+    assert ("must not be empty" if line.endswith('""') else "NUL character") in shown

@@ -81,7 +81,8 @@ def run(
     tokenizer, length = workspace.tokenizer(), model.row_length(config.length, f"{stage}.length")
     cache = workspace.run_dir / "cache"
     rows = {split: load_rows(config.data, kind, split, tokenizer, length, cache) for split in ("train", "held_out")}
-    num_steps = config.num_steps or math.ceil(config.num_epochs * epoch_rows(rows["train"]) / config.batch_size)
+    per_epoch = epoch_rows(rows["train"]) / config.batch_size
+    num_steps = train.count_steps(config.num_steps, config.num_epochs, per_epoch, f"{stage}.num_epochs")
     describe(stage, rows, model, num_steps, config.batch_size)
     step, placed = program(mesh, config, model, num_steps, workspace.seed)
     whole, axes = transformer.abstract(model), transformer.axes(model)

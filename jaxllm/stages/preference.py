@@ -137,7 +137,8 @@ def run(workspace: Workspace, stage: str, config: PreferenceConfig, logging: Log
     describe_model(directory, model, "policy" if is_dpo else "reward", ("params",), config.lora, source)
     rankings = load_rankings(workspace, stage, config, model)
     check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
-    num_steps = config.num_steps or math.ceil(config.num_epochs * len(rankings["train"]) / config.batch_size)
+    per_epoch = len(rankings["train"]) / config.batch_size
+    num_steps = train.count_steps(config.num_steps, config.num_epochs, per_epoch, f"{stage}.num_epochs")
     step, scores, place = program(mesh, stage, config, model, num_steps, workspace.seed)
     fixed = frozen_parts(stage, config, policy)
     batches = {"batch_size": config.batch_size, "sharding": activation(mesh, "batch", None, None)}
