@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from jaxllm.config import InputError
+from jaxllm.config import InputError, build
 from jaxllm.data import DataConfig, Phase, Source, examples, is_held_out, load_texts, read_records, shuffled
 
 
@@ -229,8 +229,8 @@ def test_a_function_can_be_a_source(tmp_path, monkeypatch):
     ],
 )
 def test_a_source_that_makes_no_sense_is_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        Source("x", **fields)
+    with pytest.raises(InputError, match=message):
+        build(Source, {"path": "x", **fields})
 
 
 def test_texts_need_only_one_kind_of_source_to_have_some_held_out(tmp_path):

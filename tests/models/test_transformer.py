@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.config import InputError, build
 from jaxllm.models import scalar, transformer
 from jaxllm.models.attention import attention
 from jaxllm.models.config import ModelConfig, preset
@@ -144,5 +145,5 @@ def test_the_scalar_head_starts_small_and_copies_the_trunk():
     ],
 )
 def test_a_shape_that_makes_no_sense_is_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        ModelConfig(**fields)
+    with pytest.raises(InputError, match=message):
+        build(ModelConfig, fields)
