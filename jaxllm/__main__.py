@@ -15,23 +15,11 @@ from typing import Annotated
 import tyro
 
 import jaxllm
+from jaxllm import stages
 from jaxllm.config import InputError, load, parse_overrides, tyro_cli
 from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveProportion, Seed
 
-STAGE_HELP = {
-    "run": "all stages in order; a finished stage is skipped, a cut one resumes",
-    "tokenizer": "train the tokenizer",
-    "pretrain": "pre-train on documents",
-    "sft": "supervised fine-tuning on conversations",
-    "sample": "draw K responses to each prompt",
-    "rank": "rank them: a person, a file or a simulated annotator",
-    "reward": "train the reward model on the rankings",
-    "dpo": "a policy straight from the rankings",
-    "rloo": "reinforcement learning without a critic: REINFORCE, leave-one-out",
-    "grpo": "reinforcement learning without a critic: scores normalised in groups",
-    "ppo": "reinforcement learning from the reward model",
-    "evaluate": "measure the models and write the report",
-}
+RUN_HELP = "all stages in order; a finished stage is skipped, a cut one resumes"
 # command -> (what it takes, what it does)
 OTHER_HELP = {
     "generate": ("STAGE_DIR --prompt TEXT [options]", "complete a prompt with a stage's model"),
@@ -200,18 +188,19 @@ def _dispatch(args: list[str]) -> None:
     if args[0] == "--version":
         return print(f"jaxllm {jaxllm.__version__}")
     command, *rest = args
-    if command in STAGE_HELP:
+    if command == "run" or command in stages.names():
         return _train(command, rest)
     if command in OTHER_HELP:
         return _talk(command, rest)
-    close = difflib.get_close_matches(command, [*STAGE_HELP, *OTHER_HELP], n=1)
+    close = difflib.get_close_matches(command, ["run", *stages.names(), *OTHER_HELP], n=1)
     raise InputError(f"unknown command {command!r}; {f'did you mean {close[0]}?' if close else 'see jaxllm --help'}")
 
 
 def _usage() -> str:
-    stages = [(name, "CONFIG [--section.field VALUE ...]", text) for name, text in STAGE_HELP.items()]
+    lines = [("run", RUN_HELP), *((stage.name, stage.help) for stage in stages.TABLE)]
+    of_stages = [(name, "CONFIG [--section.field VALUE ...]", text) for name, text in lines]
     others = [(name, takes, text) for name, (takes, text) in OTHER_HELP.items()]
-    rows = [f"  jaxllm {name} {takes}".ljust(56) + text for name, takes, text in stages + others]
+    rows = [f"  jaxllm {name} {takes}".ljust(56) + text for name, takes, text in of_stages + others]
     end = "\n`jaxllm COMMAND --help` explains every option; `jaxllm --version` prints the version."
     return "\n".join(["The whole life of a language model.\n", *rows, end])
 
@@ -222,7 +211,7 @@ def _train(command: str, args: list[str]) -> None:
     from jaxllm.process import Stopped
     from jaxllm.run import Config, run_stages
     from jaxllm.train import SilentCorruption
-    from jaxllm.workspace import STAGES, StageCut
+    from jaxllm.workspace import StageCut
 
     prog = f"jaxllm {command} CONFIG"
     if not args or args[0].startswith("-"):
@@ -233,7 +222,7 @@ def _train(command: str, args: list[str]) -> None:
     overrides = parse_overrides(Config, load(Config, path), flags, prog)
     config = load(Config, path, overrides)
     try:
-        run_stages(config, path, config.stages if command == "run" else [s for s in STAGES if s == command])
+        run_stages(config, path, config.stages if command == "run" else [command])
     except (TrainingDiverged, SaveFailed, SilentCorruption) as error:
         _exit(f"jaxllm: {error}", 1)
     except Stopped as stop:

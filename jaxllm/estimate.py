@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxllm.hardware import EFFICIENCY, Chip
+from jaxllm.life import Config
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.pipeline import MICRO
-from jaxllm.run import Config
 from jaxllm.sharding import MESH_AXES, MeshConfig
+from jaxllm.stages.preference import PreferenceConfig
 
 _RECOMPUTED = {
     "none": 1.0,
@@ -45,14 +46,16 @@ def figures(config: Config, stage: str, mesh: Any, chip: Chip, sizes: Mapping[st
 def row_length(config: Config, stage: str) -> int:
     """Tokens of a row: prompt and response where responses are drawn."""
     section = getattr(config, stage)
-    if stage in ("rloo", "grpo", "ppo"):
+    if hasattr(section, "max_prompt_length"):
         return section.max_prompt_length + section.sampling.max_new_tokens
     return section.length or config.model.max_length
 
 
 def tokens_per_step(config: Config, stage: str) -> int:
     """Tokens of an update: of all responses to a prompt in reward and dpo."""
-    rows = getattr(config, stage).batch_size * (config.sample.num_responses if stage in ("reward", "dpo") else 1)
+    section = getattr(config, stage)
+    ranked = isinstance(section, PreferenceConfig)
+    rows = section.batch_size * (config.sample.num_responses if ranked else 1)
     return rows * row_length(config, stage)
 
 

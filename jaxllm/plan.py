@@ -22,14 +22,14 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
-from jaxllm import estimate
+from jaxllm import estimate, stages
 from jaxllm.config import InputError
 from jaxllm.hardware import CHIPS, EFFICIENCY, Chip
+from jaxllm.life import Config, with_defaults
 from jaxllm.models import transformer
 from jaxllm.ranges import PositiveInt
-from jaxllm.run import Config, plan_path, with_defaults
+from jaxllm.run import plan_path
 from jaxllm.sharding import check_batch, num_slices, planned_mesh, slow_axis
-from jaxllm.stages import language_model, ppo, preference
 from jaxllm.train import Program, TrainState
 from jaxllm.workspace import write_json
 
@@ -62,9 +62,6 @@ class PlanArgs:
     """Keep the report in the run directory: the stage's result then shows it beside what was measured."""
 
 
-TRAINING = ("pretrain", "sft", "reward", "dpo", "rloo", "grpo", "ppo")
-
-
 def command(args: PlanArgs, config: Config) -> None:
     """Print the report of a stage's step; InputError where the config or the topology makes no sense."""
     config = with_defaults(config)
@@ -82,8 +79,9 @@ def command(args: PlanArgs, config: Config) -> None:
 
 def plan(config: Config, args: PlanArgs) -> dict[str, Any]:
     """The report, as it is printed with --json."""
-    if args.stage not in TRAINING:
-        raise InputError(f"--stage {args.stage}: is not known; known: {', '.join(TRAINING)}")
+    known = [stage.name for stage in stages.TABLE if stage.programs]
+    if args.stage not in known:
+        raise InputError(f"--stage {args.stage}: is not known; known: {', '.join(known)}")
     if not config.model.vocab_size:
         raise InputError(f"{args.config}: model.vocab_size: is the tokenizer's, which plan does not train; set it")
     chip, devices = _devices(args)
@@ -131,18 +129,10 @@ def _optimization(level: str | None) -> Iterator[None]:
 
 def stage_programs(config: Config, stage: str, mesh: Any) -> tuple[list[Program], dict[str, Any]]:
     """(what an update of the stage runs, {role: its state}), as shapes with their shardings on this mesh."""
-    section, model, seed = getattr(config, stage), config.model, config.seed
-    parts = (
-        section.num_micro
-        if stage in ("pretrain", "sft", "reward", "dpo")
-        else section.num_minibatches * section.num_micro
-    )
+    section = getattr(config, stage)
+    parts = getattr(section, "num_minibatches", 1) * section.num_micro
     check_batch(mesh, section.batch_size // parts, f"{stage}.batch_size / its parts, {parts},")
-    if stage in ("pretrain", "sft"):
-        return language_model.programs(mesh, stage, section, model, seed)
-    if stage in ("reward", "dpo"):
-        return preference.programs(mesh, stage, section, model, config.sample.num_responses, seed)
-    return ppo.programs(mesh, stage, section, model, seed)
+    return stages.load(stages.named(stage).programs)(mesh, config, stage)
 
 
 def _sizes(config: Config, stage: str, mesh: Any, held: Mapping[str, Any]) -> dict[str, Any]:

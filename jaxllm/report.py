@@ -19,6 +19,7 @@ from etils import epath
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from jaxllm import stages as stage_table
 from jaxllm.config import InputError
 from jaxllm.metrics import read_metrics, write_whole
 from jaxllm.workspace import read_json, write_json
@@ -48,7 +49,6 @@ KEY_NUMBERS = ("bits_per_byte", "accuracy", "score", "kl", "train_loss", "loss",
 OF_ANNOTATOR = ("annotator", "win_rate", "tie_fraction")
 OF_RANKINGS = ("accuracy", "top1", "calibration", "loss")
 NAMES = ("annotator", "annotator_simulated")  # not numbers
-MODELS = {"pretrain": "Pre-trained", "sft": "Fine-tuned (SFT)"} | {s: s.upper() for s in ("dpo", "rloo", "grpo", "ppo")}
 LINES = {"light": ("#2563b8", "#d9601a", "#16876a", "#8a4fbf"), "dark": ("#6aa9f4", "#f49a5c", "#4fc7a3", "#c79af0")}
 INK = {"light": ("#4b5563", "#d8dce2"), "dark": ("#aab2bf", "#373d48")}  # text, grid
 
@@ -61,6 +61,11 @@ class Table(NamedTuple):
     title: str
     header: list[str]
     rows: list[list[str]]
+
+
+def _titled(stage: str) -> str:
+    """How a stage's model is called; another name stays as it is."""
+    return next((row.title for row in stage_table.TABLE if row.name == stage and row.title), stage)
 
 
 def write_report(run_dir: epath.PathLike, stages: Sequence[str]) -> dict[str, Any]:
@@ -213,7 +218,7 @@ def _table(report: Mapping[str, Any], stage: str, name: str, value: Mapping[str,
     if not all(isinstance(row, dict) for row in value.values()):
         return Table(title, ["", "value"], [[_label(report, stage, k), _quantity(k, v)] for k, v in value.items()])
     columns = list(dict.fromkeys(column for row in value.values() for column in row))
-    rows = [[MODELS.get(k, k), *(_quantity(c, row.get(c)) for c in columns)] for k, row in value.items()]
+    rows = [[_titled(k), *(_quantity(c, row.get(c)) for c in columns)] for k, row in value.items()]
     return Table(title, ["", *(_label(report, stage, c) for c in columns)], rows)
 
 
@@ -225,7 +230,7 @@ def _samples(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
         for sample in samples if isinstance(samples, list) else ():
             answers = sample.get("answers") if isinstance(sample, dict) else None
             if isinstance(answers, dict):
-                shown = {MODELS.get(k, k): _number(v) for k, v in answers.items()}
+                shown = {_titled(k): _number(v) for k, v in answers.items()}
                 found.append((str(sample.get("prompt", "")), shown))
     return found
 

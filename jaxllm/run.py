@@ -1,6 +1,5 @@
 """Composition root: config -> processes, devices, run directory -> stages in order."""
 
-import dataclasses
 import math
 import os
 import resource
@@ -14,110 +13,25 @@ from etils import epath
 from rich.table import Table
 from rich.text import Text
 
-from jaxllm import checkpoint, goodput
-from jaxllm.config import InputError, require, to_tree
-from jaxllm.metrics import LOWER, LoggingConfig, TrainingDiverged, console, read_metrics
-from jaxllm.models.config import ModelConfig
-from jaxllm.optim import OptimConfig
-from jaxllm.process import ProcessConfig, Signals, join
-from jaxllm.ranges import Seed, Threads
-from jaxllm.sharding import MeshConfig, make_mesh, meet
-from jaxllm.stages import evaluate, language_model, ppo, preference, rank, sample, tokenizer
-from jaxllm.stages.evaluate import EvaluateConfig
-from jaxllm.stages.language_model import LanguageModelConfig
-from jaxllm.stages.ppo import GRPO, RLOO, PPOConfig
-from jaxllm.stages.preference import PreferenceConfig
-from jaxllm.stages.rank import RankConfig
-from jaxllm.stages.sample import SampleConfig
-from jaxllm.stages.tokenizer import TokenizerConfig
-from jaxllm.workspace import POLICIES, STAGES, Workspace, described_model, read_json
+from jaxllm import checkpoint, goodput, stages
+from jaxllm.config import InputError, to_tree
+from jaxllm.life import Config, with_defaults
+from jaxllm.metrics import LOWER, TrainingDiverged, console, read_metrics
+from jaxllm.process import Signals, join
+from jaxllm.sharding import make_mesh, meet
+from jaxllm.stages import Stage
+from jaxllm.train import Training, run_training
+from jaxllm.workspace import Workspace, read_json
 
 
-@dataclasses.dataclass(frozen=True)
-class StageMesh(MeshConfig):
-    """Another layout of the same devices for one stage."""
-
-    stage: str = ""
-    """The stage."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.stage in STAGES, f"stage: {self.stage!r} is unknown; known: {', '.join(STAGES)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """One model's life."""
-
-    name: str = "run"
-    """Name of the run; its directory is runs/NAME."""
-    run_dir: str = ""
-    """Run directory, in place of runs/NAME."""
-    seed: Seed = 0
-    """Seed of every random choice."""
-    stages: tuple[str, ...] = tuple(stage for stage in STAGES if stage not in ("dpo", "rloo", "grpo"))
-    """Stages of `jaxllm run`, in order; dpo, rloo and grpo are others that may stand in ppo's place or beside it."""
-    cpu_devices: Threads = 0
-    """Virtual devices on a CPU; 0: one per core, the fastest."""
-    distributed: bool = False
-    """Join the other processes of the job (jax.distributed): pod slices, Slurm, several processes."""
-    deterministic: bool = False
-    """On a GPU: only kernels that give the same bits every time (slower); a CPU and a TPU do anyway."""
-    allow_change: tuple[str, ...] = ()
-    """Names (pretrain.num_steps, data, code, ...) of what may differ from what a stage was begun with."""
-    process: ProcessConfig = ProcessConfig()
-    """The processes of a job, and when one of them gives up."""
-    mesh: MeshConfig = MeshConfig()
-    """How devices are laid out."""
-    meshes: tuple[StageMesh, ...] = ()
-    """Stages for which they are laid out otherwise."""
-    model: ModelConfig = ModelConfig()
-    """The decoder."""
-    logging: LoggingConfig = LoggingConfig()
-    """Where metrics go."""
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    """Stage 1; without data of its own it reads pretrain.data."""
-    pretrain: LanguageModelConfig = LanguageModelConfig()
-    """Stage 2."""
-    sft: LanguageModelConfig = LanguageModelConfig()
-    """Stage 3."""
-    sample: SampleConfig = SampleConfig()
-    """Stage 4."""
-    rank: RankConfig = RankConfig()
-    """Stage 5."""
-    reward: PreferenceConfig = PreferenceConfig()
-    """Stage 6."""
-    dpo: PreferenceConfig = PreferenceConfig(optim=OptimConfig(learning_rate=1e-5, weight_decay=0.0))
-    """A policy from the rankings, without reward model or rollouts."""
-    rloo: PPOConfig = RLOO
-    """As ppo, with advantages from a prompt's other responses in place of a critic."""
-    grpo: PPOConfig = GRPO
-    """As ppo, with scores normalised within a prompt's responses in place of a critic."""
-    ppo: PPOConfig = PPOConfig()
-    """Stage 7."""
-    evaluate: EvaluateConfig = EvaluateConfig()
-    """Stage 8."""
-
-    def __post_init__(self) -> None:
-        if unknown := [stage for stage in self.stages if stage not in STAGES]:
-            raise ValueError(f"stages: {unknown[0]!r} is unknown; known: {', '.join(STAGES)}")
-        require(bool(self.name), "name: must not be empty")
-        named = [each.stage for each in self.meshes]
-        require(len({*named}) == len(named), "meshes: a stage can have one layout only")
-
-    def mesh_of(self, stage: str) -> MeshConfig:
-        """How devices are laid out in a stage."""
-        return next((each for each in self.meshes if each.stage == stage), self.mesh)
-
-
-def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
+def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
     """Run these stages in order: a finished one is skipped, a cut one resumes.
 
     Raises Stopped after a signal, with everything saved.
     """
     config = with_defaults(config)
     mesh = start_devices(config)
-    for stage in stages:
+    for stage in wanted:
         make_mesh(config.mesh_of(stage))  # one that does not fit is refused before anything runs
     run_dir = _run_dir(config)
     checkpoint.check_path(run_dir)
@@ -128,19 +42,20 @@ def run_stages(config: Config, config_path: str, stages: Sequence[str]) -> None:
     workspace = Workspace(run_dir, mesh, config.seed, to_tree(config), command, signals, config.allow_change)
     with workspace.locked():
         remade: set[str] = set()
-        worked = [stage for stage in stages if _work(workspace, config, stage, config_path + moved, remade)]
+        worked = [stage for stage in wanted if _work(workspace, config, stage, config_path + moved, remade)]
     if not worked:
         console.print(
-            f"Nothing to do: {'all stages are' if len(stages) > 1 else 'it is'} finished in {run_dir}", soft_wrap=True
+            f"Nothing to do: {'all stages are' if len(wanted) > 1 else 'it is'} finished in {run_dir}", soft_wrap=True
         )
     if worked and jax.process_index() == 0:
         console.print(goodput.summary(goodput.read(workspace.ledger.path)))
     unwritten = worked or not (run_dir / "report.html").exists()  # it may have been killed just before
-    if unwritten and jax.process_index() == 0 and stages[-1] == "evaluate":
+    if unwritten and jax.process_index() == 0 and stages.named(wanted[-1]).kind == "report":
         from jaxllm.report import write_report  # matplotlib takes seconds to import
 
-        write_report(run_dir, [s for s in STAGES if s in config.stages or workspace.result(s) is not None])
-        policies = [stage for stage in POLICIES if workspace.result(stage) is not None]
+        every = stages.names()
+        write_report(run_dir, [s for s in every if s in config.stages or workspace.result(s) is not None])
+        policies = [stage for stage in stages.names("policy") if workspace.result(stage) is not None]
         talk = f"; talk to it: jaxllm chat {run_dir}/{policies[-1]}" if policies else ""
         console.print(f"Report: {run_dir}/report.html and report.md{talk}", soft_wrap=True)
     meet("everything is written")  # who leaves first waits for the others only heartbeat_seconds, then counts them lost
@@ -179,7 +94,8 @@ def _work(workspace: Workspace, config: Config, stage: str, config_path: str, re
     already in this command; damaged once more, it is an error, since the disk does not keep what is written.
     """
     workspace = workspace.on(make_mesh(config.mesh_of(stage)))
-    workspace.begin(stage)
+    row = stages.named(stage)
+    workspace.begin(stage, row.sections, extends=row.kind == "policy")
     if workspace.result(stage) is not None:
         console.print(f"{stage}: finished already, in {workspace.stage_dir(stage)}", soft_wrap=True)
         return False
@@ -208,21 +124,6 @@ def _work(workspace: Workspace, config: Config, stage: str, config_path: str, re
     return True
 
 
-def with_defaults(config: Config) -> Config:
-    """Fill in the data a section takes from another one."""
-    fill = dataclasses.replace
-    prompts = config.sample.data
-    if not config.tokenizer.data.sources:
-        config = fill(config, tokenizer=fill(config.tokenizer, data=config.pretrain.data))
-    for stage in ("rloo", "grpo", "ppo"):
-        section = getattr(config, stage)
-        ptx = section.ptx if section.ptx.data.sources else fill(section.ptx, data=config.pretrain.data)
-        config = fill(config, **{stage: fill(section, data=section.data if section.data.sources else prompts, ptx=ptx)})
-    if not config.evaluate.prompts.sources:
-        config = fill(config, evaluate=fill(config.evaluate, prompts=prompts))
-    return config
-
-
 def set_cpu_devices(count: int) -> None:
     """Make `count` virtual CPU devices (0: one per core); must come before the first use of a device."""
     count = count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count or os.cpu_count() or 1
@@ -247,10 +148,12 @@ def start_devices(config: Config) -> jax.sharding.Mesh:
 def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: str) -> None:
     began = time.monotonic()
     console.rule(Text(stage, style="bold"))
-    if stage in ("reward", *POLICIES):
-        workspace.require("tokenizer", stage)
+    row = stages.named(stage)
+    for needed in row.needs:
+        workspace.require(needed, stage)
+    if row.trains:
         workspace.share_tokenizer(stage)
-    result = _call(workspace, config, stage)
+    result = _run_row(workspace, config, row, stage)
     if bad := [(name, value) for name, value in _flat(result) if isinstance(value, float) and not math.isfinite(value)]:
         raise TrainingDiverged(f"{stage}: {bad[0][0]} is {bad[0][1]}; {LOWER}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -261,41 +164,25 @@ def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: st
     if jax.process_index() == 0:
         workspace.finish(stage, result)
         print_result(stage, result)
-        if following := config.stages[config.stages.index(stage) + 1 :] if stage in config.stages else STAGES[-1:]:
+        if (
+            following := config.stages[config.stages.index(stage) + 1 :]
+            if stage in config.stages
+            else stages.names("report")
+        ):
             console.print(f"next: jaxllm {following[0]} {config_path}", soft_wrap=True)
     workspace.ledger.mark("work")
     workspace.ledger.write(stage, event="finished")
     meet(f"{stage} is finished")
 
 
-def _call(workspace: Workspace, config: Config, stage: str) -> dict[str, Any]:
-    section, logging = getattr(config, stage), config.logging
-    if stage in ("pretrain", "sft"):
-        model = resolve_model(config.model, workspace.tokenizer().vocab_size, section.init_from)
-        return language_model.run(workspace, stage, section, model, logging)
-    if stage in ("reward", "dpo"):
-        return preference.run(workspace, stage, section, logging)
-    if stage in ("rloo", "grpo", "ppo"):
-        return ppo.run(workspace, section, logging, stage)
-    if stage == "evaluate":
-        return evaluate.run(workspace, section, config.pretrain.data, config.sft.data)
-    return {"tokenizer": tokenizer, "sample": sample, "rank": rank}[stage].run(workspace, section)
-
-
-def resolve_model(model: ModelConfig, vocab_size: int, init_from: str = "") -> ModelConfig:
-    """The model with the tokenizer's vocabulary; a larger one given in the config is padding and stays.
-
-    Where the config gives no model, it is that of init_from, with as many more rows as the tokenizer needs.
-    """
-    how = {name: getattr(model, name) for name in ("remat", "scan_unroll")}
-    if init_from and model == ModelConfig(**how):
-        model = dataclasses.replace(described_model(init_from)[0], **how)
-        return dataclasses.replace(model, vocab_size=max(model.vocab_size, vocab_size))
-    if model.vocab_size and model.vocab_size < vocab_size:
-        raise InputError(
-            f"model.vocab_size: {model.vocab_size} is below the tokenizer's {vocab_size}; set it to 0 to take the tokenizer's"
-        )
-    return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
+def _run_row(workspace: Workspace, config: Config, row: Stage, name: str) -> dict[str, Any]:
+    """Run what the stage's row in the table names, and train where it is a training; returns the result."""
+    made = stages.load(row.run)(workspace, config, name)
+    if not isinstance(made, Training):
+        return made
+    keeping = workspace.keeping(row.sections, made.data)
+    state, metrics = run_training(workspace.stage_dir(name), name, made, keeping, config.logging)
+    return made.result(state, metrics)
 
 
 def print_result(stage: str, result: dict[str, Any]) -> None:

@@ -246,50 +246,55 @@ class Keeping(NamedTuple):
     allowed: tuple[str, ...] = ()  # dotted names of fingerprints that may have changed since the checkpoint
 
 
-def run_stage(
-    directory: epath.Path,
-    title: str,
-    *,
-    keeping: Keeping,
-    init: Callable[[], Any],
-    abstract: Any,
-    step: Callable[[Any, Batch], tuple[Any, Metrics]],
-    batch_at: Callable[[int], Batch],
-    num_steps: int,
-    settings: LoopSettings,
-    logging: LoggingConfig,
-    work: Work,
-    evaluate: Callable[[int, Any], Mapping[str, float]],
-    best: str,
-    lower_is_better: bool = True,
-    finalize: Callable[[Any], Any] | None = None,
-    schedules: Mapping[str, Callable[[int], Any]] | None = None,
-    shown: tuple[str, ...] = ("loss",),
+class Training(NamedTuple):
+    """A stage that trains, as a record: `jaxllm.run` runs it, and knows nothing else of the stage."""
+
+    init: Callable[[], Any]  # the first state
+    abstract: Any  # shapes, dtypes and shardings of the state
+    step: Callable[[Any, Batch], tuple[Any, Metrics]]
+    batch_at: Callable[[int], Batch]  # a pure function of the step number
+    num_steps: int
+    settings: LoopSettings  # the stage's section of the config
+    data: str  # fingerprint of what batches are made of
+    work: Work
+    evaluate: Callable[[int, Any], Mapping[str, float]]
+    best: str  # the metric of `evaluate` whose best checkpoints are kept
+    result: Callable[[Any, Mapping[str, float]], dict[str, Any]]  # (final state, newest metrics) -> the stage's result
+    lower_is_better: bool = True  # whether that metric is
+    finalize: Callable[[Any], Any] | None = None  # applied once to the trained state, saved as step num_steps + 1
+    schedules: Mapping[str, Callable[[int], Any]] | None = None  # logged beside the metrics
+    shown: tuple[str, ...] = ("loss",)  # metrics of the progress line
+
+
+def run_training(
+    directory: epath.Path, title: str, training: Training, keeping: Keeping, logging: LoggingConfig
 ) -> tuple[Any, dict[str, float]]:
     """Restore or start, `fit` with logging, evaluation and saving, and finish: (final state, newest metrics).
 
-    best: the metric of `evaluate` whose best checkpoints are kept. finalize: applied once to the trained state,
-    which is then saved as step num_steps + 1. Raises Stopped, saved, after a signal; TrainingDiverged where going back
-    did not help.
+    Raises Stopped, saved, after a signal; TrainingDiverged where going back did not help.
     """
+    settings, num_steps = training.settings, training.num_steps
     log = functools.partial(
         MetricLog, directory, title, num_steps, log_every=settings.log_every, save_every=settings.checkpoint.save_every,
-        work=work, config=logging, schedules=schedules, shown=shown, rewind_after=settings.checkpoint.rewind_after,
+        work=training.work, config=logging, schedules=training.schedules, shown=training.shown,
+        rewind_after=settings.checkpoint.rewind_after,
     )  # fmt: skip
-    saves = checkpoint.Checkpoints(directory / "checkpoints", settings.checkpoint, best, lower_is_better)
-    loop = _Loop(directory, title, num_steps, settings, keeping, saves, evaluate, log)
+    saves = checkpoint.Checkpoints(
+        directory / "checkpoints", settings.checkpoint, training.best, training.lower_is_better
+    )
+    loop = _Loop(directory, title, num_steps, settings, keeping, saves, training.evaluate, log)
     with keeping.signals, contextlib.closing(loop):
-        state = loop.restore(abstract, init)
+        state = loop.restore(training.abstract, training.init)
         while int(state.step) < num_steps:
             try:
-                state = fit(loop.run(state, step, batch_at))
+                state = fit(loop.run(state, training.step, training.batch_at))
             except Rewind as trouble:
                 loop.go_back(trouble)
-                state = loop.restore(abstract, init)
+                state = loop.restore(training.abstract, training.init)
         # From num_steps on, the run was killed after its last step and before the stage was marked as finished:
         # its numbers are in the log.
-        if finalize and int(state.step) == num_steps:
-            state = finalize(state)._replace(step=jnp.int32(num_steps + 1))
+        if training.finalize and int(state.step) == num_steps:
+            state = training.finalize(state)._replace(step=jnp.int32(num_steps + 1))
         saves.save_surely(int(state.step), state, loop.record(int(state.step)))
         keeping.ledger.mark("save")
         keeping.ledger.write(title, int(state.step))

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,6 @@ from jaxllm.process import Signals
 from jaxllm.sharding import meet, place_params
 from jaxllm.tokenizer import Tokenizer
 from jaxllm.train import Keeping, check_unchanged
-
-# Every stage, in the order of a life; POLICIES are those that leave a model to talk to.
-STAGES = ("tokenizer", "pretrain", "sft", "sample", "rank", "reward", "dpo", "rloo", "grpo", "ppo", "evaluate")
-POLICIES = ("pretrain", "sft", "dpo", "rloo", "grpo", "ppo")
-# The parts of the config that decide a stage's outcome: changing one of them makes another run.
-SECTIONS = {stage: ("seed", *(("model",) if stage in ("pretrain", "sft") else ()), stage) for stage in STAGES}
 
 
 class StageCut(Exception):
@@ -103,12 +97,13 @@ class Workspace:
         finally:
             os.close(descriptor)
 
-    def begin(self, stage: str) -> None:
-        """Record config and provenance; refuse to go on where another config left off.
+    def begin(self, stage: str, sections: Sequence[str], extends: bool) -> None:
+        """Record config and provenance; refuse to resume where another config left off.
 
-        Raises InputError listing the fields that differ from the recorded ones, unless they are allowed to change.
+        sections: the parts of the config that decide the outcome; extends: whether a finished stage with more steps is
+        resumed. Raises InputError listing the fields that differ from the recorded ones, unless they may change.
         """
-        directory, sections = self.stage_dir(stage), SECTIONS[stage]
+        directory = self.stage_dir(stage)
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
         mine = {name: self.config[name] for name in sections}
@@ -116,17 +111,17 @@ class Workspace:
             old = {name: recorded.get(name) for name in sections}
             check_unchanged(_outcome(old), _outcome(mine), self.allow_change, directory, "another config")
             longer = [c for c in differences(old, mine) if c.startswith((f"{stage}.num_steps", f"{stage}.num_epochs"))]
-            if longer and stage in POLICIES:
+            if longer and extends:
                 self.reopen(stage)
         if jax.process_index() == 0:
             write_json(directory / "config.json", dict(self.config))
             write_json(directory / "provenance.json", provenance(self.mesh))
         meet(f"begin {stage}")
 
-    def keeping(self, stage: str, data: str) -> Keeping:
-        """What looks after a stage while it trains on data with this fingerprint."""
-        sections = _outcome({name: self.config[name] for name in SECTIONS[stage]})
-        prints = {**sections, "code": code_version(), "tokenizer": self.tokenizer().fingerprint, "data": data}
+    def keeping(self, sections: Sequence[str], data: str) -> Keeping:
+        """What looks after a stage, with these sections of the config, while it trains on data with this fingerprint."""
+        decisive = _outcome({name: self.config[name] for name in sections})
+        prints = {**decisive, "code": code_version(), "tokenizer": self.tokenizer().fingerprint, "data": data}
         return Keeping(self.signals, self.ledger, prints, self.allow_change)
 
     def finish(self, stage: str, result: Mapping[str, Any]) -> None:

@@ -213,7 +213,8 @@ def test_chat_streams_and_keeps_the_conversation(tiny_run):
 def test_every_config_loads_round_trips_and_has_a_model():
     from jaxllm.config import build, load, to_tree
     from jaxllm.models import transformer
-    from jaxllm.run import Config, resolve_model
+    from jaxllm.run import Config
+    from jaxllm.stages.language_model import resolve_model
 
     files = sorted((ROOT / "configs").glob("*.yaml"))
     assert files

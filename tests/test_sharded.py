@@ -10,12 +10,11 @@ import optax
 import pytest
 
 from jaxllm import losses, train
-from jaxllm.models import layers, moe, transformer
+from jaxllm.models import layers, moe, next_token, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import MoEConfig
 from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.sharding import MeshConfig, activation, make_mesh
-from jaxllm.stages import language_model
 
 B, T = 8, 16
 DENSE = ModelConfig(
@@ -94,7 +93,7 @@ def outcome(model, sizes):
     # large as gradients are it can be compared as they can.
     tx = make_optimizer(OptimConfig(learning_rate=0.1, schedule="constant", eps=1e-2), 10)
     placed = train.place_state(mesh, transformer.abstract(model), transformer.axes(model), tx)
-    loss = functools.partial(language_model.loss, model=model, z_loss_coef=1e-3)
+    loss = functools.partial(next_token.loss, model=model, z_loss_coef=1e-3)
     step = train.make_step(loss, tx, state_shardings=placed.shardings)
 
     @jax.jit

@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 from tests.conftest import jaxllm as start
 from tests.test_tokenizer import CORPUS
 
-COMMANDS = {*cli.STAGE_HELP, *cli.OTHER_HELP}
+COMMANDS = {"run", *cli.stages.names(), *cli.OTHER_HELP}
 
 
 def test_the_help_says_what_every_command_takes(capsys):

@@ -1,1 +1,182 @@
-"""The stages of a model's life. A stage never imports another stage; the run directory is their contract."""
+"""The table of stages: what a stage is stands in its row, and nowhere else.
+
+To add a stage, write a module and add a row. The command line, the config, the run directory, `plan` and the report read
+the table; none of them knows a stage by name. Modules are named by "module:name" and imported when they are needed, so
+that this table is there at once: `jaxllm --help` imports no JAX.
+"""
+
+import dataclasses
+import importlib
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a model's life."""
+
+    name: str
+    """Its command, its section in the config and its folder in the run directory."""
+    kind: Literal["data", "policy", "reward", "report"]
+    """What it leaves: data for later stages, a model to talk to, a model that scores, or a report."""
+    help: str
+    """What the command does, in a line."""
+    section: str
+    """The class of its config section, or an instance whose values are the defaults."""
+    run: str
+    """(workspace, config, name) -> `train.Training` where the stage trains a model, else its result as a dict."""
+    section_help: str
+    """What its section in the config is."""
+    programs: str = ""
+    """What `plan` compiles: (mesh, config, name) -> (programs of an update, {role: state}); empty: nothing."""
+    needs: tuple[str, ...] = ()
+    """Stages that must be finished, whatever the config says."""
+    also: tuple[str, ...] = ()
+    """Other sections of the config that decide its outcome."""
+    title: str = ""
+    """How the report calls its model."""
+    by_default: bool = True
+    """Whether `jaxllm run` includes it where the config names no stages."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains a model, in steps and with checkpoints."""
+        return self.kind in ("policy", "reward")
+
+    @property
+    def sections(self) -> tuple[str, ...]:
+        """The parts of the config that decide its outcome: changing one of them makes another run."""
+        return ("seed", *self.also, self.name)
+
+
+def load(spec: str) -> Any:
+    """The object named by "module:name"."""
+    module, _, name = spec.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+# In the order of a life.
+TABLE: tuple[Stage, ...] = (
+    Stage(
+        name="tokenizer",
+        kind="data",
+        help="train the tokenizer",
+        section="jaxllm.stages.tokenizer:TokenizerConfig",
+        section_help="Stage 1; without data of its own it reads pretrain.data.",
+        run="jaxllm.stages.tokenizer:build",
+    ),
+    Stage(
+        name="pretrain",
+        kind="policy",
+        help="pre-train on documents",
+        section="jaxllm.stages.language_model:LanguageModelConfig",
+        section_help="Stage 2.",
+        run="jaxllm.stages.language_model:build",
+        programs="jaxllm.stages.language_model:plan",
+        needs=("tokenizer",),
+        also=("model",),
+        title="Pre-trained",
+    ),
+    Stage(
+        name="sft",
+        kind="policy",
+        help="supervised fine-tuning on conversations",
+        section="jaxllm.stages.language_model:LanguageModelConfig",
+        section_help="Stage 3.",
+        run="jaxllm.stages.language_model:build",
+        programs="jaxllm.stages.language_model:plan",
+        needs=("tokenizer",),
+        also=("model",),
+        title="Fine-tuned (SFT)",
+    ),
+    Stage(
+        name="sample",
+        kind="data",
+        help="draw K responses to each prompt",
+        section="jaxllm.stages.sample:SampleConfig",
+        section_help="Stage 4.",
+        run="jaxllm.stages.sample:build",
+    ),
+    Stage(
+        name="rank",
+        kind="data",
+        help="rank them: a person, a file or a simulated annotator",
+        section="jaxllm.stages.rank:RankConfig",
+        section_help="Stage 5.",
+        run="jaxllm.stages.rank:build",
+    ),
+    Stage(
+        name="reward",
+        kind="reward",
+        help="train the reward model on the rankings",
+        section="jaxllm.stages.preference:PreferenceConfig",
+        section_help="Stage 6.",
+        run="jaxllm.stages.preference:build",
+        programs="jaxllm.stages.preference:plan",
+        needs=("tokenizer",),
+    ),
+    Stage(
+        name="dpo",
+        kind="policy",
+        help="train a policy directly on the rankings",
+        section="jaxllm.stages.preference:DPO",
+        section_help="A policy from the rankings, without reward model or rollouts.",
+        run="jaxllm.stages.preference:build",
+        programs="jaxllm.stages.preference:plan",
+        needs=("tokenizer",),
+        title="DPO",
+        by_default=False,
+    ),
+    Stage(
+        name="rloo",
+        kind="policy",
+        help="reinforcement learning without a critic: REINFORCE, leave-one-out",
+        section="jaxllm.stages.ppo:RLOO",
+        section_help="As ppo, with advantages from a prompt's other responses in place of a critic.",
+        run="jaxllm.stages.ppo:build_training",
+        programs="jaxllm.stages.ppo:plan",
+        needs=("tokenizer",),
+        title="RLOO",
+        by_default=False,
+    ),
+    Stage(
+        name="grpo",
+        kind="policy",
+        help="reinforcement learning without a critic: scores normalized in groups",
+        section="jaxllm.stages.ppo:GRPO",
+        section_help="As ppo, with scores normalized within a prompt's responses in place of a critic.",
+        run="jaxllm.stages.ppo:build_training",
+        programs="jaxllm.stages.ppo:plan",
+        needs=("tokenizer",),
+        title="GRPO",
+        by_default=False,
+    ),
+    Stage(
+        name="ppo",
+        kind="policy",
+        help="reinforcement learning from the reward model",
+        section="jaxllm.stages.ppo:PPOConfig",
+        section_help="Stage 7.",
+        run="jaxllm.stages.ppo:build_training",
+        programs="jaxllm.stages.ppo:plan",
+        needs=("tokenizer",),
+        title="PPO",
+    ),
+    Stage(
+        name="evaluate",
+        kind="report",
+        help="measure the models and write the report",
+        section="jaxllm.stages.evaluate:EvaluateConfig",
+        section_help="Stage 8.",
+        run="jaxllm.stages.evaluate:build",
+    ),
+)
+
+
+def names(*kinds: str) -> tuple[str, ...]:
+    """The names of the stages of these kinds, of all where none is given."""
+    return tuple(stage.name for stage in TABLE if not kinds or stage.kind in kinds)
+
+
+def named(name: str) -> Stage:
+    """The row of a stage."""
+    return next(stage for stage in TABLE if stage.name == name)

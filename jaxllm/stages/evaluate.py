@@ -27,9 +27,10 @@ from jaxllm.metrics import console
 from jaxllm.models.config import ModelConfig
 from jaxllm.ranges import NonNegativeInt, PositiveInt
 from jaxllm.sharding import fetch
+from jaxllm.stages import names
 from jaxllm.tasks import ScoringConfig
 from jaxllm.tokenizer import Tokenizer
-from jaxllm.workspace import POLICIES, Workspace, load_model
+from jaxllm.workspace import Workspace, load_model
 
 MAX_HELD_OUT = 20_000  # held-out documents that are looked for in the training data
 
@@ -38,7 +39,7 @@ MAX_HELD_OUT = 20_000  # held-out documents that are looked for in the training 
 class EvaluateConfig:
     """What is measured on held-out data, and on which stages' models."""
 
-    stages: tuple[str, ...] = POLICIES
+    stages: tuple[str, ...] = names("policy")
     """Stages whose models are measured; the ones that have not run are left out."""
     accuracy: DataConfig = DataConfig()
     """Conversations whose last reply is a label, answered greedily; no sources: not measured."""
@@ -66,6 +67,11 @@ class EvaluateConfig:
     """Files of multiple choice, perplexity or generation, as for `jaxllm score`."""
     scoring: ScoringConfig = ScoringConfig()
     """How their questions are asked."""
+
+
+def build(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
+    """`run` with the stage's section and the data of pre-training and fine-tuning."""
+    return run(workspace, getattr(life, stage), life.pretrain.data, life.sft.data)
 
 
 def run(

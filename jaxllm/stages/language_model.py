@@ -11,20 +11,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from jaxllm import evaluate, losses, train
+from jaxllm import evaluate, train
 from jaxllm.checkpoint import CheckpointConfig, compare
+from jaxllm.config import InputError
 from jaxllm.data import DataConfig, Rows, epoch_batches, epoch_rows, epochs_of, fingerprint, load_rows, make_batch_at
-from jaxllm.metrics import LoggingConfig, Work, console, peak_flops
-from jaxllm.models import lora, transformer
+from jaxllm.metrics import Work, console, peak_flops
+from jaxllm.models import lora, next_token, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
 from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
-from jaxllm.sharding import activation, check_batch, param_shardings, place_params, replicated, rows_like
-from jaxllm.workspace import Workspace, describe_model, load_model
+from jaxllm.sharding import activation, check_batch, param_shardings, place_params, replicated
+from jaxllm.workspace import Workspace, describe_model, described_model, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +69,10 @@ class LanguageModelConfig:
             raise ValueError("num_steps: must be positive, or 0 with num_epochs above 0")
 
 
-def run(
-    workspace: Workspace, stage: str, config: LanguageModelConfig, model: ModelConfig, logging: LoggingConfig
-) -> dict[str, float]:
-    """Train the decoder of stage "pretrain" or "sft"; the result has its held-out bits per byte."""
+def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
+    """The training of the decoder in stage "pretrain" or "sft"; the result has its held-out bits per byte."""
+    config: LanguageModelConfig = getattr(life, stage)
+    model = resolve_model(life.model, workspace.tokenizer().vocab_size, config.init_from)
     kind = "document" if stage == "pretrain" else "chat"
     fresh = stage == "pretrain" and not config.init_from
     source = "" if fresh else workspace.source(config.init_from, "pretrain", stage)
@@ -97,7 +97,7 @@ def run(
         return params
 
     base = lora.frozen(config.lora, first()) if config.lora.rank else {}
-    measure = jax.jit(lambda params, batch, base: loss(params, batch, None, base, model=model)[2])
+    measure = jax.jit(lambda params, batch, base: next_token.loss(params, batch, None, base, model=model)[2])
 
     def evaluation(step: int, state: train.TrainState) -> dict[str, float]:
         limit = 0 if step >= num_steps else config.eval_batches
@@ -113,30 +113,56 @@ def run(
 
     describe_model(directory, model, "policy", ("params",), config.lora, source)
     tokens = config.batch_size * length
-    state, metrics = train.run_stage(
-        directory,
-        stage,
-        keeping=workspace.keeping(stage, fingerprint([*rows["train"], *rows["held_out"]])),
+
+    def result(state: train.TrainState, metrics: Mapping[str, float]) -> dict[str, Any]:
+        held_out = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+        return {
+            "parameters": transformer.num_params(model),
+            "steps": num_steps,
+            "tokens": num_steps * tokens,
+            "train_loss": metrics["train/loss"],
+            **held_out,
+            "tokens_per_second": metrics.get("throughput/tokens_per_second", 0.0),
+            "mfu": metrics.get("throughput/mfu", 0.0),
+            "norm": float(optax.tree.norm(state.params)),
+        }
+
+    return train.Training(
+        data=fingerprint([*rows["train"], *rows["held_out"]]),
         init=start,
         abstract=placed.abstract,
         step=functools.partial(step, base=base),
         batch_at=make_batch_at(rows["train"], batch_size=config.batch_size, seed=seed, sharding=sharding),
         num_steps=num_steps,
         settings=config,
-        logging=logging,
         work=Work(tokens, transformer.flops_per_token(model, length) * tokens, peak_flops(mesh)),
         evaluate=evaluation,
         best="eval/bits_per_byte",
+        result=result,
         schedules={"train/learning_rate": learning_rate(config.optim, num_steps)},
         shown=("loss", "eval/bits_per_byte"),
     )
-    numbers = {k.removeprefix("eval/"): v for k, v in metrics.items() if k.startswith("eval/")}
-    return {
-        **{"parameters": transformer.num_params(model), "steps": num_steps, "tokens": num_steps * tokens},
-        **{"train_loss": metrics["train/loss"], **numbers},
-        **{"tokens_per_second": metrics.get("throughput/tokens_per_second", 0.0)},
-        **{"mfu": metrics.get("throughput/mfu", 0.0), "norm": float(optax.tree.norm(state.params))},
-    }
+
+
+def resolve_model(model: ModelConfig, vocab_size: int, init_from: str = "") -> ModelConfig:
+    """The model with the tokenizer's vocabulary; a larger one given in the config is padding and stays.
+
+    Where the config gives no model, it is that of init_from, with as many more rows as the tokenizer needs.
+    """
+    how = {name: getattr(model, name) for name in ("remat", "scan_unroll")}
+    if init_from and model == ModelConfig(**how):
+        model = dataclasses.replace(described_model(init_from)[0], **how)
+        return dataclasses.replace(model, vocab_size=max(model.vocab_size, vocab_size))
+    if model.vocab_size and model.vocab_size < vocab_size:
+        raise InputError(
+            f"model.vocab_size: {model.vocab_size} is below the tokenizer's {vocab_size}; set it to 0 to take the tokenizer's"
+        )
+    return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
+
+
+def plan(mesh: jax.sharding.Mesh, life: Any, stage: str) -> tuple[list[train.Program], dict[str, Any]]:
+    """`programs` of a stage of this config."""
+    return programs(mesh, stage, getattr(life, stage), life.model, life.seed)
 
 
 def program(
@@ -147,7 +173,7 @@ def program(
     placed = train.place_state(
         mesh, *lora.trained(config.lora, transformer.abstract(model), transformer.axes(model)), tx
     )
-    learn = functools.partial(loss, model=model, z_loss_coef=config.z_loss_coef, mtp_coef=config.mtp_coef)
+    learn = functools.partial(next_token.loss, model=model, z_loss_coef=config.z_loss_coef, mtp_coef=config.mtp_coef)
     settings: dict[str, Any] = {"num_micro": config.num_micro, "seed": seed, "spike_factor": config.optim.spike_factor}
     return train.make_step(learn, tx, state_shardings=placed.shardings, **settings), placed
 
@@ -158,62 +184,12 @@ def programs(
     """(what an update runs, {role: its state}), as shapes with their shardings."""
     step, placed = program(mesh, config, model, max(config.num_steps, 1), seed)
     shape = (config.batch_size, length := model.row_length(config.length, f"{stage}.length"))
-    batch = planned_rows(mesh, *shape)
+    batch = next_token.planned_rows(mesh, *shape)
     whole = place_params(mesh, transformer.abstract(model), transformer.axes(model))
     base = lora.place_frozen(config.lora, whole, replicated(mesh))
     flops = transformer.flops_per_token(model, length) * math.prod(shape)
     update = train.Program("step", step, (placed.abstract, batch), {"base": base}, flops)
     return [update], {"policy": placed.abstract, "base": base}
-
-
-def planned_rows(mesh: jax.sharding.Mesh, batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of packed rows, as shapes with their shardings."""
-    types = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.bool_}
-    return rows_like(mesh, {name: jax.ShapeDtypeStruct((batch_size, length), dtype) for name, dtype in types.items()})
-
-
-def loss(
-    params: Any,
-    batch: Any,
-    key: Any,
-    base: Any,
-    *,
-    model: ModelConfig,
-    z_loss_coef: float = 0.0,
-    mtp_coef: float = 0.0,
-) -> losses.Loss:
-    """Next-token loss of packed rows {tokens, segment_ids, positions, loss_mask}, each [B, T].
-
-    base: the frozen parameters under adapters, {} where `params` are all (`lora.join`).
-    """
-    del key  # no dropout
-    params = lora.join(base, params)
-    tokens, segment_ids, positions = (batch[name] for name in ("tokens", "segment_ids", "positions"))
-    hidden, load = transformer.apply_routed(params, model, tokens, segment_ids, positions)
-    targets, mask = losses.next_token_targets(tokens, segment_ids, batch["loss_mask"])
-    score = lambda hidden: losses.token_logprobs(hidden, transformer.head(params), targets, cap=model.logit_softcap)
-    total, weight, metrics = losses.language_model(score(hidden), mask, z_loss_coef)
-    if load:
-        balance, routing = transformer.routing_loss(params["layers"], model, load)
-        total, metrics = total + balance * weight, {**metrics, **routing}
-    if not (model.mtp_modules and mtp_coef):
-        return total, weight, metrics
-    nats, count, load = _further(params, model, hidden, batch)
-    if load:
-        total = total + transformer.routing_loss(params["mtp"]["block"], model, load)[0] * weight
-    return total + mtp_coef / model.mtp_modules * nats, weight, {**metrics, "mtp_loss": (nats, count)}
-
-
-def _further(params: Any, model: ModelConfig, hidden: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array, Any]:
-    """(sum of -log p of the tokens after the next, their number, the experts' loads) of all of the model's modules."""
-    tokens, segment_ids, positions = (batch[name] for name in ("tokens", "segment_ids", "positions"))
-    further, load = transformer.ahead(params, model, hidden, tokens, segment_ids, positions)
-    found = []
-    for k, states in enumerate(further):
-        targets, mask = losses.next_token_targets(tokens, segment_ids, batch["loss_mask"], ahead=k + 2)
-        stats = losses.token_logprobs(states, transformer.head(params), targets, cap=model.logit_softcap)
-        found.append(losses.language_model(stats, mask)[:2])
-    return sum(nats for nats, _ in found), sum(count for _, count in found), load  # pyright: ignore[reportReturnType]
 
 
 def describe(

@@ -7,7 +7,7 @@ al. 2022); Huang et al. 2024. RLOO and GRPO differ where `RLOO` and `GRPO` below
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,8 +21,8 @@ from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.data import DataConfig, PromptExample
 from jaxllm.generate import Rollout, SamplingConfig
 from jaxllm.losses import Metrics, Moments
-from jaxllm.metrics import LoggingConfig, Work, console, json_line, read_metrics, write_whole
-from jaxllm.models import lora, scalar, transformer
+from jaxllm.metrics import Work, console, json_line, read_metrics, write_whole
+from jaxllm.models import lora, next_token, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
@@ -50,7 +50,6 @@ from jaxllm.sharding import (
     rows_like,
     send,
 )
-from jaxllm.stages import language_model
 from jaxllm.tokenizer import Tokenizer
 from jaxllm.train import TrainState
 from jaxllm.workspace import Workspace, describe_model, load_model
@@ -294,8 +293,9 @@ class Setup(NamedTuple):
 Score = Callable[[Rollout, Sequence[PromptExample]], tuple[jax.Array, Metrics]]
 
 
-def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: str = "ppo") -> dict[str, float]:
-    """Train the policy; the result has score and KL on held-out prompts under the same reward."""
+def build_training(workspace: Workspace, life: Any, stage: str) -> train.Training:
+    """The training of the policy; its result has score and KL on held-out prompts under the same reward."""
+    config: PPOConfig = getattr(life, stage)
     mesh, directory = workspace.mesh, workspace.stage_dir(stage)
     check_batch(mesh, config.batch_size // config.num_minibatches // config.num_micro, f"{stage} minibatch")
     check_batch(mesh, config.batch_size // config.num_responses, f"{stage}.batch_size / {stage}.num_responses")
@@ -311,10 +311,15 @@ def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: 
     describe_model(directory, setup.model, "policy", (*path, *shared), config.lora, source)
     table, ptx_at = SampleTable(directory / "rollouts.jsonl", setup), ptx_batches(workspace, setup, stage)
     updates = config.num_steps * config.num_epochs * config.num_minibatches
-    _, metrics = train.run_stage(
-        directory,
-        stage,
-        keeping=workspace.keeping(stage, data.fingerprint([*prompts["train"], *prompts["held_out"]])),
+
+    def result(state: PPOState, metrics: Mapping[str, float]) -> dict[str, Any]:
+        del state
+        held_out = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+        more = {name: metrics[f"{stage}/{name}"] for name in ("entropy", "clip_fraction", "sampler_drift")}
+        return {"steps": config.num_steps, **held_out, **more}
+
+    return train.Training(
+        data=data.fingerprint([*prompts["train"], *prompts["held_out"]]),
         # Copies: making a state donates, and reference and reward model stay.
         init=lambda: first_state(parts, config, mesh, *jax.tree.map(jnp.copy, starts)),
         abstract=abstract_state(parts, config, mesh),
@@ -329,7 +334,6 @@ def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: 
         ),
         num_steps=config.num_steps,
         settings=config,
-        logging=logging,
         work=Work(config.batch_size * config.sampling.max_new_tokens),
         evaluate=make_evaluation(setup, parts, roles, score, prompts["held_out"], mesh),
         best="eval/score",
@@ -338,10 +342,13 @@ def run(workspace: Workspace, config: PPOConfig, logging: LoggingConfig, stage: 
             f"{stage}/learning_rate": lambda n: learning_rate(config.actor, updates)(n * (updates // config.num_steps))
         },
         shown=(*(f"{stage}/{n}" for n in ("score", "kl", "entropy", "response_length")), "eval/score", "eval/kl"),
+        result=result,
     )
-    numbers = {k.removeprefix("eval/"): v for k, v in metrics.items() if k.startswith("eval/")}
-    more = {name: metrics[f"{stage}/{name}"] for name in ("entropy", "clip_fraction", "sampler_drift")}
-    return {"steps": config.num_steps, **numbers, **more}
+
+
+def plan(mesh: jax.sharding.Mesh, life: Any, stage: str) -> tuple[list[train.Program], dict[str, Any]]:
+    """`programs` of a stage of this config."""
+    return programs(mesh, stage, getattr(life, stage), life.model, life.seed)
 
 
 def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: Tokenizer):
@@ -612,7 +619,7 @@ def programs(
     minibatch = rows_like(mesh, jax.tree.map(cut, experience))
     whole, unscored = (transformer.flops_per_token(model, P + R, scored=s) for s in (True, False))
     tokens, updates = B * (P + R), config.num_epochs * config.num_minibatches
-    ptx = (language_model.planned_rows(mesh, config.ptx.batch_size, config.ptx.length or model.max_length),)
+    ptx = (next_token.planned_rows(mesh, config.ptx.batch_size, config.ptx.length or model.max_length),)
     mixed = (minibatch, *ptx) if config.ptx.coef else minibatch
     size = tokens / config.num_minibatches
 
@@ -890,7 +897,7 @@ def critic_loss(params: Any, batch: Experience, key: Any, base: Any, *, setup: S
 
 def ptx_loss(params: Any, batch: Any, key: Any, base: Any, *, setup: Setup) -> losses.Loss:
     """Next-token loss of the policy on documents."""
-    return language_model.loss(setup.policy(params, base), batch, key, {}, model=setup.model)
+    return next_token.loss(setup.policy(params, base), batch, key, {}, model=setup.model)
 
 
 def response_values(params: Any, batch: Rollout | Experience, *, model: ModelConfig) -> jax.Array:

@@ -7,7 +7,7 @@ r = beta * log(policy / reference).
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import jax
@@ -19,7 +19,7 @@ from jaxllm import evaluate, losses, train
 from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import InputError
 from jaxllm.data import DataConfig, RankedExample, Source, fingerprint, load_ranked, make_ranked_batch_at, ranked_epoch
-from jaxllm.metrics import LoggingConfig, Work, console, peak_flops
+from jaxllm.metrics import Work, console, peak_flops
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
@@ -79,6 +79,9 @@ class PreferenceConfig:
             raise ValueError("loss: margin_coef and label_smoothing belong to the pairwise loss")
 
 
+DPO = PreferenceConfig(optim=OptimConfig(learning_rate=1e-5, weight_decay=0.0))
+
+
 def load_rankings(
     workspace: Workspace, stage: str, config: PreferenceConfig, model: ModelConfig
 ) -> dict[str, list[RankedExample]]:
@@ -122,12 +125,13 @@ def _distance(batch: Any) -> jax.Array:
     return good[:, :, None] - good[:, None, :]
 
 
-def run(workspace: Workspace, stage: str, config: PreferenceConfig, logging: LoggingConfig) -> dict[str, Any]:
-    """Train stage "reward" or "dpo"; returns held-out pairwise accuracy, top-1 accuracy and calibration error.
+def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
+    """The training of stage "reward" or "dpo"; its result: held-out pairwise and top-1 accuracy, calibration error.
 
     Of DPO they say how often its implicit reward orders held-out pairs right. It learns from all pairs of K responses,
     or the Plackett-Luce likelihood of their order (Rafailov et al. 2023, appendix A.3).
     """
+    config: PreferenceConfig = getattr(life, stage)
     is_dpo, mesh, directory = stage == "dpo", workspace.mesh, workspace.stage_dir(stage)
     if is_dpo and config.loss == "regression":
         raise InputError("dpo.loss: regression needs a reward model; set it to pairwise or plackett_luce")
@@ -163,17 +167,20 @@ def run(workspace: Workspace, stage: str, config: PreferenceConfig, logging: Log
 
     batch_at = make_ranked_batch_at(rankings["train"], seed=workspace.seed, **batches)
     rows = math.prod(batch_at(0)["tokens"].shape)
-    _, metrics = train.run_stage(
-        directory,
-        stage,
-        keeping=workspace.keeping(stage, fingerprint([*rankings["train"], *rankings["held_out"]])),
+
+    def result(state: train.TrainState, metrics: Mapping[str, float]) -> dict[str, Any]:
+        del state
+        held_out = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+        return {"steps": num_steps, **held_out, **(read_json(directory / "held_out.json") or {})}
+
+    return train.Training(
+        data=fingerprint([*rankings["train"], *rankings["held_out"]]),
         init=lambda: place.init(jax.jit(first, out_shardings=place.shardings.params)(policy)),
         abstract=place.abstract,
         step=functools.partial(step, **fixed),
         batch_at=batch_at,
         num_steps=num_steps,
         settings=config,
-        logging=logging,
         work=Work(rows, flops_per_token(stage, config, model) * rows, peak_flops(mesh)),
         evaluate=evaluation,
         best="eval/accuracy",
@@ -181,9 +188,13 @@ def run(workspace: Workspace, stage: str, config: PreferenceConfig, logging: Log
         finalize=None if is_dpo else finish,
         schedules={"train/learning_rate": learning_rate(config.optim, num_steps)},
         shown=("loss", "accuracy", "eval/accuracy"),
+        result=result,
     )
-    numbers = {k.removeprefix("eval/"): v for k, v in metrics.items() if k.startswith("eval/")}
-    return {"steps": num_steps, **numbers, **(read_json(directory / "held_out.json") or {})}
+
+
+def plan(mesh: jax.sharding.Mesh, life: Any, stage: str) -> tuple[list[train.Program], dict[str, Any]]:
+    """`programs` of a stage of this config."""
+    return programs(mesh, stage, getattr(life, stage), life.model, life.sample.num_responses, life.seed)
 
 
 def program(

@@ -62,6 +62,11 @@ class RankConfig:
             raise ValueError(f"annotator: person, file:PATH or module:function, not {self.annotator!r}")
 
 
+def build(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
+    """`run` with the stage's section."""
+    return run(workspace, getattr(life, stage))
+
+
 def run(workspace: Workspace, config: RankConfig, ask: Callable[[], str] | None = None) -> dict[str, Any]:
     """Rank the responses in samples.jsonl into rankings.jsonl; returns counts and the share of tied pairs.
 

@@ -40,6 +40,11 @@ class SampleConfig:
             raise ValueError("num_responses: at least 2 responses are needed to rank them")
 
 
+def build(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
+    """`run` with the stage's section."""
+    return run(workspace, getattr(life, stage))
+
+
 def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
     """Write samples.jsonl, a line per prompt; a killed run goes on after its last whole batch."""
     source = workspace.source(config.init_from, "sft", "sample")

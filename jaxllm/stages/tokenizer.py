@@ -41,6 +41,11 @@ class TokenizerConfig:
     """Training threads; 0: one per core."""
 
 
+def build(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
+    """`run` with the stage's section."""
+    return run(workspace, getattr(life, stage))
+
+
 def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
     """Train, save and measure, on process 0; the result records the sample's size and seed."""
     if jax.process_index():

@@ -19,10 +19,10 @@ import numpy as np
 from jaxllm import checkpoint, digest, train
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.next_token import loss
 from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.run import set_cpu_devices
 from jaxllm.sharding import MeshConfig, activation, make_mesh
-from jaxllm.stages.language_model import loss
 
 
 def rss() -> int:

@@ -12,9 +12,9 @@ from jaxllm import train
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import Load, MoEConfig, balance, moe, route
+from jaxllm.models.next_token import loss
 from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
-from jaxllm.stages.language_model import loss
 from tests.models.test_families import RECORD, load
 from tests.oracles.families import BATCH, LENGTH, STEPS, TRAINED, tokens
 

@@ -12,9 +12,9 @@ import safetensors.numpy
 from jaxllm.config import InputError
 from jaxllm.models import families, transformer
 from jaxllm.models.config import ModelConfig, preset
+from jaxllm.models.next_token import loss
 from jaxllm.pretrained import export_model, import_model
 from jaxllm.sharding import MeshConfig, make_mesh
-from jaxllm.stages.language_model import loss
 from jaxllm.workspace import load_model
 from tests.models.test_families import RECORD
 from tests.models.test_moe import CONFIG
