@@ -3,21 +3,21 @@
 import dataclasses
 import difflib
 import errno
-import glob
-import importlib.util
 import io
 import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 import jaxllm
 from jaxllm import stages
-from jaxllm.config import InputError, load, parse_overrides, tyro_cli
+from jaxllm.config import InputError, differences, load, parse_overrides, to_tree, tyro_cli
+from jaxllm.hardware import choose_platform
 from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveProportion, Seed
+from jaxllm.shipped import find_config, listing
 
 RUN_HELP = "all stages in order; a finished stage is skipped, a cut one resumes"
 # command -> (what it takes, what it does)
@@ -35,6 +35,8 @@ OTHER_HELP = {
         "compile a stage's step for TPUs that are not there: does it fit, what does it cost",
     ),
     "lm_eval": ("STAGE_DIR --tasks NAME ...", "run EleutherAI's lm-evaluation-harness on a stage's model"),
+    "configs": ("", "list the configs that ship with the program; any command takes one by its name"),
+    "config": ("CONFIG [--diff OTHER]", "print a config with every default filled in, or how it differs from another"),
 }
 
 
@@ -116,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, or stopped by a signal with everything saved, 1 training failed, 2 bad input, 3 stopped before the end on purpose."""
     if argv is None:
         _use_huge_pages()
-        _choose_platform()
+        choose_platform()
     args = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):  # a terminal without Chinese shows its characters' numbers
         if isinstance(stream, io.TextIOWrapper):
@@ -164,24 +166,6 @@ def _use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _choose_platform() -> None:
-    """Choose the CPU where libtpu is installed and no accelerator is there, before JAX is imported.
-
-    Otherwise libtpu prints a trace of its failure at every start. JAX_PLATFORMS, where it is set, is left as it is.
-    """
-    accelerators = (
-        "/dev/accel*",
-        "/dev/vfio/[0-9]*",
-        "/dev/nvidia[0-9]*",
-        "/dev/kfd",
-        "/dev/dxg",
-    )  # TPU, NVIDIA, AMD, WSL
-    if "JAX_PLATFORMS" in os.environ or sys.platform != "linux" or importlib.util.find_spec("libtpu") is None:
-        return
-    if not any(glob.glob(pattern) for pattern in accelerators):
-        os.environ["JAX_PLATFORMS"] = "cpu"
-
-
 def _dispatch(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         return print(_usage())
@@ -209,18 +193,13 @@ def _train(command: str, args: list[str]) -> None:
     from jaxllm.checkpoint import SaveFailed
     from jaxllm.metrics import TrainingDiverged
     from jaxllm.process import Stopped
-    from jaxllm.run import Config, run_stages
+    from jaxllm.run import run_stages
     from jaxllm.train import SilentCorruption
     from jaxllm.workspace import StageCut
 
-    prog = f"jaxllm {command} CONFIG"
-    if not args or args[0].startswith("-"):
-        if {"-h", "--help"} & {*args}:
-            parse_overrides(Config, Config(), ["--help"], prog)
-        raise InputError(f"jaxllm {command}: give a config file first, for example configs/tiny.yaml")
-    path, *flags = args
-    overrides = parse_overrides(Config, load(Config, path), flags, prog)
-    config = load(Config, path, overrides)
+    if {"-h", "--help", "--help-all"} & {*args}:
+        return _explain(command, args)
+    config, path = _read_config(command, args)
     try:
         run_stages(config, path, config.stages if command == "run" else [command])
     except (TrainingDiverged, SaveFailed, SilentCorruption) as error:
@@ -231,9 +210,65 @@ def _train(command: str, args: list[str]) -> None:
         _exit(f"jaxllm: {cut}", 3)
 
 
+def _read_config(command: str, args: list[str]) -> tuple[Any, str]:
+    """(the config with the flags that override it, its path as it is given again to the next command)."""
+    from jaxllm.run import Config
+
+    if not args or args[0].startswith("-"):
+        raise InputError(f"jaxllm {command}: give a config file first, or the name of one that `jaxllm configs` lists")
+    path = find_config(args[0])
+    overrides = parse_overrides(Config, load(Config, path), args[1:], f"jaxllm {command} CONFIG")
+    return load(Config, path, overrides), args[0]
+
+
+def _explain(command: str, args: list[str]) -> None:
+    """Print the help of a stage's command: the common options and its own section, with --help-all every section."""
+    from jaxllm.life import config_class
+    from jaxllm.run import Config
+
+    everything = "--help-all" in args
+    rows = [stage for stage in stages.TABLE if everything or stage.name == command]
+    given = load(Config, find_config(args[0])) if not args[0].startswith("-") else Config()
+    shown = config_class(rows)
+    default = shown(**{field.name: getattr(given, field.name) for field in dataclasses.fields(shown)})
+    about = "Every option of every stage." if everything else f"{_help_of(command)}. --help-all explains every stage."
+    tyro_cli(shown, ["--help"], f"jaxllm {command} CONFIG", default, about)
+
+
+def _help_of(command: str) -> str:
+    text = RUN_HELP if command == "run" else stages.named(command).help
+    return f"{text[:1].upper()}{text[1:]}"
+
+
+def _show_config(args: list[str]) -> None:
+    """`jaxllm config CONFIG [--diff OTHER] [--section.field VALUE ...]`."""
+    import yaml
+
+    args, other = [*args], ""
+    if "--diff" in args:
+        place = args.index("--diff")
+        if place + 1 == len(args):
+            raise InputError("jaxllm config: --diff: give the config to compare with")
+        other = args[place + 1]
+        del args[place : place + 2]
+    tree = to_tree(_read_config("config", args)[0])
+    if not other:
+        print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+        return
+    for line in differences(to_tree(_read_config("config", [other])[0]), tree):
+        print(line)
+
+
 def _talk(command: str, args: list[str]) -> None:
-    if command in ("score", "lm_eval", "plan"):
-        return {"score": _score, "lm_eval": _harness, "plan": _plan}[command](args)
+    of_their_own = {
+        "score": _score,
+        "lm_eval": _harness,
+        "plan": _plan,
+        "config": _show_config,
+        "configs": lambda _: print("\n".join(listing()), end=""),
+    }
+    if command in of_their_own:
+        return of_their_own[command](args)
     kinds: dict[str, tuple[type, Callable]] = {
         **{"generate": (GenerateArgs, _generate), "chat": (ChatArgs, _chat)},
         **{"import": (ImportArgs, _import), "export": (ExportArgs, _export)},
@@ -289,7 +324,7 @@ def _plan(args: list[str]) -> None:
     from jaxllm.run import Config
 
     parsed = tyro_cli(plan.PlanArgs, args, "jaxllm plan")
-    plan.command(parsed, load(Config, parsed.config))
+    plan.command(parsed, load(Config, find_config(parsed.config)))
 
 
 def _harness(args: list[str]) -> None:

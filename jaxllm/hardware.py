@@ -1,6 +1,10 @@
-"""What accelerators promise. The one table: measured MFU, plans and estimates read it."""
+"""What accelerators promise: the one table that measured MFU, plans and estimates read; and whether one is here."""
 
 import dataclasses
+import glob
+import importlib.util
+import os
+import sys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,3 +39,21 @@ def by_kind(device_kind: str) -> Chip | None:
     """The device that JAX calls so, if it is known."""
     known = [chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)]
     return max(known, key=lambda chip: len(chip.kind), default=None)  # "TPU v5 lite" is no "TPU v5"
+
+
+def choose_platform() -> None:
+    """Choose the CPU where libtpu is installed and no accelerator is there, before JAX is imported.
+
+    Otherwise libtpu prints a trace of its failure at every start. JAX_PLATFORMS, where it is set, is left as it is.
+    """
+    accelerators = (
+        "/dev/accel*",
+        "/dev/vfio/[0-9]*",
+        "/dev/nvidia[0-9]*",
+        "/dev/kfd",
+        "/dev/dxg",
+    )  # TPU, NVIDIA, AMD, WSL
+    if "JAX_PLATFORMS" in os.environ or sys.platform != "linux" or importlib.util.find_spec("libtpu") is None:
+        return
+    if not any(glob.glob(pattern) for pattern in accelerators):
+        os.environ["JAX_PLATFORMS"] = "cpu"

@@ -12,7 +12,7 @@ import pytest
 
 import jaxllm
 from jaxllm import __main__ as cli
-from jaxllm import chat, metrics, run
+from jaxllm import chat, hardware, metrics, run
 from jaxllm.config import InputError, load
 from jaxllm.generate import SamplingConfig
 from jaxllm.tokenizer import train
@@ -44,7 +44,7 @@ def test_the_version_is_printed(capsys):
 def test_commands_named_in_configs_and_pages_exist():
     pages = [
         *(ROOT / "configs").glob("*.yaml"),
-        *(ROOT / "launch").iterdir(),
+        *(ROOT / "launch").glob("*.*"),
         *ROOT.glob("*.md"),
         ROOT / "tests/README.md",
     ]
@@ -148,13 +148,13 @@ def test_a_completion_by_default_fits_the_context(tiny_run, capsys):
 @pytest.mark.parametrize(("devices", "chosen"), [([], "cpu"), (["/dev/accel0"], None), (["/dev/nvidia0"], None)])
 def test_without_an_accelerator_the_cpu_is_chosen_quietly(monkeypatch, devices, chosen):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    monkeypatch.setattr(cli.glob, "glob", lambda pattern: fnmatch.filter(devices, pattern))
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name == "libtpu" or None)
-    monkeypatch.setattr(cli.sys, "platform", "linux")
-    cli._choose_platform()
+    monkeypatch.setattr(hardware.glob, "glob", lambda pattern: fnmatch.filter(devices, pattern))
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: name == "libtpu" or None)
+    monkeypatch.setattr(hardware.sys, "platform", "linux")
+    hardware.choose_platform()
     assert os.environ.get("JAX_PLATFORMS") == chosen
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
-    cli._choose_platform()
+    hardware.choose_platform()
     assert os.environ["JAX_PLATFORMS"] == "tpu"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 
 from jaxllm.config import InputError
+from jaxllm.shipped import find_data
 
 COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "zst": "zstd", "zstd": "zstd", "bz2": "bzip2", "xz": "xz"}
 
@@ -53,7 +54,7 @@ def _local(path: str) -> tuple[list[str], bool]:
     """(files, whether the path is a folder); a path that exists is taken as it is, whatever characters it has."""
     if "\0" in path:
         raise InputError(f"{path!r}: a path cannot hold a NUL character; remove it")
-    path = path if os.path.exists(path) else os.path.expanduser(path)
+    path = find_data(path if os.path.exists(path) else os.path.expanduser(path))
     if os.path.exists(path):
         return ([path], False) if os.path.isfile(path) else ([], os.path.isdir(path))
     return [name for name in sorted(glob.glob(path, recursive=True)) if os.path.isfile(name)], False
