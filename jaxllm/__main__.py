@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import errno
+import functools
 import io
 import logging
 import os
@@ -14,7 +15,7 @@ import tyro
 
 import jaxllm
 from jaxllm import stages
-from jaxllm.config import InputError, differences, load, parse_overrides, to_tree, tyro_cli
+from jaxllm.config import Ending, InputError, differences, load, parse_overrides, to_tree, tyro_cli
 from jaxllm.hardware import choose_platform
 from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveProportion, Seed
 from jaxllm.shipped import find_config, listing
@@ -125,9 +126,10 @@ def main(argv: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax announces its options as warnings
     try:
-        _dispatch(args)
-    except InputError as error:
-        _exit(f"jaxllm: {error}", 2)
+        work = _parse(args)
+        work()
+    except Ending as end:
+        _exit(f"jaxllm: {end}", end.code)
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         sys.stderr.close()
         sys.exit(141)
@@ -166,16 +168,17 @@ def _use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _dispatch(args: list[str]) -> None:
+def _parse(args: list[str]) -> Callable[[], None]:
+    """What the arguments ask for, to be called; what runs a stage is then called by `main` itself."""
     if not args or args[0] in ("-h", "--help"):
-        return print(_usage())
+        return functools.partial(print, _usage())
     if args[0] == "--version":
-        return print(f"jaxllm {jaxllm.__version__}")
+        return functools.partial(print, f"jaxllm {jaxllm.__version__}")
     command, *rest = args
     if command == "run" or command in stages.names():
-        return _train(command, rest)
+        return _parse_stage(command, rest)
     if command in OTHER_HELP:
-        return _talk(command, rest)
+        return functools.partial(_run_tool, command, rest)
     close = difflib.get_close_matches(command, ["run", *stages.names(), *OTHER_HELP], n=1)
     raise InputError(f"unknown command {command!r}; {f'did you mean {close[0]}?' if close else 'see jaxllm --help'}")
 
@@ -189,25 +192,13 @@ def _usage() -> str:
     return "\n".join(["The whole life of a language model.\n", *rows, end])
 
 
-def _train(command: str, args: list[str]) -> None:
-    from jaxllm.checkpoint import SaveFailed
-    from jaxllm.metrics import TrainingDiverged
-    from jaxllm.process import Stopped
-    from jaxllm.run import run_stages
-    from jaxllm.train import SilentCorruption
-    from jaxllm.workspace import StageCut
-
+def _parse_stage(command: str, args: list[str]) -> Callable[[], None]:
     if {"-h", "--help", "--help-all"} & {*args}:
-        return _explain(command, args)
+        return functools.partial(_explain, command, args)
+    from jaxllm.run import run_stages
+
     config, path = _read_config(command, args)
-    try:
-        run_stages(config, path, config.stages if command == "run" else [command])
-    except (TrainingDiverged, SaveFailed, SilentCorruption) as error:
-        _exit(f"jaxllm: {error}", 1)
-    except Stopped as stop:
-        _exit(f"jaxllm: {stop}", 0)
-    except StageCut as cut:
-        _exit(f"jaxllm: {cut}", 3)
+    return functools.partial(run_stages, config, path, config.stages if command == "run" else [command])
 
 
 def _read_config(command: str, args: list[str]) -> tuple[Any, str]:
@@ -259,7 +250,7 @@ def _show_config(args: list[str]) -> None:
         print(line)
 
 
-def _talk(command: str, args: list[str]) -> None:
+def _run_tool(command: str, args: list[str]) -> None:
     of_their_own = {
         "score": _score,
         "lm_eval": _harness,

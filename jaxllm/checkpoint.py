@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxllm import digest
-from jaxllm.config import InputError, build
+from jaxllm.config import Ending, InputError, build
 from jaxllm.metrics import console
 from jaxllm.models import files
 from jaxllm.models.config import ModelConfig
@@ -75,7 +75,7 @@ class Damaged(InputError):
         self.step_dir, self.what = step_dir, what
 
 
-class SaveFailed(Exception):
+class SaveFailed(Ending):
     """The last state could not be saved, although it was tried again and again."""
 
 

@@ -28,11 +28,19 @@ Tree = dict[str, Any]
 Where = dict[tuple[Any, ...], str]
 
 
-class InputError(Exception):
+class Ending(Exception):
+    """What ends the program with one line, its text, and with this exit code."""
+
+    code = 1
+
+
+class InputError(Ending):
     """Bad input from the user: config, data, checkpoint or command line. Its text is one complete line.
 
     What it quotes may hold anything: line breaks and control characters are spelled out.
     """
+
+    code = 2
 
     def __init__(self, text: str):
         super().__init__("".join(c if c.isprintable() or c in "\xa0\u3000" else f"{c!a}"[1:-1] for c in text))
@@ -70,6 +78,18 @@ def build[T](cls: type[T], tree: Mapping[str, Any], where: Where | None = None, 
 def to_tree(config: Any) -> Tree:
     """The config as plain JSON types; `build(type(config), to_tree(config)) == config`."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def complete(cls: type, sections: Mapping[str, Any]) -> Tree:
+    """Sections of a config as an earlier version recorded them, with the defaults of fields that are new since then.
+
+    Sections that the config no longer takes come back as they are: `differences` will name what has changed.
+    """
+    try:
+        whole = to_tree(build(cls, sections))
+    except InputError:
+        return dict(sections)
+    return {name: whole[name] for name in sections}
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

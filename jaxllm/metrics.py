@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxllm import hardware
-from jaxllm.config import InputError
+from jaxllm.config import Ending, InputError
 from jaxllm.losses import Metrics
 from jaxllm.sharding import fetch
 
@@ -42,7 +42,7 @@ class Work(NamedTuple):
     peak_flops: float = 0.0  # of all devices together
 
 
-class TrainingDiverged(Exception):
+class TrainingDiverged(Ending):
     """Training goes wrong again and again. The newest checkpoint is from before."""
 
 

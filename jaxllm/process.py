@@ -13,7 +13,7 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-from jaxllm.config import InputError
+from jaxllm.config import Ending, InputError
 from jaxllm.ranges import PositiveSeconds, Seconds
 
 
@@ -31,8 +31,10 @@ class ProcessConfig:
     """A training loop without a step for so long dumps every thread's stack and exits with status 1; 0: never."""
 
 
-class Stopped(Exception):
-    """The process was told to stop, and nothing is lost. Exit code 0."""
+class Stopped(Ending):
+    """The process was told to stop, and nothing is lost."""
+
+    code = 0
 
 
 def join(config: ProcessConfig) -> None:

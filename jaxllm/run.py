@@ -1,5 +1,6 @@
 """Composition root: config -> processes, devices, run directory -> stages in order."""
 
+import functools
 import math
 import os
 import resource
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxllm import checkpoint, goodput, stages
-from jaxllm.config import InputError, to_tree
+from jaxllm.config import InputError, complete, to_tree
 from jaxllm.life import Config, with_defaults
 from jaxllm.metrics import LOWER, TrainingDiverged, console, read_metrics
 from jaxllm.process import Signals, join
@@ -39,10 +40,11 @@ def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
     signals = Signals(config.process.watchdog_seconds)
     signals.install()
     command = f"jaxllm STAGE {config_path}{moved}"
-    workspace = Workspace(run_dir, mesh, config.seed, to_tree(config), command, signals, config.allow_change)
+    completed = functools.partial(complete, type(config))
+    workspace = Workspace(run_dir, mesh, config.seed, to_tree(config), command, signals, config.allow_change, completed)
     with workspace.locked():
         remade: set[str] = set()
-        worked = [stage for stage in wanted if _work(workspace, config, stage, config_path + moved, remade)]
+        worked = [stage for stage in wanted if run_stage(workspace, config, stage, config_path + moved, remade)]
     if not worked:
         console.print(
             f"Nothing to do: {'all stages are' if len(wanted) > 1 else 'it is'} finished in {run_dir}", soft_wrap=True
@@ -86,42 +88,59 @@ def beside_plan(report: Mapping[str, Any] | None, metrics: Iterable[Mapping[str,
     return {"plan": {name: {"planned": p, "measured": m} for name, (p, m) in pairs.items()}}
 
 
-def _work(workspace: Workspace, config: Config, stage: str, config_path: str, remade: set[str]) -> bool:
+def run_stage(workspace: Workspace, config: Config, name: str, config_path: str, remade: set[str]) -> bool:
     """Bring a stage to its end; False where it is there already.
 
     Where another stage's checkpoint that it needs is damaged, that stage is brought to its end again first, from its
-    newest good checkpoint: the same config, data and code give the same bits. A stage in `remade` has been made again
-    already in this command; damaged once more, it is an error, since the disk does not keep what is written.
+    newest good checkpoint: the same config, data and code give the same bits. Stages made again are added to `remade`.
     """
-    workspace = workspace.on(make_mesh(config.mesh_of(stage)))
-    row = stages.named(stage)
-    workspace.begin(stage, row.sections, extends=row.kind == "policy")
-    if workspace.result(stage) is not None:
-        console.print(f"{stage}: finished already, in {workspace.stage_dir(stage)}", soft_wrap=True)
+    row = stages.named(name)
+    workspace = workspace.on(make_mesh(config.mesh_of(name)))
+    workspace.begin(name, row.sections, extends=row.kind == "policy")
+    if workspace.result(name) is not None:
+        console.print(f"{name}: finished already, in {workspace.stage_dir(name)}", soft_wrap=True)
         return False
-    while True:
+    finished = False
+    while not finished:
+        began = time.monotonic()
         try:
             with jax.set_mesh(workspace.mesh):
-                _run_stage(workspace, config, stage, config_path)
-            break
+                _prepare(workspace, row)
+                made = stages.load(row.run)(workspace, config, name)
+                if isinstance(made, Training):
+                    keeping = workspace.keeping(row.sections, made.data)
+                    state, metrics = run_training(workspace.stage_dir(name), name, made, keeping, config.logging)
+                    made = made.result(state, metrics)
+                _finish(workspace, config, name, made, began, config_path)
+            finished = True
         except checkpoint.Damaged as error:
-            owner = error.step_dir.parent.parent.name
-            mine = error.step_dir.parent.parent == workspace.stage_dir(owner).resolve() and owner not in ("", stage)
-            if not mine or getattr(config, owner).checkpoint.damaged == "stop":
-                raise
-            if owner in remade:
-                raise InputError(
-                    f"{error.step_dir}: is damaged again ({error.what}), although {owner} was just made again; check the "
-                    "disk, or choose another --run-dir"
-                ) from None
-            remade.add(owner)
-            checkpoint.warn_damaged(error, f"and {owner} makes it again")
-            checkpoint.set_aside(error.step_dir)
-            workspace.reopen(owner)
-            _work(workspace, config, owner, config_path, remade)
+            owner = _to_be_remade(workspace, config, name, error, remade)
+            run_stage(workspace, config, owner, config_path, remade)
     if workspace.signals.received:
-        raise workspace.signals.stopped(f"{stage} is finished")
+        raise workspace.signals.stopped(f"{name} is finished")
     return True
+
+
+def _to_be_remade(workspace: Workspace, config: Config, name: str, error: checkpoint.Damaged, remade: set[str]) -> str:
+    """The stage whose damaged checkpoint is set aside, so that it is made again.
+
+    Raises `error` where it is not a stage of this run, or is to stop it, and InputError where it was made again already
+    in this command: the disk does not keep what is written.
+    """
+    owner = error.step_dir.parent.parent.name
+    mine = error.step_dir.parent.parent == workspace.stage_dir(owner).resolve() and owner not in ("", name)
+    if not mine or getattr(config, owner).checkpoint.damaged == "stop":
+        raise error
+    if owner in remade:
+        raise InputError(
+            f"{error.step_dir}: is damaged again ({error.what}), although {owner} was just made again; check the disk, or "
+            "choose another --run-dir"
+        ) from None
+    remade.add(owner)
+    checkpoint.warn_damaged(error, f"and {owner} makes it again")
+    checkpoint.set_aside(error.step_dir)
+    workspace.reopen(owner)
+    return owner
 
 
 def set_cpu_devices(count: int) -> None:
@@ -145,15 +164,19 @@ def start_devices(config: Config) -> jax.sharding.Mesh:
     return make_mesh(config.mesh)
 
 
-def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: str) -> None:
-    began = time.monotonic()
-    console.rule(Text(stage, style="bold"))
-    row = stages.named(stage)
+def _prepare(workspace: Workspace, row: Stage) -> None:
+    """What comes before a stage's own work: its title, the stages it needs, the tokenizer in its folder."""
+    console.rule(Text(row.name, style="bold"))
     for needed in row.needs:
-        workspace.require(needed, stage)
+        workspace.require(needed, row.name)
     if row.trains:
-        workspace.share_tokenizer(stage)
-    result = _run_row(workspace, config, row, stage)
+        workspace.share_tokenizer(row.name)
+
+
+def _finish(
+    workspace: Workspace, config: Config, stage: str, result: dict[str, Any], began: float, config_path: str
+) -> None:
+    """Write and show the result of a stage. Raises TrainingDiverged where a number in it is not finite."""
     if bad := [(name, value) for name, value in _flat(result) if isinstance(value, float) and not math.isfinite(value)]:
         raise TrainingDiverged(f"{stage}: {bad[0][0]} is {bad[0][1]}; {LOWER}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -173,16 +196,6 @@ def _run_stage(workspace: Workspace, config: Config, stage: str, config_path: st
     workspace.ledger.mark("work")
     workspace.ledger.write(stage, event="finished")
     meet(f"{stage} is finished")
-
-
-def _run_row(workspace: Workspace, config: Config, row: Stage, name: str) -> dict[str, Any]:
-    """Run what the stage's row in the table names, and train where it is a training; returns the result."""
-    made = stages.load(row.run)(workspace, config, name)
-    if not isinstance(made, Training):
-        return made
-    keeping = workspace.keeping(row.sections, made.data)
-    state, metrics = run_training(workspace.stage_dir(name), name, made, keeping, config.logging)
-    return made.result(state, metrics)
 
 
 def print_result(stage: str, result: dict[str, Any]) -> None:

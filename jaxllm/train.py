@@ -13,7 +13,7 @@ import optax
 from etils import epath
 
 from jaxllm import checkpoint
-from jaxllm.config import InputError, differences
+from jaxllm.config import Ending, InputError, differences
 from jaxllm.digest import unequal_replicas
 from jaxllm.goodput import Ledger
 from jaxllm.losses import Loss, Metrics
@@ -96,10 +96,12 @@ def make_step(
     def step(state: TrainState, batch: Batch, **frozen: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         batch, other = batch if mixed is not None else (batch, None)
-        grads, metrics = mean_gradient(loss, state.params, batch, key, num_micro, frozen)
+        sums, weight, metrics = accumulate(loss, state.params, batch, key, num_micro, frozen)
+        grads = mean(sums, weight)
         if mixed is not None:
             other_loss, coef = mixed
-            extra, more = mean_gradient(other_loss, state.params, other, key, num_micro, frozen)
+            sums, weight, more = accumulate(other_loss, state.params, other, key, num_micro, frozen)
+            extra = mean(sums, weight)
             grads = jax.tree.map(lambda g, e: g + coef * e, grads, extra)
             metrics |= {f"mixed_{name}": pair for name, pair in more.items()}
         if state_shardings is not None:
@@ -141,27 +143,27 @@ def next_guard(guard: Guard, norm: jax.Array, good: jax.Array) -> Guard:
     return Guard(mean, guard.taken + good.astype(jnp.int32), jnp.where(good, 0, guard.streak + 1))
 
 
-def mean_gradient(
-    loss: LossFunction, params: Any, batch: Batch, key: jax.Array, num_micro: int, frozen: dict[str, Any]
-):
-    """(gradient of the loss's mean, metrics): sums over microbatches, divided once; 0 where nothing has weight."""
-    grads, weight, metrics = accumulate(loss, params, batch, key, num_micro, frozen)
-    return jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1.0), grads), metrics
+def mean(sums: Any, weight: jax.Array) -> Any:
+    """A tree of sums divided by the weight of all of them; 0 where nothing has weight."""
+    return jax.tree.map(lambda total: total / jnp.where(weight > 0, weight, 1.0), sums)
 
 
 def accumulate(loss: LossFunction, params: Any, batch: Batch, key: jax.Array, num_micro: int, frozen: dict[str, Any]):
     """Gradient of the loss sum, the weight and the metrics, summed over microbatches."""
 
-    def one(micro: Batch, key: jax.Array):
-        def scalar(params: Any):
-            total, weight, metrics = loss(params, micro, key, **frozen)
-            return total, (weight, metrics)
+    def scalar(params: Any, micro: Batch, key: jax.Array):
+        total, weight, metrics = loss(params, micro, key, **frozen)
+        return total, (weight, metrics)
 
-        (_, (weight, metrics)), grads = jax.value_and_grad(scalar, has_aux=True)(params)
+    gradient = jax.value_and_grad(scalar, has_aux=True)
+    if num_micro == 1:
+        (_, (weight, metrics)), grads = gradient(params, batch, key)
         return grads, weight, metrics
 
-    if num_micro == 1:
-        return one(batch, key)
+    def one(micro: Batch, key: jax.Array):
+        (_, (weight, metrics)), grads = gradient(params, micro, key)
+        return grads, weight, metrics
+
     # [B, ...] -> [num_micro, B / num_micro, ...]: microbatch i takes rows i, i + num_micro, ... Striding keeps each row
     # on the device that has it: a contiguous cut would move most of the batch.
     split = lambda x: x.reshape(x.shape[0] // num_micro, num_micro, *x.shape[1:]).swapaxes(0, 1)
@@ -244,6 +246,7 @@ class Keeping(NamedTuple):
     ledger: Ledger
     fingerprints: Mapping[str, Any]  # of what the stage is made from, as JSON
     allowed: tuple[str, ...] = ()  # dotted names of fingerprints that may have changed since the checkpoint
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict  # recorded ones, with the fields that are new
 
 
 class Training(NamedTuple):
@@ -318,7 +321,9 @@ class _Loop:
     def restore(self, abstract: Any, init: Callable[[], Any]) -> Any:
         self.keeping.ledger.mark("start")
         state, record = self.saves.restore_or_init(abstract, init)
-        check_unchanged(record.get("fingerprints"), self.keeping.fingerprints, self.keeping.allowed, self.directory)
+        recorded = record.get("fingerprints")
+        old = None if recorded is None else self.keeping.complete(recorded)
+        check_unchanged(old, self.keeping.fingerprints, self.keeping.allowed, self.directory)
         self.restored = int(state.step)
         self.skipped = max(self.skipped, record.get("skipped", []), key=len)
         self.log = self.make_log(start=self.restored, partial=record.get("interval"))
@@ -420,8 +425,8 @@ class _Loop:
         self.saves.close()
 
 
-class SilentCorruption(Exception):
-    """Devices that should hold the same bits do not. Exit code 1."""
+class SilentCorruption(Ending):
+    """Devices that should hold the same bits do not."""
 
 
 class Prefetch:

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import jax
 from etils import epath
 
 from jaxllm import checkpoint
-from jaxllm.config import InputError, build, differences, to_tree
+from jaxllm.config import Ending, InputError, build, differences, to_tree
 from jaxllm.goodput import Ledger
 from jaxllm.metrics import write_whole
 from jaxllm.models import lora, scalar, transformer
@@ -40,8 +40,10 @@ from jaxllm.tokenizer import Tokenizer
 from jaxllm.train import Keeping, check_unchanged
 
 
-class StageCut(Exception):
-    """A stage stopped before its end on purpose; running it again goes on from there. Exit code 3."""
+class StageCut(Ending):
+    """A stage stopped before its end on purpose; running it again resumes it there."""
+
+    code = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Workspace:
     """Whether the process was told to stop."""
     allow_change: tuple[str, ...] = ()
     """Dotted names of what may have changed since a stage was begun."""
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    """Recorded sections of a config with the fields that are new since then (`config.complete`)."""
 
     @functools.cached_property
     def ledger(self) -> Ledger:
@@ -108,7 +112,7 @@ class Workspace:
             directory.mkdir(parents=True, exist_ok=True)
         mine = {name: self.config[name] for name in sections}
         if _has_progress(directory) and (recorded := read_json(directory / "config.json")) is not None:
-            old = {name: recorded.get(name) for name in sections}
+            old = self.complete({name: recorded.get(name) for name in sections})
             check_unchanged(_outcome(old), _outcome(mine), self.allow_change, directory, "another config")
             longer = [c for c in differences(old, mine) if c.startswith((f"{stage}.num_steps", f"{stage}.num_epochs"))]
             if longer and extends:
@@ -122,7 +126,11 @@ class Workspace:
         """What looks after a stage, with these sections of the config, while it trains on data with this fingerprint."""
         decisive = _outcome({name: self.config[name] for name in sections})
         prints = {**decisive, "code": code_version(), "tokenizer": self.tokenizer().fingerprint, "data": data}
-        return Keeping(self.signals, self.ledger, prints, self.allow_change)
+
+        def completed(old: Mapping[str, Any]) -> dict[str, Any]:
+            return {**old, **_outcome(self.complete({name: old[name] for name in sections if name in old}))}
+
+        return Keeping(self.signals, self.ledger, prints, self.allow_change, completed)
 
     def finish(self, stage: str, result: Mapping[str, Any]) -> None:
         saved = self.stage_dir(stage) / "checkpoints"

@@ -138,3 +138,12 @@ def test_a_sections_own_defaults_stand_under_what_the_file_says(tmp_path):
     assert (config.grpo.advantages, config.grpo.num_responses, config.grpo.num_steps) == ("grpo", 8, 3)
     assert (config.grpo.actor.schedule, config.grpo.actor.learning_rate) == ("constant", 1e-3)
     assert config.ppo.advantages == "gae" and config.rloo.num_responses == 4
+
+
+def test_what_an_earlier_version_recorded_is_completed_and_a_real_change_is_seen():
+    now = {"name": "x", "inner": {"num_steps": 3, "rate": 0.5, "on": True, "items": [{"path": "p", "weight": 1.0}]}}
+    old = {"inner": {"num_steps": 3, "items": [{"path": "p"}]}}
+    assert c.complete(Outer, old) == {"inner": now["inner"]}
+    assert c.differences(c.complete(Outer, old), {"inner": {**now["inner"], "rate": 0.7}}) == ["inner.rate: 0.5 -> 0.7"]
+    gone = {"inner": {"num_steps": 3, "former": 1}}
+    assert c.complete(Outer, gone) == gone

@@ -246,13 +246,14 @@ def whole_stage(directory, bad=(), num_steps=20, stop_at=None, settings=Settings
 
     with jax.set_mesh(mesh):
         first = lambda: placed.init(jax.jit(params, out_shardings=placed.shardings.params)())
-        state, _ = train.run_stage(
-            epath.Path(directory), "toy",
-            keeping=train.Keeping(signals, Ledger(directory / "goodput.jsonl"), dict(fingerprints), allowed),
-            init=first, abstract=placed.abstract, step=watched, batch_at=batch_at, num_steps=num_steps,
-            settings=settings, logging=LoggingConfig(tensorboard=False), work=Work(1), best="eval/x",
+        training = train.Training(
+            init=first, abstract=placed.abstract, step=watched, batch_at=batch_at, num_steps=num_steps, data="toy",
+            settings=settings, work=Work(1), best="eval/x", result=lambda state, metrics: {},
             evaluate=lambda number, state: {"eval/x": float(optax.tree.norm(state.params))},
         )  # fmt: skip
+        keeping = train.Keeping(signals, Ledger(directory / "goodput.jsonl"), dict(fingerprints), allowed)
+        logging = LoggingConfig(tensorboard=False)
+        state, _ = train.run_training(epath.Path(directory), "toy", training, keeping, logging)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in line.items() if k != "time" and "throughput" not in k} for line in lines]
     return jax.tree.map(np.asarray, state), kept, len(seen)

@@ -9,6 +9,7 @@ from etils import epath
 
 from jaxllm import checkpoint
 from jaxllm.__main__ import main
+from jaxllm.run import _prepare
 from tests.conftest import ROOT
 
 TINY = (ROOT / "configs" / "tiny.yaml").read_text()
@@ -235,14 +236,14 @@ def test_a_stage_that_stays_damaged_is_made_again_once(capsys, config, run_dir, 
     calls = []
     broken = epath.Path(run_dir).resolve() / "sft" / "checkpoints" / "120"
 
-    def run_stage(workspace, config, stage, config_path):
-        calls.append(stage)
-        if stage == "sample":
+    def prepare(workspace, row):
+        calls.append(row.name)
+        if row.name == "sample":
             raise checkpoint.Damaged(broken, "no manifest")
-        workspace.finish(stage, {})
+        return _prepare(workspace, row)
 
     fresh(run_dir, "sample")
-    monkeypatch.setattr("jaxllm.run._run_stage", run_stage)
+    monkeypatch.setattr("jaxllm.run._prepare", prepare)
     line = refused(capsys, "sample", config(), "--run-dir", run_dir)
     assert calls == ["sample", "sft", "sample"]
     assert "is damaged again (no manifest), although sft was just made again" in line
