@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxllm import digest
+from jaxllm import digest, tree_shapes
 from jaxllm.config import Ending, InputError, build
 from jaxllm.metrics import console
 from jaxllm.models import files
@@ -127,7 +127,9 @@ class Checkpoints:
             except _IO_ERRORS as error:
                 self._error = _short(error)
             else:
-                self._commit = threading.Thread(target=self._finish, args=(self._writer, step, seal, _shapes(state)))
+                self._commit = threading.Thread(
+                    target=self._finish, args=(self._writer, step, seal, tree_shapes.shapes(state))
+                )
                 self._commit.start()
         if any_process(bool(self._error)):
             self._failed()
@@ -250,7 +252,7 @@ def _unreadable(step_dir: epath.Path, shapes: Mapping[str, str]) -> str:
         saved = ocp.PyTreeCheckpointHandler().metadata(step_dir).tree
     except _READ_ERRORS as error:
         return f"it cannot be read back: {_short(error)}"
-    wrong = {*_shapes(saved).items()} ^ {*shapes.items()}
+    wrong = {*tree_shapes.shapes(saved).items()} ^ {*shapes.items()}
     return f"it reads back as another tree, at {min(wrong)[0]}" if wrong else ""
 
 
@@ -305,8 +307,8 @@ def restore(step_dir: epath.Path, abstract: Any, path: Sequence[str] = (), check
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             saved = reader.metadata(step_dir).item_metadata
-            part = functools.reduce(lambda tree, key: tree.get(key, {}), path, _as_dicts(saved.tree))  # pyright: ignore
-            compare(part, abstract, str(step_dir))
+            part = functools.reduce(lambda tree, key: tree.get(key, {}), path, tree_shapes.as_dicts(saved.tree))  # pyright: ignore
+            tree_shapes.compare(part, abstract, str(step_dir))
             item = functools.reduce(lambda tree, key: {key: tree}, reversed(path), abstract)
             to_args = lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, global_shape=a.shape, dtype=a.dtype)
             args = ocp.args.PyTreeRestore(item, restore_args=jax.tree.map(to_args, item), partial_restore=bool(path))
@@ -427,43 +429,3 @@ def _is_remote(path: epath.Path) -> bool:
 
 def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def compare(saved: Any, wanted: Any, place: str) -> None:
-    """Raise InputError listing what differs between a checkpoint's tree and the one this config makes."""
-    have, want = _shapes(saved), _shapes(wanted)
-    if have == want:
-        return
-    only_saved = [f"{k} {have[k]}" for k in have if k not in want]
-    only_wanted = [f"{k} {want[k]}" for k in want if k not in have]
-    differ = [f"{k} {have[k]} here, {want[k]} wanted" for k in have if k in want and have[k] != want[k]]
-    parts = [("differ", differ), ("only in the checkpoint", only_saved), ("only in this config's model", only_wanted)]
-    text = "; ".join(
-        f"{name}: {', '.join(v[:3])}{f' and {len(v) - 3} more' if len(v) > 3 else ''}" for name, v in parts if v
-    )
-    raise InputError(f"{place}: the checkpoint is of another model ({text}); use its own config or another directory")
-
-
-def _is_metadata(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def _shapes(tree: Any) -> dict[str, str]:
-    """Path -> "dtype[shape]" for each leaf, the same for a NamedTuple and for the dict Orbax makes of it."""
-    leaves = jax.tree_util.tree_leaves_with_path(_as_dicts(tree), is_leaf=_is_metadata)
-    shown = lambda m: f"{np.dtype(m.dtype).name}{list(m.shape)}"
-    return {digest.path_name(path): shown(leaf) for path, leaf in leaves}
-
-
-def _as_dicts(tree: Any) -> Any:
-    """NamedTuples, tuples and lists as dicts, empty ones dropped, as they stand in a checkpoint."""
-    if _is_metadata(tree):
-        return tree
-    if hasattr(tree, "_asdict"):
-        tree = tree._asdict()
-    elif isinstance(tree, list | tuple):
-        tree = {str(i): v for i, v in enumerate(tree)}
-    if not isinstance(tree, Mapping):
-        return {}
-    children = {str(k): _as_dicts(v) for k, v in tree.items()}
-    return {k: v for k, v in children.items() if _is_metadata(v) or v}

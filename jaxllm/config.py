@@ -100,6 +100,23 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 
 
+def check_unchanged(
+    old: Any, new: Mapping[str, Any], allowed: Sequence[str], where: str | os.PathLike, what: str = "something else"
+) -> None:
+    """Raise InputError listing field by field what has changed since a stage was begun, but for what is allowed.
+
+    allowed: dotted names; one of them covers what is below it. old: None where there is nothing to compare with.
+    """
+    changes = [] if old is None else differences(old, dict(new))
+    covered = lambda change, name: change.split(": ")[0] == name or change.startswith(f"{name}.")
+    if refused := [c for c in changes if not any(covered(c, name) for name in allowed)]:
+        names = " ".join(dict.fromkeys(c.split(": ")[0] for c in refused))
+        raise InputError(
+            f"{where}: was started with {what}: {'; '.join(refused)}. Choose another --run-dir, remove that "
+            f"directory, or, to go on with it as it is now, add: --allow-change {names}"
+        )
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     """Deep merge: mappings merge key by key, every other value of `over` replaces that of `base`."""
     out = dict(base)

@@ -13,7 +13,7 @@ import optax
 from etils import epath
 
 from jaxllm import checkpoint
-from jaxllm.config import Ending, InputError, differences
+from jaxllm.config import Ending, InputError, check_unchanged
 from jaxllm.digest import unequal_replicas
 from jaxllm.goodput import Ledger
 from jaxllm.losses import Loss, Metrics
@@ -448,20 +448,3 @@ class Prefetch:
     def close(self) -> None:
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def check_unchanged(
-    old: Any, new: Mapping[str, Any], allowed: Sequence[str], where: epath.PathLike, what: str = "something else"
-) -> None:
-    """Raise InputError listing field by field what has changed since a stage was begun, but for what is allowed.
-
-    allowed: dotted names; one of them covers what is below it. old: None where there is nothing to compare with.
-    """
-    changes = [] if old is None else differences(old, dict(new))
-    covered = lambda change, name: change.split(": ")[0] == name or change.startswith(f"{name}.")
-    if refused := [c for c in changes if not any(covered(c, name) for name in allowed)]:
-        names = " ".join(dict.fromkeys(c.split(": ")[0] for c in refused))
-        raise InputError(
-            f"{where}: was started with {what}: {'; '.join(refused)}. Choose another --run-dir, remove that "
-            f"directory, or, to go on with it as it is now, add: --allow-change {names}"
-        )

@@ -27,7 +27,7 @@ import jax
 from etils import epath
 
 from jaxllm import checkpoint
-from jaxllm.config import Ending, InputError, build, differences, to_tree
+from jaxllm.config import Ending, InputError, build, check_unchanged, differences, to_tree
 from jaxllm.goodput import Ledger
 from jaxllm.metrics import write_whole
 from jaxllm.models import lora, scalar, transformer
@@ -37,7 +37,7 @@ from jaxllm.pretrained_tokenizer import load_tokenizer
 from jaxllm.process import Signals
 from jaxllm.sharding import meet, place_params
 from jaxllm.tokenizer import Tokenizer
-from jaxllm.train import Keeping, check_unchanged
+from jaxllm.train import Keeping
 
 
 class StageCut(Ending):

@@ -14,7 +14,7 @@ LEVELS = [
     {"flash"},
     {"tokenizer", "chat_template", "tokenizer_files", "pretrained_tokenizer"}
     | {"losses", "optim", "models", "metrics", "checkpoint", "annotators", "corpora", "rewards"}
-    | {"digest", "process", "goodput"},
+    | {"digest", "process", "goodput", "tree_shapes"},
     {"data", "generate", "gguf_file", "score", "train", "workspace"},
     {"evaluate", "tasks", "pretrained"},
     {"stages", "report", "chat", "lm_eval"},
@@ -40,6 +40,8 @@ WITHIN = [
     ("generate", "score"),
     ("evaluate", "tasks"),
     ("digest", "checkpoint"),
+    ("digest", "tree_shapes"),
+    ("tree_shapes", "checkpoint"),
     ("metrics", "checkpoint"),
     ("train", "workspace"),
     ("annotators", "rewards"),

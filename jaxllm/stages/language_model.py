@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import optax
 
-from jaxllm import evaluate, train
-from jaxllm.checkpoint import CheckpointConfig, compare
+from jaxllm import evaluate, train, tree_shapes
+from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import InputError
 from jaxllm.data import DataConfig, Rows, epoch_batches, epoch_rows, epochs_of, fingerprint, load_rows, make_batch_at
 from jaxllm.metrics import Work, console, peak_flops
@@ -93,7 +93,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
             init = jax.jit(functools.partial(transformer.init, model), out_shardings=param_shardings(mesh, whole, axes))
             return init(jax.random.key(seed))
         params = transformer.grow_vocab(lora.merge(load_model(source, mesh)[0]), model.vocab_size)
-        compare(params, whole, source)
+        tree_shapes.compare(params, whole, source)
         return params
 
     base = lora.frozen(config.lora, first()) if config.lora.rank else {}
