@@ -329,7 +329,7 @@ def _expand(cls: Any, tree: Any, path: tuple[Any, ...], where: Where, name: str)
 
 
 def _own_defaults(default: Any) -> Tree:
-    """What a section's default sets otherwise than its class does: it stands where the file is silent."""
+    """Fields of a default that differ from the class defaults; they apply unless the file sets them."""
     plain = type(default)()
     pairs = ((f.name, getattr(default, f.name), getattr(plain, f.name)) for f in dataclasses.fields(default))
     return {name: _plain(own) for name, own, other in pairs if own != other}

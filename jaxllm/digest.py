@@ -29,7 +29,7 @@ def digests(tree: Any) -> Digests:
 
 
 def _by_mesh(leaves: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
-    """Devices may be laid out otherwise for some leaves: one program takes arrays of one order of devices only."""
+    """Leaves can live on meshes with different device orders: group them, since one program accepts only one order."""
     found: dict[Any, dict[str, Any]] = {}
     for name, leaf in leaves.items():
         found.setdefault(getattr(getattr(leaf, "sharding", None), "mesh", None), {})[name] = leaf
@@ -58,7 +58,7 @@ def _digest_all(leaves: dict[str, jax.Array], shares: tuple[tuple[str, Any], ...
 
 
 def _shared(leaf: Any) -> NamedSharding | None:
-    """Where replicas read a part each, in place of all of it: the mesh axes a leaf is copied over, on a whole dimension."""
+    """Sharding under which replicas each hash a part of a leaf instead of the whole: the axes it is copied over shard it."""
     if not isinstance(sharding := getattr(leaf, "sharding", None), NamedSharding):
         return None
     parts = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]

@@ -264,8 +264,8 @@ def roll_out(
     """Rollouts of a list of prompts (token ids), batch by batch, each with its number of real prompts.
 
     The last batch is filled up with copies of its first prompt. One compilation serves all batches. start: where
-    to go on in the list, a multiple of `whole_batch(...)`; the batches are then those of a run from 0. multiple: of which
-    the rows of a batch are one, for other meshes that they go to.
+    to resume in the list, a multiple of `whole_batch(...)`; the batches are then those of a run from 0. multiple: the
+    batch size must be divisible by this, for other meshes that the rows go to.
     """
     check_not_empty(prompts)
     check_lengths(config, max(map(len, prompts), default=1), sampling)

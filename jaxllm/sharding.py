@@ -42,7 +42,12 @@ ACT_RULES: Rules = {
     **_BOTH,
     "batch": ("data", "fsdp", "expert"),
     "stages": "pipeline",
-    "scored": ("data", "pipeline", "fsdp", "expert"),  # rows once more, where stages would all do the same
+    "scored": (
+        "data",
+        "pipeline",
+        "fsdp",
+        "expert",
+    ),  # batch, also split over pipeline stages: every stage would otherwise compute the same loss
     "seq": "context",
     "residual": ("context", "tensor"),  # positions between blocks (Korthikanti et al. 2022, section 4.2.2)
     "embed": None,
@@ -146,7 +151,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def balanced_order(length: int) -> np.ndarray | None:
-    """int[T]: the order a row's places are gone through in where `context` shards them, or None: as they are.
+    """Zigzag permutation of a row's positions for context parallelism, int[T]; None where `context` does not shard them.
 
     Of n shards each holds the chunks i and 2n - 1 - i of 2n, so that all have as many earlier keys to attend to (Brandon
     et al. 2023, "Striped Attention", has the same aim; this cut is Llama 3's, Grattafiori et al. 2024, section 3.3.2).
@@ -292,9 +297,9 @@ def place_params(mesh: Mesh, shapes: Any, axes: Any) -> Any:
 
 
 def send(tree: Any, mesh: Mesh, shardings: Any) -> Any:
-    """Arrays from device to device, to a mesh of the same devices that may have them in another order.
+    """Reshard arrays onto a mesh that may order the same devices differently.
 
-    JAX puts devices in another order only under the mesh that arrays go to.
+    JAX accepts another order of devices only under the mesh that the arrays go to.
     """
     with jax.set_mesh(mesh):
         return jax.device_put(tree, shardings)

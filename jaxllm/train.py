@@ -223,7 +223,7 @@ class Program(NamedTuple):
     times: int = 1  # how often an update runs it
     decoded: int = 0  # tokens that it makes one after the other
     mesh: Any = None  # where it has one of its own
-    copied: Any = None  # arguments that are no role's state: they are there only while it runs
+    copied: Any = None  # temporary arguments, freed after the program
 
 
 class LoopSettings(Protocol):
@@ -240,7 +240,7 @@ class LoopSettings(Protocol):
 
 
 class Keeping(NamedTuple):
-    """What looks after a stage while it trains."""
+    """Signals, time ledger and fingerprints of a training run."""
 
     signals: Signals
     ledger: Ledger

@@ -26,7 +26,7 @@ class Source:
     path: str = ""
     """File or glob, here (~ is the home folder) or on an object store (gs://, s3://), pkg://PACKAGE/path/in/package, or py://module:function."""
     weight: NonNegativeFloat = 0.0
-    """Share of the rows in a mixture, relative to the other sources; 0 for all of them: by their sizes."""
+    """Share of the rows in a mixture, relative to the other sources; 0 (then for every source): weight sources by size."""
     epochs: PositiveFloat = 1.0
     """Passes over this source in one over the mixture, where weights go by size."""
     format: Format = "auto"

@@ -139,7 +139,7 @@ def load_texts(data: DataConfig, split: str, cache_dir: Any = None) -> Iterator[
 
 
 def _kept_texts(data: DataConfig, kind: str, split: str, cache_dir: Any) -> Iterator[str]:
-    """A store without a tokenizer has a token for each example, so that `start` numbers them; then a second pass."""
+    """Without a tokenizer each example gets one dummy token, so `start` is its index; then comes a second pass."""
     folder = Path(cache_dir)
     tables = [each.table for each in open_store(data, kind, None, folder)[split]]
     require_examples(data, kind, split, [len(table) for table in tables], word="text")

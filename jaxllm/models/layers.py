@@ -15,7 +15,7 @@ from jaxllm.models.moe import moe
 from jaxllm.models.rope import frequencies, rope
 from jaxllm.sharding import constrain, constrain_residual, in_blocks, in_order
 
-Order = np.ndarray | None  # of the places of rows, where it is another than they stand in
+Order = np.ndarray | None  # permutation of positions, if not the identity
 
 
 def normal(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
@@ -180,7 +180,7 @@ class LatentAttention(nnx.Module):
 
 
 def _attend(config: ModelConfig, q: Any, k: Any, v: Any, segment_ids: jax.Array, local: Local, order: Order) -> Any:
-    """Attention of whole rows, whose queries may come in an order of their own; keys are put as they stand."""
+    """Attention of whole rows, whose queries may be permuted by `order`; keys are put back in their own order."""
     theirs = segment_ids
     if order is not None:
         k, v, theirs = in_order(k), in_order(v), in_order(segment_ids)

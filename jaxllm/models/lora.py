@@ -41,7 +41,7 @@ class LoRAConfig:
 
 
 def trained(config: LoRAConfig, shapes: Any, axes: Any) -> tuple[Any, Any]:
-    """(shapes, logical axes) of what is trained of a decoder, or of a decoder with a scalar head, which is trained."""
+    """(shapes, logical axes) of the trainable subtree: adapters, plus the scalar head if there is one."""
     if not config.rank:
         return shapes, axes
     if "trunk" in shapes:
@@ -61,7 +61,7 @@ def frozen(config: LoRAConfig, params: Any) -> Any:
 
 
 def place_frozen(config: LoRAConfig, placed: Any, everywhere: Any) -> Any:
-    """Shapes with their shardings of what is frozen of parameters that are given so; everywhere: the sharding of scales."""
+    """Frozen subtree of `placed`, with shardings; everywhere: the sharding of scales."""
     of = {path: leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(placed)}
     place = lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of.get(path, everywhere))
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(lambda p: frozen(config, p), placed))

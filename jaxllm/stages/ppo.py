@@ -244,7 +244,7 @@ class Experience(NamedTuple):
 
 
 class Roles(NamedTuple):
-    """The models that do not move, by role; with adapters also what lies under them (`lora.join`)."""
+    """Frozen models; with LoRA also the base weights of actor and critic (`lora.join`)."""
 
     ref: Any
     actor_base: Any
@@ -455,7 +455,7 @@ def make_score(setup: Setup, parts: "Parts", roles: Roles, mesh: jax.sharding.Me
 
 
 class Judge(NamedTuple):
-    """What a model says of responses, on the mesh where its parameters lie."""
+    """A jitted function of (params, rollout) that runs on its own mesh."""
 
     mesh: Any
     home: Any  # the stage's
