@@ -66,7 +66,7 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
-    """Step number -> learning rate, over num_steps optimiser updates."""
+    """Step number -> learning rate, over num_steps optimizer updates."""
     peak, end, warmup = config.learning_rate, config.learning_rate * config.final_fraction, config.warmup_steps
     rest = max(num_steps - warmup, 1)
     decay = max(int(num_steps * config.decay_fraction), 1)

@@ -118,7 +118,7 @@ def _compiled(programs: Sequence[Program], mesh: Any, chip: Chip, sizes: Any, ar
 
 @contextlib.contextmanager
 def _optimization(level: str | None) -> Iterator[None]:
-    """Compile at another of XLA's optimisation levels; None: at that of a run."""
+    """Compile at another of XLA's optimization levels; None: at that of a run."""
     before = jax.config.jax_optimization_level  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_optimization_level", level or before)
     try:

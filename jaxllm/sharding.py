@@ -64,7 +64,7 @@ class MeshConfig:
     pipeline: AxisSize = 1
     """Stages that layers are shared out over; rows go through them in microbatches."""
     fsdp: AxisSize = 1
-    """Shards of parameters and optimiser state, each with its share of the batch (ZeRO-3)."""
+    """Shards of parameters and optimizer state, each with its share of the batch (ZeRO-3)."""
     context: AxisSize = 1
     """Shards of the sequence dimension."""
     expert: AxisSize = 1

@@ -90,7 +90,7 @@ def make_step(
     state_shardings pins the new state where the old one was (without it XLA may drop a gradient's fsdp axis).
     mixed: another loss and its coefficient; a batch is then a pair, and the gradients of the two means are added.
     An update whose loss or gradient is not finite, or whose gradient norm is more than spike_factor times the usual
-    (0: never), is skipped on all devices alike: parameters and optimiser stay, its metrics count nothing but the skip.
+    (0: never), is skipped on all devices alike: parameters and optimizer stay, its metrics count nothing but the skip.
     """
 
     def step(state: TrainState, batch: Batch, **frozen: Any) -> tuple[TrainState, Metrics]:
@@ -199,7 +199,7 @@ class Placed(NamedTuple):
 
 
 def place_state(mesh: jax.sharding.Mesh, abstract_params: Any, axes: Any, tx: optax.GradientTransformation) -> Placed:
-    """Shardings for parameters by their logical axes, and for the optimiser's copies of them likewise."""
+    """Shardings for parameters by their logical axes, and for the optimizer's copies of them likewise."""
     params = param_shardings(mesh, abstract_params, axes)
     shapes = jax.eval_shape(lambda p: init_state(p, tx), abstract_params)
     everywhere = replicated(mesh)

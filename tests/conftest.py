@@ -62,7 +62,7 @@ def tiny_run():
 
 @pytest.fixture
 def compiled_well():
-    """For programs that run many times: with XLA's costly optimisations."""
+    """For programs that run many times: with XLA's costly optimizations."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

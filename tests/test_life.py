@@ -118,7 +118,7 @@ def metrics(line):
 
 
 def same_checkpoint(one, two):
-    """The newest checkpoints of two stage directories hold the same bits, optimiser state included."""
+    """The newest checkpoints of two stage directories hold the same bits, optimizer state included."""
     trees = []
     for directory in (one, two):
         steps = sorted(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())

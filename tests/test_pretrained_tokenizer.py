@@ -443,7 +443,7 @@ def test_lone_surrogates_are_one_clear_line(made):
 
 
 @pytest.mark.parametrize("kind", ["document", "chat"])
-def test_data_is_tokenised_with_it(made, tmp_path, kind):
+def test_data_is_tokenized_with_it(made, tmp_path, kind):
     tokenizer, _ = made
     record = {"text": "the quick"} if kind == "document" else {"prompt": "the quick", "response": "fox"}
     lines = [json.dumps({**record, next(iter(record)): f"the quick {i}"}) for i in range(40)]

@@ -29,7 +29,7 @@ LOSSES = ("train/loss", "train/z_loss", "train/mtp_loss", "eval/loss", "ppo/valu
 
 @pytest.fixture(autouse=True)
 def compiled_soon(monkeypatch):
-    """Nearly all time would be the compiler's: without XLA's costly optimisations, with the same collectives."""
+    """Nearly all time would be the compiler's: without XLA's costly optimizations, with the same collectives."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 
@@ -105,7 +105,7 @@ def is_array(path):
 
 
 def check_writers(directory):
-    """Others than process 0 write the arrays they hold, and their part of the tokenised data: nothing else."""
+    """Others than process 0 write the arrays they hold, and their part of the tokenized data: nothing else."""
     others = written_by_others(directory)
     assert any(map(is_array, others))
     assert {path for path in others if not is_array(path) and not path.startswith("cache/")} == set()

@@ -125,7 +125,7 @@ def test_hooks_run_on_their_interval_and_at_the_end():
     assert [n for name, n in seen if name == "b"] == [2, 4, 5]
 
 
-def test_an_all_masked_batch_changes_nothing_but_the_optimiser_clock():
+def test_an_all_masked_batch_changes_nothing_but_the_optimizer_clock():
     tx = make_optimizer(OptimConfig(weight_decay=0.0), 5)
     batch = uneven_batch(0) | {"loss_mask": jnp.zeros((8, 16), bool)}
     before = params()

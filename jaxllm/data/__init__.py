@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, looked up when it is used: the processes that tokenise import this package, and need no JAX."""
+    """A public name, looked up when it is used: the processes that tokenize import this package, and need no JAX."""
     for module in (
         ("sources", "format", "splits", "store", "loader", "contamination")
         if name[0] != "_" and name not in _MODULES

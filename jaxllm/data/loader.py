@@ -1,4 +1,4 @@
-"""Examples -> tokenised store -> rows -> `batch_at(step)`, a pure function of (data, seed, step).
+"""Examples -> tokenized store -> rows -> `batch_at(step)`, a pure function of (data, seed, step).
 
 Batches never depend on the number of hosts: every process reads only the rows its own devices hold.
 """

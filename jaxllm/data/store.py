@@ -1,4 +1,4 @@
-"""Tokenise once. Sources -> units, made in parallel -> the examples of each source and split, without duplicates.
+"""Tokenize once. Sources -> units, made in parallel -> the examples of each source and split, without duplicates.
 
 A unit is ~32 MB of a source: a folder with its tokens and examples of both splits, and a hash of each content, named
 by a key of everything it depends on. A store joins units: of each content it says which example stays, in which split.
@@ -96,7 +96,7 @@ class Examples(NamedTuple):
 def open_store(
     data: DataConfig, kind: str, tokenizer: Tokenizer | None, folder: Path, share: tuple[int, int] = (0, 1)
 ) -> dict[str, list[Examples]]:
-    """split -> the examples of each source, tokenised and cached if they are not; share: (this process, of how many)."""
+    """split -> the examples of each source, tokenized and cached if they are not; share: (this process, of how many)."""
     if not data.sources:
         raise InputError(f"data.sources: none given, and {kind} examples are needed; name at least one source")
     folder.mkdir(parents=True, exist_ok=True)
@@ -243,7 +243,7 @@ def _pool(num_units: int, total: int) -> Iterator[concurrent.futures.ProcessPool
     try:
         yield pool
     except concurrent.futures.process.BrokenProcessPool:
-        raise InputError("data: a process that tokenises was killed (out of memory?); run again to go on") from None
+        raise InputError("data: a process that tokenizes was killed (out of memory?); run again to go on") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

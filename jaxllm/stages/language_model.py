@@ -36,7 +36,7 @@ class LanguageModelConfig:
     init_from: str = ""
     """Stage directory to start from; empty: the stage before (pre-training: fresh parameters)."""
     num_steps: NonNegativeInt = 0
-    """Optimiser updates; 0: as many as num_epochs takes."""
+    """Optimizer updates; 0: as many as num_epochs takes."""
     num_epochs: NonNegativeFloat = 1.0
     """Passes over the data, where num_steps is 0."""
     batch_size: PositiveInt = 16
@@ -56,7 +56,7 @@ class LanguageModelConfig:
     eval_batches: PositiveInt = 16
     """Batches of an evaluation during training; the final one takes all of the held-out split."""
     optim: OptimConfig = OptimConfig()
-    """Optimiser and schedule."""
+    """Optimizer and schedule."""
     lora: LoRAConfig = LoRAConfig()
     """Train adapters on the model started from, in place of all parameters."""
     checkpoint: CheckpointConfig = CheckpointConfig()

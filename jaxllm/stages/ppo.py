@@ -103,7 +103,7 @@ class PPOConfig:
     num_epochs: PositiveInt = 4  # Ziegler; Stiennon; Huang (InstructGPT: 1)
     """Passes over a batch of rollouts."""
     num_minibatches: PositiveInt = 4  # ours, small batches (InstructGPT: 8 of 64)
-    """Optimiser updates per pass."""
+    """Optimizer updates per pass."""
     num_micro: PositiveInt = 1
     """Microbatches per minibatch."""
     kl_coef: NonNegativeFloat = 0.05  # Huang (InstructGPT 0.02; Ziegler 0.15 adaptive)
@@ -169,9 +169,9 @@ class PPOConfig:
     eval_prompts: PositiveInt = 64
     """Held-out prompts of an evaluation."""
     actor: OptimConfig = _OPTIM  # 1e-5: Ziegler (InstructGPT about 9e-6; Huang 3e-6); small models take more
-    """The policy's optimiser."""
+    """The policy's optimizer."""
     critic: OptimConfig = _OPTIM  # 1e-5: InstructGPT 9e-6
-    """The critic's optimiser."""
+    """The critic's optimizer."""
     checkpoint: CheckpointConfig = CheckpointConfig(save_every=20)
     """Saving."""
 
@@ -684,7 +684,7 @@ def _state(config: PPOConfig, number: Callable[..., Any], actor: Any, critic: An
 
 
 def ptx_batches(workspace: Workspace, setup: Setup, stage: str) -> Callable[[int], Any] | None:
-    """Optimiser update number -> rows of documents; None without PPO-ptx."""
+    """Optimizer update number -> rows of documents; None without PPO-ptx."""
     config = setup.config.ptx
     if not config.coef:
         return None

@@ -64,7 +64,7 @@ class PreferenceConfig:
     eval_every: PositiveInt = 20
     """Steps between evaluations on held-out rankings."""
     optim: OptimConfig = OptimConfig(learning_rate=1e-4, weight_decay=0.0)
-    """Optimiser and schedule."""
+    """Optimizer and schedule."""
     lora: LoRAConfig = LoRAConfig()
     """Train adapters in place of all parameters."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -1,4 +1,4 @@
-"""Tokenised once: the store says what the reference says, survives kills, company and damage, and reads every format."""
+"""Tokenized once: the store says what the reference says, survives kills, company and damage, and reads every format."""
 
 import dataclasses
 import fcntl
@@ -108,7 +108,7 @@ def test_a_mistake_far_inside_has_its_line(tmp_path, tokenizer, small):
         d.load_rows(data, "chat", "train", tokenizer, 32, tmp_path / "cache")
 
 
-def test_new_text_is_all_that_is_tokenised_again(tmp_path, tokenizer):
+def test_new_text_is_all_that_is_tokenized_again(tmp_path, tokenizer):
     for name in "ab":
         write(tmp_path / f"{name}.txt", [f"{name} {i}" for i in range(50)])
     load = lambda path: d.open_store(d.DataConfig((d.Source(str(path)),)), "document", tokenizer, tmp_path / "cache")
@@ -441,7 +441,7 @@ def test_an_object_store_gives_the_same_texts(tmp_path, tokenizer, small, bucket
         assert "\n" not in str(error.value)
 
 
-def test_a_changed_object_is_tokenised_again(tmp_path, tokenizer, bucket):
+def test_a_changed_object_is_tokenized_again(tmp_path, tokenizer, bucket):
     for text in ("hello one", "hello two"):
         bucket.pipe("corpus/a.txt", text.encode())
         bucket.invalidate_cache()

@@ -1,7 +1,7 @@
 """Faults, and whether a life survives them: real processes, real signals, real disks; the verdict is bitwise.
 
 One life is `jaxllm run tests/faults/life.yaml`, in one process or in several, started again after every fault until it
-is finished. It must then have the same parameters, optimiser states, metrics, samples, rankings and results as a life
+is finished. It must then have the same parameters, optimizer states, metrics, samples, rankings and results as a life
 that nothing happened to. The table of a long run is in tests/README.md:
 
     bash tests/faults/soak.sh --minutes 60
@@ -147,7 +147,7 @@ def kill_before_seal(life: Life, rng: random.Random) -> str:
 
 
 def kill_in_preparation(life: Life, rng: random.Random) -> str:
-    """While tokenised examples are being written; so that there is something to write, some of them are removed."""
+    """While tokenized examples are being written; so that there is something to write, some of them are removed."""
     for folder in [*(life.directory / "cache").glob("*")][: rng.randint(0, 2)]:
         shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
     before = {*life.directory.glob("cache/**/*")}
