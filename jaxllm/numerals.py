@@ -19,7 +19,8 @@ _FRACTION = r"(?<![\d/])(?P<above>\d+)/(?P<below>0*[1-9]\d*)(?![\d/]|[.,]\d)"
 _WHOLE = r"\d{1,3}(?:,\d{3})+(?!\d)|\d+"
 # Four digits of exponent: more would take any amount of memory. What is longer is not part of the number.
 _POWER = r"(?:[eE][-+]?\d{1,4}(?!\w|\.\d))?"
-_DECIMAL = rf"(?P<digits>(?:(?:{_WHOLE})(?:\.\d+)?|(?<![\d.])\.\d+){_POWER})"
+UNSIGNED = rf"(?:(?:{_WHOLE})(?:\.\d+)?|(?<![\d.])\.\d+)"  # a pattern; `value_of` reads what it matches
+_DECIMAL = rf"(?P<digits>{UNSIGNED}{_POWER})"
 _NUMBER = re.compile(
     rf"(?P<sign>{_SIGN})?(?:[{_CURRENCY}]\s?(?P<inner>[-+])?)?(?:{_FRACTION}|{_DECIMAL})(?P<percent>\s?%)?"
 )
@@ -52,8 +53,8 @@ def read(text: str) -> Iterator[Number]:
 
 def last(text: str) -> Number | None:
     """The last number in a text, None where there is none."""
-    found = collections.deque(_NUMBER.finditer(plain(text)), maxlen=1)
-    return _number(found[0]) if found else None
+    found = collections.deque(read(text), maxlen=1)
+    return found[0] if found else None
 
 
 def is_number(text: str) -> bool:

@@ -20,7 +20,7 @@ from jaxllm.config import InputError, require, resolve_function
 from jaxllm.metrics import console
 from jaxllm.ranges import AnyFloat
 
-_OPERAND = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+_OPERAND = numerals.UNSIGNED
 _EXPRESSION = re.compile(rf"[-+(\s]*{_OPERAND}(?:[)\s]*[-+*/][-+(\s]*{_OPERAND})+[)\s]*")
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
