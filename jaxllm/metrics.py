@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import numbers
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -47,7 +48,14 @@ class TrainingDiverged(Ending):
 
 
 _LONG_STREAK = 20
-LOWER = "lower the learning rate and run again: it resumes from the newest checkpoint"
+_LOWER = "lower the learning rate and run again: it resumes from the newest checkpoint"
+
+
+def require_finite(title: str, values: Mapping[str, Any], when: str = "") -> None:
+    """Raise TrainingDiverged where one of the numbers of a stage is not finite."""
+    for name, value in values.items():
+        if isinstance(value, numbers.Real) and not math.isfinite(value):
+            raise TrainingDiverged(f"{title}: {name} is {value}{when}; {_LOWER}")
 
 
 class Rewind(Exception):
@@ -131,7 +139,7 @@ class MetricLog:
         """
         self.flush()
         self._emit(step, dict(values))
-        self._check(step, values)
+        require_finite(self.title, values, f" at step {step}")
         self._interval_began = time.monotonic()
 
     def partial(self) -> list[dict[str, list[float]]]:
@@ -159,14 +167,10 @@ class MetricLog:
                 values["throughput/mfu"] = self.work.flops * counted / seconds / self.work.peak_flops
         values |= {name: float(schedule(step - 1)) for name, schedule in self.schedules.items()}
         self._emit(step, {k if "/" in k else f"train/{k}": v for k, v in values.items()})
-        self._check(step, values)
+        require_finite(self.title, values, f" at step {step}")
         # One skipped update is an accident; as many as this at the end are a model that does not learn any more.
         if step == self.num_steps and self._streak >= min(_LONG_STREAK, self.num_steps):
-            raise TrainingDiverged(f"{self.title}: the last {self._streak} updates were skipped; {LOWER}")
-
-    def _check(self, step: int, values: Mapping[str, float]) -> None:
-        if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-            raise TrainingDiverged(f"{self.title}: {bad[0]} is {values[bad[0]]} at step {step}; {LOWER}")
+            raise TrainingDiverged(f"{self.title}: the last {self._streak} updates were skipped; {_LOWER}")
 
     def _check_streak(self, step: int, steps: list[Any]) -> None:
         for done, metrics in enumerate(steps, start=step - len(steps) + 1):
@@ -193,6 +197,11 @@ def reduce(steps: list[Metrics]) -> dict[str, float]:
             pair = totals.setdefault(name, [0.0, 0.0])
             pair[0], pair[1] = pair[0] + float(total), pair[1] + float(weight)
     return {name: total / weight for name, (total, weight) in totals.items() if weight}
+
+
+def held_out(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The numbers named "eval/NAME", by NAME: what a stage measured on its held-out rows."""
+    return {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
 
 
 def peak_flops(mesh: jax.sharding.Mesh) -> float:

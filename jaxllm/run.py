@@ -1,7 +1,6 @@
 """Composition root: config -> processes, devices, run directory -> stages in order."""
 
 import functools
-import math
 import os
 import resource
 import sys
@@ -17,7 +16,7 @@ from rich.text import Text
 from jaxllm import checkpoint, goodput, stages
 from jaxllm.config import InputError, complete, to_tree
 from jaxllm.life import Config, with_defaults
-from jaxllm.metrics import LOWER, TrainingDiverged, console, read_metrics
+from jaxllm.metrics import console, read_metrics, require_finite
 from jaxllm.process import Signals, join
 from jaxllm.sharding import make_mesh, meet
 from jaxllm.stages import Stage
@@ -177,8 +176,7 @@ def _finish(
     workspace: Workspace, config: Config, stage: str, result: dict[str, Any], began: float, config_path: str
 ) -> None:
     """Write and show the result of a stage. Raises TrainingDiverged where a number in it is not finite."""
-    if bad := [(name, value) for name, value in _flat(result) if isinstance(value, float) and not math.isfinite(value)]:
-        raise TrainingDiverged(f"{stage}: {bad[0][0]} is {bad[0][1]}; {LOWER}")
+    require_finite(stage, dict(_flat(result)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result = {**result, "wall_seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": peak}
     kept = read_json(plan_path(config, stage))

@@ -17,7 +17,7 @@ from jaxllm import evaluate, train, tree_shapes
 from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import InputError
 from jaxllm.data import DataConfig, Rows, epoch_batches, epoch_rows, epochs_of, fingerprint, load_rows, make_batch_at
-from jaxllm.metrics import Work, console, peak_flops
+from jaxllm.metrics import Work, console, held_out, peak_flops
 from jaxllm.models import lora, next_token, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
@@ -115,13 +115,12 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     tokens = config.batch_size * length
 
     def result(state: train.TrainState, metrics: Mapping[str, float]) -> dict[str, Any]:
-        held_out = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
         return {
             "parameters": transformer.num_params(model),
             "steps": num_steps,
             "tokens": num_steps * tokens,
             "train_loss": metrics["train/loss"],
-            **held_out,
+            **held_out(metrics),
             "tokens_per_second": metrics.get("throughput/tokens_per_second", 0.0),
             "mfu": metrics.get("throughput/mfu", 0.0),
             "norm": float(optax.tree.norm(state.params)),

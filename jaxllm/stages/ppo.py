@@ -21,7 +21,7 @@ from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.data import DataConfig, PromptExample
 from jaxllm.generate import Rollout, SamplingConfig
 from jaxllm.losses import Metrics, Moments
-from jaxllm.metrics import Work, console, json_line, read_metrics, write_whole
+from jaxllm.metrics import Work, console, held_out, json_line, read_metrics, write_whole
 from jaxllm.models import lora, next_token, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
@@ -314,9 +314,8 @@ def build_training(workspace: Workspace, life: Any, stage: str) -> train.Trainin
 
     def result(state: PPOState, metrics: Mapping[str, float]) -> dict[str, Any]:
         del state
-        held_out = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
         more = {name: metrics[f"{stage}/{name}"] for name in ("entropy", "clip_fraction", "sampler_drift")}
-        return {"steps": config.num_steps, **held_out, **more}
+        return {"steps": config.num_steps, **held_out(metrics), **more}
 
     return train.Training(
         data=data.fingerprint([*prompts["train"], *prompts["held_out"]]),

@@ -19,7 +19,7 @@ from jaxllm import evaluate, losses, train
 from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import InputError
 from jaxllm.data import DataConfig, RankedExample, Source, fingerprint, load_ranked, make_ranked_batch_at, ranked_epoch
-from jaxllm.metrics import Work, console, peak_flops
+from jaxllm.metrics import Work, console, held_out, peak_flops
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
@@ -170,8 +170,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
 
     def result(state: train.TrainState, metrics: Mapping[str, float]) -> dict[str, Any]:
         del state
-        held_out = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
-        return {"steps": num_steps, **held_out, **(read_json(directory / "held_out.json") or {})}
+        return {"steps": num_steps, **held_out(metrics), **(read_json(directory / "held_out.json") or {})}
 
     return train.Training(
         data=fingerprint([*rankings["train"], *rankings["held_out"]]),
