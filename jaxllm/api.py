@@ -23,6 +23,7 @@ from jaxllm.metrics import read_metrics
 from jaxllm.models import transformer
 from jaxllm.run import Config
 from jaxllm.shipped import find_config
+from jaxllm.stages import named
 
 __all__ = ["LoadedModel", "load", "read_config", "read_metrics", "run_stages"]
 
@@ -100,6 +101,14 @@ def read_config(path: str, overrides: Mapping[str, Any] | None = None) -> Config
 
 
 def run_stages(path: str, stages: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> None:
-    """Run stages of a config, without any all that it names; a finished one is skipped, a cut one resumes."""
+    """Run stages of a config, without any all that it names; a finished one is skipped, a cut one resumes.
+
+    Raises InputError where a stage is unknown, before anything runs.
+    """
     config = read_config(path, overrides)
+    for stage in stages:
+        try:
+            named(stage)
+        except ValueError as error:
+            raise InputError(str(error)) from None
     run.run_stages(config, path, stages or config.stages)

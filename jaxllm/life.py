@@ -60,8 +60,9 @@ class Life:
     """Where metrics go."""
 
     def __post_init__(self) -> None:
-        if unknown := [stage for stage in self.stages if stage not in stages.names()]:
-            raise ValueError(f"stages: {unknown[0]!r} is unknown; known: {', '.join(stages.names())}")
+        require(bool(self.stages), "stages: is empty; name at least one, or leave the field out")
+        for stage in self.stages:
+            stages.named(stage)
         require(bool(self.name), "name: must not be empty")
         overridden = [each.stage for each in self.meshes]
         require(len({*overridden}) == len(overridden), "meshes: a stage can have one layout only")

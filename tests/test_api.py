@@ -62,6 +62,15 @@ def test_configs_are_read_by_name_and_stages_run(tiny_run, tmp_path, monkeypatch
     assert jaxllm.read_metrics(tiny_run / "sft" / "metrics.jsonl")[-1]["eval/bits_per_byte"] > 0
 
 
+def test_a_stage_that_is_not_there_is_refused_before_anything_runs(tmp_path):
+    run_dir = tmp_path / "run"
+    with pytest.raises(InputError, match="stages: 'pretrian' is unknown; known: tokenizer, "):
+        jaxllm.run_stages("tiny", ["tokenizer", "pretrian"], {"run_dir": str(run_dir)})
+    with pytest.raises(InputError, match="stages: is empty; name at least one"):
+        jaxllm.run_stages("tiny", overrides={"run_dir": str(run_dir), "stages": []})
+    assert not run_dir.exists()
+
+
 def test_shipped_configs_are_listed_and_shown(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     cli.main(["configs"])

@@ -178,5 +178,8 @@ def names(*kinds: str) -> tuple[str, ...]:
 
 
 def named(name: str) -> Stage:
-    """The row of a stage."""
-    return next(stage for stage in TABLE if stage.name == name)
+    """The row of a stage. Raises ValueError where the table has none of this name."""
+    for stage in TABLE:
+        if stage.name == name:
+            return stage
+    raise ValueError(f"stages: {name!r} is unknown; known: {', '.join(names())}")
