@@ -169,7 +169,8 @@ class MetricLog:
         self._emit(step, {k if "/" in k else f"train/{k}": v for k, v in values.items()})
         require_finite(self.title, values, f" at step {step}")
         # One skipped update is an accident; as many as this at the end are a model that does not learn any more.
-        if step == self.num_steps and self._streak >= min(_LONG_STREAK, self.num_steps):
+        most = self.num_steps * max(map(_num_updates, steps))
+        if step == self.num_steps and self._streak >= min(_LONG_STREAK, most):
             raise TrainingDiverged(f"{self.title}: the last {self._streak} updates were skipped; {_LOWER}")
 
     def _check_streak(self, step: int, steps: list[Any]) -> None:
@@ -187,6 +188,11 @@ class MetricLog:
         self._bar.update(self._bar.task_ids[0], text=text)
         if self._bar.disable and jax.process_index() == 0:
             console.print(f"{self.title} {step}/{self.num_steps} {text}", soft_wrap=True)
+
+
+def _num_updates(step: Metrics) -> int:
+    """Updates of a step: PPO makes one for each minibatch, and weighs the skipped ones by their number."""
+    return int(max((float(weight) for name, (_, weight) in step.items() if name.endswith("skipped")), default=1))
 
 
 def reduce(steps: list[Metrics]) -> dict[str, float]:

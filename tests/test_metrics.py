@@ -1,5 +1,6 @@
 """Sums over an interval divided once; a resumed log has no line twice; a loss that is not finite stops the run."""
 
+import contextlib
 import json
 
 import jax.numpy as jnp
@@ -98,6 +99,15 @@ def test_a_held_out_number_that_is_not_finite_ends_the_stage_as_diverged(tmp_pat
         log.write(5, {"eval/loss": float("nan")})
     log.close()
     assert "eval/loss" in lines(tmp_path)[-1]
+
+
+@pytest.mark.parametrize(("skipped", "diverged"), [(1, False), (15, False), (16, True)])
+def test_a_short_ppo_has_diverged_only_where_every_minibatch_was_skipped(tmp_path, skipped, diverged):
+    log = make(tmp_path, num_steps=1)
+    step = {"ppo/skipped": pair(skipped, 16), "ppo/skip_streak": pair(skipped, 1)}
+    with pytest.raises(m.TrainingDiverged) if diverged else contextlib.nullcontext():
+        log(1, None, step)
+    log.close()
 
 
 @pytest.mark.parametrize(("num_steps", "streak"), [(8, 8), (100, 20)])
