@@ -13,7 +13,7 @@ def __getattr__(name: str) -> Any:
     """The names of `jaxllm.api`, imported when one is used: JAX takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module 'jaxllm' has no attribute {name!r}")
-    from jaxllm.hardware import choose_platform
+    from jaxllm.runtime.hardware import choose_platform
 
     choose_platform()
     from jaxllm import api

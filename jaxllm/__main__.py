@@ -16,9 +16,9 @@ import tyro
 import jaxllm
 from jaxllm import stages
 from jaxllm.config import Ending, InputError, differences, load, parse_overrides, to_tree, tyro_cli
-from jaxllm.hardware import choose_platform
-from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveProportion, Seed
-from jaxllm.shipped import find_config, listing
+from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveProportion, Seed
+from jaxllm.config.shipped import find_config, listing
+from jaxllm.runtime.hardware import choose_platform
 
 RUN_HELP = "all stages in order; a finished stage is skipped, a cut one resumes"
 # command -> (what it takes, what it does)
@@ -269,13 +269,13 @@ def _run_tool(command: str, args: list[str]) -> None:
 
 
 def _import(args: ImportArgs) -> None:
-    from jaxllm.pretrained import import_model
+    from jaxllm.pretrained.convert import import_model
 
     import_model(args.source, args.out)
 
 
 def _export(args: ExportArgs) -> None:
-    from jaxllm.pretrained import export_model
+    from jaxllm.pretrained.convert import export_model
 
     export_model(args.stage_dir, args.out, args.dtype, args.shard_gb, args.adapters)
 
@@ -301,7 +301,7 @@ def _chat(args: ChatArgs) -> None:
 
 
 def _score(args: list[str]) -> None:
-    from jaxllm import tasks
+    from jaxllm.evaluation import tasks
     from jaxllm.run import set_cpu_devices
 
     set_cpu_devices(0)
@@ -311,11 +311,11 @@ def _score(args: list[str]) -> None:
 def _plan(args: list[str]) -> None:
     # Before JAX looks for devices; several plans at once share nothing.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    from jaxllm import plan
+    from jaxllm.plan import planning
     from jaxllm.run import Config
 
-    parsed = tyro_cli(plan.PlanArgs, args, "jaxllm plan")
-    plan.command(parsed, load(Config, find_config(parsed.config)))
+    parsed = tyro_cli(planning.PlanArgs, args, "jaxllm plan")
+    planning.command(parsed, load(Config, find_config(parsed.config)))
 
 
 def _harness(args: list[str]) -> None:
@@ -325,7 +325,7 @@ def _harness(args: list[str]) -> None:
 
     set_cpu_devices(0)
     try:
-        from jaxllm.lm_eval import harness
+        from jaxllm.evaluation.harness import harness
     except ModuleNotFoundError as error:
         raise InputError(f"jaxllm lm_eval: needs {error.name}; pip install 'jaxllm[lm_eval]'") from None
     harness(args[0], args[1:])

@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import chat, losses, run, score
+from jaxllm import chat, losses, run
 from jaxllm.config import InputError, build
 from jaxllm.config import load as load_config
+from jaxllm.config.shipped import find_config
+from jaxllm.evaluation import scoring
 from jaxllm.generate import SamplingConfig, complete
-from jaxllm.metrics import read_metrics
 from jaxllm.models import transformer
 from jaxllm.run import Config
-from jaxllm.shipped import find_config
+from jaxllm.runtime.files import read_metrics
 from jaxllm.stages import named
 
 __all__ = ["LoadedModel", "load", "read_config", "read_metrics", "run_stages"]
@@ -32,7 +33,7 @@ __all__ = ["LoadedModel", "load", "read_config", "read_metrics", "run_stages"]
 class LoadedModel:
     """A stage's model and tokenizer on one device. Sampling settings are the fields of `SamplingConfig`."""
 
-    model: score.Model
+    model: scoring.Model
 
     def generate(self, prompt: str, *, num_samples: int = 1, seed: int = 0, **sampling: Any) -> list[str]:
         """`num_samples` completions of a text. Raises InputError where prompt and completion exceed the context."""
@@ -61,10 +62,10 @@ class LoadedModel:
         """The log-probability of each answer behind a context, in nats, summed over its tokens."""
         rows = []
         for answer in answers:
-            before, after = score.split(self.model.tokenizer.encode, context, answer)
+            before, after = scoring.split(self.model.tokenizer.encode, context, answer)
             begun = [self.model.tokenizer.start_id, *before]
-            rows.append(score.fit(begun, after, self.model.config, "answers"))
-        return [nats for nats, _ in score.score_rows(self.model, rows)]
+            rows.append(scoring.fit(begun, after, self.model.config, "answers"))
+        return [nats for nats, _ in scoring.score_rows(self.model, rows)]
 
     def _complete(self, ids: Sequence[int], num_samples: int, seed: int, sampling: Mapping[str, Any]) -> list[str]:
         model, tokenizer = self.model, self.model.tokenizer
@@ -92,7 +93,7 @@ def _token_logprobs(params: Any, tokens: jax.Array, *, config: Any) -> jax.Array
 
 def load(stage_dir: str | os.PathLike) -> LoadedModel:
     """The model in a stage directory, trained here or imported. Raises InputError where it holds none to talk to."""
-    return LoadedModel(score.Model(*chat.load(os.fspath(stage_dir))))
+    return LoadedModel(scoring.Model(*chat.load(os.fspath(stage_dir))))
 
 
 def read_config(path: str, overrides: Mapping[str, Any] | None = None) -> Config:

@@ -16,9 +16,9 @@ import numpy as np
 
 from jaxllm import losses
 from jaxllm.config import InputError
+from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveProportion
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveProportion
 from jaxllm.sharding import activation, batch_shards, constrain, fetch
 
 

@@ -8,10 +8,10 @@ import tyro
 
 from jaxllm import stages
 from jaxllm.config import require
+from jaxllm.config.ranges import Seed, Threads
 from jaxllm.metrics import LoggingConfig
 from jaxllm.models.config import ModelConfig
-from jaxllm.process import ProcessConfig
-from jaxllm.ranges import Seed, Threads
+from jaxllm.runtime.processes import ProcessConfig
 from jaxllm.sharding import MeshConfig
 from jaxllm.stages import Stage
 

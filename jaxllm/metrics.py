@@ -4,25 +4,22 @@ import dataclasses
 import json
 import math
 import numbers
-import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import tensorboardX
 from etils import epath
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxllm import hardware
 from jaxllm.config import Ending, InputError
 from jaxllm.losses import Metrics
+from jaxllm.runtime import hardware
+from jaxllm.runtime.console import console
+from jaxllm.runtime.files import read_metrics, write_whole
 from jaxllm.sharding import fetch
-
-# What is printed is text: square brackets and colons in a path are not markup.
-console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,56 +268,6 @@ def _jsonl(directory: epath.Path, kept: list[dict[str, Any]]) -> Writer:
         file.flush()
 
     return Writer(write, file.close)
-
-
-def read_metrics(path: epath.PathLike, damaged: Literal["refuse", "skip", "stop"] = "refuse") -> list[dict[str, Any]]:
-    """The objects in a metrics.jsonl, or in another JSONL file; none where there is no file.
-
-    A last line without its newline was cut and is left out. Another line that holds no object, as a power cut may leave
-    one, raises InputError, or is left out with a warning: alone ("skip"), or with all that follow it ("stop", for files in
-    which the number of a line means something).
-    """
-    path = epath.Path(path)
-    if not path.exists():
-        return []
-    *lines, _ = path.read_bytes().split(b"\n")
-    found: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if (value := _object(line)) is not None:
-            found.append(value)
-            continue
-        if damaged == "refuse":
-            raise InputError(f"{path}:{number}: is no JSON object; remove that line and run the same command again")
-        rest = " and what follows it" if damaged == "stop" else ""
-        console.print(f"warning: {path}:{number}: is no JSON object; that line{rest} is left out", soft_wrap=True)
-        if damaged == "stop":
-            break
-    return found
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line.decode())
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def json_line(value: Any) -> str:
-    """A line of a JSONL file of texts."""
-    return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-def write_whole(path: epath.PathLike, content: str | bytes) -> None:
-    """Write a file at once: a reader sees the old or the new one, never a half. A lone surrogate becomes "?"."""
-    path = epath.Path(path)
-    partial = path.parent / f".{path.name}.partial"
-    with partial.open("wb") as file:
-        file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
-        file.flush()
-        if "://" not in str(path):  # on the disk before it takes the old one's place
-            os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _tensorboard(directory: epath.Path, start: int) -> Writer:

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.config import require
-from jaxllm.ranges import Epsilon, NonNegativeFloat, NonNegativeInt, PositiveProportion, Proportion, ProportionBelowOne
+from jaxllm.config.ranges import (
+    Epsilon,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveProportion,
+    Proportion,
+    ProportionBelowOne,
+)
 
 # Whether weight decay applies, by the name of the leaf. Every parameter must be here: an unknown name is an error.
 _MATRICES = ("tokens", "positions", "project", "q", "k", "v", "out", "gate", "up", "down", "kernel", "a", "b")

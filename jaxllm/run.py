@@ -13,15 +13,18 @@ from etils import epath
 from rich.table import Table
 from rich.text import Text
 
-from jaxllm import checkpoint, goodput, stages
+from jaxllm import stages
 from jaxllm.config import InputError, complete, to_tree
 from jaxllm.life import Config, with_defaults
-from jaxllm.metrics import console, read_metrics, require_finite
-from jaxllm.process import Signals, join
+from jaxllm.metrics import require_finite
+from jaxllm.runtime import checkpoint, goodput
+from jaxllm.runtime.console import console
+from jaxllm.runtime.files import read_json, read_metrics
+from jaxllm.runtime.processes import Signals, join
 from jaxllm.sharding import make_mesh, meet
 from jaxllm.stages import Stage
 from jaxllm.train import Training, run_training
-from jaxllm.workspace import Workspace, read_json
+from jaxllm.workspace import Workspace
 
 
 def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
@@ -52,7 +55,7 @@ def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
         console.print(goodput.summary(goodput.read(workspace.ledger.path)))
     unwritten = worked or not (run_dir / "report.html").exists()  # it may have been killed just before
     if unwritten and jax.process_index() == 0 and stages.named(wanted[-1]).kind == "report":
-        from jaxllm.report import write_report  # matplotlib takes seconds to import
+        from jaxllm.report.report import write_report
 
         every = stages.names()
         write_report(run_dir, [s for s in every if s in config.stages or workspace.result(s) is not None])

@@ -17,7 +17,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.config import InputError, require
-from jaxllm.ranges import AxisSize
+from jaxllm.config.ranges import AxisSize
 
 MESH_AXES = ("data", "pipeline", "fsdp", "context", "expert", "tensor")  # slowest network first
 

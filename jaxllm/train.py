@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
-from jaxllm import checkpoint
 from jaxllm.config import Ending, InputError, check_unchanged
-from jaxllm.digest import unequal_replicas
-from jaxllm.goodput import Ledger
+from jaxllm.config.ranges import LARGEST_INT
 from jaxllm.losses import Loss, Metrics
-from jaxllm.metrics import LoggingConfig, MetricLog, Rewind, TrainingDiverged, Work, console
-from jaxllm.process import Signals
-from jaxllm.ranges import LARGEST_INT
+from jaxllm.metrics import LoggingConfig, MetricLog, Rewind, TrainingDiverged, Work
+from jaxllm.runtime import checkpoint
+from jaxllm.runtime.console import console
+from jaxllm.runtime.digest import unequal_replicas
+from jaxllm.runtime.goodput import Ledger
+from jaxllm.runtime.processes import Signals
 from jaxllm.sharding import param_shardings, replicated, with_shardings
 
 Batch = Any

@@ -12,7 +12,6 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -26,17 +25,18 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxllm import checkpoint
 from jaxllm.config import Ending, InputError, build, check_unchanged, differences, to_tree
-from jaxllm.goodput import Ledger
-from jaxllm.metrics import write_whole
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
-from jaxllm.pretrained_tokenizer import load_tokenizer
-from jaxllm.process import Signals
+from jaxllm.pretrained.safetensors_files import read_imported
+from jaxllm.runtime import checkpoint
+from jaxllm.runtime.files import read_json, write_json
+from jaxllm.runtime.goodput import Ledger
+from jaxllm.runtime.processes import Signals
 from jaxllm.sharding import meet, place_params
-from jaxllm.tokenizer import Tokenizer
+from jaxllm.tokenizers.published import load_tokenizer
+from jaxllm.tokenizers.trained import Tokenizer
 from jaxllm.train import Keeping
 
 
@@ -234,7 +234,9 @@ def load_model(
     shapes, axes = lora.trained(adapters, family.abstract(model), family.axes(model))
     abstract = place_params(mesh, shapes, axes)
     finished = read_json(stage_dir / "result.json") or {}
-    params = checkpoint.load_params(stage_dir, abstract, record["path"], finished.get("checkpoint"))
+    params = checkpoint.load_params(
+        stage_dir, abstract, record["path"], finished.get("checkpoint"), read_imported=read_imported
+    )
     if adapters.rank:
         source = record["base"] if "://" in record["base"] else os.path.normpath(stage_dir / record["base"])
         known = {os.path.normpath(path): params for path, params in (bases or {}).items()}
@@ -247,41 +249,6 @@ def load_policy(stage_dir: epath.PathLike, mesh: jax.sharding.Mesh) -> tuple[Any
     """(parameters, config, tokenizer) of the policy in a stage directory, trained here or imported."""
     params, model = load_model(stage_dir, mesh)
     return params, model, load_tokenizer(epath.Path(stage_dir).expanduser() / "tokenizer")
-
-
-def read_json(path: epath.PathLike, mend: str = "remove the file to redo what wrote it") -> dict[str, Any] | None:
-    """The JSON object in a file, None where there is no file; a byte order mark is skipped.
-
-    Raises InputError, ending in `mend`, where the file cannot be read or holds anything else.
-    """
-    try:
-        value = json.loads(epath.Path(path).read_bytes().decode("utf-8-sig"))
-    except (FileNotFoundError, NotADirectoryError):  # the latter: what should be its folder is a file
-        return None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {mend}") from None
-    except RecursionError:
-        raise InputError(f"{path}: not valid JSON (nested too deeply); {mend}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); {mend}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object, not {_JSON_NAMES[type(value)]}; {mend}")
-    return value
-
-
-_JSON_NAMES = {
-    list: "a list",
-    str: "a text",
-    int: "a number",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}
-
-
-def write_json(path: epath.PathLike, value: Any) -> None:
-    """Write a JSON file at once: a reader sees the old or the new one, never a half."""
-    write_whole(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 def provenance(mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from jaxllm.models import families, transformer
+from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.pretrained import export_model, import_model
+from jaxllm.pretrained import families
+from jaxllm.pretrained.convert import export_model, import_model
 from tests.conftest import ROOT, jaxllm
 
 CHATML = (

@@ -12,13 +12,15 @@ import pytest
 
 import jaxllm
 from jaxllm import __main__ as cli
-from jaxllm import chat, hardware, metrics, run
+from jaxllm import chat, metrics, run
 from jaxllm.config import InputError, load
 from jaxllm.generate import SamplingConfig
-from jaxllm.tokenizer import train
+from jaxllm.runtime import hardware
+from jaxllm.runtime.console import console
+from jaxllm.tokenizers.trained import train
 from tests.conftest import ROOT
 from tests.conftest import jaxllm as start
-from tests.test_tokenizer import CORPUS
+from tests.tokenizers.test_trained import CORPUS
 
 COMMANDS = {"run", *cli.stages.names(), *cli.OTHER_HELP}
 
@@ -59,7 +61,7 @@ def test_commands_named_in_configs_and_pages_exist():
 
 @pytest.mark.parametrize("name", ["runs[old]/x", "a[/b]c", ":car:", "[red]"])
 def test_what_is_printed_is_text_and_never_markup(capsys, monkeypatch, name):
-    metrics.console.print(f"data in {name}", soft_wrap=True)
+    console.print(f"data in {name}", soft_wrap=True)
     run.print_result("sft", {"init_from": name})
     shown = capsys.readouterr().err
     assert f"data in {name}" in shown and shown.count(name) == 2

@@ -14,16 +14,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm import losses, train
-from jaxllm.checkpoint import CheckpointConfig
 from jaxllm.config import InputError
-from jaxllm.data import DataConfig
-from jaxllm.digest import unequal_replicas
-from jaxllm.goodput import Ledger
+from jaxllm.data.sources import DataConfig
 from jaxllm.metrics import LoggingConfig, TrainingDiverged, Work
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import DECAYED, OptimConfig, decay_mask, learning_rate, make_optimizer
-from jaxllm.process import Signals, Stopped
+from jaxllm.runtime.checkpoint import CheckpointConfig
+from jaxllm.runtime.digest import unequal_replicas
+from jaxllm.runtime.goodput import Ledger
+from jaxllm.runtime.processes import Signals, Stopped
 from jaxllm.sharding import MeshConfig, activation, make_mesh
 
 MODEL = ModelConfig(

@@ -7,9 +7,9 @@ import shutil
 import pytest
 from etils import epath
 
-from jaxllm import checkpoint
 from jaxllm.__main__ import main
 from jaxllm.run import _prepare
+from jaxllm.runtime import checkpoint
 from tests.conftest import ROOT
 
 TINY = (ROOT / "configs" / "tiny.yaml").read_text()

@@ -9,8 +9,9 @@ import sys
 
 import jax
 
-from jaxllm import digest, train
+from jaxllm import train
 from jaxllm.__main__ import main
+from jaxllm.runtime import digest
 
 FILE = sys.argv[sys.argv.index("--run-dir") + 1] + ".batches"
 

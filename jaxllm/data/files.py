@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 
 from jaxllm.config import InputError
-from jaxllm.shipped import find_data
+from jaxllm.config.shipped import find_data
 
 COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "zst": "zstd", "zstd": "zstd", "bz2": "bzip2", "xz": "xz"}
 

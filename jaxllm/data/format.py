@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxllm.config import InputError
+from jaxllm.data.messages import Messages, as_json, check_messages, known_parts, question, said
 from jaxllm.data.records import Record, spelled
 from jaxllm.data.sources import DataConfig, Source, digest
 from jaxllm.data.templates import fill
-from jaxllm.messages import Messages, as_json, check_messages, known_parts, question, said
-from jaxllm.tokenizer import Tokenizer
+from jaxllm.tokenizers.trained import Tokenizer
 
 KINDS = ("document", "chat", "prompt", "ranked")
 _LARGEST = 3.4e38  # of a float32, which scores become

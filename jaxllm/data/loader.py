@@ -21,7 +21,7 @@ from jaxllm.data.packing import Row, best_fit, concat_and_split, materialise
 from jaxllm.data.sources import DataConfig
 from jaxllm.data.splits import examples, nothing_there, require_examples, require_room, shuffled
 from jaxllm.data.store import EXAMPLE, Examples, Tokens, open_store
-from jaxllm.tokenizer import Tokenizer
+from jaxllm.tokenizers.trained import Tokenizer
 
 Batch = dict[str, jax.Array]
 BatchAt = Callable[[int], Batch]

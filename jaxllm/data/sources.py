@@ -11,19 +11,27 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from jaxllm.config import InputError, require, resolve_function
+from jaxllm.config import InputError, require
+from jaxllm.config.functions import FunctionName, resolve_function
+from jaxllm.config.ranges import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ProportionBelowOne,
+    Threads,
+)
 from jaxllm.data.file_formats import Format
 from jaxllm.data.files import resolve
 from jaxllm.data.readers import Part, read_part
 from jaxllm.data.records import Record, check_unicode, present
-from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProportionBelowOne, Threads
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Where records come from, and how a plain text becomes fields, a conversation or a prompt."""
 
-    path: str = ""
+    path: FunctionName = ""
     """File or glob, here (~ is the home folder) or on an object store (gs://, s3://), pkg://PACKAGE/path/in/package, or py://module:function."""
     weight: NonNegativeFloat = 0.0
     """Share of the rows in a mixture, relative to the other sources; 0 (then for every source): weight sources by size."""

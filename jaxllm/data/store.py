@@ -35,8 +35,8 @@ from jaxllm.data.format import Example, sided
 from jaxllm.data.readers import PART_BYTES, Part
 from jaxllm.data.sources import DataConfig, Source, read_records
 from jaxllm.data.splits import nothing_there, require_examples
-from jaxllm.pretrained_tokenizer import restore
-from jaxllm.tokenizer import Tokenizer
+from jaxllm.tokenizers.published import restore
+from jaxllm.tokenizers.trained import Tokenizer
 
 _VERSION = "v3"
 _SPLITS = ("train", "held_out")

@@ -86,9 +86,9 @@ def visible(
 def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, softcap: float) -> Callable[..., jax.Array] | None:
     """What takes whole rows of this shape on the mesh's platform; None: XLA alone."""
     if platform() == "tpu":
-        from jaxllm import flash  # Pallas takes 0.3 s to import, which only a TPU has to wait for
+        from jaxllm.models import attention_tpu
 
-        return flash.tpu_attention if flash.fits(q, k) else None
+        return attention_tpu.tpu_attention if attention_tpu.fits(q, k) else None
     return gpu_attention if platform() == "gpu" and cudnn_takes(q, k, v, softcap) else None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.ranges import NonNegativeInt, PositiveFloat
+from jaxllm.config.ranges import NonNegativeInt, PositiveFloat
 
 # The leading dimensions that are summed over in each matrix that can have an adapter; the rest are its output.
 _INPUTS = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1, "q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jaxllm.sharding import ACT_RULES, spec
 
 _TOKEN_AXES = ("data", "fsdp", "context")  # over which tokens stay spread where those of the expert axis are gathered

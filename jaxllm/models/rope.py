@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,28 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import evaluate, tasks
-from jaxllm.annotators import score_all
-from jaxllm.config import InputError, resolve_function
-from jaxllm.data import (
-    DataConfig,
-    examples,
-    load_prompts,
-    load_texts,
-    measure_contamination,
-    open_store,
-    said,
-    shuffled,
-    some_documents,
-)
+from jaxllm.config import InputError
+from jaxllm.config.functions import FunctionName, resolve_function
+from jaxllm.config.ranges import NonNegativeInt, PositiveInt
+from jaxllm.data.contamination import measure_contamination, some_documents
+from jaxllm.data.loader import load_prompts
+from jaxllm.data.messages import said
+from jaxllm.data.sources import DataConfig
+from jaxllm.data.splits import examples, shuffled
+from jaxllm.data.store import load_texts, open_store
+from jaxllm.evaluation import measures, tasks
+from jaxllm.evaluation.tasks import ScoringConfig
 from jaxllm.generate import SamplingConfig, complete, completions, response_logprobs, roll_out
-from jaxllm.metrics import console
 from jaxllm.models.config import ModelConfig
-from jaxllm.ranges import NonNegativeInt, PositiveInt
+from jaxllm.rl.score_functions import score_all
+from jaxllm.runtime.console import console
 from jaxllm.sharding import fetch
 from jaxllm.stages import names
-from jaxllm.tasks import ScoringConfig
-from jaxllm.tokenizer import Tokenizer
+from jaxllm.tokenizers.trained import Tokenizer
 from jaxllm.workspace import Workspace, load_model
 
 MAX_HELD_OUT = 20_000  # held-out documents that are looked for in the training data
@@ -49,7 +45,7 @@ class EvaluateConfig:
     """Prompts for open answers; without sources those of the sample stage."""
     num_prompts: PositiveInt = 200
     """At most this many held-out prompts."""
-    annotator: str = ""
+    annotator: FunctionName = ""
     """module:function scoring (prompt, response): a SIMULATED annotator; empty: none."""
     sampling: SamplingConfig = SamplingConfig()
     """How open answers are drawn."""
@@ -107,7 +103,7 @@ def run(
             numbers |= open_numbers
             if config.annotator:
                 scores[stage] = score_all(resolve_function(config.annotator, "annotator"), prompts, answers[stage])
-                mean, error = evaluate.mean_and_error(scores[stage])
+                mean, error = measures.mean_and_error(scores[stage])
                 numbers |= {"annotator_score": mean, "annotator_score_error": error}
             result["samples"] = _side_by_side(prompts, answers, config.num_shown)
         named = tasks.Model(params, model, tokenizer, workspace.mesh)
@@ -116,9 +112,9 @@ def run(
         result |= {"tasks": task_scores, "task_files": tasks.describe(files)}
     final = present[-1]
     if {"sft", final} <= scores.keys() and final != "sft":
-        gain, error = evaluate.mean_and_error(scores[final] - scores["sft"])
+        gain, error = measures.mean_and_error(scores[final] - scores["sft"])
         result |= {"annotator_gain": gain, "annotator_gain_error": error}
-        result["win_rate"] = evaluate.win_rate(scores[final], scores["sft"])
+        result["win_rate"] = measures.win_rate(scores[final], scores["sft"])
     if config.annotator:
         result |= {"annotator": config.annotator, "annotator_simulated": True}
     if config.contamination_n and "pretrain" in present:
@@ -126,7 +122,7 @@ def run(
         result["contamination"] = contamination(workspace, config, tokenizer, documents, chats)
     if config.compare_xz and "pretrain" in present:
         texts = (load_texts(documents, split, workspace.run_dir / "cache") for split in ("train", "held_out"))
-        result["xz_bits_per_byte"] = evaluate.xz_bits_per_byte(*texts)
+        result["xz_bits_per_byte"] = measures.xz_bits_per_byte(*texts)
     return result
 
 
@@ -180,7 +176,7 @@ def label_accuracy(
             "evaluate.accuracy: no held-out example fits the context; give more data or raise model.max_length"
         )
     drawn = complete(params, model, prompts, sampling=sampling, **_settings(workspace, config, tokenizer))
-    return evaluate.accuracy([tokenizer.decode(c[0].ids) for c in drawn], labels)
+    return measures.accuracy([tokenizer.decode(c[0].ids) for c in drawn], labels)
 
 
 def open_answers(
@@ -204,7 +200,7 @@ def open_answers(
         kls += fetch(kl(params, reference, rollout))[:count].tolist() if reference is not None else []
         drawn += completions(fetch(rollout), settings["stop_ids"])[:count]
     numbers = {
-        **{"prompts": float(len(drawn)), "distinct_2": evaluate.distinct(c.ids for c in drawn)},
+        **{"prompts": float(len(drawn)), "distinct_2": measures.distinct(c.ids for c in drawn)},
         **{"response_tokens": float(np.mean([len(c.ids) for c in drawn]))},
         **{"finished": float(np.mean([c.finished for c in drawn]))},
         **({"kl_to_sft": float(np.mean(kls))} if kls else {}),

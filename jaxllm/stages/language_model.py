@@ -13,16 +13,20 @@ from typing import Any
 import jax
 import optax
 
-from jaxllm import evaluate, train, tree_shapes
-from jaxllm.checkpoint import CheckpointConfig
+from jaxllm import train
 from jaxllm.config import InputError
-from jaxllm.data import DataConfig, Rows, epoch_batches, epoch_rows, epochs_of, fingerprint, load_rows, make_batch_at
-from jaxllm.metrics import Work, console, held_out, peak_flops
+from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jaxllm.data.loader import Rows, epoch_batches, epoch_rows, epochs_of, fingerprint, load_rows, make_batch_at
+from jaxllm.data.sources import DataConfig
+from jaxllm.evaluation import measures
+from jaxllm.metrics import Work, held_out, peak_flops
 from jaxllm.models import lora, next_token, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
-from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jaxllm.runtime import tree_shapes
+from jaxllm.runtime.checkpoint import CheckpointConfig
+from jaxllm.runtime.console import console
 from jaxllm.sharding import activation, check_batch, param_shardings, place_params, replicated
 from jaxllm.workspace import Workspace, describe_model, described_model, load_model
 
@@ -102,9 +106,9 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     def evaluation(step: int, state: train.TrainState) -> dict[str, float]:
         limit = 0 if step >= num_steps else config.eval_batches
         batches = epoch_batches(rows["held_out"], batch_size=config.batch_size, sharding=sharding, max_batches=limit)
-        nats = evaluate.run(functools.partial(measure, base=base), state.params, batches)["loss"]
+        nats = measures.run(functools.partial(measure, base=base), state.params, batches)["loss"]
         counts = (sum(getattr(r, name) for r, _ in rows["held_out"]) for name in ("num_tokens", "num_bytes"))
-        return {"eval/loss": nats, "eval/bits_per_byte": evaluate.bits_per_byte(nats, *counts)}
+        return {"eval/loss": nats, "eval/bits_per_byte": measures.bits_per_byte(nats, *counts)}
 
     def start() -> train.TrainState:
         key = jax.random.fold_in(jax.random.key(seed), 1)

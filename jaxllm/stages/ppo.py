@@ -15,18 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxllm import data, evaluate, generate, losses, rewards, train
-from jaxllm.annotators import prompt_text
-from jaxllm.checkpoint import CheckpointConfig
-from jaxllm.data import DataConfig, PromptExample
-from jaxllm.generate import Rollout, SamplingConfig
-from jaxllm.losses import Metrics, Moments
-from jaxllm.metrics import Work, console, held_out, json_line, read_metrics, write_whole
-from jaxllm.models import lora, next_token, scalar, transformer
-from jaxllm.models.config import ModelConfig
-from jaxllm.models.lora import LoRAConfig
-from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
-from jaxllm.ranges import (
+from jaxllm import generate, losses, train
+from jaxllm.config.ranges import (
     AnyFloat,
     NonNegativeFloat,
     NonNegativeInt,
@@ -35,7 +25,22 @@ from jaxllm.ranges import (
     Proportion,
     ProportionBelowOne,
 )
-from jaxllm.rewards import RewardSource
+from jaxllm.data.loader import PromptExample, fingerprint, load_prompts, load_rows, make_batch_at, make_prompt_batch_at
+from jaxllm.data.messages import prompt_text
+from jaxllm.data.sources import DataConfig
+from jaxllm.evaluation import measures
+from jaxllm.generate import Rollout, SamplingConfig
+from jaxllm.losses import Metrics, Moments
+from jaxllm.metrics import Work, held_out
+from jaxllm.models import lora, next_token, scalar, transformer
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.lora import LoRAConfig
+from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
+from jaxllm.rl import rewards
+from jaxllm.rl.rewards import RewardSource
+from jaxllm.runtime.checkpoint import CheckpointConfig
+from jaxllm.runtime.console import console
+from jaxllm.runtime.files import json_line, read_metrics, write_whole
 from jaxllm.sharding import (
     MeshConfig,
     activation,
@@ -50,7 +55,7 @@ from jaxllm.sharding import (
     rows_like,
     send,
 )
-from jaxllm.tokenizer import Tokenizer
+from jaxllm.tokenizers.trained import Tokenizer
 from jaxllm.train import TrainState
 from jaxllm.workspace import Workspace, describe_model, load_model
 
@@ -318,12 +323,12 @@ def build_training(workspace: Workspace, life: Any, stage: str) -> train.Trainin
         return {"steps": config.num_steps, **held_out(metrics), **more}
 
     return train.Training(
-        data=data.fingerprint([*prompts["train"], *prompts["held_out"]]),
+        data=fingerprint([*prompts["train"], *prompts["held_out"]]),
         # Copies: making a state donates, and reference and reward model stay.
         init=lambda: first_state(parts, config, mesh, *jax.tree.map(jnp.copy, starts)),
         abstract=abstract_state(parts, config, mesh),
         step=make_step(setup, parts, roles, score, prompts["train"], stage, ptx_at, table),
-        batch_at=data.make_prompt_batch_at(
+        batch_at=make_prompt_batch_at(
             prompts["train"],
             batch_size=config.batch_size // config.num_responses,
             seed=workspace.seed,
@@ -418,7 +423,7 @@ def split(config: LoRAConfig, params: Any) -> tuple[Any, Any]:
 
 
 def load_all_prompts(stage: str, config: PPOConfig, tokenizer: Tokenizer) -> dict[str, list[PromptExample]]:
-    prompts = {s: data.load_prompts(config.data, s, tokenizer, config.max_prompt_length) for s in ("train", "held_out")}
+    prompts = {s: load_prompts(config.data, s, tokenizer, config.max_prompt_length) for s in ("train", "held_out")}
     prompts["held_out"] = prompts["held_out"][: config.eval_prompts]
     counts = f"{len(prompts['train'])} training prompts, {len(prompts['held_out'])} held-out prompts for evaluation"
     console.print(f"{stage}: {counts}")
@@ -689,9 +694,9 @@ def ptx_batches(workspace: Workspace, setup: Setup, stage: str) -> Callable[[int
         return None
     check_batch(workspace.mesh, config.batch_size // setup.config.num_micro, f"{stage}.ptx.batch_size / num_micro")
     length, cache = config.length or setup.model.max_length, workspace.run_dir / "cache"
-    rows = data.load_rows(config.data, "document", "train", setup.tokenizer, length, cache)
+    rows = load_rows(config.data, "document", "train", setup.tokenizer, length, cache)
     sharding = activation(workspace.mesh, "batch", None)
-    return data.make_batch_at(rows, batch_size=config.batch_size, seed=workspace.seed, sharding=sharding)
+    return make_batch_at(rows, batch_size=config.batch_size, seed=workspace.seed, sharding=sharding)
 
 
 def make_step(
@@ -948,7 +953,7 @@ def make_evaluation(
             "eval/kl": float(np.mean(kls)),
             "eval/response_length": float(np.mean([len(r.ids) for r in responses])),
             "eval/finished": float(np.mean([r.finished for r in responses])),
-            "eval/distinct_2": evaluate.distinct(r.ids for r in responses),
+            "eval/distinct_2": measures.distinct(r.ids for r in responses),
         }
 
     return evaluation

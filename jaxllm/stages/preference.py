@@ -15,18 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from annotated_types import Ge, Lt
 
-from jaxllm import evaluate, losses, train
-from jaxllm.checkpoint import CheckpointConfig
+from jaxllm import losses, train
 from jaxllm.config import InputError
-from jaxllm.data import DataConfig, RankedExample, Source, fingerprint, load_ranked, make_ranked_batch_at, ranked_epoch
-from jaxllm.metrics import Work, console, held_out, peak_flops
+from jaxllm.config.ranges import FINITE, NOT_BOOL, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jaxllm.data.loader import RankedExample, fingerprint, load_ranked, make_ranked_batch_at, ranked_epoch
+from jaxllm.data.sources import DataConfig, Source
+from jaxllm.evaluation import measures
+from jaxllm.metrics import Work, held_out, peak_flops
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
-from jaxllm.ranges import FINITE, NOT_BOOL, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jaxllm.runtime.checkpoint import CheckpointConfig
+from jaxllm.runtime.console import console
+from jaxllm.runtime.files import read_json, write_json
 from jaxllm.sharding import activation, check_batch, fetch, place_params, replicated, rows_like
-from jaxllm.workspace import Workspace, describe_model, load_model, read_json, write_json
+from jaxllm.workspace import Workspace, describe_model, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,18 +264,18 @@ def held_out_numbers(every: np.ndarray, ranks: np.ndarray) -> dict[str, float]:
     """Loss, pairwise and top-1 accuracy, calibration error of scores float[N, K]."""
     _, _, metrics = losses.pairwise(jnp.array(every), jnp.array(ranks))
     means = {name: float(total) / max(float(weight), 1.0) for name, (total, weight) in metrics.items()}
-    margins = evaluate.pair_margins(every, ranks)
+    margins = measures.pair_margins(every, ranks)
     numbers = {"loss": means["loss"], "accuracy": means["accuracy"], "top1_accuracy": means["top1"]}
-    return numbers | {"calibration_error": evaluate.calibration_error(margins), "pairs": float(len(margins))}
+    return numbers | {"calibration_error": measures.calibration_error(margins), "pairs": float(len(margins))}
 
 
 def breakdown(every: np.ndarray, ranks: np.ndarray, examples: list[RankedExample]) -> dict[str, Any]:
     """Accuracy by K and by distance in rank, the reliability curve, and how far annotators agree with one another."""
-    margins, agreed = evaluate.pair_margins(every, ranks), evaluate.annotator_agreement(examples)
+    margins, agreed = measures.pair_margins(every, ranks), measures.annotator_agreement(examples)
     return {
-        "accuracy_by_k": evaluate.accuracy_by(every, ranks, "k"),
-        "accuracy_by_distance": evaluate.accuracy_by(every, ranks, "distance"),
-        "reliability": evaluate.reliability(margins),
+        "accuracy_by_k": measures.accuracy_by(every, ranks, "k"),
+        "accuracy_by_distance": measures.accuracy_by(every, ranks, "distance"),
+        "reliability": measures.reliability(margins),
         **({"annotator_agreement": agreed[0], "annotator_agreement_pairs": agreed[1]} if agreed else {}),
     }
 

@@ -23,13 +23,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from jaxllm.annotators import prompt_text, score_all
-from jaxllm.config import InputError, resolve_function
-from jaxllm.data import DataConfig, Source, is_held_out, read_records
+from jaxllm.config import InputError
+from jaxllm.config.functions import FunctionName, resolve_function
+from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, ProportionBelowOne
 from jaxllm.data.file_formats import format_of
-from jaxllm.messages import check_messages, known_parts, question, said
-from jaxllm.metrics import console, json_line, write_whole
-from jaxllm.ranges import NonNegativeFloat, NonNegativeInt, ProportionBelowOne
+from jaxllm.data.format import is_held_out
+from jaxllm.data.messages import check_messages, known_parts, prompt_text, question, said
+from jaxllm.data.sources import DataConfig, Source, read_records
+from jaxllm.rl.score_functions import score_all
+from jaxllm.runtime.console import console
+from jaxllm.runtime.files import json_line, write_whole
 from jaxllm.sharding import meet
 from jaxllm.workspace import StageCut, Workspace
 
@@ -44,7 +47,7 @@ HELP = Text.from_markup(
 class RankConfig:
     """Who ranks the sampled responses."""
 
-    annotator: str = "person"
+    annotator: FunctionName = "person"
     """person (asks in the terminal), file:PATH (a rankings JSONL), or module:function (SIMULATED: scores responses)."""
     noise: NonNegativeFloat = 0.0
     """Standard deviation of Gaussian noise added to the scores of a simulated annotator."""

@@ -8,10 +8,12 @@ import jax
 from etils import epath
 
 from jaxllm.config import InputError
-from jaxllm.data import DataConfig, PromptExample, load_prompts
+from jaxllm.config.ranges import NonNegativeInt, PositiveInt
+from jaxllm.data.loader import PromptExample, load_prompts
+from jaxllm.data.sources import DataConfig
 from jaxllm.generate import SamplingConfig, complete, whole_batch
-from jaxllm.metrics import console, json_line, read_metrics, write_whole
-from jaxllm.ranges import NonNegativeInt, PositiveInt
+from jaxllm.runtime.console import console
+from jaxllm.runtime.files import json_line, read_metrics, write_whole
 from jaxllm.sharding import meet
 from jaxllm.workspace import Workspace, load_model
 

@@ -11,11 +11,12 @@ from annotated_types import Ge, Le
 from etils import epath
 from rich.table import Table
 
-from jaxllm.data import DataConfig, load_texts
-from jaxllm.metrics import console
-from jaxllm.pretrained_tokenizer import load_tokenizer
-from jaxllm.ranges import FINITE, NOT_BOOL, ByteCount, Seed, Threads
-from jaxllm.tokenizer import MAX_VOCAB_SIZE, RULE_OF_THUMB, compression, train
+from jaxllm.config.ranges import FINITE, NOT_BOOL, ByteCount, Seed, Threads
+from jaxllm.data.sources import DataConfig
+from jaxllm.data.store import load_texts
+from jaxllm.runtime.console import console
+from jaxllm.tokenizers.published import load_tokenizer
+from jaxllm.tokenizers.trained import MAX_VOCAB_SIZE, RULE_OF_THUMB, compression, train
 from jaxllm.workspace import Workspace
 
 

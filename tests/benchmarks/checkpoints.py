@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import checkpoint, digest, train
+from jaxllm import train
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.next_token import loss
 from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.run import set_cpu_devices
+from jaxllm.runtime import checkpoint, digest
 from jaxllm.sharding import MeshConfig, activation, make_mesh
 
 

@@ -18,8 +18,9 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from jaxllm.models import families, transformer
+from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
+from jaxllm.pretrained import families
 
 CHILD = """
 import re, sys, time

@@ -19,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxllm import tokenizer as tokenizers
+from jaxllm.data.loader import load_rows
+from jaxllm.data.store import load_texts
+from jaxllm.tokenizers import trained as tokenizers
 
 LENGTH, BATCH, STEPS = 1024, 16, 200
 
@@ -108,19 +110,18 @@ def run(script: str, folder: str) -> dict[str, float]:
 
 def padding(config_path: str) -> dict[str, float]:
     """Of the training rows of a config's conversations."""
-    from jaxllm import data as d
     from jaxllm.config import load
     from jaxllm.run import Config, with_defaults
     from jaxllm.stages.tokenizer import sample_texts
 
     config = with_defaults(load(Config, config_path))
     began = time.monotonic()
-    texts, _ = sample_texts(d.load_texts(config.tokenizer.data, "train"), config.tokenizer.sample_bytes, 0)
+    texts, _ = sample_texts(load_texts(config.tokenizer.data, "train"), config.tokenizer.sample_bytes, 0)
     fields = {name: getattr(config.tokenizer, name) for name in ("vocab_size", "model_type", "character_coverage")}
     tokenizer = tokenizers.train(iter(texts), **fields, num_threads=2)
     with tempfile.TemporaryDirectory() as folder:
         length = config.sft.length or config.model.max_length
-        mixture = d.load_rows(config.sft.data, "chat", "train", tokenizer, length, folder)
+        mixture = load_rows(config.sft.data, "chat", "train", tokenizer, length, folder)
         used = sum(int((rows.row(i)["segment_ids"] > 0).sum()) for rows, _ in mixture for i in range(rows.num_rows))
         total = length * sum(rows.num_rows for rows, _ in mixture)
     return {"rows": total // length, "padding": 1 - used / total, "seconds": time.monotonic() - began}

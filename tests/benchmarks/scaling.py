@@ -14,7 +14,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 from plan import planned
 
-from jaxllm.hardware import EFFICIENCY
+from jaxllm.runtime.hardware import EFFICIENCY
 
 SLICES = {64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"}
 SHARDS, LENGTH, MICRO = 256, 8192, 4  # devices of a replica; tokens of a row; rows of a device in a microbatch, at most

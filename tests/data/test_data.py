@@ -6,7 +6,10 @@ import sys
 import pytest
 
 from jaxllm.config import InputError, build
-from jaxllm.data import DataConfig, Phase, Source, examples, is_held_out, load_texts, read_records, shuffled
+from jaxllm.data.format import is_held_out
+from jaxllm.data.sources import DataConfig, Phase, Source, read_records
+from jaxllm.data.splits import examples, shuffled
+from jaxllm.data.store import load_texts
 
 
 def write(path, text):
@@ -147,7 +150,7 @@ def test_texts_are_those_of_the_examples(tmp_path):
     lines = [json.dumps({"text": f"t{i % 50}", **({"split": "held_out"} if i == 77 else {})}) for i in range(120)]
     own = [json.dumps({"text": f"own {i}"}) for i in range(9)]
     one, two = (write(tmp_path / f"{n}.jsonl", "\n".join([*lines[n:], *own[: n // 4]])) for n in (0, 40))
-    sums = Source("py://jaxllm.corpora:careless_additions", max_records=30)
+    sums = Source("py://jaxllm.demo.corpora:careless_additions", max_records=30)
     config = data(Source(one), Source(two), sums, curriculum=(Phase(3, (1.0, 0.0, 2.0)),))
     for split in ("train", "held_out"):
         expected = [e.text for e in examples(config, "document", split)]

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
-from jaxllm import data as d
 from jaxllm.config import InputError
 from jaxllm.data import splits
-from jaxllm.tokenizer import train
+from jaxllm.data.loader import load_prompts, load_ranked, load_rows
+from jaxllm.data.sources import DataConfig, Source
+from jaxllm.data.store import load_texts
+from jaxllm.tokenizers.trained import train
 
 LOADERS = ("document", "chat", "prompt", "ranked", "text")
 
@@ -35,20 +37,20 @@ def write(path, *records):
 
 def load(kind, tokenizer, cache, *sources, split="train", length=64, **fields):
     """The examples of one kind by the road that stages take."""
-    data = d.DataConfig(sources, **{"held_out_fraction": 0.0, **fields})
+    data = DataConfig(sources, **{"held_out_fraction": 0.0, **fields})
     if kind == "text":
-        return list(d.load_texts(data, split, cache))
+        return list(load_texts(data, split, cache))
     if kind == "prompt":
-        return d.load_prompts(data, split, tokenizer, length)
+        return load_prompts(data, split, tokenizer, length)
     if kind == "ranked":
-        return d.load_ranked(data, split, tokenizer, length)
-    return d.load_rows(data, kind, split, tokenizer, length, cache)
+        return load_ranked(data, split, tokenizer, length)
+    return load_rows(data, kind, split, tokenizer, length, cache)
 
 
 @pytest.fixture
 def good(tmp_path):
     held_out = [record(100 + i, split="held_out") for i in range(3)]
-    return d.Source(write(tmp_path / "good.jsonl", *map(record, range(9)), *held_out), weight=1.0)
+    return Source(write(tmp_path / "good.jsonl", *map(record, range(9)), *held_out), weight=1.0)
 
 
 FILTERS = {
@@ -61,7 +63,7 @@ FILTERS = {
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("reason", FILTERS)
 def test_a_source_that_is_filtered_away_is_refused_with_the_reason(tmp_path, tokenizer, good, kind, reason):
-    bad = d.Source(write(tmp_path / "bad.jsonl", *(record(20 + i) for i in range(5))), weight=1.0, **FILTERS[reason])
+    bad = Source(write(tmp_path / "bad.jsonl", *(record(20 + i) for i in range(5))), weight=1.0, **FILTERS[reason])
     with pytest.raises(InputError) as error:
         load(kind, tokenizer, tmp_path / "cache", good, bad)
     wanted = f"{bad.path}: not a single {kind} example in the train split (records: {reason}); mend the source"
@@ -72,24 +74,24 @@ def test_a_source_that_is_filtered_away_is_refused_with_the_reason(tmp_path, tok
 def test_other_reasons_are_counted(tmp_path, tokenizer, good, kind):
     records = [record(i) for i in range(3)] + [record(50, text=""), record(8, text="text 8"), record(60)]
     other = write(tmp_path / "other.jsonl", record(60))
-    bad = d.Source(write(tmp_path / "bad.jsonl", *records), weight=1.0, exclude=(other,))
+    bad = Source(write(tmp_path / "bad.jsonl", *records), weight=1.0, exclude=(other,))
     with pytest.raises(InputError) as error:
         load(kind, tokenizer, tmp_path / "cache", good, bad)
     assert "(records: 1 shorter than min_chars 1, 1 in a file of `exclude`, 4 in another source too)" in str(
         error.value
     )
-    empty = d.Source(write(tmp_path / "empty.jsonl"), weight=1.0)
+    empty = Source(write(tmp_path / "empty.jsonl"), weight=1.0)
     with pytest.raises(InputError, match=r"empty.jsonl: not a single .* \(it has no records\)"):
         load(kind, tokenizer, tmp_path / "cache", good, empty)
 
 
 def test_all_held_out_by_chance_is_refused_and_by_their_own_word_is_named(tmp_path, tokenizer, good, capsys):
     by_chance = [record(i, split=None) for i in range(20, 22)]
-    bad = d.Source(write(tmp_path / "bad.jsonl", *by_chance), weight=1.0)
+    bad = Source(write(tmp_path / "bad.jsonl", *by_chance), weight=1.0)
     with pytest.raises(InputError, match="2 held out by the hash of their content"):
         load("prompt", tokenizer, tmp_path / "cache", good, bad, held_out_fraction=0.9999999)
     validation = [record(30, split="held_out"), record(31, split="held_out"), record(32, text="")]
-    marked = d.Source(write(tmp_path / "marked.jsonl", *validation), weight=1.0)
+    marked = Source(write(tmp_path / "marked.jsonl", *validation), weight=1.0)
     for kind in LOADERS:
         splits._say.cache_clear()
         assert load(kind, tokenizer, tmp_path / "cache", good, marked)
@@ -99,7 +101,7 @@ def test_all_held_out_by_chance_is_refused_and_by_their_own_word_is_named(tmp_pa
 
 @pytest.mark.parametrize("kind", LOADERS)
 def test_without_held_out_examples_a_source_is_named_once(tmp_path, tokenizer, good, kind, capsys):
-    few = d.Source(write(tmp_path / "few.jsonl", record(40)), weight=1.0)
+    few = Source(write(tmp_path / "few.jsonl", record(40)), weight=1.0)
     for _ in range(2):
         assert load(kind, tokenizer, tmp_path / "cache", good, few, split="held_out")
     named = f"data: {few.path}: not a single {kind} example in the held_out split"
@@ -111,7 +113,7 @@ def test_without_held_out_examples_a_source_is_named_once(tmp_path, tokenizer, g
 @pytest.mark.parametrize("kind", ["chat", "prompt", "ranked"])
 def test_a_source_of_too_long_examples_is_refused_or_named(tmp_path, tokenizer, good, kind, capsys):
     long = [record(i, prompt="word " * 90 + str(i), split=s) for i, s in ((50, "train"), (51, "held_out"))]
-    source = d.Source(write(tmp_path / "long.jsonl", *long), weight=1.0)
+    source = Source(write(tmp_path / "long.jsonl", *long), weight=1.0)
     wanted = "every %s example of the %s split is longer than 64 tokens"
     with pytest.raises(InputError, match=r"long.jsonl: " + wanted % (kind, "train")):
         load(kind, tokenizer, tmp_path / "cache", good, source, too_long="drop")
@@ -121,6 +123,6 @@ def test_a_source_of_too_long_examples_is_refused_or_named(tmp_path, tokenizer, 
 
 @pytest.mark.parametrize("kind", ["document", "chat", "prompt", "ranked"])
 def test_the_only_source_says_why_it_is_empty_too(tmp_path, tokenizer, good, kind):
-    source = d.Source(good.path, match="nothing like it")
+    source = Source(good.path, match="nothing like it")
     with pytest.raises(InputError, match=r"not a single .* in the train split \(records: 12 without a match\)"):
         load(kind, tokenizer, tmp_path / "cache", source)

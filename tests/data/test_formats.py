@@ -13,10 +13,11 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxllm import data as d
 from jaxllm.config import InputError
 from jaxllm.data import cache, file_formats, readers, store
-from jaxllm.tokenizer import train
+from jaxllm.data.sources import DataConfig, Source, read_records
+from jaxllm.data.store import load_texts, open_store
+from jaxllm.tokenizers.trained import train
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXTS = ["plain", 'a "quoted" word', "comma, and\ttab", "文字 é 🙂", " spaces ", "1e3", "null", "{}"]
@@ -63,7 +64,7 @@ def spell(kind, texts):
 
 
 def read(path, **fields):
-    return list(d.read_records(d.Source(str(path), **{"min_chars": 0, **fields})))
+    return list(read_records(Source(str(path), **{"min_chars": 0, **fields})))
 
 
 def texts(path, **fields):
@@ -280,7 +281,7 @@ def test_a_byte_order_mark_is_skipped_once_and_parts_keep_their_lines(tmp_path, 
         path = write(tmp_path / f"a.{kind}", BOM + "\n".join(spelled).encode())
         found = cache.inspect(path, 100, tmp_path)
         parts = readers.split(path, "auto", "line", found["size"], found["lines"])
-        records = list(d.read_records(d.Source(path), parts))
+        records = list(read_records(Source(path), parts))
         assert len(parts) > 10 and [r.fields["text"] for r in records] == lines
         assert [r.origin for r in records] == [f"{path}:{n}" for n in range(1, 61)]
 
@@ -301,11 +302,11 @@ def test_tables_are_prepared_whole_and_a_format_that_is_said_is_the_same_store(t
     keys = set()
     for name, said in (("a.csv", "auto"), ("b.dat", "csv")):
         path = write(tmp_path / name, table([["text"], *([line] for line in lines)], ","))
-        config = d.DataConfig((d.Source(path, format=said),), held_out_fraction=0.0)
-        examples = d.open_store(config, "document", tokenizer, tmp_path / "cache")["train"][0]
+        config = DataConfig((Source(path, format=said),), held_out_fraction=0.0)
+        examples = open_store(config, "document", tokenizer, tmp_path / "cache")["train"][0]
         keys.add(examples.key)
         assert len(examples.table) == 60
-        assert list(d.load_texts(config, "train")) == lines
+        assert list(load_texts(config, "train")) == lines
     assert len(keys) == 1
 
 

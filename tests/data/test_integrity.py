@@ -7,10 +7,13 @@ import os
 import numpy as np
 import pytest
 
-from jaxllm import data as d
 from jaxllm.config import InputError
 from jaxllm.data import packing
-from jaxllm.tokenizer import train
+from jaxllm.data.loader import load_ranked, load_rows
+from jaxllm.data.sources import DataConfig, Source, read_records
+from jaxllm.data.splits import examples
+from jaxllm.data.store import load_texts
+from jaxllm.tokenizers.trained import train
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +28,11 @@ def lines(path, *records):
 
 
 def config(*sources, **fields):
-    return d.DataConfig(tuple(sources), **{"held_out_fraction": 0.0, **fields})
+    return DataConfig(tuple(sources), **{"held_out_fraction": 0.0, **fields})
 
 
 def first_text(data, tokenizer, cache):
-    ((rows, _),) = d.load_rows(data, "document", "train", tokenizer, 64, cache)
+    ((rows, _),) = load_rows(data, "document", "train", tokenizer, 64, cache)
     return tokenizer.decode(rows.row(0)["tokens"])
 
 
@@ -41,26 +44,26 @@ def test_a_held_out_prompt_is_in_no_training_ranking(tmp_path):
         {**ranking, "prompt": "both", "responses": ["c", "d"], "split": "held_out"},
         {**ranking, "prompt": "one", "split": "train"},
     )
-    asked = {s: [e.question() for e in d.examples(config(d.Source(path)), "ranked", s)] for s in ("train", "held_out")}
+    asked = {s: [e.question() for e in examples(config(Source(path)), "ranked", s)] for s in ("train", "held_out")}
     assert asked == {"train": ["one"], "held_out": ["both"]}
 
 
 def test_an_unknown_split_is_refused_not_left_out(tmp_path):
     path = lines(tmp_path / "s.jsonl", {"text": "a"}, {"text": "b", "split": "validation"})
     with pytest.raises(InputError, match=r"s.jsonl:2: split must be train or held_out, not 'validation'"):
-        list(d.examples(config(d.Source(path)), "document", "train"))
+        list(examples(config(Source(path)), "document", "train"))
 
 
 def test_only_the_field_that_was_asked_for_is_read(tmp_path):
     path = lines(tmp_path / "f.jsonl", {"text": "wrong", "body": "right"}, {"text": "wrong"})
     with pytest.raises(InputError, match=r"f.jsonl:2: a document needs the field 'body'"):
-        list(d.examples(config(d.Source(path, text_field="body")), "document", "train"))
+        list(examples(config(Source(path, text_field="body")), "document", "train"))
 
 
 def test_the_cache_goes_by_content_not_by_time(tmp_path, tokenizer):
     path, cache = tmp_path / "a.txt", tmp_path / "cache"
     path.write_text("hello one")
-    data, stat = config(d.Source(str(path))), path.stat()
+    data, stat = config(Source(str(path))), path.stat()
     assert first_text(data, tokenizer, cache) == "hello one"
     os.utime(path, (1e9, 1e9))  # a copy of the same file
     first_text(data, tokenizer, cache)
@@ -76,19 +79,19 @@ def test_the_cache_sees_what_a_function_yields_beside_excluded_files(tmp_path, t
     )
     (tmp_path / "not.txt").write_text("nothing")
     monkeypatch.syspath_prepend(tmp_path)
-    data = config(d.Source("py://integrity_rows:rows", exclude=(str(tmp_path / "not.txt"),)))
+    data = config(Source("py://integrity_rows:rows", exclude=(str(tmp_path / "not.txt"),)))
     for text in ("one two", "another text"):
         monkeypatch.setenv("ROW", text)
         assert first_text(data, tokenizer, tmp_path / "cache") == text
     assert capsys.readouterr().err.count("running integrity_rows:rows") == 1
     with pytest.raises(InputError, match=r"py://integrity_rows:texts:1: the function must yield dicts, not str"):
-        list(d.read_records(d.Source("py://integrity_rows:texts")))
+        list(read_records(Source("py://integrity_rows:texts")))
 
 
 def test_bytes_of_a_truncated_reply_are_those_of_its_targets(tmp_path, tokenizer):
     path = lines(tmp_path / "c.jsonl", {"prompt": "q", "response": "y" * 500}, {"prompt": "p", "response": "yes 好"})
-    ((rows, _),) = d.load_rows(
-        config(d.Source(path), too_long="truncate"), "chat", "train", tokenizer, 24, tmp_path / "cache"
+    ((rows, _),) = load_rows(
+        config(Source(path), too_long="truncate"), "chat", "train", tokenizer, 24, tmp_path / "cache"
     )
     targets = [row["tokens"][row["loss_mask"]] for row in map(rows.row, range(rows.num_rows))]
     assert rows.num_tokens == sum(map(len, targets))
@@ -97,20 +100,20 @@ def test_bytes_of_a_truncated_reply_are_those_of_its_targets(tmp_path, tokenizer
 
 def test_responses_cut_away_are_refused_or_dropped(tmp_path, tokenizer):
     long, short = ({"prompt": p, "responses": ["aa", "bb"], "ranks": [1, 2]} for p in ("q" * 200, "q"))
-    source = d.Source(lines(tmp_path / "r.jsonl", short, long))
+    source = Source(lines(tmp_path / "r.jsonl", short, long))
     with pytest.raises(InputError, match=r"r.jsonl:2: no token of a response is left in 32 tokens"):
-        d.load_ranked(config(source, too_long="truncate"), "train", tokenizer, 32)
-    assert len(d.load_ranked(config(source, too_long="drop"), "train", tokenizer, 32)) == 1
+        load_ranked(config(source, too_long="truncate"), "train", tokenizer, 32)
+    assert len(load_ranked(config(source, too_long="drop"), "train", tokenizer, 32)) == 1
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_nothing_to_learn_from_is_refused(tmp_path, tokenizer, name):
     (tmp_path / name).write_text("\n\n")
-    data = config(d.Source(str(tmp_path / name)))
+    data = config(Source(str(tmp_path / name)))
     with pytest.raises(InputError, match=rf"{name}: not a single document example in the train split"):
-        d.load_rows(data, "document", "train", tokenizer, 32, tmp_path / "cache")
+        load_rows(data, "document", "train", tokenizer, 32, tmp_path / "cache")
     with pytest.raises(InputError, match=rf"{name}: not a single text example in the train split"):
-        list(d.load_texts(data, "train"))
+        list(load_texts(data, "train"))
 
 
 def test_rows_without_room_for_a_target_are_refused(tmp_path, tokenizer):
@@ -118,7 +121,7 @@ def test_rows_without_room_for_a_target_are_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="hold no target"):
         next(packing.concat_and_split([np.array([3])], 1))
     with pytest.raises(InputError, match="length: rows of 1 tokens hold no target"):
-        d.load_rows(config(d.Source(str(tmp_path / "a.txt"))), "document", "train", tokenizer, 1, tmp_path / "cache")
+        load_rows(config(Source(str(tmp_path / "a.txt"))), "document", "train", tokenizer, 1, tmp_path / "cache")
 
 
 def test_dates_of_parquet_do_not_stop_a_sample(tmp_path):
@@ -127,19 +130,19 @@ def test_dates_of_parquet_do_not_stop_a_sample(tmp_path):
 
     table = pyarrow.table({"text": ["a", "b", "c"], "day": [datetime.date(2020, 1, 1)] * 3})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
-    assert len(list(d.read_records(d.Source(str(tmp_path / "d.parquet"), max_records=2)))) == 2
+    assert len(list(read_records(Source(str(tmp_path / "d.parquet"), max_records=2)))) == 2
 
 
 def test_more_bad_input_is_one_clear_line(tmp_path):
     (tmp_path / "a.txt").write_text("ab")
     body = lines(tmp_path / "b.jsonl", {"body": "x"})
     cases = {
-        "b.jsonl:1: `exclude` compares texts": d.Source(str(tmp_path / "a.txt"), exclude=(body,)),
-        "package no.such is not installed": d.Source("pkg://no.such/x.txt"),
+        "b.jsonl:1: `exclude` compares texts": Source(str(tmp_path / "a.txt"), exclude=(body,)),
+        "package no.such is not installed": Source("pkg://no.such/x.txt"),
     }
     for message, source in cases.items():
         with pytest.raises(InputError) as error:
-            list(d.read_records(source))
+            list(read_records(source))
         assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -153,4 +156,4 @@ def test_more_bad_input_is_one_clear_line(tmp_path):
 )
 def test_replacements_and_groups_are_checked_with_the_config(fields, message):
     with pytest.raises(ValueError, match=message):
-        d.Source("x", **fields)
+        Source("x", **fields)

@@ -7,12 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm import data as d
 from jaxllm.config import InputError
-from jaxllm.pretrained_tokenizer import load_tokenizer
-from jaxllm.tokenizer import train
-from tests.chat_templates import CHATML
-from tests.test_pretrained_tokenizer import CORPUS, write
+from jaxllm.data.contamination import some_documents
+from jaxllm.data.loader import load_rows
+from jaxllm.data.sources import DataConfig, Source
+from jaxllm.data.splits import examples
+from jaxllm.data.store import open_store
+from jaxllm.tokenizers.published import load_tokenizer
+from jaxllm.tokenizers.trained import train
+from tests.tokenizers.chat_templates import CHATML
+from tests.tokenizers.test_published import CORPUS, write
 
 BOS = {
     "type": "TemplateProcessing",
@@ -48,8 +52,8 @@ NAMES = ["ours", "chatml bare", "chatml begun", "llama2 bare", "llama2 begun"]
 def rows_of(root, tokenizer, kind, records, **how):
     path = root / "data.jsonl"
     path.write_text("\n".join(json.dumps({**record, "split": "train"}) for record in records))
-    data = d.DataConfig((d.Source(str(path), min_chars=0),), **how)
-    ((rows, _),) = d.load_rows(data, kind, "train", tokenizer, 48, root / "cache")
+    data = DataConfig((Source(str(path), min_chars=0),), **how)
+    ((rows, _),) = load_rows(data, kind, "train", tokenizer, 48, root / "cache")
     return rows
 
 
@@ -69,10 +73,7 @@ def test_bytes_of_documents_are_those_of_their_targets(made, tmp_path_factory, n
     tokenizer, root = made[name], tmp_path_factory.mktemp("rows")
     records = [{"text": "the quick brown fox"}, *({"text": text} for text in texts)]
     rows = rows_of(root, tokenizer, "document", records)
-    kept = [
-        e.text
-        for e in d.examples(d.DataConfig((d.Source(str(root / "data.jsonl"), min_chars=0),)), "document", "train")
-    ]
+    kept = [e.text for e in examples(DataConfig((Source(str(root / "data.jsonl"), min_chars=0),)), "document", "train")]
     count, size = target_bytes(rows, tokenizer)
     assert rows.num_tokens == count
     assert rows.num_bytes == size - sum(spaces_of_its_own(tokenizer, text) for text in kept)
@@ -114,7 +115,7 @@ def test_texts_of_one_token_predict_nothing(made, tmp_path):
 def test_documents_compared_with_training_data_are_whole(made, tmp_path, name):
     tokenizer, text = made[name], "the quick brown fox"
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": text, "split": "held_out"}))
-    data = d.DataConfig((d.Source(str(tmp_path / "data.jsonl")),))
-    held_out = d.open_store(data, "document", tokenizer, tmp_path / "cache")["held_out"]
-    (found,) = d.some_documents(held_out, 10, len(tokenizer.begin_ids))
+    data = DataConfig((Source(str(tmp_path / "data.jsonl")),))
+    held_out = open_store(data, "document", tokenizer, tmp_path / "cache")["held_out"]
+    (found,) = some_documents(held_out, 10, len(tokenizer.begin_ids))
     assert found.tolist() == tokenizer.encode(text)

@@ -15,10 +15,14 @@ import time
 import numpy as np
 import pytest
 
-from jaxllm import data as d
 from jaxllm.config import InputError
 from jaxllm.data import cache, format, readers, sources, store
-from jaxllm.tokenizer import train
+from jaxllm.data.contamination import measure_contamination, some_documents
+from jaxllm.data.loader import PromptExample, fingerprint, load_rows
+from jaxllm.data.sources import DataConfig, Source, read_records
+from jaxllm.data.splits import examples
+from jaxllm.data.store import open_store
+from jaxllm.tokenizers.trained import train
 from tests.conftest import ROOT
 
 
@@ -73,16 +77,16 @@ def test_duplicates_and_splits_are_those_of_the_reference(tmp_path, tokenizer, s
         for line in rng.sample(lines, 6):
             line["split"] = rng.choice(["train", "held_out"])
         names.append(write(tmp_path / f"{name}.jsonl", lines))
-    data = d.DataConfig(tuple(map(d.Source, names)), held_out_fraction=0.3)
-    records = [list(d.read_records(s)) for s in data.sources]
+    data = DataConfig(tuple(map(Source, names)), held_out_fraction=0.3)
+    records = [list(read_records(s)) for s in data.sources]
     wanted = reference(records, data, kind)
-    found = d.open_store(data, kind, tokenizer, tmp_path / "cache")
+    found = open_store(data, kind, tokenizer, tmp_path / "cache")
     assert len(list((tmp_path / "cache").glob("unit-*"))) > 9
     for split in ("train", "held_out"):
         texts = [(i, t) for i, each in enumerate(found[split]) for t in texts_of(each, tokenizer)]
         as_text = lambda c: c[0] or "".join(m["content"] for m in c[1])
         assert texts == [(i, as_text(json.loads(content))) for i, content in wanted[split]]
-        assert [e.content() for e in d.examples(data, kind, split)] == [content for _, content in wanted[split]]
+        assert [e.content() for e in examples(data, kind, split)] == [content for _, content in wanted[split]]
 
 
 def test_parts_of_a_file_are_its_lines_with_their_numbers(tmp_path, small):
@@ -92,36 +96,36 @@ def test_parts_of_a_file_are_its_lines_with_their_numbers(tmp_path, small):
         path.write_bytes((end.join(lines)).encode())
         found = cache.inspect(str(path), readers.PART_BYTES, tmp_path)
         parts = readers.split(str(path), "auto", "line", found["size"], found["lines"])
-        records = [r for part in parts for r in sources.read_records(d.Source(str(path)), [part])]
+        records = [r for part in parts for r in sources.read_records(Source(str(path)), [part])]
         assert len(parts) > 20 and [r.fields["text"] for r in records] == lines
         assert [r.origin for r in records] == [f"{path}:{n}" for n in range(1, 301)]
 
 
 def test_a_mistake_far_inside_has_its_line(tmp_path, tokenizer, small):
     chats = [{"prompt": f"q{i}", "response": "ok" if i != 170 else "y" * 200} for i in range(200)]
-    data = d.DataConfig((d.Source(write(tmp_path / "c.jsonl", chats)),), held_out_fraction=0.0)
+    data = DataConfig((Source(write(tmp_path / "c.jsonl", chats)),), held_out_fraction=0.0)
     with pytest.raises(InputError, match=r"c.jsonl:171: this conversation takes"):
-        d.load_rows(data, "chat", "train", tokenizer, 32, tmp_path / "cache")
+        load_rows(data, "chat", "train", tokenizer, 32, tmp_path / "cache")
     with open(tmp_path / "c.jsonl", "a") as file:
         file.write("{broken\n")
     with pytest.raises(InputError, match=r"c.jsonl:201: not valid JSON"):
-        d.load_rows(data, "chat", "train", tokenizer, 32, tmp_path / "cache")
+        load_rows(data, "chat", "train", tokenizer, 32, tmp_path / "cache")
 
 
 def test_new_text_is_all_that_is_tokenized_again(tmp_path, tokenizer):
     for name in "ab":
         write(tmp_path / f"{name}.txt", [f"{name} {i}" for i in range(50)])
-    load = lambda path: d.open_store(d.DataConfig((d.Source(str(path)),)), "document", tokenizer, tmp_path / "cache")
+    load = lambda path: open_store(DataConfig((Source(str(path)),)), "document", tokenizer, tmp_path / "cache")
     load(tmp_path / "a.txt")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("unit-*")}
-    data = d.DataConfig((d.Source(str(tmp_path / "a.txt")), d.Source(str(tmp_path / "b.txt"))))
-    d.open_store(data, "document", tokenizer, tmp_path / "cache")
+    data = DataConfig((Source(str(tmp_path / "a.txt")), Source(str(tmp_path / "b.txt"))))
+    open_store(data, "document", tokenizer, tmp_path / "cache")
     assert before.items() < {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("unit-*")}.items()
 
 
 def test_tokens_take_two_bytes_where_the_vocabulary_fits(tmp_path, tokenizer):
-    data = d.DataConfig((d.Source(write(tmp_path / "a.txt", ["one two three"] * 2)),), held_out_fraction=0.0)
-    d.open_store(data, "document", tokenizer, tmp_path / "cache")
+    data = DataConfig((Source(write(tmp_path / "a.txt", ["one two three"] * 2)),), held_out_fraction=0.0)
+    open_store(data, "document", tokenizer, tmp_path / "cache")
     (unit,) = (tmp_path / "cache").glob("unit-*")
     assert (unit / "tokens").stat().st_size == 2 * (len(tokenizer.encode("one two three")) + 2)
 
@@ -270,8 +274,8 @@ def test_what_dead_preparations_left_is_removed_and_what_others_write_is_not(tmp
 @pytest.mark.parametrize("how", ["flipped", "cut"])
 def test_a_damaged_file_is_named_and_made_again(tmp_path, tokenizer, capsys, where, how):
     path = write(tmp_path / "a.txt", [f"line {i} of a text" for i in range(300)])
-    data = d.DataConfig((d.Source(path),), held_out_fraction=0.1)
-    rows = lambda: d.load_rows(data, "document", "train", tokenizer, 32, tmp_path / "cache")[0][0]
+    data = DataConfig((Source(path),), held_out_fraction=0.1)
+    rows = lambda: load_rows(data, "document", "train", tokenizer, 32, tmp_path / "cache")[0][0]
     first = [rows().row(i)["tokens"].tolist() for i in range(rows().num_rows)]
     before = contents(tmp_path / "cache")
     (damaged,) = (tmp_path / "cache").glob(where)
@@ -357,8 +361,8 @@ def formats(folder, n=200):
 
 
 def every_text(path, tokenizer, folder):
-    data = d.DataConfig((d.Source(str(path)),), held_out_fraction=0.0)
-    return texts_of(d.open_store(data, "document", tokenizer, folder)["train"][0], tokenizer)
+    data = DataConfig((Source(str(path)),), held_out_fraction=0.0)
+    return texts_of(open_store(data, "document", tokenizer, folder)["train"][0], tokenizer)
 
 
 def test_every_format_gives_the_same_texts_whole_and_in_parts(tmp_path, tokenizer, small):
@@ -368,7 +372,7 @@ def test_every_format_gives_the_same_texts_whole_and_in_parts(tmp_path, tokenize
         assert every_text(tmp_path / name, tokenizer, tmp_path / f"cache-{name}") == texts, name
         units = len(list((tmp_path / f"cache-{name}").glob("unit-*")))
         assert (units > 3) == (not name.endswith((".gz", ".zst"))), f"{name}: {units} units"
-        records = list(d.read_records(d.Source(str(tmp_path / name))))
+        records = list(read_records(Source(str(tmp_path / name))))
         assert [r.origin for r in records] == [f"{tmp_path / name}:{n}" for n in range(1, 201)]
 
 
@@ -382,7 +386,7 @@ def test_a_cut_or_foreign_file_is_one_clear_line(tmp_path):
     write_array_record(tmp_path / "latin.array_record", [b"fine", b"caf\xe9"])
     for name in [*cases, "latin.array_record"]:
         with pytest.raises(InputError, match=name) as error:
-            list(d.read_records(d.Source(str(tmp_path / name))))
+            list(read_records(Source(str(tmp_path / name))))
         assert "\n" not in str(error.value)
 
 
@@ -394,13 +398,13 @@ def test_a_missing_package_is_one_clear_line(tmp_path, monkeypatch):
             monkeypatch.delitem(sys.modules, module)
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(InputError, match=rf"{name}: reading it needs {package}; pip install"):
-            list(d.read_records(d.Source(str(tmp_path / name))))
+            list(read_records(Source(str(tmp_path / name))))
         monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(InputError, match=r"s3://bucket/x.txt: .*jaxllm\[data\]"):
-        list(d.read_records(d.Source("s3://bucket/x.txt")))
+        list(read_records(Source("s3://bucket/x.txt")))
     with pytest.raises(InputError, match=r"nosuch://x: .*give a file"):
-        list(d.read_records(d.Source("nosuch://x")))
+        list(read_records(Source("nosuch://x")))
 
 
 @pytest.fixture
@@ -433,11 +437,11 @@ def test_an_object_store_gives_the_same_texts(tmp_path, tokenizer, small, bucket
     for name in names:
         bucket.put(str(tmp_path / "local" / name), f"corpus/texts/{name}")
         assert every_text(f"s3://corpus/texts/{name}", tokenizer, tmp_path / f"cache-{name}") == texts, name
-    found = [r.origin for r in d.read_records(d.Source("s3://corpus/texts/a.jsonl*"))]
+    found = [r.origin for r in read_records(Source("s3://corpus/texts/a.jsonl*"))]
     assert found[0] == "s3://corpus/texts/a.jsonl:1" and found[-1] == "s3://corpus/texts/a.jsonl.zst:200"
     for path in ("s3://corpus/nothing.txt", "s3://corpus/*.nope", "s3://nobucket/x.txt"):
         with pytest.raises(InputError, match=r"no such file|cannot be read") as error:
-            list(d.read_records(d.Source(path)))
+            list(read_records(Source(path)))
         assert "\n" not in str(error.value)
 
 
@@ -453,25 +457,25 @@ def test_a_changed_object_is_tokenized_again(tmp_path, tokenizer, bucket):
 
 def test_the_fingerprint_names_contents_not_places(tmp_path, tokenizer):
     path = write(tmp_path / "a.txt", [f"line {i} of a text" for i in range(100)])
-    data = d.DataConfig((d.Source(path),), held_out_fraction=0.1)
+    data = DataConfig((Source(path),), held_out_fraction=0.1)
 
     def print_of(data, length=32, kind="document"):
-        return d.fingerprint(d.load_rows(data, kind, "train", tokenizer, length, tmp_path / "cache"))
+        return fingerprint(load_rows(data, kind, "train", tokenizer, length, tmp_path / "cache"))
 
     first = print_of(data)
     shutil.copy(path, tmp_path / "b.txt")
     replaced = lambda **fields: dataclasses.replace(data, **fields)
-    assert print_of(replaced(sources=(d.Source(str(tmp_path / "b.txt")),), workers=3)) == first
+    assert print_of(replaced(sources=(Source(str(tmp_path / "b.txt")),), workers=3)) == first
     others = [print_of(data, 33), print_of(replaced(split_salt="x")), print_of(replaced(held_out_fraction=0.2))]
     others += [
-        print_of(replaced(sources=(d.Source(path, epochs=2.0),))),
-        print_of(replaced(sources=(d.Source(path, min_chars=14),))),
+        print_of(replaced(sources=(Source(path, epochs=2.0),))),
+        print_of(replaced(sources=(Source(path, min_chars=14),))),
     ]
     with open(path, "a") as file:
         file.write("more\n")
     assert len({first, *others, print_of(data)}) == 7
-    prompts = [d.PromptExample([{"role": "user", "content": "q"}], [1, 2])]
-    assert d.fingerprint(prompts) == d.fingerprint(list(prompts)) != d.fingerprint([prompts[0]._replace(answer="a")])
+    prompts = [PromptExample([{"role": "user", "content": "q"}], [1, 2])]
+    assert fingerprint(prompts) == fingerprint(list(prompts)) != fingerprint([prompts[0]._replace(answer="a")])
 
 
 def test_contamination_is_the_share_of_ngrams_that_are_in_the_training_text(tmp_path, tokenizer, small, monkeypatch):
@@ -480,18 +484,18 @@ def test_contamination_is_the_share_of_ngrams_that_are_in_the_training_text(tmp_
     monkeypatch.setattr(contamination, "_CHUNK", 50)
     rng, n = random.Random(0), 5
     words = lambda k: " ".join(rng.choice(["line", "number", "some", "text", "of"]) for _ in range(k))
-    data = d.DataConfig((d.Source(write(tmp_path / "a.txt", [words(rng.randrange(1, 30)) for _ in range(150)])),))
-    train_ids = [tokenizer.encode(e.text) for e in d.examples(data, "document", "train")]
+    data = DataConfig((Source(write(tmp_path / "a.txt", [words(rng.randrange(1, 30)) for _ in range(150)])),))
+    train_ids = [tokenizer.encode(e.text) for e in examples(data, "document", "train")]
     asked = [tokenizer.encode(words(rng.randrange(1, 12))) for _ in range(60)] + [train_ids[3][1:9], [7] * 20]
     grams = lambda ids: [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     known = {g for ids in train_ids for g in grams(ids)}
     hits = [[g in known for g in grams(ids)] for ids in asked if len(ids) >= n]
-    training = d.open_store(data, "document", tokenizer, tmp_path / "cache")["train"]
-    found = d.measure_contamination(asked, training, n)
+    training = open_store(data, "document", tokenizer, tmp_path / "cache")["train"]
+    found = measure_contamination(asked, training, n)
     assert found["ngrams"] == pytest.approx(np.mean([hit for each in hits for hit in each])) and 0 < found["ngrams"] < 1
     assert found["examples"] == pytest.approx(np.mean([any(h) for h in hits])) and 0 < found["examples"] < 1
     assert (found["counted"], found["shorter"]) == (len(hits), len(asked) - len(hits))
-    assert d.measure_contamination([[1, 2]], training, n) == {"counted": 0.0, "shorter": 1.0}
-    held_out = d.open_store(data, "document", tokenizer, tmp_path / "cache")["held_out"]
-    some = d.some_documents(held_out, 10**9)
-    assert [tokenizer.decode(ids) for ids in some] == [e.text for e in d.examples(data, "document", "held_out")]
+    assert measure_contamination([[1, 2]], training, n) == {"counted": 0.0, "shorter": 1.0}
+    held_out = open_store(data, "document", tokenizer, tmp_path / "cache")["held_out"]
+    some = some_documents(held_out, 10**9)
+    assert [tokenizer.decode(ids) for ids in some] == [e.text for e in examples(data, "document", "held_out")]

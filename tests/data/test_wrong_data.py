@@ -7,10 +7,11 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm import data as d
-from jaxllm import messages, tasks
-from jaxllm.annotators import prompt_text
 from jaxllm.config import InputError
+from jaxllm.data import messages, splits
+from jaxllm.data.messages import prompt_text
+from jaxllm.data.sources import DataConfig, Source
+from jaxllm.evaluation import tasks
 from jaxllm.stages import sample
 from tests.data.test_formats import FEW, write
 
@@ -21,8 +22,8 @@ ALPACA = {"prompt": "{instruction}\n{input}", "response": "{output}"}
 
 
 def examples(path, kind, **source):
-    config = d.DataConfig((d.Source(str(path), **source),), held_out_fraction=0.0)
-    return list(d.examples(config, kind, "train"))
+    config = DataConfig((Source(str(path), **source),), held_out_fraction=0.0)
+    return list(splits.examples(config, kind, "train"))
 
 
 def one(tmp_path, kind, fields, **source):

@@ -15,8 +15,8 @@ from jaxllm.models.moe import Load, MoEConfig, balance, moe, route
 from jaxllm.models.next_token import loss
 from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
-from tests.models.test_families import RECORD, load
 from tests.oracles.families import BATCH, LENGTH, STEPS, TRAINED, tokens
+from tests.pretrained.test_families import RECORD, load
 
 E, D, F = 8, 16, 24
 CONFIG = MoEConfig(num_experts=E, per_token=3, mlp_dim=F, router="sigmoid", num_groups=4, groups_per_token=2, scale=1.5)

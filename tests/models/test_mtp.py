@@ -10,15 +10,16 @@ import pytest
 import safetensors.numpy
 
 from jaxllm.config import InputError
-from jaxllm.models import families, transformer
+from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig, preset
 from jaxllm.models.next_token import loss
-from jaxllm.pretrained import export_model, import_model
+from jaxllm.pretrained import families
+from jaxllm.pretrained.convert import export_model, import_model
 from jaxllm.sharding import MeshConfig, make_mesh
 from jaxllm.workspace import load_model
-from tests.models.test_families import RECORD
 from tests.models.test_moe import CONFIG
 from tests.oracles.families import weight
+from tests.pretrained.test_families import RECORD
 
 DENSE = ModelConfig(
     vocab_size=40, max_length=32, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48, init_std=0.2,

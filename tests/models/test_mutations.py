@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxllm.models import families, layers, transformer
-from tests.models.test_families import ARRAYS, RECORD, load, logits_of, relative, tokens
+from jaxllm.models import layers, transformer
+from jaxllm.pretrained import families
+from tests.pretrained.test_families import ARRAYS, RECORD, load, logits_of, relative, tokens
 
 
 def config(**fields):

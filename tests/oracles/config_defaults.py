@@ -1,4 +1,4 @@
-"""What `transformers` makes of a config.json that leaves a field out or gives null, for tests/models/test_family_config.py.
+"""What `transformers` makes of a config.json that leaves a field out or gives null, for tests/pretrained/test_family_config.py.
 
     PYTHON tests/oracles/config_defaults.py        PYTHON: an interpreter with transformers (no torch is needed)
 

@@ -21,13 +21,13 @@ import numpy as np
 
 from jaxllm.generate import SamplingConfig, complete
 from jaxllm.models import scalar
-from jaxllm.pretrained import export_model, import_model
+from jaxllm.pretrained.convert import export_model, import_model
 from jaxllm.sharding import MeshConfig, make_mesh
 from jaxllm.workspace import load_model
-from tests.models.test_families import RECORD, load
 from tests.oracles.families import tokens
-from tests.test_gguf import write_gguf
-from tests.test_pretrained import save_stage
+from tests.pretrained.test_convert import save_stage
+from tests.pretrained.test_families import RECORD, load
+from tests.pretrained.test_gguf_files import write_gguf
 
 PEER = """
 import json, sys, torch, transformers

@@ -1,4 +1,4 @@
-"""What `transformers` computes for a tiny model of every family, recorded for tests/models/test_families.py.
+"""What `transformers` computes for a tiny model of every family, recorded for tests/pretrained/test_families.py.
 
     PYTHON tests/oracles/families.py        PYTHON: an interpreter with torch and transformers
 

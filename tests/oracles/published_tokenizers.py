@@ -40,7 +40,7 @@ MODELS = {
 }
 # Also as transformers converts the SentencePiece model: a dummy prefix on every piece of text, or on the first.
 CONVERTED = {"mistral-v1-always": True, "mistral-v1-first": False}
-# name of a comparison -> (tokenizer, template in tests/chat_templates.py, "" for the model's own)
+# name of a comparison -> (tokenizer, template in tests/tokenizers/chat_templates.py, "" for the model's own)
 CHATS = {
     "qwen3, its own": ("qwen3", ""),
     "gemma3, its own": ("gemma3", ""),
@@ -450,7 +450,7 @@ def kinds(name):
 
 def run(arguments, folder):
     from jaxllm.config import InputError
-    from jaxllm.pretrained_tokenizer import load_tokenizer
+    from jaxllm.tokenizers.published import load_tokenizer
 
     chats, questions, answers = prepare(arguments, folder)
     print(", ".join(f"{name} {version}" for name, version in answers["versions"].items()))

@@ -1,4 +1,4 @@
-"""What `transformers` puts before a text, recorded for tests/test_tokenizer_files.py.
+"""What `transformers` puts before a text, recorded for tests/tokenizers/test_files.py.
 
     PYTHON tests/oracles/text_beginnings.py        PYTHON: an interpreter with transformers (no torch is needed)
 

@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import digest, losses, train
 from jaxllm import generate as g
+from jaxllm import losses, train
 from jaxllm.config import InputError
-from jaxllm.data import PromptExample
+from jaxllm.data.loader import PromptExample
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig
-from jaxllm.rewards import RewardSource
+from jaxllm.rl.rewards import RewardSource
+from jaxllm.runtime import digest
 from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings, send
 from jaxllm.stages import ppo
 from tests.stages import worlds

@@ -17,7 +17,7 @@ import pytest
 from jaxllm import losses
 from jaxllm.generate import SamplingConfig
 from jaxllm.optim import OptimConfig
-from jaxllm.rewards import RewardSource
+from jaxllm.rl.rewards import RewardSource
 from jaxllm.stages import ppo
 from tests.stages import worlds
 

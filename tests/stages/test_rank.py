@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import InputError, build
-from jaxllm.data import DataConfig, is_held_out
+from jaxllm.data.format import is_held_out
+from jaxllm.data.sources import DataConfig
 from jaxllm.stages import rank
 from jaxllm.stages.rank import RankConfig, format_order, parse_order, read_rankings
 from jaxllm.workspace import StageCut, Workspace
 
-SIMULATED = RankConfig(annotator="jaxllm.annotators:keyword_sentiment")
+SIMULATED = RankConfig(annotator="jaxllm.demo.annotators:keyword_sentiment")
 WORDS = ("good", "bad", "nice good", "ugly bad", "table", "很好", "[b]x[/b]", "not good")
 
 
@@ -298,7 +299,7 @@ def test_on_a_real_terminal_and_killed(tmp_path):
 def test_simulated_ranks_by_score_and_says_so(workspace, capsys):
     result = rank.run(workspace, SIMULATED)
     out = capsys.readouterr().err
-    from jaxllm.annotators import keyword_sentiment
+    from jaxllm.demo.annotators import keyword_sentiment
 
     for line in rankings(workspace):
         assert line["simulated"] is True
@@ -336,7 +337,7 @@ def test_scores_within_the_margin_of_the_best_of_their_group_tie(scores, margin)
 
 
 @pytest.mark.parametrize(
-    "spec", ["no_such_module_here:score", "jaxllm.annotators:nothing", "jaxllm.annotators:score_all.x"]
+    "spec", ["no_such_module_here:score", "jaxllm.demo.annotators:nothing", "jaxllm.demo.annotators:score_all.x"]
 )
 def test_missing_annotator_is_refused(workspace, spec):
     with pytest.raises((InputError, ValueError), match="annotator"):

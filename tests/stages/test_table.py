@@ -7,9 +7,11 @@ import shutil
 import pytest
 
 from jaxllm import __main__ as cli
-from jaxllm import life, plan, report, run, stages
+from jaxllm import life, run, stages
 from jaxllm.config import InputError, load
 from jaxllm.models import transformer
+from jaxllm.plan import planning
+from jaxllm.report import report
 from jaxllm.sharding import planned_mesh
 from tests.conftest import ROOT
 from tests.stages import toy
@@ -75,10 +77,10 @@ def test_another_config_of_it_is_refused(table, directory, capsys):
 
 def test_it_is_planned(table):
     config = load(run.Config, ROOT / "configs" / "tiny.yaml")
-    (program,), held = plan.stage_programs(config, "toy", planned_mesh(config.mesh, 8))
+    (program,), held = planning.stage_programs(config, "toy", planned_mesh(config.mesh, 8))
     assert program.name == "step" and held.keys() == {"policy"}
     with pytest.raises(InputError, match=r"--stage rank: is not known; known: pretrain, .*, toy"):
-        plan.plan(config, plan.PlanArgs("x", "v5p:2x2x1", stage="rank"))
+        planning.plan(config, planning.PlanArgs("x", "v5p:2x2x1", stage="rank"))
 
 
 def test_it_is_in_the_report_the_help_and_the_config(table, directory, capsys):

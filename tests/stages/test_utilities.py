@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxllm import evaluate
-from jaxllm.data import DataConfig, Source, examples
+from jaxllm.data.sources import DataConfig, Source
+from jaxllm.data.splits import examples
+from jaxllm.evaluation import measures
 from tests.conftest import ROOT, jaxllm
 
 pytestmark = pytest.mark.usefixtures("compiled_well")
@@ -72,12 +73,12 @@ def test_the_reward_model_recovers_the_utilities(tiny_run, tmp_path, loss, seed)
     data = DataConfig(sources=(Source(str(file)),), held_out_fraction=0.15)
     for example in examples(data, "ranked", "held_out"):
         true = utilities(example.messages[-1]["content"], example.responses, weights)
-        best.append(evaluate.pair_margins(true[None], np.array([example.ranks])))
+        best.append(measures.pair_margins(true[None], np.array([example.ranks])))
     margins = np.concatenate(best)
     ceiling = (margins > 0).mean() + 0.5 * (margins == 0).mean()
     print(
         f"{loss}: accuracy {result['accuracy']:.4f}, Bayes ceiling {ceiling:.4f}, expected calibration error "
-        f"{result['calibration_error']:.4f} (true utilities: {evaluate.calibration_error(margins):.4f}), {len(margins)} pairs"
+        f"{result['calibration_error']:.4f} (true utilities: {measures.calibration_error(margins):.4f}), {len(margins)} pairs"
     )
     assert len(margins) == result["pairs"]
     assert ceiling - result["accuracy"] < 0.01

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import train
-from jaxllm.checkpoint import CheckpointConfig
-from jaxllm.data import DataConfig
+from jaxllm.config.ranges import PositiveInt
+from jaxllm.data.sources import DataConfig
 from jaxllm.metrics import Work
 from jaxllm.optim import OptimConfig, make_optimizer
-from jaxllm.ranges import PositiveInt
+from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.sharding import replicated
 from jaxllm.stages import Stage
 from jaxllm.workspace import Workspace

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.data import PromptExample, make_prompt_batch_at
+from jaxllm.data.loader import PromptExample, make_prompt_batch_at
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings

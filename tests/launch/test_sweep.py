@@ -1,0 +1,115 @@
+"""A sweep runs every point once, goes on with what is left, and gathers; a law is recovered from its own points."""
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxllm.config import InputError
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "launch"))
+import sweep
+import sweep_plot
+
+# jaxllm for the sweep: its loss is a law of the layers, and three layers fail until there is a file `mended`.
+STUB = """#!/usr/bin/env python3
+import json, os, pathlib, sys
+words = dict(word.lstrip("-").split("=") for word in sys.argv if "=" in word and word.startswith("--"))
+out, layers = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1]), int(words["model.num-layers"])
+with open(out.parent / "ran", "a") as file:
+    print(out.name, file=file)
+if layers == 3 and not (out.parent / "mended").exists():
+    sys.exit("out of memory")
+(out / "pretrain").mkdir(parents=True)
+loss = 2 + 3 * layers ** -0.5 + float(words["pretrain.optim.learning-rate"])
+result = {"parameters": layers * 1000, "loss": loss, "name": "x", "nested": {"a": 1}}
+(out / "pretrain" / "result.json").write_text(json.dumps(result))
+"""
+GRID = ["--grid", "pretrain.optim.learning-rate=1e-3,3e-3", "--grid", "model.num-layers=1,2,3,4"]
+
+
+def run(tmp_path, *more):
+    arguments = [
+        str(ROOT / "configs/tiny.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+        "--jobs",
+        "3",
+        "--options=--seed 3",
+        *GRID,
+        *more,
+    ]
+    return sweep.main(arguments)
+
+
+def test_a_failed_point_is_named_and_the_next_start_runs_only_what_is_left(tmp_path, monkeypatch, capsys):
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert run(tmp_path) == 1
+    out, err = capsys.readouterr()
+    assert (
+        err.count("failed with status 1: ") == 2 and "out of memory" in next(tmp_path.glob("out/*=3.log")).read_text()
+    )
+    assert "L = 2.0" in out and "3 sizes: nothing is left to check it with" in out
+
+    (tmp_path / "out" / "mended").touch()
+    assert run(tmp_path) == 0
+    out, _ = capsys.readouterr()
+    assert "8 points, 6 of them finished" in out and "L = 2.001 + " in out and "/ N^0.5 (4 sizes, off by " in out
+    ran = (tmp_path / "out" / "ran").read_text().splitlines()
+    assert len(ran) == 10 and len({*ran}) == 8 and (tmp_path / "out" / "plot.png").stat().st_size > 10_000
+    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+    assert [row["parameters"] for row in rows[:4]] == ["1000", "2000", "3000", "4000"]
+    assert (tmp_path / "out" / "table.md").read_text().count("| finished |") == 8
+    with pytest.raises(InputError, match="--metric acuracy: pretrain gives parameters, loss"):
+        run(tmp_path, "--metric", "acuracy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--grid", "pretrain.optim.learning-rate"], "must be FIELD=VALUE,VALUE"),
+        (["--grid", "model.num-layer=1,2"], "sweep: model.num_layer: unknown key; did you mean num_layers?"),
+        (["--grid", "model.num-layers=1,two"], "two"),
+        (["--grid", "model.num-layers=2,0"], "num_layers"),
+        (["--grid", "seed=1,2", "--stages", "pretrian"], "pretrian"),
+        (["--grid", "seed=1,2", "--jobs", "0"], "--jobs: must be at least 1"),
+        ([], "grid"),
+    ],
+)
+def test_what_the_config_would_refuse_is_refused_before_anything_runs(tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message) as error:
+        sweep.main([str(ROOT / "configs/tiny.yaml"), "--out", str(tmp_path), *arguments])
+    assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]
+
+
+def test_a_law_is_recovered():
+    sizes = np.array([1e6, 3e6, 1e7, 1e8])
+    assert np.allclose(sweep_plot.fit(sizes, 1.7 + 400 * sizes**-0.34), (1.7, 400, 0.34), rtol=0.02)
+    floor, _, _ = sweep_plot.fit(sizes, 400 * sizes**-0.34)
+    assert 0 <= floor < 0.02
+
+
+@pytest.mark.slow
+def test_a_real_sweep_of_six_points(tmp_path):
+    """Two minutes: python -m pytest tests/launch/test_sweep.py -m slow -n 0 -s"""
+    command = [sys.executable, "launch/sweep.py", "tests/faults/life.yaml", "--out", str(tmp_path / "out")]
+    command += ["--grid", "pretrain.optim.learning-rate=3e-3,1e-2", "--grid", "model.embed-dim=16,32,64"]
+    command += ["--jobs", "2", "--options=--cpu-devices 1"]
+    cut = subprocess.Popen(command, cwd=ROOT)
+    while not any("pretrain 5/60" in log.read_text() for log in tmp_path.glob("out/*.log")):
+        time.sleep(0.2)
+    cut.send_signal(signal.SIGTERM)
+    assert cut.wait(timeout=60) == 130 and any("SIGTERM: pretrain" in p.read_text() for p in tmp_path.glob("out/*.log"))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0 and "L = " in done.stdout
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and "6 points, 6 of them finished" in again.stdout

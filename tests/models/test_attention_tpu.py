@@ -1,0 +1,156 @@
+"""Attention kernels of TPUs (interpreted) and GPUs (XLA's operations for cuDNN's) and the reference: values and
+gradients, packed rows, windows, meshes."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.models import attention as gpu
+from jaxllm.models import attention_tpu
+from jaxllm.models.attention import attention
+from jaxllm.sharding import MeshConfig, balanced_order, in_order, make_mesh
+
+B, T, K, H = 2, 256, 2, 64
+SEGMENTS = jnp.array([[1] * 100 + [2] * 120 + [0] * 36, [1] * 256], jnp.int32)
+
+
+def value_and_gradients(function, arrays):
+    """Of a sum over the real tokens: padding may hold anything."""
+    real = (SEGMENTS > 0).astype(jnp.float32)[:, :, None, None]
+    loss = lambda *arrays: (jnp.square(function(*arrays)) * real).sum()
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_shards_of_a_row_attend_to_as_many_keys(shards):
+    with jax.set_mesh(make_mesh(MeshConfig(context=shards))):
+        order = balanced_order(T)
+        assert balanced_order(T + 1) is None
+        np.testing.assert_array_equal(in_order(jnp.array(order)[None])[0], np.arange(T))
+    work = (order + 1).reshape(shards, -1).sum(1)
+    assert (work == work[0]).all() and sorted(order) == [*range(T)]
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, 0.0), (64, 20.0)])
+def test_queries_may_come_in_a_balanced_order(window, softcap):
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = [jax.random.normal(key, (B, 2 * T, n, H)) for key, n in zip(keys, (2 * K, K, K), strict=True)]
+    segments = jnp.concatenate([SEGMENTS, SEGMENTS + 3], 1)
+    how = {"window": window, "scale": 0.2, "softcap": softcap}
+    weigh = lambda y: jnp.square(y).sum()
+    plain = lambda q, k, v: weigh(attention(q, k, v, q_segment_ids=segments, kv_segment_ids=segments, **how))
+    want, wanted = jax.jit(jax.value_and_grad(plain, argnums=(0, 1, 2)))(*arrays)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2, context=2))):
+        order = balanced_order(2 * T)
+        more = {"q_segment_ids": segments[:, order], "kv_segment_ids": segments, "q_order": order, **how}
+        kernel = lambda q, k, v: weigh(attention_tpu.tpu_attention(q[:, order], k, v, interpret=True, **more))
+        reference = lambda q, k, v: weigh(attention(q[:, order], k, v, **more))
+        for ordered in (kernel, reference):
+            got, grads = jax.jit(jax.value_and_grad(ordered, argnums=(0, 1, 2)))(*arrays)
+            np.testing.assert_allclose(got, want, rtol=1e-5)
+            for a, b in zip(grads, wanted, strict=True):
+                np.testing.assert_allclose(np.asarray(a), b, atol=2e-4)
+
+
+KERNELS = {
+    "tpu": lambda *a, **how: attention_tpu.tpu_attention(*a, interpret=True, **how),
+    "gpu": lambda *a, **how: gpu.gpu_attention(*a, implementation="xla", **how),
+}
+CASES = [("tpu", None, 0.0, 2), ("tpu", 64, 20.0, 2), ("tpu", 1000, 0.0, 1), ("gpu", None, 0.0, 2), ("gpu", 64, 0.0, 1)]
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, tensor=2, context=2)], ids=["one", "data-tensor-context"])
+@pytest.mark.parametrize(("kernel", "window", "softcap", "groups"), CASES)
+def test_the_kernel_is_the_reference(kernel, window, softcap, groups, mesh):
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = (K * groups, K, K)
+    arrays = [jax.random.normal(key, (B, T, n, H)) for key, n in zip(keys, heads, strict=True)]
+    how = {"q_segment_ids": SEGMENTS, "kv_segment_ids": SEGMENTS, "window": window, "scale": 0.2, "softcap": softcap}
+    want, wanted = value_and_gradients(lambda *a: attention(*a, **how), arrays)
+    with jax.set_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext():
+        got, grads = value_and_gradients(lambda *a: KERNELS[kernel](*a, **how), arrays)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for a, b in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(a), b, atol=1e-4)
+
+
+def test_values_may_be_narrower_than_keys():
+    q, k, v = (jax.random.normal(key, (B, T, K, H)) for key in jax.random.split(jax.random.key(0), 3))
+    how = {"q_segment_ids": SEGMENTS, "kv_segment_ids": SEGMENTS, "window": None, "scale": 0.2}
+    got = gpu.gpu_attention(q, k, v[..., :40], implementation="xla", **how)
+    np.testing.assert_allclose(got, attention(q, k, v[..., :40], **how), atol=1e-5)
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(gpu, "platform", lambda: "gpu")
+    asked = gpu._refusal
+    asked.cache_clear()
+    yield
+    asked.cache_clear()
+
+
+HALF = [jax.ShapeDtypeStruct((4, T, n, H), jnp.bfloat16) for n in (2 * K, K, K)]
+PACKED = {name: jnp.concatenate([SEGMENTS] * 2) for name in ("q_segment_ids", "kv_segment_ids")}
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_where_cudnn_refuses_it_is_said_once_and_xla_takes_over(monkeypatch, capsys):
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", None)  # CUDA may be installed
+    arrays = [jnp.full(x.shape, 0.5, x.dtype) for x in HALF]
+    run = lambda *a: jax.jit(lambda *a: attention(*a, **PACKED))(*a)
+    with monkeypatch.context() as on_a_cpu:
+        on_a_cpu.setattr(gpu, "platform", lambda: "cpu")
+        want = run(*arrays)
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
+        for _ in range(2):
+            np.testing.assert_array_equal(np.asarray(run(*arrays)), want)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "cuDNN does not take (1, 256, 2, 64): cuDNN is not detected" in said
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=4, tensor=2), MeshConfig(data=2, tensor=2, context=2)])
+def test_a_gpu_program_calls_cudnn_forward_and_backward(monkeypatch, as_if_on_a_gpu, mesh):
+    """Lowered, not compiled: that takes the GPU."""
+    monkeypatch.setattr(gpu, "_refusal", lambda *shapes: None)
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91300)
+    loss = lambda *a: jnp.square(attention(*a, window=64, **PACKED).astype(jnp.float32)).sum()
+    with jax.set_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext():
+        lowered = jax.jit(jax.grad(loss)).trace(*HALF).lower(lowering_platforms=("cuda",)).as_text()
+    for call in ("__cudnn$fmhaScaleBiasSoftmax(", "__cudnn$fmhaScaleBiasSoftmaxBackward("):
+        assert lowered.count("custom_call @" + call) == 1, call
+    assert ('"mask_type": "CAUSAL"' in lowered.replace("\\22", '"')) == (mesh is None or mesh.context == 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"softcap": 20.0}, {"q": (4, T, 3, H)}, {"q": (3, T, 4, H)}, {"q": (4, T + 1, 4, H)}, {"dtype": "float32"}],
+)
+def test_what_cudnn_is_not_asked_for(monkeypatch, change):
+    monkeypatch.setattr(gpu, "_refusal", lambda *shapes: None)
+    dtype = change.get("dtype", jnp.bfloat16)
+    q, k = jax.ShapeDtypeStruct(change.get("q", HALF[0].shape), dtype), jax.ShapeDtypeStruct(HALF[1].shape, dtype)
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
+        assert gpu.cudnn_takes(*HALF, 0.0)
+        assert not gpu.cudnn_takes(q, k, k, change.get("softcap", 0.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize(("window", "width"), [(None, H), (64, H), (None, 40)])
+def test_cudnn_is_the_reference(window, width):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, HALF, strict=True))
+    v, how = v[..., :width], {"window": window, "scale": 0.2, **PACKED}
+    assert gpu.cudnn_takes(q, k, v, 0.0)
+    real = (PACKED["q_segment_ids"] > 0)[:, :, None, None]
+    weigh = lambda y: (jnp.square(y.astype(jnp.float32)) * real).sum()
+    run = lambda *a: jax.jit(jax.value_and_grad(lambda *a: weigh(attention(*a, **how)), argnums=(0, 1, 2)))(*a)
+    want, wanted = run(*(x.astype(jnp.float32) for x in (q, k, v)))  # 32-bit numbers: XLA's
+    got, grads = run(q, k, v)
+    np.testing.assert_allclose(got, want, rtol=1e-2)
+    for a, b in zip(grads, wanted, strict=True):
+        assert jnp.linalg.norm(a.astype(jnp.float32) - b) < 0.02 * jnp.linalg.norm(b)

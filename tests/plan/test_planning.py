@@ -1,0 +1,224 @@
+"""jaxllm plan: bytes, FLOPs and collectives against what can be counted otherwise; real compilations for TPUs."""
+
+import json
+import math
+
+import jax
+import pytest
+import yaml
+
+from jaxllm import losses
+from jaxllm.models import transformer
+from jaxllm.models.config import ModelConfig, preset
+from jaxllm.plan import planning
+from jaxllm.run import Config, beside_plan
+from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.stages import language_model
+from jaxllm.stages.language_model import LanguageModelConfig
+from tests.conftest import jaxllm
+
+SHAPE = {"num_layers": 3, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 128, "dtype": "float32"}
+MODEL = ModelConfig(vocab_size=256, max_length=64, **SHAPE)
+SECTION = LanguageModelConfig(batch_size=16, num_steps=10)
+
+
+def traced(model, mesh, section=SECTION):
+    (program,), _ = language_model.programs(mesh, "pretrain", section, model, 0)
+    with jax.set_mesh(mesh):
+        return program.run.trace(*program.arguments, **program.keywords)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)], ids=["data", "mixed"])
+def test_state_bytes_are_those_of_the_real_state(mesh):
+    mesh = make_mesh(mesh)
+    _, placed = language_model.program(mesh, SECTION, MODEL, 10, 0)
+    with jax.set_mesh(mesh):
+        state = placed.init(transformer.init(MODEL, jax.random.key(0)))
+    held = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+    for part in ("params", "opt_state"):
+        assert planning.bytes_of(getattr(placed.abstract, part)) == held(getattr(state, part)) > 0
+
+
+def test_flops_are_six_per_parameter_and_attention_and_a_third_more_with_remat():
+    tokens, mesh = SECTION.batch_size * MODEL.max_length, make_mesh(MeshConfig())
+    # The reference attention computes what the causal mask hides, which flops_per_token leaves out.
+    hidden = 6 * MODEL.num_layers * MODEL.embed_dim * MODEL.max_length
+    want = (transformer.flops_per_token(MODEL, MODEL.max_length) + hidden) * tokens
+    assert planning.count_flops(traced(MODEL, mesh).jaxpr.jaxpr) == pytest.approx(want, rel=0.02)
+    full = ModelConfig(vocab_size=256, max_length=64, remat="full", **SHAPE)
+    head = 6 * MODEL.vocab_size * MODEL.embed_dim * tokens
+    again = planning.count_flops(traced(full, mesh).jaxpr.jaxpr)
+    unneeded = 2 * MODEL.num_layers * MODEL.embed_dim * MODEL.mlp_dim * tokens  # a layer's last product
+    assert again == pytest.approx(head + (want - head) * 4 / 3 - unneeded, rel=0.02)
+
+
+def test_collectives_are_counted_through_loops_and_named_by_their_axes():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    compiled = traced(MODEL, mesh).lower().compile()
+    found = {(c["kind"], *c["axes"]): c for c in planning.collectives(compiled.as_text(), mesh)}
+    gathered = found["all-gather", "fsdp"]
+    # Every layer's matrices are gathered at least forward and backward.
+    layer = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(transformer.abstract(MODEL)["layers"]))
+    assert gathered["count"] >= 2 * MODEL.num_layers and gathered["bytes"] > 1.2 * MODEL.num_layers * layer * 4 * 3 / 4
+    assert all({*c["axes"]} <= {"data", "fsdp"} and c["bytes"] > 0 for c in found.values())
+
+
+def test_groups_of_devices_are_read_in_every_spelling():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    line = "  %x = f32[8]{0} all-reduce(%y), "
+    for text, want in {
+        "replica_groups={{0,1},{2,3},{4,5},{6,7}}": ("tensor",),
+        "replica_groups=[4,2]<=[8]": ("tensor",),
+        "replica_groups=[4,2]<=[2,4]T(1,0)": ("data",),
+        "replica_groups=[2,4]<=[2,2,2]T(1,0,2)": ("data", "tensor"),
+        "replica_groups={}": ("data", "fsdp", "tensor"),
+    }.items():
+        assert planning._axes_of(line + text, mesh) == want, text
+
+
+def test_no_array_of_all_logits_ever_lives():
+    B, T, D, V = 2, 8192, 32, 128_256
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((B, T, D), "float32"), ((V, D), "float32"))]
+    targets = jax.ShapeDtypeStruct((B, T), "int32")
+    loss = lambda hidden, head, targets: losses.token_logprobs(hidden, head, targets).logprob.sum()
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes, targets).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < B * T * V * 4 / 6
+
+
+def test_a_program_does_not_grow_with_depth():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    deep = ModelConfig(vocab_size=256, max_length=64, **{**SHAPE, "num_layers": 12})
+    short, long = (traced(model, mesh).lower().as_text() for model in (MODEL, deep))
+    assert len(long) < 1.02 * len(short)
+
+
+def test_an_estimate_for_gpus_falls_with_more_of_them_and_says_what_it_is():
+    config = lambda mesh: Config(model=preset("llama3-8b", remat="full"), mesh=mesh)
+    args = lambda topology: planning.PlanArgs("x", topology)
+    few, many = (planning.plan(config(MeshConfig(data=1, fsdp=-1)), args(f"h100:{n}")) for n in (8, 16))
+    assert few["estimated"] and many["estimated"]
+    assert many["state_bytes_per_device"] == pytest.approx(few["state_bytes_per_device"] / 2, rel=1e-3)
+    assert many["predicted_tokens_per_second"] > few["predicted_tokens_per_second"]
+    assert not planning.plan(config(MeshConfig()), args("h100:8"))["fits"]
+
+
+CRITIC = {"role": "critic", "data": 2, "fsdp": 4}
+
+
+def run(tmp_path, model, topology, *more, batch_size=16, mesh=None):
+    config = {
+        **{"name": "p", "model": model, "mesh": mesh or {"data": 1, "fsdp": -1}},
+        "pretrain": {"batch_size": batch_size, "num_steps": 10},
+        "reward": {"batch_size": batch_size},
+        "ppo": {"batch_size": 32, "num_minibatches": 2, "sampling": {"max_new_tokens": 64}, "meshes": [CRITIC]},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    process = jaxllm("plan", str(path), "--topology", topology, *more)
+    out, log = process.communicate(timeout=300)
+    return process.returncode, out, log
+
+
+SMALL = {"vocab_size": 512, "max_length": 256, "num_layers": 3, "embed_dim": 256, "num_heads": 2, "mlp_dim": 512}
+
+
+def test_a_step_is_compiled_for_a_tpu(tmp_path):
+    code, out, log = run(tmp_path, SMALL, "v5e:2x4", "--json")
+    assert code == 0, log
+    report = json.loads(out)
+    assert report["fits"] and report["devices"] == 8 and report["mesh"] == {"fsdp": 8}
+    assert 0 < report["temp_bytes_per_device"] < 1e9 and report["argument_bytes_per_device"] > 0
+    assert {"all-gather", "all-reduce"} & {c["kind"] for c in report["collectives"]}
+    assert 0 < report["predicted_mfu"] < 1 and report["predicted_step_seconds"] > 0
+    # The attention kernel's products are counted: backward five for the four that the gradient needs.
+    attention = 6 * SMALL["num_layers"] * SMALL["embed_dim"] * SMALL["max_length"] * report["tokens_per_step"] / 8
+    want = report["model_flops_per_device"] + attention / 6
+    assert report["flops_per_device"] == pytest.approx(want, rel=0.003)
+
+
+def test_weights_are_gathered_once_a_pass_and_nothing_is_rematerialised(tmp_path):
+    model = {**SMALL, "remat": "full", "num_layers": 4}
+    code, out, log = run(tmp_path, model, "v5e:2x4", "--json", mesh={"data": 1, "fsdp": 4, "tensor": 2})
+    assert code == 0 and "nvoluntary full remat" not in log, log
+    report = json.loads(out)
+    moved = sum(c["bytes"] for c in report["collectives"] if c["kind"] == "all-gather" and "fsdp" in c["axes"])
+    # Forward, and backward, where the layer is made again: in bfloat16, of what is one tensor shard's.
+    assert 0 < moved < 3 * 2 * report["parameters"] / 2
+
+
+def test_slices_are_joined_by_the_data_axis(tmp_path):
+    code, out, log = run(tmp_path, SMALL, "v5e:2x2", "--json", "--slices", "2", mesh={"data": 2, "fsdp": -1})
+    assert code == 0, log
+    report = json.loads(out)
+    assert report["devices"] == 8 and report["mesh"] == {"data": 2, "fsdp": 4} and report["dcn_seconds"] > 0
+    code, _, log = run(tmp_path, SMALL, "v5e:2x2", "--slices", "2")
+    assert code == 2 and "mesh.data: 1 is not a multiple of the 2 slices" in log
+
+
+@pytest.mark.parametrize(("stage", "programs"), [pytest.param("reward", 0, marks=pytest.mark.slow), ("ppo", 7)])
+def test_other_stages_are_compiled_for_a_tpu(tmp_path, stage, programs):
+    code, out, log = run(tmp_path, SMALL, "v5e:2x4", "--json", "--stage", stage)
+    assert code == 0, log
+    report = json.loads(out)
+    assert report["fits"] and report["predicted_step_seconds"] > 0
+    assert len(report.get("programs", ())) == programs
+    if stage == "ppo":  # policy and critic with Adam's moments, reference and reward model without
+        each, copies = report["programs"].values(), (3 + 1 + 1) / 8 + 3 / CRITIC["fsdp"]
+        assert report["state_bytes_per_device"] == pytest.approx(copies * report["parameters"] * 4, rel=0.02)
+        assert report["flops_per_device"] == pytest.approx(sum(p["flops_per_device"] * p["times"] for p in each))
+
+
+def test_a_kept_plan_stands_beside_what_is_measured(tmp_path):
+    shown = beside_plan(None, [])
+    assert shown == {}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "model": SMALL, "mesh": {"data": 8}}))
+    process = jaxllm("plan", str(config), "--topology", "h100:8", "--keep")
+    _, log = process.communicate(timeout=100)
+    assert process.returncode == 0, log
+    report = json.loads((tmp_path / "run" / "plans" / "pretrain.json").read_text())
+    log = [{"throughput/mfu": 0.1}, {"throughput/tokens_per_second": 1000.0, "throughput/mfu": 0.2}]
+    shown = beside_plan(report, log)["plan"]
+    assert shown["mfu"] == {"planned": report["predicted_mfu"], "measured": 0.2}
+    assert shown["step_seconds"]["measured"] == report["tokens_per_step"] / 1000.0
+
+
+def test_a_search_among_gpus_ranks_what_fits():
+    config = Config(model=preset("llama3-8b"), pretrain=LanguageModelConfig(batch_size=32))
+    ranked = planning.search(config, planning.PlanArgs("x", "h100:32", tries=20))
+    rates = [each["predicted_tokens_per_second"] for each in ranked if each["fits"]]
+    assert len(rates) > 5 and rates == sorted(rates, reverse=True)
+    assert len({repr((each["mesh"], each["remat"], each["batch_size"])) for each in ranked}) == len(ranked)
+
+
+@pytest.mark.slow
+def test_a_search_ranks_what_fits(tmp_path):
+    code, out, log = run(tmp_path, SMALL, "v5e:2x2", "--search", "--tries", "2", "--json")
+    assert code == 0, log
+    first, second = json.loads(out)
+    assert first["fits"] and second["fits"]
+    assert first["predicted_tokens_per_second"] >= second["predicted_tokens_per_second"] > 0
+    assert (first["mesh"], first["remat"], first["batch_size"]) != (
+        second["mesh"],
+        second["remat"],
+        second["batch_size"],
+    )
+
+
+def test_too_big_is_an_answer(tmp_path):
+    big = {"preset": "llama3-8b", "num_layers": 4}
+    code, out, log = run(tmp_path, big, "v5e:2x2", batch_size=64)
+    assert code == 0, log
+    assert "fits" in out and "False" in out and "RESOURCE_EXHAUSTED" in out
+
+
+def test_what_makes_no_sense_is_one_line(tmp_path):
+    for topology, more, message in (
+        ("v9:2x2", (), "kinds: v4, v5e, v5p, v6e, tpu7x, a100"),
+        ("v5e:3x3", (), "libtpu knows no such slice"),
+        ("v5e:2x2", ("--stage", "rank"), "known: pretrain, sft, reward"),
+    ):
+        code, _, log = run(tmp_path, SMALL, topology, *more)
+        assert code == 2 and message in " ".join(log.split()) and "Traceback" not in log, log
+    code, _, log = run(tmp_path, {**SMALL, "vocab_size": 0}, "v5e:2x2")
+    assert code == 2 and "model.vocab_size" in log
