@@ -16,7 +16,14 @@ import tyro
 import jaxllm
 from jaxllm import stages
 from jaxllm.config import Ending, InputError, differences, load, parse_overrides, to_tree, tyro_cli
-from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveProportion, Seed
+from jaxllm.config.ranges import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveProportion,
+    Seed,
+)
 from jaxllm.config.shipped import find_config, listing
 from jaxllm.runtime.hardware import choose_platform
 

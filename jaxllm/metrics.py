@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import tensorboardX
 from etils import epath
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from jaxllm.config import Ending, InputError
 from jaxllm.losses import Metrics

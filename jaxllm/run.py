@@ -21,7 +21,7 @@ from jaxllm.runtime import checkpoint, goodput
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, read_metrics
 from jaxllm.runtime.processes import Signals, join
-from jaxllm.sharding import make_mesh, meet
+from jaxllm.sharding import barrier, make_mesh
 from jaxllm.stages import Stage
 from jaxllm.train import Training, run_training
 from jaxllm.workspace import Workspace
@@ -62,7 +62,9 @@ def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
         policies = [stage for stage in stages.names("policy") if workspace.result(stage) is not None]
         talk = f"; talk to it: jaxllm chat {run_dir}/{policies[-1]}" if policies else ""
         console.print(f"Report: {run_dir}/report.html and report.md{talk}", soft_wrap=True)
-    meet("everything is written")  # who leaves first waits for the others only heartbeat_seconds, then counts them lost
+    barrier(
+        "everything is written"
+    )  # who leaves first waits for the others only heartbeat_seconds, then counts them lost
 
 
 def _run_dir(config: Config) -> epath.Path:
@@ -184,7 +186,7 @@ def _finish(
     result = {**result, "wall_seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": peak}
     kept = read_json(plan_path(config, stage))
     result |= beside_plan(kept, read_metrics(workspace.stage_dir(stage) / "metrics.jsonl") if kept else ())
-    meet(f"end of {stage}")
+    barrier(f"end of {stage}")
     if jax.process_index() == 0:
         workspace.finish(stage, result)
         print_result(stage, result)
@@ -196,7 +198,7 @@ def _finish(
             console.print(f"next: jaxllm {following[0]} {config_path}", soft_wrap=True)
     workspace.ledger.mark("work")
     workspace.ledger.write(stage, event="finished")
-    meet(f"{stage} is finished")
+    barrier(f"{stage} is finished")
 
 
 def print_result(stage: str, result: dict[str, Any]) -> None:

@@ -150,7 +150,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, ACT_RULES))
 
 
-def balanced_order(length: int) -> np.ndarray | None:
+def zigzag_order(length: int) -> np.ndarray | None:
     """Zigzag permutation of a row's positions for context parallelism, int[T]; None where `context` does not shard them.
 
     Of n shards each holds the chunks i and 2n - 1 - i of 2n, so that all have as many earlier keys to attend to (Brandon
@@ -163,7 +163,7 @@ def balanced_order(length: int) -> np.ndarray | None:
     return np.stack([chunks[0], chunks[1, ::-1]], 1).reshape(-1)
 
 
-def in_order(x: jax.Array) -> jax.Array:
+def undo_zigzag(x: jax.Array) -> jax.Array:
     """[B, T, ...] in `balanced_order` -> as they are."""
     (B, T), shards = x.shape[:2], mesh_size("context")
     pairs = x.reshape(B, shards, 2, T // (2 * shards), *x.shape[2:])
@@ -245,7 +245,7 @@ def any_process(flag: bool) -> bool:
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Wait until every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
@@ -296,7 +296,7 @@ def place_params(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     return with_shardings(shapes, param_shardings(mesh, shapes, axes))
 
 
-def send(tree: Any, mesh: Mesh, shardings: Any) -> Any:
+def reshard_across_meshes(tree: Any, mesh: Mesh, shardings: Any) -> Any:
     """Reshard arrays onto a mesh that may order the same devices differently.
 
     JAX accepts another order of devices only under the mesh that the arrays go to.

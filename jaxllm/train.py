@@ -191,7 +191,7 @@ def fit(run: Run) -> Any:
     return state
 
 
-class Placed(NamedTuple):
+class StateLayout(NamedTuple):
     """How a TrainState is made and where its leaves live."""
 
     init: Callable[[Any], TrainState]  # parameters -> state; the parameters are donated
@@ -199,7 +199,9 @@ class Placed(NamedTuple):
     shardings: TrainState
 
 
-def place_state(mesh: jax.sharding.Mesh, abstract_params: Any, axes: Any, tx: optax.GradientTransformation) -> Placed:
+def state_layout(
+    mesh: jax.sharding.Mesh, abstract_params: Any, axes: Any, tx: optax.GradientTransformation
+) -> StateLayout:
     """Shardings for parameters by their logical axes, and for the optimizer's copies of them likewise."""
     params = param_shardings(mesh, abstract_params, axes)
     shapes = jax.eval_shape(lambda p: init_state(p, tx), abstract_params)
@@ -210,7 +212,7 @@ def place_state(mesh: jax.sharding.Mesh, abstract_params: Any, axes: Any, tx: op
     shardings = TrainState(everywhere, params, opt_state, Guard(everywhere, everywhere, everywhere))
     init = jax.jit(lambda p: init_state(p, tx), out_shardings=shardings, donate_argnums=0)
     abstract = with_shardings(shapes, shardings)
-    return Placed(init, abstract, shardings)
+    return StateLayout(init, abstract, shardings)
 
 
 class Program(NamedTuple):
@@ -240,7 +242,7 @@ class LoopSettings(Protocol):
     def checkpoint(self) -> checkpoint.CheckpointConfig: ...
 
 
-class Keeping(NamedTuple):
+class Supervision(NamedTuple):
     """Signals, time ledger and fingerprints of a training run."""
 
     signals: Signals
@@ -271,7 +273,7 @@ class Training(NamedTuple):
 
 
 def run_training(
-    directory: epath.Path, title: str, training: Training, keeping: Keeping, logging: LoggingConfig
+    directory: epath.Path, title: str, training: Training, keeping: Supervision, logging: LoggingConfig
 ) -> tuple[Any, dict[str, float]]:
     """Restore or start, `fit` with logging, evaluation and saving, and finish: (final state, newest metrics).
 
@@ -310,7 +312,7 @@ class _Loop:
 
     def __init__(self, directory, title, num_steps, settings, keeping, saves, evaluate, make_log):
         self.directory, self.title, self.num_steps, self.settings = directory, title, num_steps, settings
-        self.keeping: Keeping = keeping
+        self.keeping: Supervision = keeping
         self.saves: checkpoint.Checkpoints = saves
         self.evaluate, self.make_log = evaluate, make_log
         self.held_out: dict[str, float] = {}

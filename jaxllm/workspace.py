@@ -34,10 +34,10 @@ from jaxllm.runtime import checkpoint
 from jaxllm.runtime.files import read_json, write_json
 from jaxllm.runtime.goodput import Ledger
 from jaxllm.runtime.processes import Signals
-from jaxllm.sharding import meet, place_params
+from jaxllm.sharding import barrier, place_params
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import Tokenizer
-from jaxllm.train import Keeping
+from jaxllm.train import Supervision
 
 
 class StageCut(Ending):
@@ -120,9 +120,9 @@ class Workspace:
         if jax.process_index() == 0:
             write_json(directory / "config.json", dict(self.config))
             write_json(directory / "provenance.json", provenance(self.mesh))
-        meet(f"begin {stage}")
+        barrier(f"begin {stage}")
 
-    def keeping(self, sections: Sequence[str], data: str) -> Keeping:
+    def keeping(self, sections: Sequence[str], data: str) -> Supervision:
         """What looks after a stage, with these sections of the config, while it trains on data with this fingerprint."""
         decisive = _outcome({name: self.config[name] for name in sections})
         prints = {**decisive, "code": code_version(), "tokenizer": self.tokenizer().fingerprint, "data": data}
@@ -130,7 +130,7 @@ class Workspace:
         def completed(old: Mapping[str, Any]) -> dict[str, Any]:
             return {**old, **_outcome(self.complete({name: old[name] for name in sections if name in old}))}
 
-        return Keeping(self.signals, self.ledger, prints, self.allow_change, completed)
+        return Supervision(self.signals, self.ledger, prints, self.allow_change, completed)
 
     def finish(self, stage: str, result: Mapping[str, Any]) -> None:
         saved = self.stage_dir(stage) / "checkpoints"
@@ -141,7 +141,7 @@ class Workspace:
         """A finished stage is not finished any more; it goes on from its newest checkpoint."""
         if jax.process_index() == 0:
             (self.stage_dir(stage) / "result.json").unlink(missing_ok=True)
-        meet(f"reopen {stage}")
+        barrier(f"reopen {stage}")
 
     def result(self, stage: str) -> dict[str, Any] | None:
         """The result of a finished stage, else None."""
@@ -172,7 +172,7 @@ class Workspace:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(Path(self.run_dir / "tokenizer" / "tokenizer"), partial)
             os.replace(partial, target)
-        meet(f"tokenizer of {stage}")
+        barrier(f"tokenizer of {stage}")
 
 
 def _outcome(tree: Any) -> Any:
@@ -188,7 +188,7 @@ def _has_progress(directory: epath.Path) -> bool:
     return saved.exists() and any(entry.name.isdigit() for entry in saved.iterdir())
 
 
-def describe_model(
+def write_model_card(
     stage_dir: epath.Path,
     model: ModelConfig,
     kind: str,
@@ -209,7 +209,7 @@ def describe_model(
         write_json(stage_dir / "model.json", record)
 
 
-def described_model(stage_dir: epath.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
+def read_model_card(stage_dir: epath.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     """(config of the model in a stage directory, what `describe_model` wrote). Raises InputError where it holds none."""
     if (record := read_json(epath.Path(stage_dir).expanduser() / "model.json")) is None:
         raise InputError(f"{stage_dir}: is not the directory of a trained stage (no model.json); give runs/NAME/STAGE")
@@ -226,7 +226,7 @@ def load_model(
     not loaded again. Raises InputError where the directory holds no model, or one of another kind.
     """
     stage_dir = epath.Path(stage_dir).expanduser()
-    model, record = described_model(stage_dir)
+    model, record = read_model_card(stage_dir)
     if record["kind"] != kind:
         raise InputError(f"{stage_dir}: holds a {record['kind']} model where a {kind} model is needed")
     adapters = build(LoRAConfig, record.get("adapters", {}), name=f"{stage_dir}/model.json")

@@ -88,7 +88,7 @@ def test_mean_of_means_would_be_wrong_here():
 
 def one_update(mesh, num_micro=1):
     tx = make_optimizer(OptimConfig(learning_rate=1e-2, clip_norm=0.5), 10)
-    placed = train.place_state(mesh, transformer.abstract(MODEL), transformer.axes(MODEL), tx)
+    placed = train.state_layout(mesh, transformer.abstract(MODEL), transformer.axes(MODEL), tx)
     with jax.set_mesh(mesh):
         state = placed.init(jax.jit(lambda: params(), out_shardings=placed.shardings.params)())
         step = train.make_step(loss, tx, num_micro=num_micro, state_shardings=placed.shardings)
@@ -234,7 +234,7 @@ def whole_stage(directory, bad=(), num_steps=20, stop_at=None, settings=Settings
     """(final state, metrics.jsonl without times) of the whole loop on a toy model."""
     noisy, batch_at = nan_at(set(bad))
     mesh, tx = make_mesh(MeshConfig()), make_optimizer(OptimConfig(), 20)
-    placed = train.place_state(mesh, transformer.abstract(MODEL), transformer.axes(MODEL), tx)
+    placed = train.state_layout(mesh, transformer.abstract(MODEL), transformer.axes(MODEL), tx)
     signals = Signals()
     step, seen = train.make_step(noisy, tx, state_shardings=placed.shardings), []
 
@@ -251,7 +251,7 @@ def whole_stage(directory, bad=(), num_steps=20, stop_at=None, settings=Settings
             settings=settings, work=Work(1), best="eval/x", result=lambda state, metrics: {},
             evaluate=lambda number, state: {"eval/x": float(optax.tree.norm(state.params))},
         )  # fmt: skip
-        keeping = train.Keeping(signals, Ledger(directory / "goodput.jsonl"), dict(fingerprints), allowed)
+        keeping = train.Supervision(signals, Ledger(directory / "goodput.jsonl"), dict(fingerprints), allowed)
         logging = LoggingConfig(tensorboard=False)
         state, _ = train.run_training(epath.Path(directory), "toy", training, keeping, logging)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

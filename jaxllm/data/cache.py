@@ -24,7 +24,7 @@ _HOST = socket.gethostname().replace("~", "-")
 _LOCK = ".lock"
 
 
-def make_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> bool:
+def build_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> bool:
     """Fill a folder by make(partial folder) -> what to remember; False: another process is at it, come back later."""
     if folder.exists():
         return True
@@ -53,15 +53,15 @@ def make_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> bool:
     return True
 
 
-def made(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def get_or_build(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """What is remembered of a folder, which is made if it is not there or damaged."""
-    while (meta := find(folder)) is None:
-        if not make_once(folder, make):
+    while (meta := open_valid(folder)) is None:
+        if not build_once(folder, make):
             time.sleep(0.1)
     return meta
 
 
-def find(folder: Path) -> dict[str, Any] | None:
+def open_valid(folder: Path) -> dict[str, Any] | None:
     """What is remembered of a folder; None where there is none. A damaged one is named and removed."""
     if not folder.exists():
         return None
@@ -146,7 +146,7 @@ def key_of(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def inspect(path: str, every: int, cache: Path) -> dict[str, Any]:
+def fingerprint_file(path: str, every: int, cache: Path) -> dict[str, Any]:
     """{"size", "version": sha256, "lines": newlines before each multiple of `every`} of a local file, as it is now.
 
     A large one is read once, until its times change.

@@ -10,7 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxllm.config import InputError
-from jaxllm.data.messages import Messages, as_json, check_messages, known_parts, question, said
+from jaxllm.data.messages import (
+    Messages,
+    as_json,
+    check_messages,
+    known_parts,
+    message_text,
+    question,
+)
 from jaxllm.data.records import Record, spelled
 from jaxllm.data.sources import DataConfig, Source, digest
 from jaxllm.data.templates import fill
@@ -46,11 +53,11 @@ class Example(NamedTuple):
 
     def learnt(self) -> str:
         """The text whose tokens are targets."""
-        return self.text or "".join(said(m) for m in self.messages if m["role"] == "assistant")
+        return self.text or "".join(message_text(m) for m in self.messages if m["role"] == "assistant")
 
     def whole(self) -> str:
         """All of its text."""
-        return self.text or "\n".join(map(said, self.messages))
+        return self.text or "\n".join(map(message_text, self.messages))
 
     def question(self) -> str:
         """What the model is asked: one message as it is, or all messages before the reply."""
@@ -65,7 +72,9 @@ class Example(NamedTuple):
             raise InputError(f"{self.origin}: {error}") from None
 
 
-def sided(data: DataConfig, kind: str, index: int, records: Iterable[Record]) -> Iterator[tuple[Example, str | None]]:
+def assign_splits(
+    data: DataConfig, kind: str, index: int, records: Iterable[Record]
+) -> Iterator[tuple[Example, str | None]]:
     """(example, its side of the split, None for neither) of every record of source number `index`."""
     for record in records:
         example, given = _make(kind, data.sources[index], record, index), record.fields.get("split")
@@ -125,7 +134,7 @@ def _answer(source: Source, record: Record) -> str:
         return fill(source.response, record)
     messages = record.fields.get("messages") or [{}]
     if messages[-1].get("role") == "assistant":
-        return said(messages[-1])
+        return message_text(messages[-1])
     return spelled(record.fields.get("response", ""), record.origin)
 
 

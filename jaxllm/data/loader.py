@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxllm.config import InputError
-from jaxllm.data.cache import ArrayFile, key_of, made
+from jaxllm.data.cache import ArrayFile, get_or_build, key_of
 from jaxllm.data.packing import Row, best_fit, concat_and_split, materialise
 from jaxllm.data.sources import DataConfig
 from jaxllm.data.splits import examples, nothing_there, require_examples, require_room, shuffled
@@ -117,7 +117,7 @@ def _rows(data: DataConfig, kind: str, each: Examples, length: int, tokenizer: T
     key = key_of(each.key, length, data.too_long if kind == "chat" else "")
     plan = folder / f"rows-{key}"
     make = _plan_chats if kind == "chat" else _plan_documents
-    meta = made(plan, functools.partial(make, each, data, length, tokenizer))
+    meta = get_or_build(plan, functools.partial(make, each, data, length, tokenizer))
     table = ArrayFile(plan / "table", EXAMPLE[kind]) if kind == "chat" else each.table
     del meta["files"]
     names = {"fingerprint": key, "epochs": each.source.epochs}

@@ -15,7 +15,7 @@ _PARTS = ("content", "reasoning_content", "tool_calls", "tool_call_id", "name")
 as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
-def said(message: Mapping[str, Any]) -> str:
+def message_text(message: Mapping[str, Any]) -> str:
     """The text of a message, the functions it calls included; it may have only one of the two."""
     calls = message.get("tool_calls")
     return (message.get("content") or "") + (as_json(calls) if calls else "")
@@ -24,7 +24,7 @@ def said(message: Mapping[str, Any]) -> str:
 def question(messages: Sequence[Mapping[str, Any]]) -> str:
     """What the model is asked: one message as it is, or all messages before the reply, in JSON."""
     asked = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-    return said(asked[0]) if len(asked) == 1 else as_json(asked)
+    return message_text(asked[0]) if len(asked) == 1 else as_json(asked)
 
 
 def known_parts(messages: Sequence[Mapping[str, Any]]) -> Messages:
@@ -38,7 +38,7 @@ def check_messages(messages: Any, origin: str) -> None:
         raise InputError(f'{origin}: "messages" must be a list of objects with role and content')
     for message in messages:
         _check_message(message, origin)
-    if messages and messages[-1]["role"] == "assistant" and not said(messages[-1]):
+    if messages and messages[-1]["role"] == "assistant" and not message_text(messages[-1]):
         raise InputError(f"{origin}: the last reply is empty, so there is nothing to learn; remove the line")
 
 
@@ -56,4 +56,4 @@ def _check_message(message: Mapping[str, Any], origin: str) -> None:
 
 def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
     """What an annotator gets as the prompt: what the last message says, which may be a tool's result."""
-    return said(messages[-1])
+    return message_text(messages[-1])

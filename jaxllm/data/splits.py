@@ -6,8 +6,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from jaxllm.config import InputError
-from jaxllm.data.format import Example, sided
-from jaxllm.data.sources import DataConfig, digest, dropped, excluded_digests, raw_records, read_records
+from jaxllm.data.format import Example, assign_splits
+from jaxllm.data.sources import (
+    DataConfig,
+    digest,
+    dropped,
+    excluded_digests,
+    raw_records,
+    read_records,
+)
 
 _MARKED = 'marked "split": "held_out"'
 
@@ -31,7 +38,7 @@ def examples(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
 
 def _stream(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
     # Two texts on different sides may give the same conversation: it stays held out. So does a ranked prompt.
-    every = lambda: (pair for i, s in enumerate(data.sources) for pair in sided(data, kind, i, read_records(s)))
+    every = lambda: (pair for i, s in enumerate(data.sources) for pair in assign_splits(data, kind, i, read_records(s)))
     held_out = {_leak(e, kind) for e, side in every() if side == "held_out"} if split == "train" else set()
     seen: set[bytes] = set()
     for example, side in every():
@@ -102,7 +109,7 @@ def _sides(data: DataConfig, kind: str, index: int) -> Counter[str]:
     """Where the records of a source that are not dropped went instead of into training."""
     found = Counter[str]()
     for record in read_records(data.sources[index]):
-        ((_, side),) = sided(data, kind, index, [record])
+        ((_, side),) = assign_splits(data, kind, index, [record])
         found[_reason(record.fields.get("split"), side)] += 1
     return found
 

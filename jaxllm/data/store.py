@@ -24,14 +24,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.progress import DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from jaxllm.config import InputError
 from jaxllm.data import readers, sources
-from jaxllm.data.cache import ArrayFile, clean, find, inspect, key_of, made, make_once
+from jaxllm.data.cache import (
+    ArrayFile,
+    build_once,
+    clean,
+    fingerprint_file,
+    get_or_build,
+    key_of,
+    open_valid,
+)
 from jaxllm.data.file_formats import format_of
 from jaxllm.data.files import compression_of, remote_info
-from jaxllm.data.format import Example, sided
+from jaxllm.data.format import Example, assign_splits
 from jaxllm.data.readers import PART_BYTES, Part
 from jaxllm.data.sources import DataConfig, Source, read_records
 from jaxllm.data.splits import nothing_there, require_examples
@@ -106,7 +120,7 @@ def open_store(
     tokens = Tokens([u.folder for u in units], [m["tokens"] for m in metas], _dtype(tokenizer), kind == "chat")
     key = key_of([(u.source, u.folder.name) for u in units])
     store = folder / f"{kind}-{key}"
-    meta = made(store, lambda partial: _join(partial, units, metas, tokens.bases, kind))
+    meta = get_or_build(store, lambda partial: _join(partial, units, metas, tokens.bases, kind))
     parts = [part for unit in units for part in unit.parts]
 
     def examples(split: str, index: int) -> Examples:
@@ -190,7 +204,7 @@ def _grouped(source: Source, folder: Path) -> Iterator[list[tuple[Part, str, int
         return
     group: list[tuple[Part, str, int]] = []
     for name in names:
-        found = remote_info(name) if "://" in name else inspect(name, PART_BYTES, folder)
+        found = remote_info(name) if "://" in name else fingerprint_file(name, PART_BYTES, folder)
         parts = readers.split(name, source.format, source.record, found["size"], found.get("lines", ()))
         for part in parts:
             group.append((part, found["version"], found["size"] // len(parts)))
@@ -203,7 +217,7 @@ def _grouped(source: Source, folder: Path) -> Iterator[list[tuple[Part, str, int
 
 def _prepare(units: Sequence[Unit], tokenizer: Tokenizer | None, share: tuple[int, int]) -> list[dict[str, Any]]:
     """What is remembered of each unit; missing ones are made, by worker processes where there is much text."""
-    metas = {unit.folder: find(unit.folder) for unit in units}
+    metas = {unit.folder: open_valid(unit.folder) for unit in units}
     first = share[0] * len(units) // share[1]  # every process begins elsewhere
     missing = [u for u in {u.folder: u for u in (*units[first:], *units[:first])}.values() if metas[u.folder] is None]
     total = sum(unit.size for unit in missing)
@@ -228,7 +242,7 @@ def _prepare(units: Sequence[Unit], tokenizer: Tokenizer | None, share: tuple[in
             if len(busy) == len(missing):  # all of them in the hands of other processes
                 time.sleep(0.1)
             missing = busy
-    return [metas[u.folder] or made(u.folder, lambda to, u=u: _write(to, u, tokenizer)) for u in units]
+    return [metas[u.folder] or get_or_build(u.folder, lambda to, u=u: _write(to, u, tokenizer)) for u in units]
 
 
 @contextlib.contextmanager
@@ -258,7 +272,7 @@ _tokenizer = functools.lru_cache(maxsize=1)(restore)
 
 
 def _make_unit(unit: Unit, model: Any) -> bool:
-    return make_once(unit.folder, lambda partial: _write(partial, unit, _tokenizer(model) if model else None))
+    return build_once(unit.folder, lambda partial: _write(partial, unit, _tokenizer(model) if model else None))
 
 
 def _dtype(tokenizer: Tokenizer | None) -> np.dtype:
@@ -266,7 +280,7 @@ def _dtype(tokenizer: Tokenizer | None) -> np.dtype:
 
 
 def _read(unit: Unit) -> Iterator[tuple[Example, str | None]]:
-    return sided(unit.data, unit.kind, unit.source, read_records(unit.data.sources[unit.source], unit.parts))
+    return assign_splits(unit.data, unit.kind, unit.source, read_records(unit.data.sources[unit.source], unit.parts))
 
 
 def _write(folder: Path, unit: Unit, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -14,7 +14,14 @@ import numpy as np
 
 from jaxllm import losses
 from jaxllm.config import InputError
-from jaxllm.generate import Completion, SamplingConfig, completions, cut_at_strings, roll_out, whole_batch
+from jaxllm.generate import (
+    Completion,
+    SamplingConfig,
+    completions,
+    cut_at_strings,
+    roll_out,
+    whole_batch,
+)
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.sharding import activation, fetch

@@ -27,8 +27,8 @@ from rich.table import Table
 import jaxllm
 from jaxllm.config import InputError, to_tree
 from jaxllm.config.ranges import NonNegativeInt, PositiveInt, Seed
-from jaxllm.data.format import Example, sided
-from jaxllm.data.messages import said
+from jaxllm.data.format import Example, assign_splits
+from jaxllm.data.messages import message_text
 from jaxllm.data.records import Record, spelled
 from jaxllm.data.sources import DataConfig, Source, files, read_records
 from jaxllm.evaluation import measures
@@ -133,7 +133,7 @@ def _item(record: Record) -> Example:
         wanted = 'give "question", "choices" and "answer", or "prompt" and "answer", or "text"'
         raise InputError(f"{origin}: is no task; {wanted}")
     known = {"messages" if asked == "messages" else "prompt": fields[asked]}  # checked as training prompts are
-    item, _ = next(sided(DataConfig((Source(),)), "prompt", 0, [Record(known, origin)]))
+    item, _ = next(assign_splits(DataConfig((Source(),)), "prompt", 0, [Record(known, origin)]))
     if choices is None:
         return item._replace(answer=_answer(fields, origin))
     return _with_choices(item, choices, fields.get("answer"))
@@ -256,7 +256,7 @@ def question_ids(asking: Asking, item: Example, choice: str = "") -> tuple[list[
     if asking.chat:
         answered = [m for s in shots for m in (*s.messages, {"role": "assistant", "content": s.answer})]
         return tokenizer.encode_chat([*answered, *item.messages], reply=True)[0], tokenizer.encode(choice)
-    asked = lambda item: "\n".join(map(said, item.messages))
+    asked = lambda item: "\n".join(map(message_text, item.messages))
     text = "\n\n".join([*(asked(shot) + delimiter + shot.answer for shot in shots), asked(item)])
     context, ids = split(tokenizer.encode, text, delimiter + choice) if choice else (tokenizer.encode(text), [])
     return [tokenizer.start_id, *context], ids

@@ -7,7 +7,13 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxllm.config import InputError, build, merge
-from jaxllm.config.ranges import Epsilon, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jaxllm.config.ranges import (
+    Epsilon,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from jaxllm.models.moe import MoEConfig
 from jaxllm.models.rope import RopeScaling
 

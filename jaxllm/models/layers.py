@@ -13,7 +13,7 @@ from jaxllm.models.attention import Local, attention
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import moe
 from jaxllm.models.rope import frequencies, rope
-from jaxllm.sharding import constrain, constrain_residual, in_blocks, in_order
+from jaxllm.sharding import constrain, constrain_residual, in_blocks, undo_zigzag
 
 Order = np.ndarray | None  # permutation of positions, if not the identity
 
@@ -183,7 +183,7 @@ def _attend(config: ModelConfig, q: Any, k: Any, v: Any, segment_ids: jax.Array,
     """Attention of whole rows, whose queries may be permuted by `order`; keys are put back in their own order."""
     theirs = segment_ids
     if order is not None:
-        k, v, theirs = in_order(k), in_order(v), in_order(segment_ids)
+        k, v, theirs = undo_zigzag(k), undo_zigzag(v), undo_zigzag(segment_ids)
     segments = {"q_segment_ids": segment_ids, "kv_segment_ids": theirs, "q_order": order}
     return attention(q, k, v, **segments, **form(config, local))
 
@@ -346,7 +346,7 @@ class Block(nnx.Module):
         return constrain_residual(x + y)
 
 
-class Ahead(nnx.Module):
+class MTPModule(nnx.Module):
     """Predicts one token further from a hidden state and the next token (DeepSeek-V3, section 2.2, eq. 21 to 23)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):

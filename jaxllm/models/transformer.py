@@ -19,9 +19,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxllm.models import lora, moe
 from jaxllm.models.attention import ATTENDED
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.layers import Ahead, Block, Norm, normal
+from jaxllm.models.layers import Block, MTPModule, Norm, normal
 from jaxllm.models.pipeline import staged
-from jaxllm.sharding import balanced_order, constrain, constrain_residual, constrain_weights, in_order, platform
+from jaxllm.sharding import (
+    constrain,
+    constrain_residual,
+    constrain_weights,
+    platform,
+    undo_zigzag,
+    zigzag_order,
+)
 
 Params = dict[str, Any]
 
@@ -48,7 +55,7 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
         params["head"] = _init(_Head, config, head_key)
     if config.mtp_modules:
         keys = jax.random.split(jax.random.fold_in(layers_key, 1), config.mtp_modules)
-        params["mtp"] = jax.vmap(lambda k: _init(Ahead, config, k))(keys)
+        params["mtp"] = jax.vmap(lambda k: _init(MTPModule, config, k))(keys)
     return params
 
 
@@ -57,7 +64,7 @@ def axes(config: ModelConfig) -> Params:
     tree = {"embed": _axes(_Embed, config), "norm": _axes(_FinalNorm, config)}
     stacked = lambda over, tree: jax.tree.map(lambda names: (over, *names), tree, is_leaf=_is_axes)
     tree |= {name: stacked("layers", _axes(Block, block)) for name, block, _ in stacks(config)}
-    tree |= {"mtp": stacked("modules", _axes(Ahead, config))} if config.mtp_modules else {}
+    tree |= {"mtp": stacked("modules", _axes(MTPModule, config))} if config.mtp_modules else {}
     return tree if config.tie_embeddings else {**tree, "head": _axes(_Head, config)}
 
 
@@ -105,7 +112,7 @@ def apply_routed(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     adapters, load = params.get("lora", {}), {}
-    if (order := balanced_order(tokens.shape[1])) is not None:
+    if (order := zigzag_order(tokens.shape[1])) is not None:
         tokens, segment_ids, positions = (x[:, order] for x in (tokens, segment_ids, positions))
     x = _embed(params, config, tokens, positions)
     for name, block, numbers in stacks(config):
@@ -122,7 +129,7 @@ def apply_routed(
 
         layers = (params[name], adapters.get(name, {}), jnp.array(windowed))
         x, load = staged(run, layers, x, positions, segment_ids)
-    x = x if order is None else constrain_residual(in_order(x))
+    x = x if order is None else constrain_residual(undo_zigzag(x))
     return _merge(_FinalNorm, config, params["norm"]).norm(x), load
 
 
@@ -150,7 +157,7 @@ def ahead(
 
 
 def _ahead(config: ModelConfig, positions: Any, segment_ids: Any, module: Params, hidden: Any, embedded: Any) -> Any:
-    return _merge(Ahead, config, module)(hidden, embedded, positions, segment_ids)
+    return _merge(MTPModule, config, module)(hidden, embedded, positions, segment_ids)
 
 
 def routing_loss(layers: Params, config: ModelConfig, load: moe.Load) -> tuple[jax.Array, dict[str, Any]]:

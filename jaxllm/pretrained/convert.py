@@ -39,7 +39,7 @@ from jaxllm.runtime.files import read_json, write_json
 from jaxllm.sharding import MeshConfig, make_mesh, replicated
 from jaxllm.tokenizers.files import IDS
 from jaxllm.tokenizers.published import load_tokenizer
-from jaxllm.workspace import describe_model, described_model, load_model
+from jaxllm.workspace import load_model, read_model_card, write_model_card
 
 _KINDS = {str(dtype): kind for kind, dtype in KINDS.items()}  # bfloat16 -> BF16, ...
 
@@ -94,7 +94,7 @@ def _fill(stage: Path, folder: Path, move: bool) -> None:
     for name in ("config.json", "generation_config.json"):
         if (folder / name).exists():
             shutil.copyfile(folder / name, stage / "hf" / name)
-    describe_model(epath.Path(stage), model, "policy", ("params",))
+    write_model_card(epath.Path(stage), model, "policy", ("params",))
     count = transformer.num_params(model)
     write_json(stage / "result.json", {"parameters": count, "family": family, "checkpoint": 0})
     console.print(f"{family}, {count:,} parameters, {', '.join(kinds)}")
@@ -152,7 +152,7 @@ def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.
         raise InputError(f"{target}: exists already; give another directory, or remove it")
     if dtype not in ("", *_KINDS):
         raise InputError(f"--dtype: {dtype!r} is unknown; known: {', '.join(_KINDS)}")
-    model, record = described_model(source)
+    model, record = read_model_card(source)
     if model.mtp_modules and family_of(model) != "deepseek_v3":
         console.print("left out: the modules that predict further tokens, which no file of this family has")
         model = dataclasses.replace(model, mtp_modules=0)

@@ -29,7 +29,7 @@ from jaxllm.config import Ending, InputError
 from jaxllm.config.ranges import NonNegativeInt, PositiveInt
 from jaxllm.runtime import digest, tree_shapes
 from jaxllm.runtime.console import console
-from jaxllm.sharding import any_process, meet
+from jaxllm.sharding import any_process, barrier
 
 Record = dict[str, Any]
 SEAL = "seal.json"
@@ -94,7 +94,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             _clean(self.directory)
-        meet("checkpoints")
+        barrier("checkpoints")
 
     def restore_or_init(self, abstract: Any, init: Callable[[], Any]) -> tuple[Any, Record]:
         """(state, record) of the newest checkpoint that is whole, else (init(), {}).
@@ -164,7 +164,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for later in (s for s in committed_steps(self.directory) if s > step):
                 _remove(self.directory / str(later))
-        meet("go back")
+        barrier("go back")
 
     def close(self) -> None:
         self.wait()
@@ -194,7 +194,7 @@ class Checkpoints:
         self._writer, self._error = None, ""  # a writer that has failed once is not trusted again
         if jax.process_index() == 0:
             _remove(self.directory / str(self._saving))
-        meet("save failed")
+        barrier("save failed")
 
     def _no_room(self, state: Any) -> str:
         """Why there is no room for the state, before anything is written; empty where there is."""
@@ -405,7 +405,7 @@ def set_aside(step_dir: epath.Path) -> None:
         kept.mkdir()
         if step_dir.exists():
             step_dir.rename(kept / step_dir.name)
-    meet("set aside")
+    barrier("set aside")
 
 
 def _clean(directory: epath.Path) -> None:

@@ -13,7 +13,7 @@ from jaxllm.config.functions import FunctionName, resolve_function
 from jaxllm.config.ranges import NonNegativeInt, PositiveInt
 from jaxllm.data.contamination import measure_contamination, some_documents
 from jaxllm.data.loader import load_prompts
-from jaxllm.data.messages import said
+from jaxllm.data.messages import message_text
 from jaxllm.data.sources import DataConfig
 from jaxllm.data.splits import examples, shuffled
 from jaxllm.data.store import load_texts, open_store
@@ -144,7 +144,7 @@ def contamination(
     found = {"held_out_in_pretrain": (texts, "pretrain")}
     if config.accuracy.sources:
         chosen = shuffled(examples(config.accuracy, "chat", "held_out"))[: config.max_accuracy_examples]
-        asked = tokenizer.encode_batch(["\n".join(map(said, example.messages[:-1])) for example in chosen])
+        asked = tokenizer.encode_batch(["\n".join(map(message_text, example.messages[:-1])) for example in chosen])
         found |= {f"accuracy_in_{name}": (asked, name) for name in training}
     return {k: measure_contamination(ids, training[name], config.contamination_n) for k, (ids, name) in found.items()}
 
@@ -170,7 +170,7 @@ def label_accuracy(
         ids, _ = tokenizer.encode_chat(list(example.messages[:-1]), reply=True)
         if len(ids) <= limit and len(prompts) < config.max_accuracy_examples:
             prompts.append(ids)
-            labels.append(said(example.messages[-1]))
+            labels.append(message_text(example.messages[-1]))
     if not prompts:
         raise InputError(
             "evaluate.accuracy: no held-out example fits the context; give more data or raise model.max_length"
@@ -205,7 +205,7 @@ def open_answers(
         **{"finished": float(np.mean([c.finished for c in drawn]))},
         **({"kl_to_sft": float(np.mean(kls))} if kls else {}),
     }
-    return numbers, [tokenizer.decode(c.ids) for c in drawn], [said(p.messages[-1]) for p in held_out]
+    return numbers, [tokenizer.decode(c.ids) for c in drawn], [message_text(p.messages[-1]) for p in held_out]
 
 
 def _side_by_side(prompts: list[str], answers: dict[str, list[str]], count: int) -> list[dict[str, Any]]:

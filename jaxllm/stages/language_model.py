@@ -16,7 +16,15 @@ import optax
 from jaxllm import train
 from jaxllm.config import InputError
 from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
-from jaxllm.data.loader import Rows, epoch_batches, epoch_rows, epochs_of, fingerprint, load_rows, make_batch_at
+from jaxllm.data.loader import (
+    Rows,
+    epoch_batches,
+    epoch_rows,
+    epochs_of,
+    fingerprint,
+    load_rows,
+    make_batch_at,
+)
 from jaxllm.data.sources import DataConfig
 from jaxllm.evaluation import measures
 from jaxllm.metrics import Work, held_out, peak_flops
@@ -28,7 +36,7 @@ from jaxllm.runtime import tree_shapes
 from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.runtime.console import console
 from jaxllm.sharding import activation, check_batch, param_shardings, place_params, replicated
-from jaxllm.workspace import Workspace, describe_model, described_model, load_model
+from jaxllm.workspace import Workspace, load_model, read_model_card, write_model_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +123,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         make = jax.jit(functools.partial(lora.init, config.lora), out_shardings=placed.shardings.params)
         return placed.init(make(base, key) if base else first())
 
-    describe_model(directory, model, "policy", ("params",), config.lora, source)
+    write_model_card(directory, model, "policy", ("params",), config.lora, source)
     tokens = config.batch_size * length
 
     def result(state: train.TrainState, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -154,7 +162,7 @@ def resolve_model(model: ModelConfig, vocab_size: int, init_from: str = "") -> M
     """
     how = {name: getattr(model, name) for name in ("remat", "scan_unroll")}
     if init_from and model == ModelConfig(**how):
-        model = dataclasses.replace(described_model(init_from)[0], **how)
+        model = dataclasses.replace(read_model_card(init_from)[0], **how)
         return dataclasses.replace(model, vocab_size=max(model.vocab_size, vocab_size))
     if model.vocab_size and model.vocab_size < vocab_size:
         raise InputError(
@@ -170,10 +178,10 @@ def plan(mesh: jax.sharding.Mesh, life: Any, stage: str) -> tuple[list[train.Pro
 
 def program(
     mesh: jax.sharding.Mesh, config: LanguageModelConfig, model: ModelConfig, num_steps: int, seed: int
-) -> tuple[Any, train.Placed]:
+) -> tuple[Any, train.StateLayout]:
     """(the step: state, batch, base -> state, metrics; where its state is placed), on real devices or planned ones."""
     tx = make_optimizer(config.optim, num_steps, model.moe.bias_rate)
-    placed = train.place_state(
+    placed = train.state_layout(
         mesh, *lora.trained(config.lora, transformer.abstract(model), transformer.axes(model)), tx
     )
     learn = functools.partial(next_token.loss, model=model, z_loss_coef=config.z_loss_coef, mtp_coef=config.mtp_coef)

@@ -25,7 +25,14 @@ from jaxllm.config.ranges import (
     Proportion,
     ProportionBelowOne,
 )
-from jaxllm.data.loader import PromptExample, fingerprint, load_prompts, load_rows, make_batch_at, make_prompt_batch_at
+from jaxllm.data.loader import (
+    PromptExample,
+    fingerprint,
+    load_prompts,
+    load_rows,
+    make_batch_at,
+    make_prompt_batch_at,
+)
 from jaxllm.data.messages import prompt_text
 from jaxllm.data.sources import DataConfig
 from jaxllm.evaluation import measures
@@ -52,12 +59,12 @@ from jaxllm.sharding import (
     place_params,
     planned_mesh,
     replicated,
+    reshard_across_meshes,
     rows_like,
-    send,
 )
 from jaxllm.tokenizers.trained import Tokenizer
 from jaxllm.train import TrainState
-from jaxllm.workspace import Workspace, describe_model, load_model
+from jaxllm.workspace import Workspace, load_model, write_model_card
 
 # Adam's b2 0.95: InstructGPT; its eps: Huang, detail 21.
 _OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0, eps=1e-5)
@@ -313,7 +320,7 @@ def build_training(workspace: Workspace, life: Any, stage: str) -> train.Trainin
     path = ("ema",) if config.ema_decay else ("actor", "params")
     shared = ("trunk",) if setup.shares_trunk else ()
     source = workspace.source(config.init_from, "sft", stage)
-    describe_model(directory, setup.model, "policy", (*path, *shared), config.lora, source)
+    write_model_card(directory, setup.model, "policy", (*path, *shared), config.lora, source)
     table, ptx_at = SampleTable(directory / "rollouts.jsonl", setup), ptx_batches(workspace, setup, stage)
     updates = config.num_steps * config.num_epochs * config.num_minibatches
 
@@ -378,13 +385,13 @@ def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: T
         if not params or there[role] is mesh:
             return params
         params = lora.merge(params)
-        return send(params, there[role], param_shardings(there[role], params, axes))
+        return reshard_across_meshes(params, there[role], param_shardings(there[role], params, axes))
 
     critic, critic_base = {}, {}
     if setup.has_critic:
         critic, critic_base = split(config.lora, first_scalar(ref, model, reward, config, of_reward=True))
         places = jax.tree.map(lambda leaf: leaf.sharding, frozen_critic(setup, there["critic"]))
-        critic_base = send(critic_base, there["critic"], places)
+        critic_base = reshard_across_meshes(critic_base, there["critic"], places)
     ref = moved("reference", ref, transformer.axes(model))
     return setup, Roles(ref, actor_base, critic_base, moved("reward", reward, scalar.axes(reward_model))), actor, critic
 
@@ -469,10 +476,10 @@ class Judge(NamedTuple):
         """Rows and result go from device to device where the meshes are two."""
         if self.mesh is self.home:
             return self.program(params, rollout)
-        rollout = send(rollout, self.mesh, activation(self.mesh, "batch"))
+        rollout = reshard_across_meshes(rollout, self.mesh, activation(self.mesh, "batch"))
         with jax.set_mesh(self.mesh):
             made = self.program(params, rollout)
-        return send(made, self.home, activation(self.home, "batch"))
+        return reshard_across_meshes(made, self.home, activation(self.home, "batch"))
 
 
 class Drawing(NamedTuple):
@@ -496,8 +503,8 @@ class Parts(NamedTuple):
     experience: Callable[..., tuple[Experience, Metrics]]
     actor_step: Callable[..., tuple[TrainState, Metrics]]
     critic_step: Any  # as actor_step, or None
-    actor: train.Placed
-    critic: train.Placed | None
+    actor: train.StateLayout
+    critic: train.StateLayout | None
 
 
 def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
@@ -510,7 +517,7 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
     def trained(loss: Callable[..., losses.Loss], optim: OptimConfig, family: Any, mesh: Any, mixed: Any = None):
         """(update step, where the state lives) of parameters with these shapes and logical axes."""
         tx = make_optimizer(optim, updates)
-        placed = train.place_state(mesh, *lora.trained(config.lora, *family), tx)
+        placed = train.state_layout(mesh, *lora.trained(config.lora, *family), tx)
         settings = {"state_shardings": placed.shardings, "mixed": mixed, "spike_factor": optim.spike_factor}
         loss = functools.partial(loss, setup=setup)
         return train.make_step(loss, tx, num_micro=config.num_micro, **settings), placed
@@ -563,7 +570,7 @@ def make_drawing(setup: Setup, there: Any, draw: Callable[..., Rollout]) -> Draw
     weights = place_params(there, shapes, transformer.axes(setup.model))
     policy = jax.jit(lambda params, base: narrow(setup.model, lora.merge(setup.policy(params, base))))
     places = jax.tree.map(lambda leaf: leaf.sharding, weights)
-    place = lambda params, base: send(policy(params, base), there, places)
+    place = lambda params, base: reshard_across_meshes(policy(params, base), there, places)
     run = lambda weights, batch, words: draw(weights, batch, jax.random.wrap_key_data(words))
     return Drawing(there, weights, place, jax.jit(run, out_shardings=activation(there, "batch")))
 
@@ -574,10 +581,10 @@ def draw_elsewhere(mesh: jax.sharding.Mesh, drawing: Drawing) -> Callable[..., R
     def rollout(params: Any, base: Any, batch: Any, key: jax.Array) -> Rollout:
         weights = drawing.place(params, base)
         there = drawing.mesh
-        batch, words = send(batch, there, activation(there, "batch")), fetch(jax.random.key_data(key))
+        batch, words = reshard_across_meshes(batch, there, activation(there, "batch")), fetch(jax.random.key_data(key))
         with jax.set_mesh(there):
             drawn = drawing.run(weights, batch, words)
-        return send(drawn, mesh, activation(mesh, "batch"))
+        return reshard_across_meshes(drawn, mesh, activation(mesh, "batch"))
 
     return rollout
 
@@ -670,7 +677,7 @@ def first_state(parts: Parts, config: PPOConfig, mesh: jax.sharding.Mesh, actor:
     number = lambda dtype, value: jax.device_put(dtype(value), replicated(mesh))
     ema = jax.device_put(jax.tree.map(jnp.copy, actor), parts.actor.shardings.params) if config.ema_decay else {}
     if parts.critic:
-        critic = send(critic, parts.values.mesh, parts.critic.shardings.params)
+        critic = reshard_across_meshes(critic, parts.values.mesh, parts.critic.shardings.params)
         with jax.set_mesh(parts.values.mesh):
             critic = parts.critic.init(critic)
     return _state(config, number, parts.actor.init(actor), critic, ema)
@@ -748,10 +755,10 @@ def make_step(
         there, base = parts.values.mesh, {"base": roles.critic_base}
         if there is parts.values.home:
             return parts.critic_step(critic, minibatch, **base)
-        minibatch = send(minibatch, there, activation(there, "batch"))
+        minibatch = reshard_across_meshes(minibatch, there, activation(there, "batch"))
         with jax.set_mesh(there):
             critic, metrics = parts.critic_step(critic, minibatch, **base)
-        return critic, send(metrics, parts.values.home, replicated(parts.values.home))
+        return critic, reshard_across_meshes(metrics, parts.values.home, replicated(parts.values.home))
 
     def update(number: int, actor: TrainState, critic: Any, experience: Experience):
         collected: list[Metrics] = []
@@ -933,7 +940,7 @@ def make_evaluation(
         weights = drawing.place(trained, roles.actor_base)
         with jax.set_mesh(drawing.mesh):
             drawn = [*generate.roll_out(weights, setup.model, prompts, mesh=drawing.mesh, **settings)]
-        return [(send(rollout, mesh, activation(mesh, "batch")), count) for rollout, count in drawn]
+        return [(reshard_across_meshes(rollout, mesh, activation(mesh, "batch")), count) for rollout, count in drawn]
 
     def evaluation(step: int, state: PPOState) -> dict[str, float]:
         del step

@@ -17,8 +17,21 @@ from annotated_types import Ge, Lt
 
 from jaxllm import losses, train
 from jaxllm.config import InputError
-from jaxllm.config.ranges import FINITE, NOT_BOOL, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from jaxllm.data.loader import RankedExample, fingerprint, load_ranked, make_ranked_batch_at, ranked_epoch
+from jaxllm.config.ranges import (
+    FINITE,
+    NOT_BOOL,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+from jaxllm.data.loader import (
+    RankedExample,
+    fingerprint,
+    load_ranked,
+    make_ranked_batch_at,
+    ranked_epoch,
+)
 from jaxllm.data.sources import DataConfig, Source
 from jaxllm.evaluation import measures
 from jaxllm.metrics import Work, held_out, peak_flops
@@ -30,7 +43,7 @@ from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, write_json
 from jaxllm.sharding import activation, check_batch, fetch, place_params, replicated, rows_like
-from jaxllm.workspace import Workspace, describe_model, load_model
+from jaxllm.workspace import Workspace, load_model, write_model_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +155,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     source = workspace.source(config.init_from, "sft", stage)
     policy, model = load_model(source, mesh)
     policy = lora.merge(policy)
-    describe_model(directory, model, "policy" if is_dpo else "reward", ("params",), config.lora, source)
+    write_model_card(directory, model, "policy" if is_dpo else "reward", ("params",), config.lora, source)
     rankings = load_rankings(workspace, stage, config, model)
     check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
     per_epoch = len(rankings["train"]) / config.batch_size
@@ -202,14 +215,14 @@ def plan(mesh: jax.sharding.Mesh, life: Any, stage: str) -> tuple[list[train.Pro
 
 def program(
     mesh: jax.sharding.Mesh, stage: str, config: PreferenceConfig, model: ModelConfig, num_steps: int, seed: int
-) -> tuple[Any, Callable[..., jax.Array], train.Placed]:
+) -> tuple[Any, Callable[..., jax.Array], train.StateLayout]:
     """(the step: state, batch, **frozen_parts -> state, metrics; its scores; where its state is placed)."""
     family = transformer if stage == "dpo" else scalar
     scores = functools.partial(reward_scores, model=model)
     if stage == "dpo":
         scores = functools.partial(implicit_rewards, model=model, beta=config.beta)
     tx = make_optimizer(config.optim, num_steps)
-    place = train.place_state(mesh, *lora.trained(config.lora, family.abstract(model), family.axes(model)), tx)
+    place = train.state_layout(mesh, *lora.trained(config.lora, family.abstract(model), family.axes(model)), tx)
 
     def loss(params: Any, batch: Any, key: Any, **frozen: Any) -> losses.Loss:
         del key  # no dropout

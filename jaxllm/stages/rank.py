@@ -28,12 +28,12 @@ from jaxllm.config.functions import FunctionName, resolve_function
 from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, ProportionBelowOne
 from jaxllm.data.file_formats import format_of
 from jaxllm.data.format import is_held_out
-from jaxllm.data.messages import check_messages, known_parts, prompt_text, question, said
+from jaxllm.data.messages import check_messages, known_parts, message_text, prompt_text, question
 from jaxllm.data.sources import DataConfig, Source, read_records
 from jaxllm.rl.score_functions import score_all
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, write_whole
-from jaxllm.sharding import meet
+from jaxllm.sharding import barrier
 from jaxllm.workspace import StageCut, Workspace
 
 LABELS = string.ascii_uppercase
@@ -80,7 +80,7 @@ def run(workspace: Workspace, config: RankConfig, ask: Callable[[], str] | None 
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         _rank(workspace, directory, config, ask)
-    meet("rank")
+    barrier("rank")
     skipped = directory / "skipped.jsonl"
     result = _summary(read_rankings(directory / "rankings.jsonl"), len(_read_lines(skipped)) if skipped.exists() else 0)
     _print_summary(result)
@@ -311,7 +311,7 @@ def _show(sample: Mapping[str, Any], shuffle: np.ndarray, title: str) -> None:
     """The prompt and the responses, labelled in shuffled order: nothing tells where one comes from."""
     console.rule(f"Prompt {title}")
     for message in sample["messages"]:
-        console.print(Text(f"{message['role']}: ", style="bold") + Text(_printable(said(message))))
+        console.print(Text(f"{message['role']}: ", style="bold") + Text(_printable(message_text(message))))
     for label, i in zip(LABELS, shuffle, strict=False):
         response = Text(_printable(sample["responses"][i]))
         console.print(Panel(response, title=Text(label, style="bold"), title_align="left"))

@@ -14,7 +14,7 @@ from jaxllm.data.sources import DataConfig
 from jaxllm.generate import SamplingConfig, complete, whole_batch
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, read_metrics, write_whole
-from jaxllm.sharding import meet
+from jaxllm.sharding import barrier
 from jaxllm.workspace import Workspace, load_model
 
 
@@ -66,7 +66,7 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
     settings = {"sampling": config.sampling, "stop_ids": stops, "pad_id": tokenizer.pad_id, "seed": workspace.seed}
     settings |= {"num_samples": config.num_responses, "batch_size": batch_size, "start": done}
     drawn = complete(params, model, asked, mesh=workspace.mesh, **settings)
-    meet("samples so far")
+    barrier("samples so far")
     file = epath.Path(os.devnull if jax.process_index() else path).open("a")
     with file, workspace.signals as signals:
         for i, completions in enumerate(drawn, start=done):
@@ -83,7 +83,7 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
                 console.print(f"sample {i + 1}/{len(prompts)} prompts, {config.num_responses} responses each")
                 if signals.stop_after() and i + 1 < len(prompts):
                     raise signals.stopped(f"sample: {i + 1} of {len(prompts)} prompts are answered")
-    meet("samples")
+    barrier("samples")
     lines = read_metrics(path)
     responses = [r for line in lines for r in line["responses"]]
     return {

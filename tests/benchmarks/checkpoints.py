@@ -57,7 +57,7 @@ def main() -> None:
         num_heads=args.width // 64, mlp_dim=args.width * 4 * 2 // 3 // 64 * 64,
     )  # fmt: skip
     tx = make_optimizer(OptimConfig(), 100)
-    placed = train.place_state(mesh, transformer.abstract(model), transformer.axes(model), tx)
+    placed = train.state_layout(mesh, transformer.abstract(model), transformer.axes(model), tx)
     ones = jnp.ones((args.batch, args.length), jnp.int32)
     batch = {"tokens": ones, "segment_ids": ones, "positions": jnp.cumsum(ones, 1) - 1, "loss_mask": ones > 0}
     batch = {name: jax.device_put(x, activation(mesh, "batch", None)) for name, x in batch.items()}

@@ -41,7 +41,7 @@ def training(model, mesh, args) -> float:
         return losses.language_model(losses.token_logprobs(hidden, transformer.head(params), targets), mask)
 
     tx = make_optimizer(OptimConfig(), 1000)
-    placed = train.place_state(mesh, transformer.abstract(model), transformer.axes(model), tx)
+    placed = train.state_layout(mesh, transformer.abstract(model), transformer.axes(model), tx)
     make = jax.jit(lambda: transformer.init(model, jax.random.key(0)), out_shardings=placed.shardings.params)
     state = placed.init(make())
     step = train.make_step(loss, tx, state_shardings=placed.shardings)

@@ -279,7 +279,7 @@ def test_a_byte_order_mark_is_skipped_once_and_parts_keep_their_lines(tmp_path, 
     lines = [f"{'x' * (i % 37)} {i}" for i in range(60)]
     for kind, spelled in (("jsonl", [json.dumps({"text": line}) for line in lines]), ("txt", lines)):
         path = write(tmp_path / f"a.{kind}", BOM + "\n".join(spelled).encode())
-        found = cache.inspect(path, 100, tmp_path)
+        found = cache.fingerprint_file(path, 100, tmp_path)
         parts = readers.split(path, "auto", "line", found["size"], found["lines"])
         records = list(read_records(Source(path), parts))
         assert len(parts) > 10 and [r.fields["text"] for r in records] == lines

@@ -53,10 +53,10 @@ def write(path, records):
 
 def reference(records, data, kind):
     """split -> the contents that stay, in order: a held-out content is held out everywhere, and the first one stays."""
-    sided = [pair for i, rs in enumerate(records) for pair in format.sided(data, kind, i, rs)]
-    held_out = {e.content() for e, side in sided if side == "held_out"}
+    assign_splits = [pair for i, rs in enumerate(records) for pair in format.assign_splits(data, kind, i, rs)]
+    held_out = {e.content() for e, side in assign_splits if side == "held_out"}
     split = {"train": [], "held_out": []}
-    for e, side in sided:
+    for e, side in assign_splits:
         crossing = side == "train" and e.content() in held_out
         if side and not crossing and e.content() not in [c for _, c in split[side]]:
             split[side].append((e.source, e.content()))
@@ -94,7 +94,7 @@ def test_parts_of_a_file_are_its_lines_with_their_numbers(tmp_path, small):
     for end in ("\n", "\r\n"):
         path = tmp_path / "a.txt"
         path.write_bytes((end.join(lines)).encode())
-        found = cache.inspect(str(path), readers.PART_BYTES, tmp_path)
+        found = cache.fingerprint_file(str(path), readers.PART_BYTES, tmp_path)
         parts = readers.split(str(path), "auto", "line", found["size"], found["lines"])
         records = [r for part in parts for r in sources.read_records(Source(str(path)), [part])]
         assert len(parts) > 20 and [r.fields["text"] for r in records] == lines
@@ -231,7 +231,7 @@ for count in itertools.count():
         cache.make_once(folder, make)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
-    meta = cache.made(folder, make)
+    meta = cache.get_or_build(folder, make)
     assert meta["tokens"] == 1 and list(meta["files"]) == ["tokens"], meta
     cache.clean(folder.parent)
     assert not list(folder.parent.glob(".partial*"))
@@ -263,7 +263,7 @@ def test_what_dead_preparations_left_is_removed_and_what_others_write_is_not(tmp
         fcntl.flock(lock, fcntl.LOCK_EX)
         cache.clean(tmp_path)
         assert [name for name, path in paths.items() if path.exists()] == ["elsewhere", "alive"]
-        assert not cache.make_once(tmp_path / "unit-alive", lambda to: pytest.fail("somebody else makes it"))
+        assert not cache.build_once(tmp_path / "unit-alive", lambda to: pytest.fail("somebody else makes it"))
     cache.clean(tmp_path)
     assert [name for name, path in paths.items() if path.exists()] == ["elsewhere"]
 
@@ -291,12 +291,12 @@ def test_a_damaged_file_is_named_and_made_again(tmp_path, tokenizer, capsys, whe
 
 def test_a_large_file_is_checked_again_only_when_its_times_change(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_ALWAYS_READ", 10)
-    cache.made(tmp_path / "x", lambda to: {"n": (to / "big").write_bytes(b"0" * 100)})
+    cache.get_or_build(tmp_path / "x", lambda to: {"n": (to / "big").write_bytes(b"0" * 100)})
     monkeypatch.setattr(cache, "sha256", lambda path: pytest.fail("read again"))
-    assert cache.find(tmp_path / "x") == {"n": 100, "files": cache.find(tmp_path / "x")["files"]}
+    assert cache.open_valid(tmp_path / "x") == {"n": 100, "files": cache.open_valid(tmp_path / "x")["files"]}
     monkeypatch.undo()
     (tmp_path / "x" / "big").write_bytes(b"0" * 50 + b"1" + b"0" * 49)
-    assert cache.find(tmp_path / "x") is None
+    assert cache.open_valid(tmp_path / "x") is None
 
 
 MEMORY = """

@@ -43,7 +43,7 @@ def not_one(tmp_path, kind, fields, **source):
 
 
 def contents(example):
-    return [messages.said(m) for m in example.messages]
+    return [messages.message_text(m) for m in example.messages]
 
 
 @pytest.mark.parametrize("null", [None, float("nan")], ids=str)

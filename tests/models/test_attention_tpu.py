@@ -11,7 +11,7 @@ import pytest
 from jaxllm.models import attention as gpu
 from jaxllm.models import attention_tpu
 from jaxllm.models.attention import attention
-from jaxllm.sharding import MeshConfig, balanced_order, in_order, make_mesh
+from jaxllm.sharding import MeshConfig, make_mesh, undo_zigzag, zigzag_order
 
 B, T, K, H = 2, 256, 2, 64
 SEGMENTS = jnp.array([[1] * 100 + [2] * 120 + [0] * 36, [1] * 256], jnp.int32)
@@ -27,9 +27,9 @@ def value_and_gradients(function, arrays):
 @pytest.mark.parametrize("shards", [2, 4])
 def test_shards_of_a_row_attend_to_as_many_keys(shards):
     with jax.set_mesh(make_mesh(MeshConfig(context=shards))):
-        order = balanced_order(T)
-        assert balanced_order(T + 1) is None
-        np.testing.assert_array_equal(in_order(jnp.array(order)[None])[0], np.arange(T))
+        order = zigzag_order(T)
+        assert zigzag_order(T + 1) is None
+        np.testing.assert_array_equal(undo_zigzag(jnp.array(order)[None])[0], np.arange(T))
     work = (order + 1).reshape(shards, -1).sum(1)
     assert (work == work[0]).all() and sorted(order) == [*range(T)]
 
@@ -44,7 +44,7 @@ def test_queries_may_come_in_a_balanced_order(window, softcap):
     plain = lambda q, k, v: weigh(attention(q, k, v, q_segment_ids=segments, kv_segment_ids=segments, **how))
     want, wanted = jax.jit(jax.value_and_grad(plain, argnums=(0, 1, 2)))(*arrays)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2, context=2))):
-        order = balanced_order(2 * T)
+        order = zigzag_order(2 * T)
         more = {"q_segment_ids": segments[:, order], "kv_segment_ids": segments, "q_order": order, **how}
         kernel = lambda q, k, v: weigh(attention_tpu.tpu_attention(q[:, order], k, v, interpret=True, **more))
         reference = lambda q, k, v: weigh(attention(q[:, order], k, v, **more))

@@ -138,7 +138,7 @@ def two_updates(mesh_config, num_micro=1):
     mesh = make_mesh(mesh_config, jax.devices()[: 1 if mesh_config.data == 1 and mesh_config.expert == 1 else 8])
     tx = make_optimizer(OptimConfig(learning_rate=1e-2, eps=1e-3), 10, MODEL.moe.bias_rate)
     whole, axes = transformer.abstract(MODEL), transformer.axes(MODEL)
-    placed = train.place_state(mesh, whole, axes, tx)
+    placed = train.state_layout(mesh, whole, axes, tx)
     ids = jax.random.randint(jax.random.key(3), (8, 16), 3, 40)
     segments = jnp.array([[1] * 6 + [2] * 7 + [0] * 3] * 8, jnp.int32)
     positions = jnp.array([[*range(6), *range(7), 0, 0, 0]] * 8, jnp.int32)
@@ -176,7 +176,7 @@ def test_fifty_steps_equal_a_plain_pytorch_loop(case):
     model, _, params = load(case)
     tx = make_optimizer(OptimConfig(learning_rate=1e-3, schedule="constant"), STEPS)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    placed = train.place_state(mesh, transformer.abstract(model), transformer.axes(model), tx)
+    placed = train.state_layout(mesh, transformer.abstract(model), transformer.axes(model), tx)
     with jax.set_mesh(mesh):
         state = placed.init(jax.tree.map(jnp.copy, params))
         run = functools.partial(loss, model=model)

@@ -20,7 +20,7 @@ from jaxllm.runtime import checkpoint
 from jaxllm.runtime.files import write_json
 from jaxllm.sharding import MeshConfig, make_mesh, param_shardings
 from jaxllm.tokenizers.published import load_tokenizer
-from jaxllm.workspace import describe_model, load_model
+from jaxllm.workspace import load_model, write_model_card
 from tests.oracles.families import weight
 from tests.pretrained.test_families import CASES, RECORD, load
 
@@ -276,7 +276,7 @@ def test_a_source_that_is_no_models_folder_is_one_line(tmp_path, monkeypatch):
 
 
 def save_stage(path, params, model, kind, **more):
-    describe_model(path, model, kind, ("params",), **more)
+    write_model_card(path, model, kind, ("params",), **more)
     checkpoints = checkpoint.Checkpoints(path / "checkpoints", checkpoint.CheckpointConfig())
     checkpoints.save_surely(3, {"params": params}, {})
     checkpoints.close()

@@ -18,7 +18,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.runtime import checkpoint as c
 from jaxllm.sharding import MeshConfig, make_mesh
-from jaxllm.train import place_state
+from jaxllm.train import state_layout
 
 MODEL = ModelConfig(vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64)
 
@@ -26,7 +26,7 @@ MODEL = ModelConfig(vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, mlp_
 def placed_on(config, model=MODEL):
     mesh = make_mesh(config)
     tx = make_optimizer(OptimConfig(), 10)
-    return place_state(mesh, transformer.abstract(model), transformer.axes(model), tx)
+    return state_layout(mesh, transformer.abstract(model), transformer.axes(model), tx)
 
 
 def fresh(placed, model=MODEL):

@@ -19,7 +19,13 @@ from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.rl.rewards import RewardSource
 from jaxllm.runtime import digest
-from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings, send
+from jaxllm.sharding import (
+    MeshConfig,
+    activation,
+    make_mesh,
+    param_shardings,
+    reshard_across_meshes,
+)
 from jaxllm.stages import ppo
 from tests.stages import worlds
 
@@ -360,7 +366,9 @@ def test_a_reference_and_a_reward_model_in_other_layouts_judge_the_same(world):
         rows = jax.device_put(rollout, activation(mesh, "batch"))
         roles = ((parts.reference, world["other"], transformer), (parts.reward, world["reward"], scalar))
         for (judge, params, family), want in zip(roles, plain, strict=True):
-            found = judge(send(params, judge.mesh, param_shardings(judge.mesh, params, family.axes(MODEL))), rows)
+            found = judge(
+                reshard_across_meshes(params, judge.mesh, param_shardings(judge.mesh, params, family.axes(MODEL))), rows
+            )
             assert judge.mesh is not mesh and found.sharding.mesh == mesh
             np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="one layout only"):
@@ -377,7 +385,9 @@ def test_evaluation_in_other_layouts_finds_the_same(world):
         made = setup(dataclasses.replace(CONFIG, meshes=meshes, rewards=(RewardSource("length"),)))
         with jax.set_mesh(mesh):
             parts = ppo.build(made, mesh)
-            place = lambda params, there: send(params, there, param_shardings(there, params, transformer.axes(MODEL)))
+            place = lambda params, there: reshard_across_meshes(
+                params, there, param_shardings(there, params, transformer.axes(MODEL))
+            )
             roles = ppo.Roles(place(world["other"], parts.reference.mesh), {}, {}, {})
             state = ppo.first_state(
                 parts,

@@ -61,10 +61,10 @@ def _loss(params: Any, batch: jax.Array, key: Any) -> Any:
     return error.sum(), jnp.float32(len(batch)), {"loss": (error.sum(), jnp.float32(len(batch)))}
 
 
-def _program(mesh: Any, config: ToyConfig) -> tuple[Any, train.Placed]:
+def _program(mesh: Any, config: ToyConfig) -> tuple[Any, train.StateLayout]:
     tx = make_optimizer(config.optim, config.num_steps)
     shapes = {"scale": jax.ShapeDtypeStruct((3,), jnp.float32)}
-    placed = train.place_state(mesh, shapes, {"scale": (None,)}, tx)
+    placed = train.state_layout(mesh, shapes, {"scale": (None,)}, tx)
     return train.make_step(_loss, tx, state_shardings=placed.shardings, num_micro=config.num_micro), placed
 
 
