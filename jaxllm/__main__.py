@@ -36,15 +36,30 @@ OTHER_HELP = {
         "SOURCE STAGE_DIR",
         "make a stage directory from a downloaded model: a folder of safetensors, or a GGUF file",
     ),
-    "export": ("STAGE_DIR FOLDER [options]", "write a stage's model for others: safetensors, config.json, tokenizer"),
-    "score": ("STAGE_DIR ... --task FILE ... [options]", "score stages' models on tasks in JSONL files, side by side"),
+    "export": (
+        "STAGE_DIR FOLDER [options]",
+        "write a stage's model for others: safetensors, config.json, tokenizer",
+    ),
+    "score": (
+        "STAGE_DIR ... --task FILE ... [options]",
+        "score stages' models on tasks in JSONL files, side by side",
+    ),
     "plan": (
         "CONFIG --topology NAME [options]",
         "compile a stage's step for TPUs that are not there: does it fit, what does it cost",
     ),
-    "lm_eval": ("STAGE_DIR --tasks NAME ...", "run EleutherAI's lm-evaluation-harness on a stage's model"),
-    "configs": ("", "list the configs that ship with the program; any command takes one by its name"),
-    "config": ("CONFIG [--diff OTHER]", "print a config with every default filled in, or how it differs from another"),
+    "lm_eval": (
+        "STAGE_DIR --tasks NAME ...",
+        "run EleutherAI's lm-evaluation-harness on a stage's model",
+    ),
+    "configs": (
+        "",
+        "list the configs that ship with the program; any command takes one by its name",
+    ),
+    "config": (
+        "CONFIG [--diff OTHER]",
+        "print a config with every default filled in, or how it differs from another",
+    ),
 }
 
 
@@ -128,7 +143,10 @@ def main(argv: list[str] | None = None) -> None:
         _use_huge_pages()
         choose_platform()
     args = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):  # a terminal without Chinese shows its characters' numbers
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal without Chinese shows its characters' numbers
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax announces its options as warnings
@@ -143,7 +161,10 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in _OF_THE_SYSTEM:
             raise
-        _exit(f"jaxllm: {error.filename or 'writing'}: {error.strerror}; mend that and run the same command again", 1)
+        _exit(
+            f"jaxllm: {error.filename or 'writing'}: {error.strerror}; mend that and run the same command again",
+            1,
+        )
     except KeyboardInterrupt:
         _exit("jaxllm: interrupted; run the same command again to resume", 130)
 
@@ -187,7 +208,9 @@ def _parse(args: list[str]) -> Callable[[], None]:
     if command in OTHER_HELP:
         return functools.partial(_run_tool, command, rest)
     close = difflib.get_close_matches(command, ["run", *stages.names(), *OTHER_HELP], n=1)
-    raise InputError(f"unknown command {command!r}; {f'did you mean {close[0]}?' if close else 'see jaxllm --help'}")
+    raise InputError(
+        f"unknown command {command!r}; {f'did you mean {close[0]}?' if close else 'see jaxllm --help'}"
+    )
 
 
 def _usage() -> str:
@@ -205,7 +228,9 @@ def _parse_stage(command: str, args: list[str]) -> Callable[[], None]:
     from jaxllm.run import run_stages
 
     config, path = _read_config(command, args)
-    return functools.partial(run_stages, config, path, config.stages if command == "run" else [command])
+    return functools.partial(
+        run_stages, config, path, config.stages if command == "run" else [command]
+    )
 
 
 def _read_config(command: str, args: list[str]) -> tuple[Any, str]:
@@ -213,7 +238,9 @@ def _read_config(command: str, args: list[str]) -> tuple[Any, str]:
     from jaxllm.run import Config
 
     if not args or args[0].startswith("-"):
-        raise InputError(f"jaxllm {command}: give a config file first, or the name of one that `jaxllm configs` lists")
+        raise InputError(
+            f"jaxllm {command}: give a config file first, or the name of one that `jaxllm configs` lists"
+        )
     path = find_config(args[0])
     overrides = parse_overrides(Config, load(Config, path), args[1:], f"jaxllm {command} CONFIG")
     return load(Config, path, overrides), args[0]
@@ -228,8 +255,14 @@ def _explain(command: str, args: list[str]) -> None:
     rows = [stage for stage in stages.TABLE if everything or stage.name == command]
     given = load(Config, find_config(args[0])) if not args[0].startswith("-") else Config()
     shown = config_class(rows)
-    default = shown(**{field.name: getattr(given, field.name) for field in dataclasses.fields(shown)})
-    about = "Every option of every stage." if everything else f"{_help_of(command)}. --help-all explains every stage."
+    default = shown(
+        **{field.name: getattr(given, field.name) for field in dataclasses.fields(shown)}
+    )
+    about = (
+        "Every option of every stage."
+        if everything
+        else f"{_help_of(command)}. --help-all explains every stage."
+    )
     tyro_cli(shown, ["--help"], f"jaxllm {command} CONFIG", default, about)
 
 
@@ -293,9 +326,17 @@ def _generate(args: GenerateArgs) -> None:
 
     sampling = SamplingConfig(args.max_new_tokens or 64, args.temperature, args.top_k, args.top_p)
     if (args.best_of > 1) != bool(args.reward_from):
-        raise InputError("--best-of: give a number above 1 together with --reward-from STAGE_DIR, or neither")
-    best: dict = {"best_of": args.best_of, "reward_from": args.reward_from, "shorten": not args.max_new_tokens}
-    for text in chat.answer_once(args.stage_dir, args.prompt, args.chat, sampling, args.num_samples, args.seed, **best):
+        raise InputError(
+            "--best-of: give a number above 1 together with --reward-from STAGE_DIR, or neither"
+        )
+    best: dict = {
+        "best_of": args.best_of,
+        "reward_from": args.reward_from,
+        "shorten": not args.max_new_tokens,
+    }
+    for text in chat.answer_once(
+        args.stage_dir, args.prompt, args.chat, sampling, args.num_samples, args.seed, **best
+    ):
         print(text, flush=True)
 
 
@@ -317,7 +358,11 @@ def _score(args: list[str]) -> None:
 
 def _plan(args: list[str]) -> None:
     # Before JAX looks for devices; several plans at once share nothing.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     from jaxllm.plan import planning
     from jaxllm.run import Config
 
@@ -327,14 +372,18 @@ def _plan(args: list[str]) -> None:
 
 def _harness(args: list[str]) -> None:
     if not args or args[0].startswith("-"):
-        raise InputError("jaxllm lm_eval: give a stage directory first, then the harness's options: --tasks NAME ...")
+        raise InputError(
+            "jaxllm lm_eval: give a stage directory first, then the harness's options: --tasks NAME ..."
+        )
     from jaxllm.run import set_cpu_devices
 
     set_cpu_devices(0)
     try:
         from jaxllm.evaluation.harness import harness
     except ModuleNotFoundError as error:
-        raise InputError(f"jaxllm lm_eval: needs {error.name}; pip install 'jaxllm[lm_eval]'") from None
+        raise InputError(
+            f"jaxllm lm_eval: needs {error.name}; pip install 'jaxllm[lm_eval]'"
+        ) from None
     harness(args[0], args[1:])
 
 

@@ -35,7 +35,9 @@ class LoadedModel:
 
     model: scoring.Model
 
-    def generate(self, prompt: str, *, num_samples: int = 1, seed: int = 0, **sampling: Any) -> list[str]:
+    def generate(
+        self, prompt: str, *, num_samples: int = 1, seed: int = 0, **sampling: Any
+    ) -> list[str]:
         """`num_samples` completions of a text. Raises InputError where prompt and completion exceed the context."""
         return self._complete(self.model.tokenizer.prompt(prompt), num_samples, seed, sampling)
 
@@ -67,7 +69,9 @@ class LoadedModel:
             rows.append(scoring.fit(begun, after, self.model.config, "answers"))
         return [nats for nats, _ in scoring.score_rows(self.model, rows)]
 
-    def _complete(self, ids: Sequence[int], num_samples: int, seed: int, sampling: Mapping[str, Any]) -> list[str]:
+    def _complete(
+        self, ids: Sequence[int], num_samples: int, seed: int, sampling: Mapping[str, Any]
+    ) -> list[str]:
         model, tokenizer = self.model, self.model.tokenizer
         with jax.set_mesh(model.mesh):
             drawn = complete(
@@ -88,7 +92,9 @@ class LoadedModel:
 def _token_logprobs(params: Any, tokens: jax.Array, *, config: Any) -> jax.Array:
     """float32[B, T] of tokens int32[B, T + 1]: log p of each but the first."""
     hidden = transformer.apply(params, config, tokens[:, :-1], jnp.ones_like(tokens[:, :-1]))
-    return losses.token_logprobs(hidden, transformer.head(params), tokens[:, 1:], cap=config.logit_softcap).logprob
+    return losses.token_logprobs(
+        hidden, transformer.head(params), tokens[:, 1:], cap=config.logit_softcap
+    ).logprob
 
 
 def load(stage_dir: str | os.PathLike) -> LoadedModel:
@@ -101,7 +107,9 @@ def read_config(path: str, overrides: Mapping[str, Any] | None = None) -> Config
     return load_config(Config, find_config(path), overrides)
 
 
-def run_stages(path: str, stages: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> None:
+def run_stages(
+    path: str, stages: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+) -> None:
     """Run stages of a config, without any all that it names; a finished one is skipped, a cut one resumes.
 
     Raises InputError where a stage is unknown, before anything runs.

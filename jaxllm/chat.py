@@ -49,9 +49,15 @@ def answer_once(
         sampling = dataclasses.replace(sampling, max_new_tokens=model.max_length - len(ids))
     stops = tokenizer.stop_ids
     with jax.set_mesh(mesh):
-        settings: dict[str, Any] = {"sampling": sampling, "stop_ids": stops, "pad_id": tokenizer.pad_id}
+        settings: dict[str, Any] = {
+            "sampling": sampling,
+            "stop_ids": stops,
+            "pad_id": tokenizer.pad_id,
+        }
         count = num_samples * best_of
-        drawn = next(complete(params, model, [ids], mesh=mesh, seed=seed, num_samples=count, **settings))
+        drawn = next(
+            complete(params, model, [ids], mesh=mesh, seed=seed, num_samples=count, **settings)
+        )
         if best_of > 1:
             reward, reward_model = load_model(reward_from, mesh, "reward")
             rows = [[*ids, *c.ids, *[tokenizer.end_id] * c.finished] for c in drawn]
@@ -77,7 +83,9 @@ def converse(
     if tokenizer.chat_refusal:
         raise InputError(tokenizer.chat_refusal)
     if shorten:
-        sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, model.max_length // 2))
+        sampling = dataclasses.replace(
+            sampling, max_new_tokens=min(sampling.max_new_tokens, model.max_length // 2)
+        )
     room = model.max_length - sampling.max_new_tokens
     if room < 1:
         raise InputError(
@@ -87,7 +95,9 @@ def converse(
     params = jax.jit(lambda p: transformer.unstack(p, transformer.decoding(model)))(params)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    tokenizer.encode_chat([*opening, {"role": "user", "content": "?"}], reply=True)  # a template may refuse the opening
+    tokenizer.encode_chat(
+        [*opening, {"role": "user", "content": "?"}], reply=True
+    )  # a template may refuse the opening
     stops = tokenizer.stop_ids
     _note("Talk to the model. /reset starts anew, /quit or end of input ends.")
     with jax.set_mesh(mesh):
@@ -104,7 +114,11 @@ def converse(
                 _note(f"({error}; send it again)")
                 continue
             decoder, answer = StreamDecoder(tokenizer), ""
-            settings: dict[str, Any] = {"sampling": sampling, "stop_ids": stops, "pad_id": tokenizer.pad_id}
+            settings: dict[str, Any] = {
+                "sampling": sampling,
+                "stop_ids": stops,
+                "pad_id": tokenizer.pad_id,
+            }
             for token in stream(params, model, ids, seed=(seed + turn) % 2**32, **settings):
                 answer += _say(decoder.add(token))
             answer += _say(decoder.flush())
@@ -121,7 +135,9 @@ def _fit(
     """
     alone, _ = tokenizer.encode_chat([*messages[:keep], messages[-1]], reply=True)
     if len(alone) > limit:
-        raise InputError(f"this message takes {len(alone)} tokens and {limit} fit beside the answer; shorten it")
+        raise InputError(
+            f"this message takes {len(alone)} tokens and {limit} fit beside the answer; shorten it"
+        )
     while True:
         ids, _ = tokenizer.encode_chat(messages, reply=True)
         if len(ids) <= limit:
@@ -140,7 +156,9 @@ def _ask(user: TextIO | None) -> str | None:
             line = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
             line.encode()
         except (UnicodeDecodeError, UnicodeEncodeError) as error:
-            _note(f"(this line is not valid UTF-8, {error.reason} at byte {error.start}; send it again)")
+            _note(
+                f"(this line is not valid UTF-8, {error.reason} at byte {error.start}; send it again)"
+            )
             continue
         if not line or line.strip():
             return line.strip() or None

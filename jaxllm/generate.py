@@ -55,7 +55,9 @@ class Rollout(NamedTuple):
     tokens: jax.Array  # int32[B * K, P + R]: left-padded prompt, response, padding
     prompt_mask: jax.Array  # bool[B * K, P]
     mask: jax.Array  # bool[B * K, R]: response tokens up to and including the stop token
-    logprobs: jax.Array  # float32[B * K, R]: the sampler's, at its temperature and before top-k and top-p
+    logprobs: (
+        jax.Array
+    )  # float32[B * K, R]: the sampler's, at its temperature and before top-k and top-p
     finished: jax.Array  # bool[B * K]: ended by a stop token
 
 
@@ -98,17 +100,25 @@ def generate(
         """(token, its log-probability, finished after it); finished rows get padding."""
         token, logprob = pick(hidden, jax.vmap(jax.random.fold_in, (0, None))(row_keys, place))
         token = jnp.where(finished, pad_id, token)
-        return token, jnp.where(finished, 0.0, logprob), finished | (token[:, None] == stops[None]).any(1)
+        return (
+            token,
+            jnp.where(finished, 0.0, logprob),
+            finished | (token[:, None] == stops[None]).any(1),
+        )
 
     def write(buffer: jax.Array, column: jax.Array, place: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(buffer, column[:, None], place, axis=1)
 
     def body(segments: jax.Array, _: jax.Array, carry: Any) -> Any:
         place, responses, masks, logprobs, finished, token, cache = carry
-        hidden, cache = advance(params, config, token, lengths + place - 1, segments, cache, P + place - 1)
+        hidden, cache = advance(
+            params, config, token, lengths + place - 1, segments, cache, P + place - 1
+        )
         alive = ~finished
         token, logprob, finished = draw(hidden, place, finished)
-        buffers = (write(b, c, place) for b, c in ((responses, token), (masks, alive), (logprobs, logprob)))
+        buffers = (
+            write(b, c, place) for b, c in ((responses, token), (masks, alive), (logprobs, logprob))
+        )
         return (place + 1, *buffers, finished, token, cache)
 
     zero = jnp.zeros((), jnp.int32)
@@ -131,10 +141,14 @@ def generate(
             count = jnp.minimum(_CHECK_EVERY, end - carry[0])
             return jax.lax.fori_loop(0, count, functools.partial(body, segments), carry)
 
-        carry = jax.lax.while_loop(lambda carry, end=end: (carry[0] < end) & ~carry[4].all(), some, carry)
+        carry = jax.lax.while_loop(
+            lambda carry, end=end: (carry[0] < end) & ~carry[4].all(), some, carry
+        )
     _, responses, masks, logprobs, finished, _, _ = carry
     prompts, prompt_mask = (jnp.repeat(x, num_samples, axis=0) for x in (tokens, mask))
-    return Rollout(jnp.concatenate([prompts, responses], axis=1), prompt_mask, masks, logprobs, finished)
+    return Rollout(
+        jnp.concatenate([prompts, responses], axis=1), prompt_mask, masks, logprobs, finished
+    )
 
 
 def _cache_ends(R: int) -> list[int]:
@@ -146,20 +160,36 @@ def _cache_ends(R: int) -> list[int]:
     return [*range(stride, R, stride), R]
 
 
-def prefill(params: Any, config: ModelConfig, tokens: jax.Array, mask: jax.Array, length: int, num_samples: int = 1):
+def prefill(
+    params: Any,
+    config: ModelConfig,
+    tokens: jax.Array,
+    mask: jax.Array,
+    length: int,
+    num_samples: int = 1,
+):
     """Run left-padded prompts [B, P] once; params from `transformer.unstack`.
 
     Returns, for B * num_samples rows: the last hidden state [rows, D], the cache of `length` places, which of its
     places may be read (int32[rows, length]), and the number of prompt tokens (int32[rows]).
     """
     B, P = tokens.shape
-    segments = jnp.concatenate([mask.astype(jnp.int32), jnp.ones((B, length - P), jnp.int32)], axis=1)
+    segments = jnp.concatenate(
+        [mask.astype(jnp.int32), jnp.ones((B, length - P), jnp.int32)], axis=1
+    )
     positions = jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
     cache = transformer.empty_cache(config, B, length)
     hidden, cache = transformer.apply_cached(params, config, tokens, positions, segments, cache, 0)
     lengths = mask.astype(jnp.int32).sum(1)
-    hidden, segments, lengths = (jnp.repeat(x, num_samples, axis=0) for x in (hidden[:, -1], segments, lengths))
-    return hidden, jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=x.ndim - 4), cache), segments, lengths
+    hidden, segments, lengths = (
+        jnp.repeat(x, num_samples, axis=0) for x in (hidden[:, -1], segments, lengths)
+    )
+    return (
+        hidden,
+        jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=x.ndim - 4), cache),
+        segments,
+        lengths,
+    )
 
 
 def advance(params: Any, config: ModelConfig, token, position, segments, cache, place):
@@ -181,7 +211,9 @@ def _pick(
         token = jnp.argmax(logits, axis=-1)
     else:
         uniform = jax.vmap(jax.random.uniform)(keys)
-        token = inverse_transform(jnp.exp(keep_likely(logprobs, sampling.top_k, sampling.top_p)), uniform)
+        token = inverse_transform(
+            jnp.exp(keep_likely(logprobs, sampling.top_k, sampling.top_p)), uniform
+        )
     token = token.astype(jnp.int32)
     return token, jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
 
@@ -192,7 +224,9 @@ def inverse_transform(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     First a block of 128, then a place in it: one random number for a row, where Gumbel noise takes one for each of
     V tokens, and sums in float32 stay short. An index without weight is never drawn.
     """
-    blocks = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % 128))).reshape(weights.shape[0], -1, 128)
+    blocks = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % 128))).reshape(
+        weights.shape[0], -1, 128
+    )
     ends = jnp.cumsum(blocks.sum(-1), axis=-1)
     target = (uniform * ends[:, -1])[:, None]
     block, before = _first_above(ends, target, blocks.sum(-1))
@@ -201,7 +235,9 @@ def inverse_transform(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     return (block * 128 + place).astype(jnp.int32)
 
 
-def _first_above(ends: jax.Array, target: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _first_above(
+    ends: jax.Array, target: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """(the first index with weight whose running sum is above target, the sum before it); rounding may leave none:
     then the heaviest."""
     above = (ends > target) & (weights > 0)
@@ -232,17 +268,30 @@ def keep_likely(logprobs: jax.Array, top_k: int, top_p: float) -> jax.Array:
 def _row_keys(key: jax.Array, index: jax.Array, num_samples: int) -> jax.Array:
     by_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     samples = jnp.arange(num_samples, dtype=jnp.int32)
-    return jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, samples))(by_prompt).reshape(-1)
+    return jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, samples))(
+        by_prompt
+    ).reshape(-1)
 
 
 @functools.lru_cache(maxsize=16)
 def jitted(
-    config: ModelConfig, sampling: SamplingConfig, stop_ids: tuple[int, ...], pad_id: int, num_samples: int
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    num_samples: int,
 ) -> Callable:
     """`generate` compiled for these settings: (params, tokens, mask, key, index=...) -> Rollout."""
-    settings = {"sampling": sampling, "stop_ids": stop_ids, "pad_id": pad_id, "num_samples": num_samples}
+    settings = {
+        "sampling": sampling,
+        "stop_ids": stop_ids,
+        "pad_id": pad_id,
+        "num_samples": num_samples,
+    }
     return jax.jit(
-        lambda params, tokens, mask, key, index: generate(params, config, tokens, mask, key, index=index, **settings)
+        lambda params, tokens, mask, key, index: generate(
+            params, config, tokens, mask, key, index=index, **settings
+        )
     )
 
 
@@ -270,13 +319,19 @@ def roll_out(
     check_not_empty(prompts)
     check_lengths(config, max(map(len, prompts), default=1), sampling)
     batch_size = whole_batch(mesh, min(batch_size, len(prompts)), multiple)
-    P = min(-(-max(map(len, prompts), default=1) // 16) * 16, config.max_length - sampling.max_new_tokens)
+    P = min(
+        -(-max(map(len, prompts), default=1) // 16) * 16,
+        config.max_length - sampling.max_new_tokens,
+    )
     run = jitted(config, sampling, tuple(stop_ids), pad_id, num_samples)
     for begin in range(start, len(prompts), batch_size):
         rows = [*prompts[begin : begin + batch_size]]
         tokens, mask = left_pad([*rows, *[rows[0]] * (batch_size - len(rows))], P, pad_id)
         index = begin + np.arange(batch_size, dtype=np.int32)
-        placed = [jax.device_put(x, activation(mesh, "batch", *[None] * (x.ndim - 1))) for x in (tokens, mask, index)]
+        placed = [
+            jax.device_put(x, activation(mesh, "batch", *[None] * (x.ndim - 1)))
+            for x in (tokens, mask, index)
+        ]
         yield run(params, placed[0], placed[1], jax.random.key(seed), placed[2]), len(rows)
 
 
@@ -306,7 +361,9 @@ def completions(rollout: Rollout, stop_ids: Sequence[int]) -> list[Completion]:
     return done
 
 
-def cut_at_strings(rollout: Rollout, strings: Sequence[str], decode: Callable[[list[int]], str]) -> Rollout:
+def cut_at_strings(
+    rollout: Rollout, strings: Sequence[str], decode: Callable[[list[int]], str]
+) -> Rollout:
     """End each response with the token that completes the first of `strings` in it; a fetched rollout.
 
     What follows is masked, and the response counts as finished.
@@ -315,7 +372,9 @@ def cut_at_strings(rollout: Rollout, strings: Sequence[str], decode: Callable[[l
     for b, row in enumerate(np.asarray(rollout.tokens)[:, -mask.shape[1] :]):
         ids = row[: mask[b].sum()].tolist()
         if any(s in decode(ids) for s in strings):
-            length = next(n for n in range(1, len(ids) + 1) if any(s in decode(ids[:n]) for s in strings))
+            length = next(
+                n for n in range(1, len(ids) + 1) if any(s in decode(ids[:n]) for s in strings)
+            )
             mask[b, length:], finished[b] = False, True
     return rollout._replace(mask=mask, finished=finished)
 
@@ -339,14 +398,20 @@ def response_hidden(params: Any, rollout: Any, config: ModelConfig) -> jax.Array
     return transformer.apply(params, config, rollout.tokens, *row_inputs(rollout))[:, -R - 1 : -1]
 
 
-def response_logprobs(params: Any, rollout: Any, *, config: ModelConfig, temperature: float) -> losses.TokenStats:
+def response_logprobs(
+    params: Any, rollout: Any, *, config: ModelConfig, temperature: float
+) -> losses.TokenStats:
     """Log-probabilities and entropies float32[B, R] of the response tokens under softmax(logits / temperature)."""
     R, hidden = rollout.mask.shape[1], response_hidden(params, rollout, config)
     head, cap = transformer.head(params), config.logit_softcap
-    return losses.token_logprobs(hidden, head, rollout.tokens[:, -R:], temperature=temperature, cap=cap)
+    return losses.token_logprobs(
+        hidden, head, rollout.tokens[:, -R:], temperature=temperature, cap=cap
+    )
 
 
-def left_pad(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def left_pad(
+    rows: Sequence[Sequence[int]], length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Token lists -> (int32[B, length], bool[B, length]), padded on the left."""
     tokens = np.full((len(rows), length), pad_id, np.int32)
     for i, row in enumerate(rows):
@@ -358,7 +423,9 @@ def left_pad(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[n
 def check_not_empty(prompts: Sequence[Sequence[int]]) -> None:
     """Raise InputError where a prompt has no tokens: there is nothing to go on from."""
     if not all(map(len, prompts)):
-        raise InputError("prompt: has no tokens; begin it with the tokenizer's start_id, as `Tokenizer.prompt` does")
+        raise InputError(
+            "prompt: has no tokens; begin it with the tokenizer's start_id, as `Tokenizer.prompt` does"
+        )
 
 
 def check_lengths(config: ModelConfig, prompt_length: int, sampling: SamplingConfig) -> None:
@@ -394,7 +461,9 @@ def stream(
             return
         yield drawn
         if place < sampling.max_new_tokens:
-            token, cache = step(params, token, lengths, segments, cache, key, jnp.int32(place), jnp.int32(P))
+            token, cache = step(
+                params, token, lengths, segments, cache, key, jnp.int32(place), jnp.int32(P)
+            )
 
 
 @functools.lru_cache(maxsize=4)

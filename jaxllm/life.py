@@ -25,7 +25,10 @@ class StageMesh(MeshConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.stage in stages.names(), f"stage: {self.stage!r} is unknown; known: {', '.join(stages.names())}")
+        require(
+            self.stage in stages.names(),
+            f"stage: {self.stage!r} is unknown; known: {', '.join(stages.names())}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +113,19 @@ def with_defaults(config: Config) -> Config:
         config = fill(config, tokenizer=fill(config.tokenizer, data=config.pretrain.data))
     for stage in ("rloo", "grpo", "ppo"):
         section = getattr(config, stage)
-        ptx = section.ptx if section.ptx.data.sources else fill(section.ptx, data=config.pretrain.data)
-        config = fill(config, **{stage: fill(section, data=section.data if section.data.sources else prompts, ptx=ptx)})
+        ptx = (
+            section.ptx
+            if section.ptx.data.sources
+            else fill(section.ptx, data=config.pretrain.data)
+        )
+        config = fill(
+            config,
+            **{
+                stage: fill(
+                    section, data=section.data if section.data.sources else prompts, ptx=ptx
+                )
+            },
+        )
     if not config.evaluate.prompts.sources:
         config = fill(config, evaluate=fill(config.evaluate, prompts=prompts))
     return config

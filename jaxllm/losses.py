@@ -48,11 +48,15 @@ def token_logprobs(
     (B, T, _), V = hidden.shape, head.shape[0]
     count, length = _blocks(V, -(-B * T * V // (block_elements or _BLOCK_ELEMENTS * memories())))
     numbers = jnp.arange(length, dtype=jnp.int32)
-    wide = constrain_scored(hidden).astype(jnp.float32)  # so that its gradient is summed over blocks in float32
+    wide = constrain_scored(hidden).astype(
+        jnp.float32
+    )  # so that its gradient is summed over blocks in float32
 
     def score(block: Array, numbers: Array) -> _Block:
         weights = block.astype(hidden.dtype)
-        logits = jnp.einsum("btd,vd->btv", wide.astype(hidden.dtype), weights, preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "btd,vd->btv", wide.astype(hidden.dtype), weights, preferred_element_type=jnp.float32
+        )
         logits = softcap(logits, cap) / temperature
         if length > V:
             logits = jnp.where(numbers[None, None] < V, logits, -1e30)
@@ -69,7 +73,9 @@ def token_logprobs(
 def _blocks(vocab_size: int, wanted: int) -> tuple[int, int]:
     """(how many, entries of all): as many as wanted, up to twice as many where those cut the vocabulary evenly."""
     wanted, shards = min(max(wanted, 1), vocab_size), mesh_size("tensor")
-    count = next((n for n in range(wanted, 2 * wanted + 1) if vocab_size % (n * shards) == 0), wanted)
+    count = next(
+        (n for n in range(wanted, 2 * wanted + 1) if vocab_size % (n * shards) == 0), wanted
+    )
     return count, -(-vocab_size // (count * shards)) * count * shards
 
 
@@ -106,7 +112,9 @@ def softcap(logits: Array, cap: float) -> Array:
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
-def next_token_targets(tokens: Array, segment_ids: Array, loss_mask: Array, ahead: int = 1) -> tuple[Array, Array]:
+def next_token_targets(
+    tokens: Array, segment_ids: Array, loss_mask: Array, ahead: int = 1
+) -> tuple[Array, Array]:
     """The one place where targets are shifted: position t predicts token t + ahead of its segment.
 
     tokens, segment_ids: int32[B, T]; loss_mask: bool[B, T], True where a token may be a target. Returns targets
@@ -124,12 +132,19 @@ def language_model(stats: TokenStats, mask: Array, z_loss_coef: float = 0.0) -> 
     weight = mask.astype(jnp.float32)
     nats, count = -(stats.logprob * weight).sum(), weight.sum()
     z = (jnp.square(stats.logsumexp) * weight).sum()
-    metrics = {"loss": (nats, count)} | ({"z_loss": (z_loss_coef * z, count)} if z_loss_coef else {})
+    metrics = {"loss": (nats, count)} | (
+        {"z_loss": (z_loss_coef * z, count)} if z_loss_coef else {}
+    )
     return nats + z_loss_coef * z, count, metrics
 
 
 def pairwise(
-    scores: Array, ranks: Array, *, margins: Array | None = None, label_smoothing: float = 0.0, per_prompt: bool = True
+    scores: Array,
+    ranks: Array,
+    *,
+    margins: Array | None = None,
+    label_smoothing: float = 0.0,
+    per_prompt: bool = True,
 ) -> Loss:
     """Bradley-Terry loss over all pairs, -mean log sigmoid(r_better - r_worse - margin) (Ouyang et al. 2022, eq. 1).
 
@@ -142,7 +157,9 @@ def pairwise(
     gap = scores[:, :, None] - scores[:, None, :] - (0.0 if margins is None else margins)
     right, wrong = jax.nn.log_sigmoid(gap), jax.nn.log_sigmoid(-gap)
     nats = -better * ((1.0 - label_smoothing) * right + label_smoothing * wrong)
-    return _per_prompt(nats.sum((1, 2)), better.sum((1, 2)), per_prompt, ranking_metrics(scores, ranks))
+    return _per_prompt(
+        nats.sum((1, 2)), better.sum((1, 2)), per_prompt, ranking_metrics(scores, ranks)
+    )
 
 
 def plackett_luce(scores: Array, ranks: Array, *, per_prompt: bool = True) -> Loss:
@@ -160,7 +177,9 @@ def plackett_luce(scores: Array, ranks: Array, *, per_prompt: bool = True) -> Lo
     return _per_prompt(nats.sum(1), count, per_prompt, ranking_metrics(scores, ranks))
 
 
-def score_regression(scores: Array, targets: Array, ranks: Array, *, per_prompt: bool = True) -> Loss:
+def score_regression(
+    scores: Array, targets: Array, ranks: Array, *, per_prompt: bool = True
+) -> Loss:
     """Half squared error to given scores float32[B, K]; ranks as in `pairwise`, 0 where there is no response."""
     exists = (ranks > 0).astype(jnp.float32)
     error = 0.5 * exists * jnp.square(jnp.where(ranks > 0, scores - targets, 0.0))
@@ -181,7 +200,9 @@ def ranking_metrics(scores: Array, ranks: Array) -> Metrics:
     gap = scores[:, :, None] - scores[:, None, :]
     right = better * ((gap > 0).astype(jnp.float32) + 0.5 * (gap == 0).astype(jnp.float32))
     has_pair = better.sum((1, 2)) > 0
-    best = (ranks == jnp.where(ranks > 0, ranks, jnp.iinfo(jnp.int32).max).min(1, keepdims=True)) & has_pair[:, None]
+    best = (
+        ranks == jnp.where(ranks > 0, ranks, jnp.iinfo(jnp.int32).max).min(1, keepdims=True)
+    ) & has_pair[:, None]
     chosen = jnp.argmax(jnp.where(ranks > 0, scores, -jnp.inf), axis=1)
     top = jnp.take_along_axis(best, chosen[:, None], axis=1).astype(jnp.float32)
     return {
@@ -197,7 +218,9 @@ def _pairs(ranks: Array) -> Array:
     return exists & (ranks[:, :, None] < ranks[:, None, :])
 
 
-def token_rewards(scores: Array, logprobs: Array, ref_logprobs: Array, mask: Array, kl_coef) -> Array:
+def token_rewards(
+    scores: Array, logprobs: Array, ref_logprobs: Array, mask: Array, kl_coef
+) -> Array:
     """Reward of every response token: -kl_coef * (logprob - ref_logprob), plus the score on the last one.
 
     Ziegler et al. 2019, eq. 2, spread over tokens (Ouyang et al. 2022, eq. 2). scores: float32[B]; the others
@@ -210,7 +233,9 @@ def token_rewards(scores: Array, logprobs: Array, ref_logprobs: Array, mask: Arr
     return jnp.where(last, scores[:, None], 0.0) - kl_coef * kl
 
 
-def gae(rewards: Array, values: Array, mask: Array, *, discount: float, lam: float) -> tuple[Array, Array]:
+def gae(
+    rewards: Array, values: Array, mask: Array, *, discount: float, lam: float
+) -> tuple[Array, Array]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16): (advantages, returns), each float32[B, R].
 
     The value after a response's last token is 0; nothing beyond the mask is read.
@@ -274,7 +299,9 @@ def policy(
     log_ratio = jnp.where(mask, logprobs - old_logprobs, 0.0)
     advantages = jnp.where(mask, advantages, 0.0)
     ratio = jnp.exp(log_ratio)
-    gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages)
+    gain = jnp.minimum(
+        ratio * advantages, jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages
+    )
     if dual_clip:
         gain = jnp.where(advantages < 0, jnp.maximum(gain, dual_clip * advantages), gain)
     loss = -_sum(gain, mask)
@@ -313,7 +340,9 @@ def kl_k3(log_ratio: Array) -> Array:
     return jnp.expm1(-log_ratio) + log_ratio
 
 
-def adapt_kl_coef(kl_coef: Array, kl: Array, *, target: float, horizon: float, batch_size: int) -> Array:
+def adapt_kl_coef(
+    kl_coef: Array, kl: Array, *, target: float, horizon: float, batch_size: int
+) -> Array:
     """Ziegler's controller (Ziegler et al. 2019, section 2.2): the coefficient follows the KL to its target.
 
     kl: the mean over responses of the KL summed over their tokens, nats. The error (kl / target - 1), clipped to

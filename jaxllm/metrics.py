@@ -95,7 +95,12 @@ class MetricLog:
     ):
         """partial: the steps of an interval that was cut (`partial`); rewind_after: skipped updates in a row that raise
         Rewind, 0: never."""
-        self.directory, self.title, self.num_steps, self.work = epath.Path(directory), title, num_steps, work
+        self.directory, self.title, self.num_steps, self.work = (
+            epath.Path(directory),
+            title,
+            num_steps,
+            work,
+        )
         self.every, self.schedules, self.shown = (log_every, save_every), schedules or {}, shown
         kept = [
             line
@@ -105,7 +110,10 @@ class MetricLog:
         self.latest: dict[str, float] = {k: v for line in kept for k, v in line.items() if "/" in k}
         self._steps: list[Any] = partial or []
         self._streak = 0  # updates skipped in a row
-        self._uncounted, self._rewind_after = len(self._steps), rewind_after  # steps that are not of this process
+        self._uncounted, self._rewind_after = (
+            len(self._steps),
+            rewind_after,
+        )  # steps that are not of this process
         self._pending: tuple[int, list[Any], float, float] | None = None
         self._interval_began = time.monotonic()
         self._start, self.waited = start, 0.0  # waited: seconds of this interval without a batch
@@ -113,7 +121,9 @@ class MetricLog:
         if jax.process_index() == 0:
             self._writers += [_jsonl(self.directory, kept)]
             self._writers += [_tensorboard(self.directory, start)] if config.tensorboard else []
-            self._writers += [_wandb(self.directory, config.wandb_project)] if config.wandb_project else []
+            self._writers += (
+                [_wandb(self.directory, config.wandb_project)] if config.wandb_project else []
+            )
         self._bar = _progress(title, num_steps, start)
 
     def __call__(self, step: int, state: Any, metrics: Metrics) -> bool:
@@ -148,7 +158,10 @@ class MetricLog:
 
     def partial(self) -> list[dict[str, list[float]]]:
         """The steps of the interval that has not ended, as JSON: what a checkpoint in its middle must keep."""
-        return [{name: [float(x) for x in pair] for name, pair in step.items()} for step in fetch(self._steps)]
+        return [
+            {name: [float(x) for x in pair] for name, pair in step.items()}
+            for step in fetch(self._steps)
+        ]
 
     def close(self) -> None:
         self._bar.stop()
@@ -168,18 +181,24 @@ class MetricLog:
             values["throughput/tokens_per_second"] = self.work.tokens * counted / seconds
             values["throughput/data_wait"] = waited / seconds
             if self.work.flops and self.work.peak_flops:
-                values["throughput/mfu"] = self.work.flops * counted / seconds / self.work.peak_flops
+                values["throughput/mfu"] = (
+                    self.work.flops * counted / seconds / self.work.peak_flops
+                )
         values |= {name: float(schedule(step - 1)) for name, schedule in self.schedules.items()}
         self._emit(step, {k if "/" in k else f"train/{k}": v for k, v in values.items()})
         require_finite(self.title, values, f" at step {step}")
         # One skipped update is an accident; as many as this at the end are a model that does not learn any more.
         most = self.num_steps * max(map(_num_updates, steps))
         if step == self.num_steps and self._streak >= min(_LONG_STREAK, most):
-            raise TrainingDiverged(f"{self.title}: the last {self._streak} updates were skipped; {_LOWER}")
+            raise TrainingDiverged(
+                f"{self.title}: the last {self._streak} updates were skipped; {_LOWER}"
+            )
 
     def _check_streak(self, step: int, steps: list[Any]) -> None:
         for done, metrics in enumerate(steps, start=step - len(steps) + 1):
-            streaks = (float(total) for name, (total, _) in metrics.items() if name.endswith("skip_streak"))
+            streaks = (
+                float(total) for name, (total, _) in metrics.items() if name.endswith("skip_streak")
+            )
             self._streak = int(max(streaks, default=0))
             if self._rewind_after and self._streak >= self._rewind_after:
                 raise Rewind(max(0, done - self._streak), done)
@@ -196,7 +215,12 @@ class MetricLog:
 
 def _num_updates(step: Metrics) -> int:
     """Updates of a step: PPO makes one for each minibatch, and weighs the skipped ones by their number."""
-    return int(max((float(weight) for name, (_, weight) in step.items() if name.endswith("skipped")), default=1))
+    return int(
+        max(
+            (float(weight) for name, (_, weight) in step.items() if name.endswith("skipped")),
+            default=1,
+        )
+    )
 
 
 def reduce(steps: list[Metrics]) -> dict[str, float]:
@@ -211,7 +235,11 @@ def reduce(steps: list[Metrics]) -> dict[str, float]:
 
 def held_out(metrics: Mapping[str, float]) -> dict[str, float]:
     """The numbers named "eval/NAME", by NAME: what a stage measured on its held-out rows."""
-    return {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+    return {
+        name.removeprefix("eval/"): value
+        for name, value in metrics.items()
+        if name.startswith("eval/")
+    }
 
 
 def peak_flops(mesh: jax.sharding.Mesh) -> float:
@@ -253,7 +281,9 @@ def _progress(title: str, num_steps: int, start: int) -> Progress:
     done = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
     disable = not console.is_terminal or jax.process_index() != 0
-    bar = Progress(*done, TextColumn("{task.fields[text]}"), *times, console=console, disable=disable)
+    bar = Progress(
+        *done, TextColumn("{task.fields[text]}"), *times, console=console, disable=disable
+    )
     bar.add_task(title, total=num_steps, completed=start, text="compiling")
     bar.start()
     return bar
@@ -292,7 +322,9 @@ def _wandb(directory: epath.Path, project: str) -> Writer:
     try:
         import wandb  # pyright: ignore[reportMissingImports] - an extra
     except ImportError:
-        raise InputError("logging.wandb_project: needs wandb; pip install 'jaxllm[wandb]', or leave it empty") from None
+        raise InputError(
+            "logging.wandb_project: needs wandb; pip install 'jaxllm[wandb]', or leave it empty"
+        ) from None
 
     name = f"{directory.parent.name}-{directory.name}"
     run = wandb.init(project=project, name=name, id=name, dir=str(directory), resume="allow")

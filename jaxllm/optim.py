@@ -18,7 +18,21 @@ from jaxllm.config.ranges import (
 )
 
 # Whether weight decay applies, by the name of the leaf. Every parameter must be here: an unknown name is an error.
-_MATRICES = ("tokens", "positions", "project", "q", "k", "v", "out", "gate", "up", "down", "kernel", "a", "b")
+_MATRICES = (
+    "tokens",
+    "positions",
+    "project",
+    "q",
+    "k",
+    "v",
+    "out",
+    "gate",
+    "up",
+    "down",
+    "kernel",
+    "a",
+    "b",
+)
 _MATRICES += ("q_a", "q_b", "kv_a", "kv_b", "router")
 _OTHERS = (
     "scale",
@@ -66,15 +80,25 @@ class OptimConfig:
     finite is skipped."""
 
     def __post_init__(self) -> None:
-        require(not self.spike_factor or self.spike_factor > 1, "spike_factor: must be above 1, or 0 for off")
+        require(
+            not self.spike_factor or self.spike_factor > 1,
+            "spike_factor: must be above 1, or 0 for off",
+        )
         # At 0.999 a step is less than half of bfloat16's last place: the second moment would never fall.
         narrow = self.state_dtype == "bfloat16"
-        require(not narrow or max(self.b1, self.b2) <= 0.99, "state_dtype: bfloat16 needs b1 and b2 of at most 0.99")
+        require(
+            not narrow or max(self.b1, self.b2) <= 0.99,
+            "state_dtype: bfloat16 needs b1 and b2 of at most 0.99",
+        )
 
 
 def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
     """Step number -> learning rate, over num_steps optimizer updates."""
-    peak, end, warmup = config.learning_rate, config.learning_rate * config.final_fraction, config.warmup_steps
+    peak, end, warmup = (
+        config.learning_rate,
+        config.learning_rate * config.final_fraction,
+        config.warmup_steps,
+    )
     rest = max(num_steps - warmup, 1)
     decay = max(int(num_steps * config.decay_fraction), 1)
     after = {
@@ -90,20 +114,30 @@ def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def make_optimizer(config: OptimConfig, num_steps: int, bias_rate: float = 0.0) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, num_steps: int, bias_rate: float = 0.0
+) -> optax.GradientTransformation:
     """AdamW; routers' biases, where bias_rate is given, move by it against the sign of their gradient (`moe.balance`)."""
     rate = learning_rate(config, num_steps)
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
-    adam = adam if config.state_dtype == "float32" else _kept_in(jnp.dtype(config.state_dtype), adam)
+    adam = (
+        adam if config.state_dtype == "float32" else _kept_in(jnp.dtype(config.state_dtype), adam)
+    )
     adamw = optax.chain(adam, decay, optax.scale_by_learning_rate(rate))
-    whole = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    whole = (
+        optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        if config.clip_norm
+        else adamw
+    )
     if not bias_rate:
         return whole
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         moves, state = whole.update(updates, state, params)
-        one = lambda path, move, grad: -bias_rate * jnp.sign(grad) if path[-1].key == "router_bias" else move
+        one = lambda path, move, grad: (
+            -bias_rate * jnp.sign(grad) if path[-1].key == "router_bias" else move
+        )
         return jax.tree_util.tree_map_with_path(one, moves, updates), state
 
     return optax.GradientTransformation(whole.init, update)

@@ -43,23 +43,43 @@ def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
     signals.install()
     command = f"jaxllm STAGE {config_path}{moved}"
     completed = functools.partial(complete, type(config))
-    workspace = Workspace(run_dir, mesh, config.seed, to_tree(config), command, signals, config.allow_change, completed)
+    workspace = Workspace(
+        run_dir,
+        mesh,
+        config.seed,
+        to_tree(config),
+        command,
+        signals,
+        config.allow_change,
+        completed,
+    )
     with workspace.locked():
         remade: set[str] = set()
-        worked = [stage for stage in wanted if run_stage(workspace, config, stage, config_path + moved, remade)]
+        worked = [
+            stage
+            for stage in wanted
+            if run_stage(workspace, config, stage, config_path + moved, remade)
+        ]
     if not worked:
         console.print(
-            f"Nothing to do: {'all stages are' if len(wanted) > 1 else 'it is'} finished in {run_dir}", soft_wrap=True
+            f"Nothing to do: {'all stages are' if len(wanted) > 1 else 'it is'} finished in {run_dir}",
+            soft_wrap=True,
         )
     if worked and jax.process_index() == 0:
         console.print(goodput.summary(goodput.read(workspace.ledger.path)))
-    unwritten = worked or not (run_dir / "report.html").exists()  # it may have been killed just before
+    unwritten = (
+        worked or not (run_dir / "report.html").exists()
+    )  # it may have been killed just before
     if unwritten and jax.process_index() == 0 and stages.named(wanted[-1]).kind == "report":
         from jaxllm.report.report import write_report
 
         every = stages.names()
-        write_report(run_dir, [s for s in every if s in config.stages or workspace.result(s) is not None])
-        policies = [stage for stage in stages.names("policy") if workspace.result(stage) is not None]
+        write_report(
+            run_dir, [s for s in every if s in config.stages or workspace.result(s) is not None]
+        )
+        policies = [
+            stage for stage in stages.names("policy") if workspace.result(stage) is not None
+        ]
         talk = f"; talk to it: jaxllm chat {run_dir}/{policies[-1]}" if policies else ""
         console.print(f"Report: {run_dir}/report.html and report.md{talk}", soft_wrap=True)
     barrier(
@@ -76,23 +96,38 @@ def plan_path(config: Config, stage: str) -> epath.Path:
     return _run_dir(config) / "plans" / f"{stage}.json"
 
 
-def beside_plan(report: Mapping[str, Any] | None, metrics: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def beside_plan(
+    report: Mapping[str, Any] | None, metrics: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
     """What a kept plan predicted, each beside what was measured; metrics: the stage's log, whose last numbers count."""
     if not report:
         return {}
-    seen = {name: value for line in metrics for name, value in line.items() if name.startswith("throughput/")}
-    rate, memory = seen.get("throughput/tokens_per_second"), jax.local_devices()[0].memory_stats() or {}
+    seen = {
+        name: value
+        for line in metrics
+        for name, value in line.items()
+        if name.startswith("throughput/")
+    }
+    rate, memory = (
+        seen.get("throughput/tokens_per_second"),
+        jax.local_devices()[0].memory_stats() or {},
+    )
     measured = {
         "predicted_tokens_per_second": rate,
         "predicted_step_seconds": report["tokens_per_step"] / rate if rate else None,
         "predicted_mfu": seen.get("throughput/mfu"),
         "total_bytes_per_device": memory.get("peak_bytes_in_use"),
     }
-    pairs = {name.removeprefix("predicted_"): (report.get(name), value) for name, value in measured.items()}
+    pairs = {
+        name.removeprefix("predicted_"): (report.get(name), value)
+        for name, value in measured.items()
+    }
     return {"plan": {name: {"planned": p, "measured": m} for name, (p, m) in pairs.items()}}
 
 
-def run_stage(workspace: Workspace, config: Config, name: str, config_path: str, remade: set[str]) -> bool:
+def run_stage(
+    workspace: Workspace, config: Config, name: str, config_path: str, remade: set[str]
+) -> bool:
     """Bring a stage to its end; False where it is there already.
 
     Where another stage's checkpoint that it needs is damaged, that stage is brought to its end again first, from its
@@ -113,7 +148,9 @@ def run_stage(workspace: Workspace, config: Config, name: str, config_path: str,
                 made = stages.load(row.run)(workspace, config, name)
                 if isinstance(made, Training):
                     keeping = workspace.keeping(row.sections, made.data)
-                    state, metrics = run_training(workspace.stage_dir(name), name, made, keeping, config.logging)
+                    state, metrics = run_training(
+                        workspace.stage_dir(name), name, made, keeping, config.logging
+                    )
                     made = made.result(state, metrics)
                 _finish(workspace, config, name, made, began, config_path)
             finished = True
@@ -125,14 +162,19 @@ def run_stage(workspace: Workspace, config: Config, name: str, config_path: str,
     return True
 
 
-def _to_be_remade(workspace: Workspace, config: Config, name: str, error: checkpoint.Damaged, remade: set[str]) -> str:
+def _to_be_remade(
+    workspace: Workspace, config: Config, name: str, error: checkpoint.Damaged, remade: set[str]
+) -> str:
     """The stage whose damaged checkpoint is set aside, so that it is made again.
 
     Raises `error` where it is not a stage of this run, or is to stop it, and InputError where it was made again already
     in this command: the disk does not keep what is written.
     """
     owner = error.step_dir.parent.parent.name
-    mine = error.step_dir.parent.parent == workspace.stage_dir(owner).resolve() and owner not in ("", name)
+    mine = error.step_dir.parent.parent == workspace.stage_dir(owner).resolve() and owner not in (
+        "",
+        name,
+    )
     if not mine or getattr(config, owner).checkpoint.damaged == "stop":
         raise error
     if owner in remade:
@@ -149,19 +191,27 @@ def _to_be_remade(workspace: Workspace, config: Config, name: str, error: checkp
 
 def set_cpu_devices(count: int) -> None:
     """Make `count` virtual CPU devices (0: one per core); must come before the first use of a device."""
-    count = count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count or os.cpu_count() or 1
+    count = (
+        count or len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else count or os.cpu_count() or 1
+    )
     # Several executions in flight on virtual devices can starve each other of threads inside a collective.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # the backend runs already: we are inside somebody's process, and take what there is
+    except (
+        RuntimeError
+    ):  # the backend runs already: we are inside somebody's process, and take what there is
         if len(jax.devices()) != count and jax.devices()[0].platform == "cpu":
             console.print(f"note: {len(jax.devices())} CPU devices exist already, {count} wanted")
 
 
 def start_devices(config: Config) -> jax.sharding.Mesh:
     if config.deterministic:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+        )
     set_cpu_devices(config.cpu_devices)
     if config.distributed:
         join(config.process)
@@ -178,14 +228,27 @@ def _prepare(workspace: Workspace, row: Stage) -> None:
 
 
 def _finish(
-    workspace: Workspace, config: Config, stage: str, result: dict[str, Any], began: float, config_path: str
+    workspace: Workspace,
+    config: Config,
+    stage: str,
+    result: dict[str, Any],
+    began: float,
+    config_path: str,
 ) -> None:
     """Write and show the result of a stage. Raises TrainingDiverged where a number in it is not finite."""
     require_finite(stage, dict(_flat(result)))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    result = {**result, "wall_seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": peak}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+    result = {
+        **result,
+        "wall_seconds": round(time.monotonic() - began, 1),
+        "peak_memory_bytes": peak,
+    }
     kept = read_json(plan_path(config, stage))
-    result |= beside_plan(kept, read_metrics(workspace.stage_dir(stage) / "metrics.jsonl") if kept else ())
+    result |= beside_plan(
+        kept, read_metrics(workspace.stage_dir(stage) / "metrics.jsonl") if kept else ()
+    )
     barrier(f"end of {stage}")
     if jax.process_index() == 0:
         workspace.finish(stage, result)

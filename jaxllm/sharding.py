@@ -23,7 +23,13 @@ MESH_AXES = ("data", "pipeline", "fsdp", "context", "expert", "tensor")  # slowe
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-_BOTH: Rules = {"heads": "tensor", "kv_heads": "tensor", "head_dim": None, "mlp": "tensor", "vocab": "tensor"}
+_BOTH: Rules = {
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
 PARAM_RULES: Rules = {
     **_BOTH,
     "layers": "pipeline",
@@ -49,7 +55,10 @@ ACT_RULES: Rules = {
         "expert",
     ),  # batch, also split over pipeline stages: every stage would otherwise compute the same loss
     "seq": "context",
-    "residual": ("context", "tensor"),  # positions between blocks (Korthikanti et al. 2022, section 4.2.2)
+    "residual": (
+        "context",
+        "tensor",
+    ),  # positions between blocks (Korthikanti et al. 2022, section 4.2.2)
     "embed": None,
     "cache": None,
 }
@@ -101,7 +110,10 @@ def num_slices(devices: Sequence[Any]) -> int:
 
 def slow_axis(sizes: Sequence[int], slices: int) -> str:
     """The mesh axis that goes over slices: data, or pipeline where data does not divide. Raises InputError."""
-    found = next((axis for axis, size in zip(MESH_AXES[:2], sizes[:2], strict=True) if size % slices == 0), None)
+    found = next(
+        (axis for axis, size in zip(MESH_AXES[:2], sizes[:2], strict=True) if size % slices == 0),
+        None,
+    )
     if found is None:
         raise InputError(
             f"mesh.data: {sizes[0]} is not a multiple of the {slices} slices it goes over, nor is pipeline"
@@ -113,7 +125,9 @@ def planned_mesh(config: MeshConfig, devices: Sequence[Any] | int) -> Any:
     """`make_mesh`; of a number of devices, a mesh without devices, for shapes and shardings."""
     if not isinstance(devices, int):
         return make_mesh(config, devices)
-    return AbstractMesh(mesh_sizes(config, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return AbstractMesh(
+        mesh_sizes(config, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
 
 
 def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
@@ -121,7 +135,9 @@ def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     given = math.prod(size for size in sizes if size != -1)
     if count % given or (-1 not in sizes and given != count):
-        shape = ", ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size != 1)
+        shape = ", ".join(
+            f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size != 1
+        )
         raise InputError(
             f"mesh: {shape} does not divide the {count} devices; "
             "set one axis to -1 or make the product equal to the number of devices"
@@ -135,7 +151,9 @@ def spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
     Raises KeyError on an unknown name and ValueError where two dimensions would share a mesh axis.
     """
     mapped = [None if axis is None else rules[axis] for axis in axes]
-    used = [name for part in mapped if part for name in ((part,) if isinstance(part, str) else part)]
+    used = [
+        name for part in mapped if part for name in ((part,) if isinstance(part, str) else part)
+    ]
     if len(set(used)) != len(used):
         raise ValueError(f"axes {tuple(axes)} use a mesh axis twice: {used}")
     return PartitionSpec(*mapped)
@@ -184,7 +202,11 @@ def constrain_scored(x: jax.Array) -> jax.Array:
 
 def constrain_weights(x: jax.Array, *axes: str | None) -> jax.Array:
     """The same for weights, by PARAM_RULES; None where they are to be whole."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec(axes, PARAM_RULES))
+    return (
+        x
+        if jax.sharding.get_abstract_mesh().empty
+        else jax.lax.with_sharding_constraint(x, spec(axes, PARAM_RULES))
+    )
 
 
 def in_blocks(weights: jax.Array, dim: int, count: int) -> jax.Array:
@@ -242,7 +264,11 @@ def fetch(tree: Any) -> Any:
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set on any process; all processes must call it together."""
-    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+    return (
+        flag
+        if jax.process_count() == 1
+        else bool(multihost_utils.process_allgather(np.array(flag)).any())
+    )
 
 
 def barrier(name: str) -> None:
@@ -275,7 +301,9 @@ def param_shardings(mesh: Mesh, params: Any, axes: Any) -> Any:
     def one(path, leaf, names: tuple[str | None, ...]) -> NamedSharding:
         where = spec(names, PARAM_RULES)
         for size, name, part in zip(leaf.shape, names, where, strict=True):
-            shards = math.prod(mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ()))
+            shards = math.prod(
+                mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ())
+            )
             if size % shards:
                 raise InputError(
                     f"{_FIELDS.get(name or '', name)}: {size} does not divide over {shards} shards "
@@ -288,7 +316,9 @@ def param_shardings(mesh: Mesh, params: Any, axes: Any) -> Any:
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
     """ShapeDtypeStructs that carry their shardings, as checkpoints are restored through."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
 
 
 def place_params(mesh: Mesh, shapes: Any, axes: Any) -> Any:
@@ -307,7 +337,9 @@ def reshard_across_meshes(tree: Any, mesh: Mesh, shardings: Any) -> Any:
 
 def rows_like(mesh: Mesh, shapes: Any) -> Any:
     """Shapes of batches of rows, shared out over the devices that share the batch."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=activation(mesh, "batch")), shapes)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=activation(mesh, "batch")), shapes
+    )
 
 
 def check_batch(mesh: Mesh, size: int, field: str) -> None:

@@ -51,7 +51,9 @@ class Run(NamedTuple):
     step: Callable[[Any, Batch], tuple[Any, Metrics]]
     batch_at: Callable[[int], Batch]  # a pure function of the step number
     num_steps: int
-    hooks: Sequence[tuple[int, Hook]]  # (every, fn(step, state, metrics)); all run after the last step too
+    hooks: Sequence[
+        tuple[int, Hook]
+    ]  # (every, fn(step, state, metrics)); all run after the last step too
 
 
 LossFunction = Callable[..., Loss]  # (params, batch, key, **frozen)
@@ -64,7 +66,9 @@ def count_steps(given: int, epochs: float, per_epoch: float, field: str) -> int:
     """
     steps = given or math.ceil(epochs * per_epoch)
     if steps > LARGEST_INT:
-        raise InputError(f"{field}: {epochs:g} takes {steps:,} updates and {LARGEST_INT:,} can be counted; lower it")
+        raise InputError(
+            f"{field}: {epochs:g} takes {steps:,} updates and {LARGEST_INT:,} can be counted; lower it"
+        )
     return steps
 
 
@@ -113,10 +117,14 @@ def make_step(
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         chosen = lambda new, old: jnp.where(good, new, old)
-        params, opt_state = jax.tree.map(chosen, (params, opt_state), (state.params, state.opt_state))
+        params, opt_state = jax.tree.map(
+            chosen, (params, opt_state), (state.params, state.opt_state)
+        )
         guard = next_guard(state.guard, norm, good)
         one = jnp.ones(())
-        metrics = jax.tree.map(lambda x: jnp.where(good, x, 0.0), {**metrics, "grad_norm": (norm, one)})
+        metrics = jax.tree.map(
+            lambda x: jnp.where(good, x, 0.0), {**metrics, "grad_norm": (norm, one)}
+        )
         skips = {"skipped": ~good, "skip_streak": guard.streak}
         metrics |= {name: (count.astype(jnp.float32), one) for name, count in skips.items()}
         return TrainState(state.step + 1, params, opt_state, guard), metrics
@@ -149,7 +157,14 @@ def mean(sums: Any, weight: jax.Array) -> Any:
     return jax.tree.map(lambda total: total / jnp.where(weight > 0, weight, 1.0), sums)
 
 
-def accumulate(loss: LossFunction, params: Any, batch: Batch, key: jax.Array, num_micro: int, frozen: dict[str, Any]):
+def accumulate(
+    loss: LossFunction,
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    num_micro: int,
+    frozen: dict[str, Any],
+):
     """Gradient of the loss sum, the weight and the metrics, summed over microbatches."""
 
     def scalar(params: Any, micro: Batch, key: jax.Array):
@@ -248,8 +263,12 @@ class Supervision(NamedTuple):
     signals: Signals
     ledger: Ledger
     fingerprints: Mapping[str, Any]  # of what the stage is made from, as JSON
-    allowed: tuple[str, ...] = ()  # dotted names of fingerprints that may have changed since the checkpoint
-    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict  # recorded ones, with the fields that are new
+    allowed: tuple[
+        str, ...
+    ] = ()  # dotted names of fingerprints that may have changed since the checkpoint
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = (
+        dict  # recorded ones, with the fields that are new
+    )
 
 
 class Training(NamedTuple):
@@ -265,15 +284,23 @@ class Training(NamedTuple):
     work: Work
     evaluate: Callable[[int, Any], Mapping[str, float]]
     best: str  # the metric of `evaluate` whose best checkpoints are kept
-    result: Callable[[Any, Mapping[str, float]], dict[str, Any]]  # (final state, newest metrics) -> the stage's result
+    result: Callable[
+        [Any, Mapping[str, float]], dict[str, Any]
+    ]  # (final state, newest metrics) -> the stage's result
     lower_is_better: bool = True  # whether that metric is
-    finalize: Callable[[Any], Any] | None = None  # applied once to the trained state, saved as step num_steps + 1
+    finalize: Callable[[Any], Any] | None = (
+        None  # applied once to the trained state, saved as step num_steps + 1
+    )
     schedules: Mapping[str, Callable[[int], Any]] | None = None  # logged beside the metrics
     shown: tuple[str, ...] = ("loss",)  # metrics of the progress line
 
 
 def run_training(
-    directory: epath.Path, title: str, training: Training, keeping: Supervision, logging: LoggingConfig
+    directory: epath.Path,
+    title: str,
+    training: Training,
+    keeping: Supervision,
+    logging: LoggingConfig,
 ) -> tuple[Any, dict[str, float]]:
     """Restore or start, `fit` with logging, evaluation and saving, and finish: (final state, newest metrics).
 
@@ -311,7 +338,12 @@ class _Loop:
     """The hooks of a training loop, and what they share."""
 
     def __init__(self, directory, title, num_steps, settings, keeping, saves, evaluate, make_log):
-        self.directory, self.title, self.num_steps, self.settings = directory, title, num_steps, settings
+        self.directory, self.title, self.num_steps, self.settings = (
+            directory,
+            title,
+            num_steps,
+            settings,
+        )
         self.keeping: Supervision = keeping
         self.saves: checkpoint.Checkpoints = saves
         self.evaluate, self.make_log = evaluate, make_log
@@ -339,7 +371,12 @@ class _Loop:
         workers = self.settings.data.workers
         self.batches = Prefetch(lambda number: batch_at(number + left_out), workers, self.num_steps)
         every = (self.settings.eval_every, self.settings.checkpoint.save_every)
-        hooks = [(1, self.log_hook), (every[0], self.evaluate_hook), (every[1], self.save_hook), (1, self.stop_hook)]
+        hooks = [
+            (1, self.log_hook),
+            (every[0], self.evaluate_hook),
+            (every[1], self.save_hook),
+            (1, self.stop_hook),
+        ]
         if compare := self.settings.checkpoint.compare_replicas_every:
             hooks.insert(0, (compare, self.compare_hook))
         return Run(state, step, self.next_batch, self.num_steps, hooks)
@@ -377,7 +414,9 @@ class _Loop:
         self.saves.save_surely(number, state, self.record(number), attempts=2)
         self.keeping.ledger.mark("save")
         self.keeping.ledger.write(self.title, number, event="stopped")
-        raise self.keeping.signals.stopped(f"{self.title}: step {number} of {self.num_steps} is saved")
+        raise self.keeping.signals.stopped(
+            f"{self.title}: step {number} of {self.num_steps} is saved"
+        )
 
     def compare_hook(self, number: int, state: Any, _: Metrics) -> None:
         if wrong := unequal_replicas(state):
@@ -401,14 +440,20 @@ class _Loop:
         """Back to the newest checkpoint before the trouble; the batches from there to beyond it are left out."""
         config = self.settings.checkpoint
         self.saves.wait()
-        to = max((s for s in checkpoint.committed_steps(self.saves.directory) if s <= trouble.first_bad), default=0)
+        to = max(
+            (s for s in checkpoint.committed_steps(self.saves.directory) if s <= trouble.first_bad),
+            default=0,
+        )
         if len(self.skipped) >= config.max_rewinds:
             raise TrainingDiverged(
                 f"{self.title}: {trouble}, after going back {config.max_rewinds} times; lower the learning rate or look "
                 f"at the data, and run again: it goes on from step {to}"
             )
         left_out = sum(end - first for first, end in self.skipped)
-        self.skipped = [*self.skipped, [to + left_out, trouble.done + left_out + config.rewind_skip]]
+        self.skipped = [
+            *self.skipped,
+            [to + left_out, trouble.done + left_out + config.rewind_skip],
+        ]
         console.print(
             f"warning: {self.title}: {trouble}; back to step {to}, leaving out batches {self.skipped[-1][0]} to "
             f"{self.skipped[-1][1] - 1}",

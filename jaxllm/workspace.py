@@ -87,7 +87,9 @@ class Workspace:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise InputError(f"{self.run_dir}: cannot be made ({reason}); choose another --run-dir") from None
+            raise InputError(
+                f"{self.run_dir}: cannot be made ({reason}); choose another --run-dir"
+            ) from None
         if jax.process_index() or "://" in str(self.run_dir):
             yield
             return
@@ -95,7 +97,9 @@ class Workspace:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{self.run_dir}: another process works in it; wait for it or stop it") from None
+            raise InputError(
+                f"{self.run_dir}: another process works in it; wait for it or stop it"
+            ) from None
         else:
             yield
         finally:
@@ -111,10 +115,19 @@ class Workspace:
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
         mine = {name: self.config[name] for name in sections}
-        if _has_progress(directory) and (recorded := read_json(directory / "config.json")) is not None:
+        if (
+            _has_progress(directory)
+            and (recorded := read_json(directory / "config.json")) is not None
+        ):
             old = self.complete({name: recorded.get(name) for name in sections})
-            check_unchanged(_outcome(old), _outcome(mine), self.allow_change, directory, "another config")
-            longer = [c for c in differences(old, mine) if c.startswith((f"{stage}.num_steps", f"{stage}.num_epochs"))]
+            check_unchanged(
+                _outcome(old), _outcome(mine), self.allow_change, directory, "another config"
+            )
+            longer = [
+                c
+                for c in differences(old, mine)
+                if c.startswith((f"{stage}.num_steps", f"{stage}.num_epochs"))
+            ]
             if longer and extends:
                 self.reopen(stage)
         if jax.process_index() == 0:
@@ -125,17 +138,28 @@ class Workspace:
     def keeping(self, sections: Sequence[str], data: str) -> Supervision:
         """What looks after a stage, with these sections of the config, while it trains on data with this fingerprint."""
         decisive = _outcome({name: self.config[name] for name in sections})
-        prints = {**decisive, "code": code_version(), "tokenizer": self.tokenizer().fingerprint, "data": data}
+        prints = {
+            **decisive,
+            "code": code_version(),
+            "tokenizer": self.tokenizer().fingerprint,
+            "data": data,
+        }
 
         def completed(old: Mapping[str, Any]) -> dict[str, Any]:
-            return {**old, **_outcome(self.complete({name: old[name] for name in sections if name in old}))}
+            return {
+                **old,
+                **_outcome(self.complete({name: old[name] for name in sections if name in old})),
+            }
 
         return Supervision(self.signals, self.ledger, prints, self.allow_change, completed)
 
     def finish(self, stage: str, result: Mapping[str, Any]) -> None:
         saved = self.stage_dir(stage) / "checkpoints"
         steps = checkpoint.committed_steps(saved) if saved.exists() else []
-        write_json(self.stage_dir(stage) / "result.json", {**result, **({"checkpoint": steps[-1]} if steps else {})})
+        write_json(
+            self.stage_dir(stage) / "result.json",
+            {**result, **({"checkpoint": steps[-1]} if steps else {})},
+        )
 
     def reopen(self, stage: str) -> None:
         """A finished stage is not finished any more; it goes on from its newest checkpoint."""
@@ -151,7 +175,9 @@ class Workspace:
         """The result of a stage that must be finished. Raises InputError with the command to run."""
         if (result := self.result(stage)) is None:
             hint = self.command.replace("STAGE", stage)
-            raise InputError(f"{self.stage_dir(stage)}: {needed_by} needs the {stage} stage; run: {hint}")
+            raise InputError(
+                f"{self.stage_dir(stage)}: {needed_by} needs the {stage} stage; run: {hint}"
+            )
         return result
 
     def source(self, given: str, stage: str, needed_by: str) -> str:
@@ -177,12 +203,18 @@ class Workspace:
 
 def _outcome(tree: Any) -> Any:
     """Without the fields that change nothing: how many threads prepare batches."""
-    return {k: _outcome(v) for k, v in tree.items() if k != "workers"} if isinstance(tree, dict) else tree
+    return (
+        {k: _outcome(v) for k, v in tree.items() if k != "workers"}
+        if isinstance(tree, dict)
+        else tree
+    )
 
 
 def _has_progress(directory: epath.Path) -> bool:
     """Whether the stage has produced anything that a changed config would be mixed into."""
-    if any((directory / name).exists() for name in ("result.json", "samples.jsonl", "rankings.jsonl")):
+    if any(
+        (directory / name).exists() for name in ("result.json", "samples.jsonl", "rankings.jsonl")
+    ):
         return True
     saved = directory / "checkpoints"
     return saved.exists() and any(entry.name.isdigit() for entry in saved.iterdir())
@@ -203,7 +235,9 @@ def write_model_card(
     """
     record: dict[str, Any] = {"kind": kind, "path": list(path), "model": to_tree(model)}
     if adapters and adapters.rank:
-        near = base if "://" in base else os.path.relpath(base, stage_dir)  # the run directory may be moved
+        near = (
+            base if "://" in base else os.path.relpath(base, stage_dir)
+        )  # the run directory may be moved
         record |= {"adapters": to_tree(adapters), "base": near}
     if jax.process_index() == 0:
         write_json(stage_dir / "model.json", record)
@@ -212,12 +246,17 @@ def write_model_card(
 def read_model_card(stage_dir: epath.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     """(config of the model in a stage directory, what `describe_model` wrote). Raises InputError where it holds none."""
     if (record := read_json(epath.Path(stage_dir).expanduser() / "model.json")) is None:
-        raise InputError(f"{stage_dir}: is not the directory of a trained stage (no model.json); give runs/NAME/STAGE")
+        raise InputError(
+            f"{stage_dir}: is not the directory of a trained stage (no model.json); give runs/NAME/STAGE"
+        )
     return build(ModelConfig, record["model"], name=f"{stage_dir}/model.json"), record
 
 
 def load_model(
-    stage_dir: epath.PathLike, mesh: jax.sharding.Mesh, kind: str = "policy", bases: dict[str, Any] | None = None
+    stage_dir: epath.PathLike,
+    mesh: jax.sharding.Mesh,
+    kind: str = "policy",
+    bases: dict[str, Any] | None = None,
 ) -> tuple[Any, ModelConfig]:
     """(parameters, config) of the model in a stage directory, sharded over the mesh.
 
@@ -228,7 +267,9 @@ def load_model(
     stage_dir = epath.Path(stage_dir).expanduser()
     model, record = read_model_card(stage_dir)
     if record["kind"] != kind:
-        raise InputError(f"{stage_dir}: holds a {record['kind']} model where a {kind} model is needed")
+        raise InputError(
+            f"{stage_dir}: holds a {record['kind']} model where a {kind} model is needed"
+        )
     adapters = build(LoRAConfig, record.get("adapters", {}), name=f"{stage_dir}/model.json")
     family = {"policy": transformer, "reward": scalar}[kind]
     shapes, axes = lora.trained(adapters, family.abstract(model), family.axes(model))
@@ -238,14 +279,22 @@ def load_model(
         stage_dir, abstract, record["path"], finished.get("checkpoint"), read_imported=read_imported
     )
     if adapters.rank:
-        source = record["base"] if "://" in record["base"] else os.path.normpath(stage_dir / record["base"])
+        source = (
+            record["base"]
+            if "://" in record["base"]
+            else os.path.normpath(stage_dir / record["base"])
+        )
         known = {os.path.normpath(path): params for path, params in (bases or {}).items()}
         policy = known[source] if source in known else lora.merge(load_model(source, mesh)[0])
-        params = lora.join(lora.frozen(adapters, policy if kind == "policy" else {"trunk": policy}), params)
+        params = lora.join(
+            lora.frozen(adapters, policy if kind == "policy" else {"trunk": policy}), params
+        )
     return params, model
 
 
-def load_policy(stage_dir: epath.PathLike, mesh: jax.sharding.Mesh) -> tuple[Any, ModelConfig, Tokenizer]:
+def load_policy(
+    stage_dir: epath.PathLike, mesh: jax.sharding.Mesh
+) -> tuple[Any, ModelConfig, Tokenizer]:
     """(parameters, config, tokenizer) of the policy in a stage directory, trained here or imported."""
     params, model = load_model(stage_dir, mesh)
     return params, model, load_tokenizer(epath.Path(stage_dir).expanduser() / "tokenizer")
@@ -253,7 +302,16 @@ def load_policy(stage_dir: epath.PathLike, mesh: jax.sharding.Mesh) -> tuple[Any
 
 def provenance(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Where and with what a stage ran: time, command, code version, packages, devices."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+    packages = (
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "sentencepiece",
+        "numpy",
+    )
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -274,7 +332,10 @@ def code_version() -> dict[str, str]:
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
-    return {"jaxllm": digest.hexdigest()[:16], **{n: importlib.metadata.version(n) for n in ("jax", "jaxlib")}}
+    return {
+        "jaxllm": digest.hexdigest()[:16],
+        **{n: importlib.metadata.version(n) for n in ("jax", "jaxlib")},
+    }
 
 
 def _process_began() -> float | None:

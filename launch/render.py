@@ -87,14 +87,23 @@ class Job:
         require(bool(label), "name: at most 40 of a-z, 0-9 and -, beginning with a letter")
         kind, _, shape = self.topology.partition(":")
         known = f"KIND:SHAPE, as v5p:4x4x4, H100:2x8 or cpu:2; TPUs: {', '.join(TPUS)}"
-        require(bool(kind and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape)), f"topology: must be {known}")
+        require(
+            bool(kind and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape)),
+            f"topology: must be {known}",
+        )
         if tpu := TPUS.get(kind):
             whole = self.chips <= tpu.most_on_one_host or self.chips % 4 == 0
             good = len(self.shape) == tpu.dimensions and whole
-            require(good, f"topology: {kind} has {tpu.dimensions} dimensions, and 4 chips on each of several hosts")
+            require(
+                good,
+                f"topology: {kind} has {tpu.dimensions} dimensions, and 4 chips on each of several hosts",
+            )
         else:
             require(len(self.shape) <= 2, f"topology: must be {known}")
-        require(self.slices >= 1 and (kind in TPUS or self.slices == 1), "slices: more than one only of TPUs")
+        require(
+            self.slices >= 1 and (kind in TPUS or self.slices == 1),
+            "slices: more than one only of TPUs",
+        )
         require(self.max_restarts >= 0, "max_restarts: must not be negative")
 
     @property
@@ -145,9 +154,16 @@ def need_tpu(job: Job, place: str) -> Tpu:
 
 def slurm(job: Job) -> str:
     if job.kind in TPUS:
-        raise InputError(f"topology {job.topology}: Slurm takes nodes x GPUs, as H100:2x8, or nodes, as cpu:2")
+        raise InputError(
+            f"topology {job.topology}: Slurm takes nodes x GPUs, as H100:2x8, or nodes, as cpu:2"
+        )
     nodes, *gpus = job.shape
-    command = ["sbatch", f"--job-name={job.name}", f"--nodes={nodes}", *(f"--gpus-per-node={n}" for n in gpus)]
+    command = [
+        "sbatch",
+        f"--job-name={job.name}",
+        f"--nodes={nodes}",
+        *(f"--gpus-per-node={n}" for n in gpus),
+    ]
     return shlex.join([*command, *job.slurm_options, "launch/slurm.sbatch", *job.arguments])
 
 
@@ -157,9 +173,13 @@ def gke(job: Job) -> str:
     need(job, "GKE", "image")
     hosts = job.chips // job.chips_per_host
     if job.bucket.startswith("/") != bool(job.claim):
-        raise InputError("claim: GKE needs it where bucket is a directory, to mount it there, and nowhere else")
+        raise InputError(
+            "claim: GKE needs it where bucket is a directory, to mount it there, and nowhere else"
+        )
     if job.slices > 1 and hosts == 1:
-        raise InputError(f"slices: GKE joins only slices of several hosts, and {job.topology} is one host")
+        raise InputError(
+            f"slices: GKE joins only slices of several hosts, and {job.topology} is one host"
+        )
     # Status 2 is bad input, 3 a stop on purpose: starting again would not help. All others restart all slices.
     unmendable = {"containerName": "jaxllm", "operator": "In", "values": [2, 3]}
     pods = {
@@ -172,7 +192,11 @@ def gke(job: Job) -> str:
     }
     stop = {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     # An object store has no locks: the old pods must have ended before new ones write into the run directory.
-    policy = {"maxRestarts": job.max_restarts, "restartStrategy": "BlockingRecreate", "rules": [stop]}
+    policy = {
+        "maxRestarts": job.max_restarts,
+        "restartStrategy": "BlockingRecreate",
+        "rules": [stop],
+    }
     # A slice's pods get a node pool for themselves.
     alone = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     return _yaml(
@@ -182,8 +206,13 @@ def gke(job: Job) -> str:
             "metadata": {"name": job.name, "annotations": alone},
             "spec": {
                 "failurePolicy": policy,
-                "network": {"enableDNSHostnames": True, "subdomain": job.name},  # the headless service
-                "replicatedJobs": [{"name": "slice", "replicas": job.slices, "template": {"spec": pods}}],
+                "network": {
+                    "enableDNSHostnames": True,
+                    "subdomain": job.name,
+                },  # the headless service
+                "replicatedJobs": [
+                    {"name": "slice", "replicas": job.slices, "template": {"spec": pods}}
+                ],
             },
         }
     )
@@ -200,8 +229,12 @@ def _pod(job: Job, tpu: Tpu) -> Tree:
         "name": "jaxllm",
         "image": job.image,
         "command": ["python", "-u", "launch/worker.py", "run", *job.arguments, "--distributed"],
-        "env": [{"name": "JAX_PLATFORMS", "value": "tpu,cpu"}],  # no TPU is an error, and not a run on the CPU
-        "ports": [{"containerPort": port} for port in (8471, 8080, 8482)],  # TPU, slices, JAX's coordinator
+        "env": [
+            {"name": "JAX_PLATFORMS", "value": "tpu,cpu"}
+        ],  # no TPU is an error, and not a run on the CPU
+        "ports": [
+            {"containerPort": port} for port in (8471, 8080, 8482)
+        ],  # TPU, slices, JAX's coordinator
         "resources": {"requests": chips, "limits": chips},
     }
     pod = {
@@ -213,7 +246,9 @@ def _pod(job: Job, tpu: Tpu) -> Tree:
     if job.spot:
         spot = "cloud.google.com/gke-spot"
         labels[spot] = "true"
-        pod["tolerations"] = [{"key": spot, "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
+        pod["tolerations"] = [
+            {"key": spot, "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+        ]
     if job.claim:
         pod["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": job.claim}}]
         container["volumeMounts"] = [{"name": "runs", "mountPath": job.bucket}]
@@ -222,20 +257,29 @@ def _pod(job: Job, tpu: Tpu) -> Tree:
     if job.slices > 1:  # between slices the pods' own network would be the bottleneck
         pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
     # The annotation is asked for where the claim is a bucket that Cloud Storage FUSE mounts; elsewhere it says nothing.
-    return {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": pod} if job.claim else {"spec": pod}
+    return (
+        {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": pod}
+        if job.claim
+        else {"spec": pod}
+    )
 
 
 def sky(job: Job) -> str:
     """A SkyPilot task, for `sky jobs launch`: managed, so that it is started again elsewhere after a preemption."""
     resources: Tree = {
         "use_spot": job.spot,
-        "job_recovery": {"max_restarts_on_errors": 5, "recover_on_exit_codes": [75, 143]},  # stopped by a signal
+        "job_recovery": {
+            "max_restarts_on_errors": 5,
+            "recover_on_exit_codes": [75, 143],
+        },  # stopped by a signal
     }
     rendezvous = ""
     if job.kind in TPUS:
         tpu = need_tpu(job, "SkyPilot")
         if job.slices > 1 or not tpu.vm:
-            raise InputError(f"topology {job.topology}: SkyPilot takes one slice of {', '.join(_vm_kinds())}")
+            raise InputError(
+                f"topology {job.topology}: SkyPilot takes one slice of {', '.join(_vm_kinds())}"
+            )
         need(job, "SkyPilot with TPUs", "zone")
         resources["infra"] = f"gcp/{job.zone.rpartition('-')[0]}/{job.zone}"
         resources["accelerators"] = f"tpu-{tpu.vm}-{job.chips * tpu.cores}"
@@ -252,7 +296,9 @@ def sky(job: Job) -> str:
             'export JAX_COORDINATOR_ADDRESS="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):8482"\n'
             'export JAX_NUM_PROCESSES="$SKYPILOT_NUM_NODES" JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"\n'
         )
-    worker = shlex.join([".venv/bin/python", "-u", "launch/worker.py", "run", *job.arguments, "--distributed"])
+    worker = shlex.join(
+        [".venv/bin/python", "-u", "launch/worker.py", "run", *job.arguments, "--distributed"]
+    )
     return _yaml(
         {
             "name": job.name,
@@ -273,9 +319,23 @@ def shell(job: Job) -> str:
         raise InputError(
             f"topology {job.topology}: Cloud TPU's API has {', '.join(_vm_kinds())}; take GKE for {job.kind}"
         )
-    values = {"name": job.name, "project": job.project, "zone": job.zone, "type": tpu.vm, "runtime": tpu.runtime}
-    values |= {"topology": job.topology.partition(":")[2], "slices": job.slices, "spot": "yes" if job.spot else ""}
-    values |= {"prepare": job.prepare or "true", "run_dir": job.arguments[2], "arguments": shlex.join(job.arguments)}
+    values = {
+        "name": job.name,
+        "project": job.project,
+        "zone": job.zone,
+        "type": tpu.vm,
+        "runtime": tpu.runtime,
+    }
+    values |= {
+        "topology": job.topology.partition(":")[2],
+        "slices": job.slices,
+        "spot": "yes" if job.spot else "",
+    }
+    values |= {
+        "prepare": job.prepare or "true",
+        "run_dir": job.arguments[2],
+        "arguments": shlex.join(job.arguments),
+    }
     return "\n".join(f"{name}={shlex.quote(str(value))}" for name, value in values.items())
 
 
@@ -293,7 +353,9 @@ class _Plain(yaml.SafeDumper):
 
 _Plain.add_representer(
     str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    ),
 )
 
 
@@ -311,7 +373,9 @@ def main(arguments: list[str]) -> None:
     place, path = arguments
     job = load(Job, path)
     if not Path(job.config).exists():
-        raise InputError(f"{path}: config: {job.config}: no such file; run this from the repository's root")
+        raise InputError(
+            f"{path}: config: {job.config}: no such file; run this from the repository's root"
+        )
     try:
         print(PLACES[place](job))
     except InputError as error:

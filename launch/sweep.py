@@ -112,7 +112,9 @@ def check(sweep: Sweep, grid: dict[str, list[str]]) -> None:
     base = load(Config, sweep.config)
     tree, _ = read_yaml(Path(sweep.config))
     if sweep.options:
-        tree = merge(tree, parse_overrides(Config, base, shlex.split(sweep.options), "sweep --options"))
+        tree = merge(
+            tree, parse_overrides(Config, base, shlex.split(sweep.options), "sweep --options")
+        )
     for combination in itertools.product(*grid.values()):
         point = tree | {"stages": [*sweep.stages]}
         for field, value in zip(grid, combination, strict=True):
@@ -177,8 +179,15 @@ def on_slurm(sweep: Sweep, points: Sequence[Point], out: Path) -> dict[Path, int
     """Run the points as tasks of an array job, each of which resumes by itself, and wait for all of them."""
     if points:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "points.txt").write_text("".join(shlex.join(point.command) + "\n" for point in points))
-        command = ["sbatch", "--wait", f"--array=0-{len(points) - 1}%{sweep.jobs}", f"--output={out}/slurm-%a.log"]
+        (out / "points.txt").write_text(
+            "".join(shlex.join(point.command) + "\n" for point in points)
+        )
+        command = [
+            "sbatch",
+            "--wait",
+            f"--array=0-{len(points) - 1}%{sweep.jobs}",
+            f"--output={out}/slurm-%a.log",
+        ]
         command += [*shlex.split(sweep.slurm), "launch/slurm.sbatch", f"@{out}/points.txt"]
         subprocess.run(command, env={**os.environ, "PYTHON": sys.executable})
     return {}
@@ -191,11 +200,15 @@ def row(point: Point, sweep: Sweep, code: int | None) -> dict[str, Any]:
     if found and sweep.metric not in numbers:
         raise InputError(f"--metric {sweep.metric}: {sweep.stages[-1]} gives {', '.join(numbers)}")
     status = "finished" if found else f"failed with status {code}" if code else "not finished"
-    log = f"{point.directory}.log" if sweep.slurm == "no" else f"{point.directory.parent}/slurm-*.log"
+    log = (
+        f"{point.directory}.log" if sweep.slurm == "no" else f"{point.directory.parent}/slurm-*.log"
+    )
     return {**point.values, "status": status, "log": log, **numbers}
 
 
-def write_tables(rows: list[dict[str, Any]], sweep: Sweep, grid: dict[str, list[str]], out: Path) -> None:
+def write_tables(
+    rows: list[dict[str, Any]], sweep: Sweep, grid: dict[str, list[str]], out: Path
+) -> None:
     """table.csv with everything, table.md (also printed) with what one looks at."""
     out.mkdir(parents=True, exist_ok=True)
     columns = dict.fromkeys(name for one in rows for name in one)
@@ -206,7 +219,11 @@ def write_tables(rows: list[dict[str, Any]], sweep: Sweep, grid: dict[str, list[
     shown = dict.fromkeys([*grid, "status", sweep.metric, "parameters", "tokens", "wall_seconds"])
     shown = [name for name in shown if name in columns]
     text = lambda value: f"{value:,.5g}" if isinstance(value, float) else str(value)
-    lines = [shown, ["---"] * len(shown), *([text(one.get(name, "")) for name in shown] for one in rows)]
+    lines = [
+        shown,
+        ["---"] * len(shown),
+        *([text(one.get(name, "")) for name in shown] for one in rows),
+    ]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     (out / "table.md").write_text(table + "\n")
     print(table, flush=True)
@@ -218,4 +235,6 @@ if __name__ == "__main__":
     except InputError as error:
         sys.exit(print(f"sweep: {str(error).removeprefix('sweep: ')}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(print("sweep: interrupted; run the same command again to go on", file=sys.stderr) or 130)
+        sys.exit(
+            print("sweep: interrupted; run the same command again to go on", file=sys.stderr) or 130
+        )

@@ -73,6 +73,10 @@ def draw_law(axis: Any, best: dict[float, float], metric: str) -> list[str]:
     axis.plot(line, floor + scale * line**-alpha, "-", label=law)
     axis.legend()
     off = np.sqrt(((floor + scale * sizes**-alpha - losses) ** 2).mean())
-    known = f"{len(sizes)} sizes, off by {off:.2g}" if len(sizes) > 3 else "3 sizes: nothing is left to check it with"
+    known = (
+        f"{len(sizes)} sizes, off by {off:.2g}"
+        if len(sizes) > 3
+        else "3 sizes: nothing is left to check it with"
+    )
     bound = "" if floor else "; E is at its bound 0: these sizes do not tell it"
     return [f"{law} ({known}{bound})"]

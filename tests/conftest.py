@@ -25,7 +25,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAXLLM_TEST_SESSION"] = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, os.environ["JAXLLM_TEST_SESSION"], ignore_errors=True)
 SESSION = Path(os.environ["JAXLLM_TEST_SESSION"])
-COMPILED = {"jax_compilation_cache_dir": f"{SESSION}/compiled", "jax_persistent_cache_min_compile_time_secs": 0.1}
+COMPILED = {
+    "jax_compilation_cache_dir": f"{SESSION}/compiled",
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+}
 for name, value in COMPILED.items():
     jax.config.update(name, value)
 jax.devices()  # from here on there are 8, whatever a command that a test calls asks for
@@ -36,7 +39,12 @@ ROOT = Path(__file__).parent.parent
 def jaxllm(*args: str, **kwargs) -> subprocess.Popen:
     """Start `jaxllm ARGS` in a process of its own, from the repository's root."""
     cache = {name.upper(): str(value) for name, value in COMPILED.items()}
-    env = {**os.environ, **cache, "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+    env = {
+        **os.environ,
+        **cache,
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     return subprocess.Popen([sys.executable, "-m", "jaxllm", *args], env=env, **{**pipes, **kwargs})
 

@@ -20,28 +20,50 @@ def model(tiny_run):
 
 def test_importing_the_package_imports_no_jax():
     script = "import sys, jaxllm; print('jax' in sys.modules, jaxllm.__version__, sorted(jaxllm.__all__)[1])"
-    shown = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    shown = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert shown.stdout == f"False {jaxllm.__version__} __version__\n"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = jaxllm.nothing
 
 
 def test_it_completes_and_answers_as_the_command_does(model, tiny_run, capsys):
-    asked = ["generate", str(tiny_run / "sft"), "--prompt", "The soup", "--temperature", "0", "--max-new-tokens", "12"]
+    asked = [
+        "generate",
+        str(tiny_run / "sft"),
+        "--prompt",
+        "The soup",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "12",
+    ]
     cli.main(asked)
-    assert capsys.readouterr().out == model.generate("The soup", temperature=0.0, max_new_tokens=12)[0] + "\n"
+    assert (
+        capsys.readouterr().out
+        == model.generate("The soup", temperature=0.0, max_new_tokens=12)[0] + "\n"
+    )
     cli.main([*asked, "--chat"])
     messages = [{"role": "user", "content": "The soup"}]
-    assert capsys.readouterr().out == model.chat(messages, temperature=0.0, max_new_tokens=12) + "\n"
+    assert (
+        capsys.readouterr().out == model.chat(messages, temperature=0.0, max_new_tokens=12) + "\n"
+    )
     several = model.generate("The soup", num_samples=3, max_new_tokens=4)
-    assert several == model.generate("The soup", num_samples=3, max_new_tokens=4) and len(several) == 3
+    assert (
+        several == model.generate("The soup", num_samples=3, max_new_tokens=4) and len(several) == 3
+    )
     with pytest.raises(InputError, match="sampling: temperature: must be at least 0"):
         model.generate("The soup", temperature=-1.0)
 
 
 def test_log_probabilities_add_up_to_the_scores(model):
     tokens, logprobs = model.logprobs("The soup is good")
-    assert b"".join(tokens) == b"The soup is good" and logprobs.shape == (len(tokens),) and (logprobs < 0).all()
+    assert (
+        b"".join(tokens) == b"The soup is good"
+        and logprobs.shape == (len(tokens),)
+        and (logprobs < 0).all()
+    )
     (whole,) = model.score("", ["The soup is good"])
     np.testing.assert_allclose(logprobs.sum(), whole, rtol=1e-4)
     (good,) = model.score("The soup is", [" good"])
@@ -58,7 +80,10 @@ def test_configs_are_read_by_name_and_stages_run(tiny_run, tmp_path, monkeypatch
     assert (config.seed, config.name) == (3, "tiny")
     jaxllm.run_stages("tiny", ["tokenizer"], {"run_dir": str(tmp_path / "run")})
     made = json.loads((tmp_path / "run" / "tokenizer" / "result.json").read_text())
-    assert made["vocab_size"] == json.loads((tiny_run / "tokenizer" / "result.json").read_text())["vocab_size"]
+    assert (
+        made["vocab_size"]
+        == json.loads((tiny_run / "tokenizer" / "result.json").read_text())["vocab_size"]
+    )
     assert jaxllm.read_metrics(tiny_run / "sft" / "metrics.jsonl")[-1]["eval/bits_per_byte"] > 0
 
 
@@ -103,11 +128,27 @@ def test_a_stages_help_explains_what_it_reads(capsys, command):
 
 @pytest.mark.slow
 def test_a_wheel_installed_elsewhere_runs_the_shipped_life(tmp_path):
-    run = lambda *command, **more: subprocess.run(command, check=True, capture_output=True, timeout=600, **more)
+    run = lambda *command, **more: subprocess.run(
+        command, check=True, capture_output=True, timeout=600, **more
+    )
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "wheels", ROOT)
     (wheel,) = (tmp_path / "wheels").iterdir()
-    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "installed", wheel)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        tmp_path / "installed",
+        wheel,
+    )
     (tmp_path / "empty").mkdir()
-    environment = {"PYTHONPATH": str(tmp_path / "installed"), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
+    environment = {
+        "PYTHONPATH": str(tmp_path / "installed"),
+        "JAX_PLATFORMS": "cpu",
+        "PATH": "/usr/bin:/bin",
+    }
     run(sys.executable, "-m", "jaxllm", "run", "tiny", cwd=tmp_path / "empty", env=environment)
     assert (tmp_path / "empty" / "runs" / "tiny" / "report.html").exists()

@@ -45,20 +45,31 @@ def test_sampler_logprobs_equal_the_trainers(model_and_params, temperature):
     stats = g.response_logprobs(params, rollout, config=model, temperature=temperature)
     mask = np.asarray(rollout.mask)
     assert mask.sum() > 40
-    np.testing.assert_allclose(np.asarray(rollout.logprobs)[mask], np.asarray(stats.logprob)[mask], atol=1e-4)
+    np.testing.assert_allclose(
+        np.asarray(rollout.logprobs)[mask], np.asarray(stats.logprob)[mask], atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8)])
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8)]
+)
 def test_a_growing_cache_on_any_mesh_gives_the_trainers_logprobs(model_and_params, mesh):
     model, params = model_and_params
     length, sampling, places = 80, g.SamplingConfig(80, 0.8), make_mesh(mesh)
     assert len(g._cache_ends(length)) == 3
     with jax.set_mesh(places):
         placed = jax.device_put(params, param_shardings(places, params, transformer.axes(model)))
-        rows = [jax.device_put(x, activation(places, "batch", None)) for x in g.left_pad(PROMPTS, 9, PAD)]
+        rows = [
+            jax.device_put(x, activation(places, "batch", None))
+            for x in g.left_pad(PROMPTS, 9, PAD)
+        ]
         run = g.jitted(model, sampling, (), PAD, 1)
-        rollout = jax.device_get(run(placed, *rows, jax.random.key(0), np.arange(8, dtype=np.int32)))
-    stats = jax.jit(functools.partial(g.response_logprobs, config=model, temperature=0.8))(params, rollout)
+        rollout = jax.device_get(
+            run(placed, *rows, jax.random.key(0), np.arange(8, dtype=np.int32))
+        )
+    stats = jax.jit(functools.partial(g.response_logprobs, config=model, temperature=0.8))(
+        params, rollout
+    )
     assert rollout.mask.all()
     np.testing.assert_allclose(rollout.logprobs, stats.logprob, atol=1e-4)
 
@@ -84,12 +95,16 @@ def test_mask_ends_with_the_stop_token_and_padding_follows(model_and_params):
         assert (tokens[:n] == STOP[0]).sum() == finished and (tokens[n:] == PAD).all()
         assert not finished or tokens[n - 1] == STOP[0]
     for row, completion in zip(responses, g.completions(rollout, STOP), strict=True):
-        assert STOP[0] not in completion.ids and row[: len(completion.ids)].tolist() == completion.ids
+        assert (
+            STOP[0] not in completion.ids and row[: len(completion.ids)].tolist() == completion.ids
+        )
 
 
 def test_samples_of_a_prompt_differ_and_the_same_seed_repeats_them(model_and_params):
     model, params = model_and_params
-    first, again, other = (roll(model, params, PROMPTS, g.SamplingConfig(10), seed=s, num_samples=4) for s in (0, 0, 1))
+    first, again, other = (
+        roll(model, params, PROMPTS, g.SamplingConfig(10), seed=s, num_samples=4) for s in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first.tokens, again.tokens)
     assert (first.tokens != other.tokens).any()
     rows = np.asarray(first.tokens)[:4, 8:]
@@ -127,13 +142,20 @@ LATENT = dataclasses.replace(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT, WINDOWED, LATENT], ids=["llama", "gpt", "windowed", "latent"])
+@pytest.mark.parametrize(
+    "model", [LLAMA, GPT, WINDOWED, LATENT], ids=["llama", "gpt", "windowed", "latent"]
+)
 def test_layers_in_a_loop_decode_what_single_ones_do(model, monkeypatch):
     params = transformer.init(model, jax.random.key(0))
 
     def draw():
         tokens, mask = (jnp.array(x) for x in g.left_pad(PROMPTS, 8, PAD))
-        settings = {"sampling": g.SamplingConfig(10), "stop_ids": STOP, "pad_id": PAD, "num_samples": 2}
+        settings = {
+            "sampling": g.SamplingConfig(10),
+            "stop_ids": STOP,
+            "pad_id": PAD,
+            "num_samples": 2,
+        }
         return jax.jit(functools.partial(g.generate, config=model, **settings))(
             params, tokens=tokens, mask=mask, key=jax.random.key(0)
         )
@@ -141,7 +163,9 @@ def test_layers_in_a_loop_decode_what_single_ones_do(model, monkeypatch):
     single = draw()
     assert len(transformer.decoded_groups(model)) == model.num_layers
     monkeypatch.setattr(transformer, "platform", lambda: "tpu")
-    assert len(transformer.decoded_groups(model)) == len(transformer.stacks(model)) < model.num_layers
+    assert (
+        len(transformer.decoded_groups(model)) == len(transformer.stacks(model)) < model.num_layers
+    )
     looped = draw()
     np.testing.assert_array_equal(single.tokens, looped.tokens)
     np.testing.assert_allclose(single.logprobs, looped.logprobs, atol=1e-5)
@@ -150,16 +174,26 @@ def test_layers_in_a_loop_decode_what_single_ones_do(model, monkeypatch):
 def test_stream_draws_what_the_batch_draws(model_and_params):
     model, params = model_and_params
     sampling = g.SamplingConfig(10, 0.8)
-    batch = g.completions(jax.device_get(roll(model, params, PROMPTS[:1], sampling, seed=3)), STOP)[0]
+    batch = g.completions(jax.device_get(roll(model, params, PROMPTS[:1], sampling, seed=3)), STOP)[
+        0
+    ]
     small = transformer.unstack(params, model)
-    streamed = list(g.stream(small, model, PROMPTS[0], sampling=sampling, stop_ids=STOP, pad_id=PAD, seed=3))
+    streamed = list(
+        g.stream(small, model, PROMPTS[0], sampling=sampling, stop_ids=STOP, pad_id=PAD, seed=3)
+    )
     assert streamed == batch.ids
 
 
 def test_roll_out_serves_any_number_of_prompts_in_order():
     params = transformer.init(LLAMA, jax.random.key(0))
     mesh = make_mesh(MeshConfig())
-    settings = {"sampling": g.SamplingConfig(5), "stop_ids": STOP, "pad_id": PAD, "mesh": mesh, "seed": 0}
+    settings = {
+        "sampling": g.SamplingConfig(5),
+        "stop_ids": STOP,
+        "pad_id": PAD,
+        "mesh": mesh,
+        "seed": 0,
+    }
     prompts = [PROMPTS[i % 8] for i in range(19)]
     with jax.set_mesh(mesh):
         whole = list(g.complete(params, LLAMA, prompts, batch_size=32, num_samples=2, **settings))
@@ -196,7 +230,10 @@ def test_the_inverse_transform_gives_each_index_its_share_and_never_one_without_
     n = 60_000
     uniform = (np.arange(n) + 0.5) / n  # evenly spread: the counts are the shares, up to rounding
     rows = jnp.broadcast_to(jnp.array(weights, jnp.float32)[None], (n, 300))
-    counts = np.bincount(np.asarray(jax.jit(g.inverse_transform)(rows, jnp.array(uniform, jnp.float32))), minlength=300)
+    counts = np.bincount(
+        np.asarray(jax.jit(g.inverse_transform)(rows, jnp.array(uniform, jnp.float32))),
+        minlength=300,
+    )
     np.testing.assert_allclose(counts / n, weights / weights.sum(), atol=2 / n + 1e-5)
     assert not counts[weights == 0].any()
     ends = jnp.array([0.0, np.nextafter(1, 0)], jnp.float32)
@@ -205,14 +242,22 @@ def test_the_inverse_transform_gives_each_index_its_share_and_never_one_without_
 
 
 def test_prompt_longer_than_the_context_is_one_clear_line():
-    with pytest.raises(InputError, match=r"prompt: 90 tokens and max_new_tokens 10 do not fit the context of 96"):
+    with pytest.raises(
+        InputError, match=r"prompt: 90 tokens and max_new_tokens 10 do not fit the context of 96"
+    ):
         g.check_lengths(LLAMA, 90, g.SamplingConfig(10))
 
 
 def test_going_on_in_the_middle_gives_the_same_completions():
     params = transformer.init(LLAMA, jax.random.key(0))
     mesh = make_mesh(MeshConfig())
-    settings = {"sampling": g.SamplingConfig(5), "stop_ids": STOP, "pad_id": PAD, "mesh": mesh, "seed": 0}
+    settings = {
+        "sampling": g.SamplingConfig(5),
+        "stop_ids": STOP,
+        "pad_id": PAD,
+        "mesh": mesh,
+        "seed": 0,
+    }
     prompts = [PROMPTS[i % 8] for i in range(19)]
     with jax.set_mesh(mesh):
         whole = list(g.complete(params, LLAMA, prompts, batch_size=8, **settings))
@@ -233,4 +278,6 @@ def test_a_tiny_temperature_is_greedy(model_and_params):
 def test_the_smallest_nucleus_holds_the_most_likely_token(top_p):
     logprobs = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (4, 40)))
     kept = np.isfinite(np.asarray(g.keep_likely(logprobs, 0, top_p)))
-    np.testing.assert_array_equal(kept, np.asarray(logprobs) == np.asarray(logprobs).max(-1, keepdims=True))
+    np.testing.assert_array_equal(
+        kept, np.asarray(logprobs) == np.asarray(logprobs).max(-1, keepdims=True)
+    )

@@ -31,22 +31,36 @@ def imported(tmp_path_factory):
     tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, tokenizers.decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=500, special_tokens=special, initial_alphabet=byte_level.alphabet(), show_progress=False
+        vocab_size=500,
+        special_tokens=special,
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
     )
     tokenizer.train([str(ROOT / "configs" / "tiny" / "prose.txt")], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     about = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHATML}
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
-    shape = {"num_layers": 2, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 128, "qk_norm": "head"}
+    shape = {
+        "num_layers": 2,
+        "embed_dim": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "mlp_dim": 128,
+        "qk_norm": "head",
+    }
     model = ModelConfig(vocab_size=512, max_length=256, dtype="float32", **shape)
     config, family = families.to_hf(model)
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     params = transformer.init(model, jax.random.key(0))
     leaf = lambda path: np.asarray(families.pick(params, path))
     shapes = families.file_shapes(model, family, params)
-    values = {t.name: families.file_value(t, shapes[t.name], leaf) for t in families.tensors(model, family)}
+    values = {
+        t.name: families.file_value(t, shapes[t.name], leaf)
+        for t in families.tensors(model, family)
+    }
     safetensors.numpy.save_file(
-        {name: np.ascontiguousarray(value) for name, value in values.items()}, folder / "model.safetensors"
+        {name: np.ascontiguousarray(value) for name, value in values.items()},
+        folder / "model.safetensors",
     )
     import_model(str(folder), str(folder.parent / "stage"))
     return folder.parent / "stage"
@@ -72,7 +86,12 @@ def test_tuning_takes_the_imported_model_its_tokenizer_and_its_template(tmp_path
     export_model(str(directory), str(tmp_path / "adapters"), adapters=True)
     names = safetensors.numpy.load_file(tmp_path / "adapters" / "adapter_model.safetensors").keys()
     assert "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight" in names
-    assert "im_start" not in run("generate", directory, "--prompt", "The soup", "--chat", "--max-new-tokens", 4)[0]
+    assert (
+        "im_start"
+        not in run("generate", directory, "--prompt", "The soup", "--chat", "--max-new-tokens", 4)[
+            0
+        ]
+    )
 
 
 @pytest.mark.slow
@@ -81,9 +100,14 @@ def test_the_whole_life_of_an_imported_model(tmp_path, imported):
     run("run", *where, "--tokenizer.init-from", imported, "--sft.init-from", imported)
     result = json.loads((tmp_path / "run" / "evaluate" / "result.json").read_text())
     assert [*result["stages"]] == ["sft", "ppo"]
-    losses = [json.loads(line) for line in (tmp_path / "run" / "sft" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "sft" / "metrics.jsonl").read_text().splitlines()
+    ]
     seen = [line["train/loss"] for line in losses if "train/loss" in line]
     assert seen[-1] < seen[0] - 0.01
     run("export", tmp_path / "run" / "ppo", tmp_path / "out")
     run("import", tmp_path / "out", tmp_path / "again")
-    assert run("generate", tmp_path / "again", "--prompt", "The soup", "--chat", "--max-new-tokens", 4)[0]
+    assert run(
+        "generate", tmp_path / "again", "--prompt", "The soup", "--chat", "--max-new-tokens", 4
+    )[0]

@@ -90,7 +90,9 @@ def test_no_stage_imports_another():
 
 
 def test_the_table_of_stages_imports_nothing_of_the_project():
-    assert not [name for name in imports(PACKAGE / "stages" / "__init__.py") if name.startswith("jaxllm")]
+    assert not [
+        name for name in imports(PACKAGE / "stages" / "__init__.py") if name.startswith("jaxllm")
+    ]
 
 
 def test_extras_are_not_imported_at_start():
@@ -110,13 +112,17 @@ def test_every_config_field_is_read_and_explained():
         if cls in seen:
             continue
         seen.add(cls)
-        family = {each.__name__ for each in cls.__mro__}  # a field may be explained where it is inherited from
+        family = {
+            each.__name__ for each in cls.__mro__
+        }  # a field may be explained where it is inherited from
         definitions = [node for node in classes if node.name in family]
         documented = {
             a.target.id
             for definition in definitions
             for a, b in zip(definition.body, definition.body[1:], strict=False)
-            if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name) and isinstance(b, ast.Expr)
+            if isinstance(a, ast.AnnAssign)
+            and isinstance(a.target, ast.Name)
+            and isinstance(b, ast.Expr)
         }
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):

@@ -22,7 +22,9 @@ LIFE = Config().stages
 def test_every_stage_leaves_its_result_and_says_what_is_next(tiny_run):
     log = (tiny_run / "log.txt").read_text()
     for stage, following in itertools.pairwise(LIFE):
-        assert (tiny_run / stage / "result.json").exists() and (tiny_run / stage / "config.json").exists()
+        assert (tiny_run / stage / "result.json").exists() and (
+            tiny_run / stage / "config.json"
+        ).exists()
         assert f"next: jaxllm {following} configs/tiny.yaml" in " ".join(log.split())
     for name in ("report.html", "report.md", "report.json"):
         assert (tiny_run / name).stat().st_size > 500
@@ -40,7 +42,11 @@ def test_the_numbers_of_the_tiny_life_are_those_of_a_model_that_learnt(tiny_run)
 
 
 def test_a_second_run_does_nothing_and_says_so(tiny_run):
-    before = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.name not in ("config.json", "provenance.json")}
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in tiny_run.rglob("*")
+        if p.name not in ("config.json", "provenance.json")
+    }
     process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(tiny_run))
     _, log = process.communicate(timeout=60)
     assert process.returncode == 0 and "Nothing to do" in log, log
@@ -62,11 +68,15 @@ MIDDLE = {
 }
 
 
-@pytest.mark.parametrize("stages", [["pretrain", "rank", "ppo"], pytest.param(LIFE, marks=pytest.mark.slow)], ids=len)
+@pytest.mark.parametrize(
+    "stages", [["pretrain", "rank", "ppo"], pytest.param(LIFE, marks=pytest.mark.slow)], ids=len
+)
 def test_killed_in_some_or_every_stage_it_ends_with_the_same_bits(tiny_run, tmp_path, stages):
     directory, log = tmp_path / "run", ""
     for stage in stages:
-        process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(directory), stdout=subprocess.DEVNULL)
+        process = jaxllm(
+            "run", "configs/tiny.yaml", "--run-dir", str(directory), stdout=subprocess.DEVNULL
+        )
         assert process.stderr is not None
         for line in process.stderr:
             log += line
@@ -76,7 +86,9 @@ def test_killed_in_some_or_every_stage_it_ends_with_the_same_bits(tiny_run, tmp_
         process.wait(timeout=60)
         process.stderr.close()
         assert process.returncode == -signal.SIGKILL, log
-        assert not (directory / stage / "result.json").exists(), f"{stage} was finished already when it was killed"
+        assert not (directory / stage / "result.json").exists(), (
+            f"{stage} was finished already when it was killed"
+        )
     process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(directory))
     _, rest = process.communicate(timeout=200)
     assert process.returncode == 0, rest
@@ -104,9 +116,13 @@ def test_killed_between_the_last_step_and_the_result_it_only_writes_the_result(t
     assert process.returncode == 0, log
     for stage in ("pretrain", "sft", "reward", "ppo"):
         same_checkpoint(tiny_run / stage, directory / stage)
-        ours, theirs = (json.loads((d / stage / "result.json").read_text()) for d in (directory, tiny_run))
+        ours, theirs = (
+            json.loads((d / stage / "result.json").read_text()) for d in (directory, tiny_run)
+        )
         own = {"wall_seconds", "peak_memory_bytes"}
-        assert {k: v for k, v in ours.items() if k not in own} == {k: v for k, v in theirs.items() if k not in own}
+        assert {k: v for k, v in ours.items() if k not in own} == {
+            k: v for k, v in theirs.items() if k not in own
+        }
 
 
 def strip(record):
@@ -121,7 +137,9 @@ def same_checkpoint(one, two):
     """The newest checkpoints of two stage directories hold the same bits, optimizer state included."""
     trees = []
     for directory in (one, two):
-        steps = sorted(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
+        steps = sorted(
+            int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit()
+        )
         path = (directory / "checkpoints" / str(steps[-1])).resolve()
         handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         args = {"restore_args": None}
@@ -142,7 +160,9 @@ def _as_numpy(meta):
 def _flat(tree):
     import jax
 
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def generate(*args):
@@ -153,7 +173,15 @@ def generate(*args):
 
 
 def test_generate_prints_only_text_and_repeats_itself(tiny_run):
-    greedy = ["--prompt", "The soup tastes great. I love it.", "--chat", "--temperature", 0, "--max-new-tokens", 12]
+    greedy = [
+        "--prompt",
+        "The soup tastes great. I love it.",
+        "--chat",
+        "--temperature",
+        0,
+        "--max-new-tokens",
+        12,
+    ]
     assert generate(tiny_run / "sft", *greedy).strip() == "good 好"
     sampled = ["--prompt", "The", "--num-samples", 3, "--max-new-tokens", 8, "--seed", 7]
     first = generate(tiny_run / "pretrain", *sampled)
@@ -162,9 +190,19 @@ def test_generate_prints_only_text_and_repeats_itself(tiny_run):
 
 @pytest.mark.slow
 def test_the_best_of_n_is_the_one_the_reward_model_scores_highest(tiny_run):
-    asked = ["--prompt", "The soup tastes great.", "--chat", "--max-new-tokens", 8, "--temperature", 1.5]
+    asked = [
+        "--prompt",
+        "The soup tastes great.",
+        "--chat",
+        "--max-new-tokens",
+        8,
+        "--temperature",
+        1.5,
+    ]
     drawn = generate(tiny_run / "sft", *asked, "--num-samples", 6).splitlines()
-    best = generate(tiny_run / "sft", *asked, "--best-of", 6, "--reward-from", tiny_run / "reward").splitlines()
+    best = generate(
+        tiny_run / "sft", *asked, "--best-of", 6, "--reward-from", tiny_run / "reward"
+    ).splitlines()
     assert len(best) == 1 and best[0] in drawn and len(set(drawn)) > 1
     process = jaxllm("generate", str(tiny_run / "sft"), "--prompt", "x", "--best-of", "4")
     _, log = process.communicate(timeout=60)
@@ -185,22 +223,38 @@ def test_the_rest_of_the_family_runs_from_the_command_line(tiny_run, tmp_path):
     """)
     for command in (["dpo"], ["run", "--stages", "reward", "rloo", "ppo", "evaluate"]):
         name, *stages = command
-        where = ["configs/tiny.yaml", "--run-dir", str(directory), "--rloo.init-from", str(directory / "dpo")]
+        where = [
+            "configs/tiny.yaml",
+            "--run-dir",
+            str(directory),
+            "--rloo.init-from",
+            str(directory / "dpo"),
+        ]
         process = jaxllm(name, *where, *stages, *overrides)
         _, log = process.communicate(timeout=300)
         assert process.returncode == 0, log
     result = json.loads((directory / "evaluate" / "result.json").read_text())
     assert list(result["stages"]) == ["pretrain", "sft", "dpo", "rloo", "ppo"]
     assert json.loads((directory / "dpo" / "result.json").read_text())["accuracy"] > 0.5
-    assert generate(directory / "rloo", "--prompt", "The soup", "--chat", "--max-new-tokens", 4).strip()
+    assert generate(
+        directory / "rloo", "--prompt", "The soup", "--chat", "--max-new-tokens", 4
+    ).strip()
     assert "RLOO" in (directory / "report.md").read_text()
     rollouts = json_lines(directory / "ppo" / "rollouts.jsonl")
-    assert {line["step"] for line in rollouts} == {1, 2} and all(line["prompt"] for line in rollouts)
+    assert {line["step"] for line in rollouts} == {1, 2} and all(
+        line["prompt"] for line in rollouts
+    )
 
 
 def test_chat_streams_and_keeps_the_conversation(tiny_run):
     process = jaxllm(
-        "chat", str(tiny_run / "ppo"), "--temperature", "0", "--max-new-tokens", "16", stdin=subprocess.PIPE
+        "chat",
+        str(tiny_run / "ppo"),
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "16",
+        stdin=subprocess.PIPE,
     )
     turns = "The soup is bad. I hate it.\n\n/reset\n这家酒店很好，下次还会来。\nThe room is dirty and broken. I want a refund.\n/quit\n"
     out, log = process.communicate(turns, timeout=120)
@@ -233,5 +287,7 @@ def test_help_explains_every_option(command):
     text = "\n".join(line.strip("│ ") for line in out.splitlines())
     options = re.split(r"^(?=--)", text, flags=re.MULTILINE)[1:]
     assert len(options) >= 6
-    for option in options:  # a sentence before its default; tyro prints the default alone where there is none
+    for option in (
+        options
+    ):  # a sentence before its default; tyro prints the default alone where there is none
         assert re.search(r"\w.?\.\s+\((default|required)", option), f"not explained: {option}"

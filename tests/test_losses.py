@@ -14,7 +14,9 @@ def random_mask(rng, B, R):
 
 def with_garbage(rng, x, mask):
     """x where the mask is True, NaN, inf and large numbers elsewhere."""
-    return np.where(mask, x, rng.choice([np.nan, np.inf, -1e30, 7.0], size=x.shape)).astype(np.float32)
+    return np.where(mask, x, rng.choice([np.nan, np.inf, -1e30, 7.0], size=x.shape)).astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize("block_elements", [1 << 26, 400, 37])
@@ -26,12 +28,18 @@ def test_token_logprobs_equal_log_softmax_whatever_the_chunk(block_elements, tem
     targets = rng.integers(0, V, size=(B, T))
     logits = hidden @ head.T / temperature
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    h, w, t = jnp.array(hidden, jnp.float32), jnp.array(head, jnp.float32), jnp.array(targets, jnp.int32)
+    h, w, t = (
+        jnp.array(hidden, jnp.float32),
+        jnp.array(head, jnp.float32),
+        jnp.array(targets, jnp.int32),
+    )
     stats = losses.token_logprobs(h, w, t, temperature=temperature, block_elements=block_elements)
     want = np.take_along_axis(logp, targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(stats.logprob, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(stats.entropy, -(np.exp(logp) * logp).sum(-1), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(stats.logsumexp, np.log(np.exp(logits).sum(-1)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        stats.logsumexp, np.log(np.exp(logits).sum(-1)), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(stats.top, logp.max(-1), rtol=1e-5, atol=1e-6)
 
 
@@ -41,7 +49,9 @@ def test_chunked_gradient_equals_whole():
     w = jnp.array(rng.normal(size=(13, 4)), jnp.float32)
     t = jnp.array(rng.integers(0, 13, size=(2, 9)), jnp.int32)
     grads = [
-        jax.grad(lambda h, w, n=n: losses.token_logprobs(h, w, t, block_elements=n).logprob.sum(), (0, 1))(h, w)
+        jax.grad(
+            lambda h, w, n=n: losses.token_logprobs(h, w, t, block_elements=n).logprob.sum(), (0, 1)
+        )(h, w)
         for n in (1 << 26, 60)
     ]
     for whole, chunked in zip(*grads, strict=True):
@@ -85,7 +95,9 @@ def ranking_oracle(scores, ranks):
 def test_ranking_loss_is_the_mean_over_pairs_of_each_prompt(seed):
     rng = np.random.default_rng(seed)
     scores, ranks = rng.normal(size=(6, 5)) * 2, rng.integers(0, 4, size=(6, 5))
-    total, weight, metrics = losses.pairwise(jnp.array(scores, jnp.float32), jnp.array(ranks, jnp.int32))
+    total, weight, metrics = losses.pairwise(
+        jnp.array(scores, jnp.float32), jnp.array(ranks, jnp.int32)
+    )
     want = ranking_oracle(scores, ranks)
     np.testing.assert_allclose((total, weight), want[:2], rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"][0] / metrics["accuracy"][1], want[2], rtol=1e-6)
@@ -97,7 +109,9 @@ def test_ranking_gradient_sums_to_zero_and_ties_have_none():
     )
     np.testing.assert_allclose(grad.sum(), 0.0, atol=1e-7)
     assert grad[0, 3] == 0 and np.isclose(grad[0, 1], grad[0, 2])
-    tied = jax.grad(lambda s: losses.pairwise(s, jnp.array([[1, 1]], jnp.int32))[0])(jnp.array([[0.3, 0.1]]))
+    tied = jax.grad(lambda s: losses.pairwise(s, jnp.array([[1, 1]], jnp.int32))[0])(
+        jnp.array([[0.3, 0.1]])
+    )
     assert not tied.any()
 
 
@@ -129,10 +143,14 @@ def test_rewards_gae_and_whitening_equal_the_oracle_with_garbage_beyond_the_mask
     scores = rng.normal(size=B)
     logp, ref, values = (rng.normal(size=(B, R)) for _ in range(3))
     dirty = [jnp.array(with_garbage(rng, x, mask)) for x in (logp, ref, values)]
-    rewards = losses.token_rewards(jnp.array(scores, jnp.float32), *dirty[:2], jnp.array(mask), 0.13)
+    rewards = losses.token_rewards(
+        jnp.array(scores, jnp.float32), *dirty[:2], jnp.array(mask), 0.13
+    )
     want = rewards_oracle(scores, logp, ref, mask, 0.13)
     np.testing.assert_allclose(rewards, want, rtol=1e-5, atol=1e-6)
-    advantages, returns = losses.gae(jnp.array(want, jnp.float32), dirty[2], jnp.array(mask), discount=0.97, lam=0.9)
+    advantages, returns = losses.gae(
+        jnp.array(want, jnp.float32), dirty[2], jnp.array(mask), discount=0.97, lam=0.9
+    )
     adv, ret = gae_oracle(want, values, mask, 0.97, 0.9)
     np.testing.assert_allclose(advantages, adv, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jnp.where(mask, returns, 0.0), ret, rtol=1e-5, atol=1e-5)
@@ -215,7 +233,10 @@ def test_plackett_luce_and_pairwise_equal_the_oracle_with_gradients(seed, K):
     rng = np.random.default_rng(seed)
     scores, ranks = rng.normal(size=(4, K)) * 2, rng.integers(0, K, size=(4, K))
     s, r = jnp.array(scores, jnp.float32), jnp.array(ranks, jnp.int32)
-    for loss, oracle in ((losses.plackett_luce, plackett_luce_oracle), (losses.pairwise, ranking_oracle)):
+    for loss, oracle in (
+        (losses.plackett_luce, plackett_luce_oracle),
+        (losses.pairwise, ranking_oracle),
+    ):
         total, weight, _ = loss(s, r)
         np.testing.assert_allclose((total, weight), oracle(scores, ranks)[:2], rtol=1e-5, atol=1e-6)
         grad = jax.grad(lambda s, f=loss: f(s, r)[0])(s)
@@ -240,7 +261,9 @@ def test_a_prompt_with_nine_responses_weighs_as_much_as_one_with_four():
         alone = [loss(scores[i : i + 1], jnp.array(ranks[i : i + 1]))[0] for i in range(2)]
         total, weight, _ = loss(scores, jnp.array(ranks))
         np.testing.assert_allclose(total / weight, sum(alone) / 2, rtol=1e-5)
-        assert float(loss(scores, jnp.array(ranks), per_prompt=False)[1]) == (42 if loss is losses.pairwise else 11)
+        assert float(loss(scores, jnp.array(ranks), per_prompt=False)[1]) == (
+            42 if loss is losses.pairwise else 11
+        )
 
 
 def test_margins_and_smoothing_equal_the_oracle():
@@ -311,7 +334,9 @@ def test_k3_in_the_loss_pulls_like_the_reverse_divergence():
     logits = jnp.array(rng.normal(size=6), jnp.float32)
     ref = jax.nn.log_softmax(jnp.array(rng.normal(size=6), jnp.float32))
     policy = jax.nn.softmax(logits)
-    per_sample = jax.jacobian(lambda x: losses.kl_k3(jax.nn.log_softmax(x) - ref))(logits)  # [sample, logit]
+    per_sample = jax.jacobian(lambda x: losses.kl_k3(jax.nn.log_softmax(x) - ref))(
+        logits
+    )  # [sample, logit]
     mean = (policy[:, None] * per_sample).sum(0)
     reverse = jax.grad(lambda x: (jnp.exp(ref) * (ref - jax.nn.log_softmax(x))).sum())(logits)
     forward = jax.grad(lambda x: (jax.nn.softmax(x) * (jax.nn.log_softmax(x) - ref)).sum())(logits)

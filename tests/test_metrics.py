@@ -12,7 +12,12 @@ from jaxllm.runtime.files import read_metrics
 
 
 def make(directory, start=0, num_steps=10, **more):
-    settings = {"log_every": 4, "save_every": 5, "work": m.Work(tokens=8), "config": m.LoggingConfig(tensorboard=False)}
+    settings = {
+        "log_every": 4,
+        "save_every": 5,
+        "work": m.Work(tokens=8),
+        "config": m.LoggingConfig(tensorboard=False),
+    }
     return m.MetricLog(directory, "test", num_steps, start=start, **{**settings, **more})
 
 
@@ -43,11 +48,15 @@ def test_a_resumed_log_is_that_of_a_run_never_cut(tmp_path):
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     drive(make(tmp_path / "whole"), range(1, 11))
-    drive(make(tmp_path / "cut"), range(1, 9))  # killed after step 8, the newest checkpoint is of step 5
+    drive(
+        make(tmp_path / "cut"), range(1, 9)
+    )  # killed after step 8, the newest checkpoint is of step 5
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "tra')
     drive(make(tmp_path / "cut", start=5), range(6, 11))
-    series = [[(x["step"], x["train/loss"]) for x in lines(tmp_path / name)] for name in ("whole", "cut")]
+    series = [
+        [(x["step"], x["train/loss"]) for x in lines(tmp_path / name)] for name in ("whole", "cut")
+    ]
     assert series[0] == series[1]
 
 
@@ -96,14 +105,18 @@ def test_a_damaged_line_is_named_and_costs_no_other(tmp_path, capsys, damage):
 
 def test_a_held_out_number_that_is_not_finite_ends_the_stage_as_diverged(tmp_path):
     log = make(tmp_path)
-    with pytest.raises(m.TrainingDiverged, match="eval/loss is nan at step 5; lower the learning rate"):
+    with pytest.raises(
+        m.TrainingDiverged, match="eval/loss is nan at step 5; lower the learning rate"
+    ):
         log.write(5, {"eval/loss": float("nan")})
     log.close()
     assert "eval/loss" in lines(tmp_path)[-1]
 
 
 @pytest.mark.parametrize(("skipped", "diverged"), [(1, False), (15, False), (16, True)])
-def test_a_short_ppo_has_diverged_only_where_every_minibatch_was_skipped(tmp_path, skipped, diverged):
+def test_a_short_ppo_has_diverged_only_where_every_minibatch_was_skipped(
+    tmp_path, skipped, diverged
+):
     log = make(tmp_path, num_steps=1)
     step = {"ppo/skipped": pair(skipped, 16), "ppo/skip_streak": pair(skipped, 1)}
     with pytest.raises(m.TrainingDiverged) if diverged else contextlib.nullcontext():
@@ -116,7 +129,11 @@ def test_a_stage_that_ends_in_skipped_updates_has_diverged(tmp_path, num_steps, 
     def end(skipped):
         log = make(tmp_path, num_steps=num_steps)
         for step in range(1, num_steps + 1):
-            log(step, None, {"loss": pair(1, 1), "skip_streak": pair(max(0, step - (num_steps - skipped)), 1)})
+            log(
+                step,
+                None,
+                {"loss": pair(1, 1), "skip_streak": pair(max(0, step - (num_steps - skipped)), 1)},
+            )
         log.close()
 
     end(streak - 1)

@@ -86,7 +86,9 @@ def same(ours, theirs, name):
         for number, (a, b) in enumerate(itertools.zip_longest(ours, theirs)):
             same(a, b, f"{name} {number}")
     elif isinstance(ours, float):
-        written = 1.1e-4 if name.endswith("score") and "jsonl" in name else 1e-6  # four places are written
+        written = (
+            1.1e-4 if name.endswith("score") and "jsonl" in name else 1e-6
+        )  # four places are written
         absolute = 0.0 if name.endswith(LOSSES) else written
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=absolute, err_msg=name)
     else:
@@ -95,25 +97,36 @@ def same(ours, theirs, name):
 
 def written_by_others(directory):
     """What processes other than 0 have made, by its mode (see `Life.start`)."""
-    paths = (path.relative_to(directory) for path in directory.rglob("*") if not path.stat().st_mode & 0o004)
+    paths = (
+        path.relative_to(directory)
+        for path in directory.rglob("*")
+        if not path.stat().st_mode & 0o004
+    )
     return {str(path) for path in paths}
 
 
 def is_array(path):
     """Of a checkpoint: the shards that a process holds, and what Orbax notes about them."""
-    return "/checkpoints/" in path and ("/ocdbt.process_" in path or "/array_metadatas/process_" in path)
+    return "/checkpoints/" in path and (
+        "/ocdbt.process_" in path or "/array_metadatas/process_" in path
+    )
 
 
 def check_writers(directory):
     """Others than process 0 write the arrays they hold, and their part of the tokenized data: nothing else."""
     others = written_by_others(directory)
     assert any(map(is_array, others))
-    assert {path for path in others if not is_array(path) and not path.startswith("cache/")} == set()
+    assert {
+        path for path in others if not is_array(path) and not path.startswith("cache/")
+    } == set()
 
 
 def test_two_processes_train_as_one(tmp_path):
     """The tensor axis lies across them: both have the same rows and half of each matrix."""
-    ours, theirs = (live(tmp_path / f"{n}", n, 2 // n, {"data": 1, "tensor": 2}, stages=STAGES[:2]) for n in (2, 1))
+    ours, theirs = (
+        live(tmp_path / f"{n}", n, 2 // n, {"data": 1, "tensor": 2}, stages=STAGES[:2])
+        for n in (2, 1)
+    )
     same_life(ours, theirs, STAGES[:2])
     assert len(batches(ours)) == 12
     check_writers(ours)
@@ -128,12 +141,20 @@ def test_a_life_is_the_same_on_any_number_of_processes(mesh, processes):
     check_writers(ours)
     steps = [len([1 for stage, _ in batches(ours) if stage == name]) for name in TRAINED]
     assert steps == [12, 8, 4, 3]
-    lines = [json.loads(line) for line in (ours / "ppo" / "rollouts.jsonl").read_text().splitlines()]
-    assert sum(line["response"].endswith(("e", "。")) and line["finished"] for line in lines) > 5  # stop strings
+    lines = [
+        json.loads(line) for line in (ours / "ppo" / "rollouts.jsonl").read_text().splitlines()
+    ]
+    assert (
+        sum(line["response"].endswith(("e", "。")) and line["finished"] for line in lines) > 5
+    )  # stop strings
 
 
 def steps_saved(directory, stage):
-    return [int(path.name) for path in (directory / stage / "checkpoints").iterdir() if path.name.isdigit()]
+    return [
+        int(path.name)
+        for path in (directory / stage / "checkpoints").iterdir()
+        if path.name.isdigit()
+    ]
 
 
 @pytest.mark.slow
@@ -141,18 +162,25 @@ def steps_saved(directory, stage):
 def test_cut_on_two_processes_it_goes_on_on_one_and_on_four(tmp_path, stage):
     """SIGTERM to one of 2 x 4; then 1 x 2 and 4 x 1, with meshes of their own."""
     uncut, cut = whole("data, fsdp, tensor", 2, 4), tmp_path / "cut"
-    shutil.copytree(uncut, cut, ignore=shutil.ignore_patterns(*STAGES[STAGES.index(stage) :], "report*"))
+    shutil.copytree(
+        uncut, cut, ignore=shutil.ignore_patterns(*STAGES[STAGES.index(stage) :], "report*")
+    )
     shutil.copy(f"{uncut}.batches", f"{cut}.batches")  # those that follow must be the same
     stages = STAGES[: STAGES.index(stage) + 2]
     interrupted = life(cut, 2, 4, MESHES["data, fsdp, tensor"], stages)
     interrupted.start()
-    while f"{stage}: " not in interrupted.log() and all(p.poll() is None for p in interrupted.alive):
+    while f"{stage}: " not in interrupted.log() and all(
+        p.poll() is None for p in interrupted.alive
+    ):
         time.sleep(0.05)
     interrupted.alive[1].terminate()  # while it compiles: it stops after a step or two
     assert interrupted.wait(600.0) and not any(interrupted.clear()), interrupted.log()[-3000:]
     assert f"SIGTERM: {stage}: step" in " ".join(interrupted.log().split())
     assert 0 < max(steps_saved(cut, stage)) < max(steps_saved(uncut, stage))
-    for processes, devices, sizes in ((1, 2, {"data": 1, "fsdp": 2}), (4, 1, {"data": 2, "tensor": 2})):
+    for processes, devices, sizes in (
+        (1, 2, {"data": 1, "fsdp": 2}),
+        (4, 1, {"data": 2, "tensor": 2}),
+    ):
         on = tmp_path / f"on {processes}"
         shutil.copytree(cut, on)
         shutil.copy(f"{cut}.batches", f"{on}.batches")

@@ -22,7 +22,9 @@ DENSE = ModelConfig(
 )  # fmt: skip
 EXPERTS = MoEConfig(num_experts=8, per_token=3, mlp_dim=24, num_shared=1, aux_coef=0.1)
 DROPLESS = dataclasses.replace(DENSE, moe=EXPERTS, tie_embeddings=False)
-with_capacity = lambda factor: dataclasses.replace(DROPLESS, moe=dataclasses.replace(EXPERTS, capacity_factor=factor))
+with_capacity = lambda factor: dataclasses.replace(
+    DROPLESS, moe=dataclasses.replace(EXPERTS, capacity_factor=factor)
+)
 WINDOWED = dataclasses.replace(DENSE, num_layers=4, window=5, global_every=2)
 ROOMY, TIGHT = with_capacity(8.0), with_capacity(0.5)  # room for all tokens; many are dropped
 
@@ -53,7 +55,13 @@ CASES = {
     "ROOMY": [TOGETHER[1], {"context": 8}],
     "TIGHT": MEETING,
 }
-IN_SUITE = {"WINDOWED": 1, "DENSE": 9, "DROPLESS": 6, "ROOMY": 0, "TIGHT": 1}  # the first so many; the others are slow
+IN_SUITE = {
+    "WINDOWED": 1,
+    "DENSE": 9,
+    "DROPLESS": 6,
+    "ROOMY": 0,
+    "TIGHT": 1,
+}  # the first so many; the others are slow
 EVERY = [
     pytest.param(name, sizes, marks=[] if i < IN_SUITE[name] else pytest.mark.slow)
     for name, meshes in CASES.items()
@@ -70,11 +78,17 @@ def rows(kind):
     if kind == "padded":
         behind = places < cut[:, 1:2]
         segments = np.where(np.arange(B)[:, None] % 2 == 0, behind, behind[:, ::-1]).astype(int)
-    starts = np.maximum.accumulate(np.where(np.diff(segments, axis=1, prepend=-1) != 0, places, 0), axis=1)
+    starts = np.maximum.accumulate(
+        np.where(np.diff(segments, axis=1, prepend=-1) != 0, places, 0), axis=1
+    )
     mask = (segments > 0) & (rng.random((B, T)) < rng.random((B, 1)))
     mask[3] = False  # a row without a target
     tokens = rng.integers(0, DENSE.vocab_size, size=(B, T))
-    whole = {"tokens": tokens, "segment_ids": segments, "positions": np.where(segments > 0, places - starts, 0)}
+    whole = {
+        "tokens": tokens,
+        "segment_ids": segments,
+        "positions": np.where(segments > 0, places - starts, 0),
+    }
     return {**{k: v.astype(np.int32) for k, v in whole.items()}, "loss_mask": mask}
 
 
@@ -82,13 +96,17 @@ def rows(kind):
 def first_params(model):
     """Drawn by NumPy, norms and all: nothing to compile, and no scale is 1."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), transformer.abstract(model))
+    return jax.tree.map(
+        lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), transformer.abstract(model)
+    )
 
 
 @functools.cache
 def outcome(model, sizes):
     """{kind of rows: {what: arrays}} on a mesh of these sizes."""
-    mesh = make_mesh(MeshConfig(**{"data": 1, **dict(sizes)}), jax.devices()[: math.prod(n for _, n in sizes)])
+    mesh = make_mesh(
+        MeshConfig(**{"data": 1, **dict(sizes)}), jax.devices()[: math.prod(n for _, n in sizes)]
+    )
     # Adam's first update is g / (|g| + eps): with the usual eps the sign of g, which jumps where g is 0. With an eps as
     # large as gradients are it can be compared as they can.
     tx = make_optimizer(OptimConfig(learning_rate=0.1, schedule="constant", eps=1e-2), 10)
@@ -98,27 +116,42 @@ def outcome(model, sizes):
 
     @jax.jit
     def measure(state, batch):
-        hidden = transformer.apply(state.params, model, batch["tokens"], batch["segment_ids"], batch["positions"])
+        hidden = transformer.apply(
+            state.params, model, batch["tokens"], batch["segment_ids"], batch["positions"]
+        )
         return hidden, *step(state, batch, base={})
 
     found = {}
     with jax.set_mesh(mesh):
         for kind in ("packed", "padded"):
             state = placed.init(jax.device_put(first_params(model), placed.shardings.params))
-            batch = {k: jax.device_put(v, activation(mesh, "batch", None)) for k, v in rows(kind).items()}
+            batch = {
+                k: jax.device_put(v, activation(mesh, "batch", None)) for k, v in rows(kind).items()
+            }
             hidden, new, metrics = measure(state, batch)
-            for leaf, sharding in zip(jax.tree.leaves(new), jax.tree.leaves(placed.shardings), strict=True):
+            for leaf, sharding in zip(
+                jax.tree.leaves(new), jax.tree.leaves(placed.shardings), strict=True
+            ):
                 assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-            update = jax.tree.map(np.subtract, *jax.tree.map(np.asarray, (new.params, state.params)))
+            update = jax.tree.map(
+                np.subtract, *jax.tree.map(np.asarray, (new.params, state.params))
+            )
             # Adam's first moment is 0.1 of the gradient, clipped by the norm of all of it.
             gradient = optax.tree.get(new.opt_state, "mu")
-            found[kind] = {"hidden": hidden, "metrics": metrics, "gradient": gradient, "update": update}
+            found[kind] = {
+                "hidden": hidden,
+                "metrics": metrics,
+                "gradient": gradient,
+                "update": update,
+            }
     return jax.tree.map(np.asarray, found)
 
 
 def close(ours, theirs, limit=1e-5):
     """Every leaf, against its own largest value."""
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
+    ):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         error = np.abs(x - y).max() / (np.abs(y).max() + 1e-12)
         assert error < limit, f"{jax.tree_util.keystr(path)}: {error}"
@@ -131,17 +164,31 @@ def test_sharded_equals_single(name, sizes):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, {"fsdp": 2, "context": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str
+    "sizes",
+    [{}, {"fsdp": 2, "context": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}],
+    ids=str,
 )
 @pytest.mark.parametrize("model", [DENSE, DROPLESS], ids=["dense", "experts"])
 def test_what_goes_in_blocks_equals_what_goes_at_once(model, sizes, monkeypatch):
     """Blocks of the vocabulary, one of them short, and with remat full of hidden units and of experts' tokens."""
     whole = dataclasses.replace(model, vocab_size=66)
     want, cut = outcome(whole, ()), dataclasses.replace(whole, remat="full")
-    for module, name, size in ((losses, "_BLOCK_ELEMENTS", 2200), (layers, "_MLP_BLOCK", 16), (moe, "_ROWS", 24)):
+    for module, name, size in (
+        (losses, "_BLOCK_ELEMENTS", 2200),
+        (layers, "_MLP_BLOCK", 16),
+        (moe, "_ROWS", 24),
+    ):
         monkeypatch.setattr(module, name, size)
-    assert losses._blocks(66, 4) == (6, 66) and losses._blocks(66, 7) == (11, 66) and losses._blocks(66, 12) == (22, 66)
-    scans = str(jax.make_jaxpr(lambda p: transformer.apply(p, cut, np.ones((B, T), np.int32)))(first_params(cut)))
+    assert (
+        losses._blocks(66, 4) == (6, 66)
+        and losses._blocks(66, 7) == (11, 66)
+        and losses._blocks(66, 12) == (22, 66)
+    )
+    scans = str(
+        jax.make_jaxpr(lambda p: transformer.apply(p, cut, np.ones((B, T), np.int32)))(
+            first_params(cut)
+        )
+    )
     assert scans.count("scan[") > 1  # the layers', and one within
     close(outcome(cut, tuple(sizes.items())), want)
 

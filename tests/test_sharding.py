@@ -29,7 +29,9 @@ def test_unknown_axis_and_axis_used_twice_raise():
         spec(("embed", "hedas"), PARAM_RULES)
     with pytest.raises(ValueError, match="twice"):
         spec(("heads", "mlp"), PARAM_RULES)
-    assert spec(("embed", None, "heads"), PARAM_RULES) == PartitionSpec(("fsdp", "expert"), None, "tensor")
+    assert spec(("embed", None, "heads"), PARAM_RULES) == PartitionSpec(
+        ("fsdp", "expert"), None, "tensor"
+    )
 
 
 def test_constrain_checks_the_rank():
@@ -49,7 +51,9 @@ def test_mesh_takes_what_is_left(config, shape):
     assert make_mesh(config).devices.shape == shape
 
 
-@pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(tensor=3), MeshConfig(data=4, tensor=1)])
+@pytest.mark.parametrize(
+    "config", [MeshConfig(data=3), MeshConfig(tensor=3), MeshConfig(data=4, tensor=1)]
+)
 def test_mesh_that_does_not_divide_is_one_clear_line(config):
     with pytest.raises(InputError, match="does not divide the 8 devices") as error:
         make_mesh(config)
@@ -57,23 +61,35 @@ def test_mesh_that_does_not_divide_is_one_clear_line(config):
 
 
 def test_a_size_that_does_not_divide_names_parameter_and_field():
-    model = ModelConfig(vocab_size=50, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=64)
+    model = ModelConfig(
+        vocab_size=50, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=64
+    )
     mesh = make_mesh(MeshConfig(data=1, tensor=8))
-    with pytest.raises(InputError, match=r"model\.\w+: \d+ does not divide over 8 shards .*in parameter"):
+    with pytest.raises(
+        InputError, match=r"model\.\w+: \d+ does not divide over 8 shards .*in parameter"
+    ):
         sharding.param_shardings(mesh, transformer.abstract(model), transformer.axes(model))
 
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
 def test_axes_fit_every_parameter_of_decoder_and_scalar_model(norm):
-    gpt = {"position": "learned", "mlp": "gelu", "bias": True, "tie_embeddings": False} if norm == "layernorm" else {}
-    model = ModelConfig(vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, norm=norm, **gpt)
+    gpt = (
+        {"position": "learned", "mlp": "gelu", "bias": True, "tie_embeddings": False}
+        if norm == "layernorm"
+        else {}
+    )
+    model = ModelConfig(
+        vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, norm=norm, **gpt
+    )
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     for family in (transformer, scalar):
         placed = sharding.param_shardings(mesh, family.abstract(model), family.axes(model))
         pairs = zip(jax.tree.leaves(family.abstract(model)), jax.tree.leaves(placed), strict=True)
         largest = sorted(pairs, key=lambda pair: -pair[0].size)[:3]
         # everything large is split over fsdp and tensor
-        assert all(math.prod(where.shard_shape(leaf.shape)) * 4 == leaf.size for leaf, where in largest)
+        assert all(
+            math.prod(where.shard_shape(leaf.shape)) * 4 == leaf.size for leaf, where in largest
+        )
 
 
 _PROGRAM = """
@@ -103,6 +119,8 @@ print("compiled")
 def test_no_involuntary_full_rematerialization(tied):
     """XLA prints this warning from C++, so the program runs in a process of its own."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}
-    run = subprocess.run([sys.executable, "-c", _PROGRAM.format(tied=tied)], env=env, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", _PROGRAM.format(tied=tied)], env=env, capture_output=True, text=True
+    )
     assert "compiled" in run.stdout, run.stderr
     assert "rematerialization" not in run.stderr, run.stderr

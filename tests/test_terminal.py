@@ -35,7 +35,9 @@ def test_the_help_says_what_every_command_takes(capsys):
         "score STAGE_DIR ... --task",
     ):
         assert f"jaxllm {line}" in shown
-    assert {re.match(r"  jaxllm (\w+) ", line)[1] for line in shown.split("\n") if line.startswith("  ")} == COMMANDS
+    assert {
+        re.match(r"  jaxllm (\w+) ", line)[1] for line in shown.split("\n") if line.startswith("  ")
+    } == COMMANDS
 
 
 def test_the_version_is_printed(capsys):
@@ -53,7 +55,9 @@ def test_commands_named_in_configs_and_pages_exist():
     for page in pages:
         text = page.read_text(encoding="utf-8")
         for command in re.findall(
-            r"(?:^|[`# ]|python -m )jaxllm +([a-z_]+)(?= +[A-Z-]| +configs/| +runs/)", text, re.MULTILINE
+            r"(?:^|[`# ]|python -m )jaxllm +([a-z_]+)(?= +[A-Z-]| +configs/| +runs/)",
+            text,
+            re.MULTILINE,
         ):
             assert command in COMMANDS, f"{page.name} names `jaxllm {command}`"
         assert "rank --browser" not in text, page.name
@@ -68,7 +72,13 @@ def test_what_is_printed_is_text_and_never_markup(capsys, monkeypatch, name):
 
 
 def test_the_numbers_of_a_progress_line_have_distinct_names():
-    values = {"ppo/score": 1.0, "ppo/kl": 2.0, "eval/score": 3.0, "eval/kl": 4.0, "ppo/entropy": 5.0}
+    values = {
+        "ppo/score": 1.0,
+        "ppo/kl": 2.0,
+        "eval/score": 3.0,
+        "eval/kl": 4.0,
+        "ppo/entropy": 5.0,
+    }
     line = metrics._line(values, ("ppo/score", "ppo/kl", "ppo/entropy", "eval/score", "eval/kl"))
     assert line == "score 1 · kl 2 · entropy 5 · eval/score 3 · eval/kl 4"
     names = [part.rsplit(" ", 1)[0] for part in line.split(" · ")]
@@ -77,7 +87,9 @@ def test_the_numbers_of_a_progress_line_have_distinct_names():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train(iter(CORPUS), vocab_size=400, model_type="bpe", character_coverage=0.9995, num_threads=1)
+    return train(
+        iter(CORPUS), vocab_size=400, model_type="bpe", character_coverage=0.9995, num_threads=1
+    )
 
 
 @pytest.fixture
@@ -99,7 +111,9 @@ def converse(monkeypatch, tokenizer, capsys):
 
     def talk(typed, sampling=None, **settings):
         user = io.TextIOWrapper(io.BytesIO(typed))
-        chat.converse("stage", sampling or SamplingConfig(128), 0, user=user, **{"shorten": True, **settings})
+        chat.converse(
+            "stage", sampling or SamplingConfig(128), 0, user=user, **{"shorten": True, **settings}
+        )
         captured = capsys.readouterr()
         return captured.out, captured.err, asked
 
@@ -130,14 +144,17 @@ def test_a_message_that_the_template_refuses_ends_nothing(converse, tokenizer, m
     out, err, _ = converse(b"hello\nno\nhello\n")
     assert out == "ok\nok\n" and "refuses the conversation" in err
     with pytest.raises(InputError, match="refuses"):
-        monkeypatch.setattr(tokenizer, "encode_chat", lambda messages, **_: refuse([{"content": "no"}]))
+        monkeypatch.setattr(
+            tokenizer, "encode_chat", lambda messages, **_: refuse([{"content": "no"}])
+        )
         converse(b"hello\n")
 
 
 def test_the_answer_that_is_asked_for_by_default_fits_every_context(converse):
     assert converse(b"hello\n")[0] == "ok\n"
     with pytest.raises(
-        InputError, match="--max-new-tokens: 64 leaves no room for a message in the context of 64 tokens"
+        InputError,
+        match="--max-new-tokens: 64 leaves no room for a message in the context of 64 tokens",
     ):
         converse(b"hello\n", SamplingConfig(64), shorten=False)
 
@@ -147,7 +164,9 @@ def test_a_completion_by_default_fits_the_context(tiny_run, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("devices", "chosen"), [([], "cpu"), (["/dev/accel0"], None), (["/dev/nvidia0"], None)])
+@pytest.mark.parametrize(
+    ("devices", "chosen"), [([], "cpu"), (["/dev/accel0"], None), (["/dev/nvidia0"], None)]
+)
 def test_without_an_accelerator_the_cpu_is_chosen_quietly(monkeypatch, devices, chosen):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(hardware.glob, "glob", lambda pattern: fnmatch.filter(devices, pattern))
@@ -180,12 +199,19 @@ def test_a_command_starts_without_a_word_on_stderr(tiny_run):
 def test_a_terminal_without_chinese_shows_the_characters_numbers(tmp_path):
     script = "from jaxllm.__main__ import main; import sys; main(['--version']); print('你好', file=sys.stdout)"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, timeout=60
+    )
     assert done.returncode == 0 and rb"\u4f60\u597d" in done.stdout
 
 
 def test_a_stage_is_written_in_utf_8_whatever_the_locale_says(tmp_path, monkeypatch):
-    ascii_locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    ascii_locale = {
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "LC_ALL": "C",
+        "PYTHONIOENCODING": "ascii",
+    }
     for name, value in ascii_locale.items():
         monkeypatch.setenv(name, value)
     process = start("tokenizer", "configs/tiny.yaml", "--run-dir", str(tmp_path / "run"))
@@ -199,7 +225,9 @@ TINY = (ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8")
 
 def test_a_byte_order_mark_before_a_config_is_skipped(tmp_path):
     for name in ("plain", "marked"):
-        (tmp_path / f"{name}.yaml").write_text(TINY, encoding="utf-8-sig" if name == "marked" else "utf-8")
+        (tmp_path / f"{name}.yaml").write_text(
+            TINY, encoding="utf-8-sig" if name == "marked" else "utf-8"
+        )
     assert load(run.Config, tmp_path / "marked.yaml") == load(run.Config, tmp_path / "plain.yaml")
 
 

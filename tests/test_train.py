@@ -27,15 +27,28 @@ from jaxllm.runtime.processes import Signals, Stopped
 from jaxllm.sharding import MeshConfig, activation, make_mesh
 
 MODEL = ModelConfig(
-    vocab_size=64, max_length=16, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=64, dtype="float32"
+    vocab_size=64,
+    max_length=16,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=64,
+    dtype="float32",
 )
 
 
 def loss(params, batch, key):
     del key
-    hidden = transformer.apply(params, MODEL, batch["tokens"], batch["segment_ids"], batch["positions"])
-    targets, mask = losses.next_token_targets(batch["tokens"], batch["segment_ids"], batch["loss_mask"])
-    return losses.language_model(losses.token_logprobs(hidden, transformer.head(params), targets), mask, 1e-4)
+    hidden = transformer.apply(
+        params, MODEL, batch["tokens"], batch["segment_ids"], batch["positions"]
+    )
+    targets, mask = losses.next_token_targets(
+        batch["tokens"], batch["segment_ids"], batch["loss_mask"]
+    )
+    return losses.language_model(
+        losses.token_logprobs(hidden, transformer.head(params), targets), mask, 1e-4
+    )
 
 
 def uneven_batch(seed, B=8, T=16):
@@ -60,7 +73,9 @@ def params(seed=0):
 
 def close(a, b, rtol=1e-5):
     """Relative error of every leaf, against the leaf's own largest value."""
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         error = np.abs(x - y).max() / (np.abs(y).max() + 1e-12)
         assert error < rtol, f"{jax.tree_util.keystr(path)}: {error}"
@@ -92,7 +107,10 @@ def one_update(mesh, num_micro=1):
     with jax.set_mesh(mesh):
         state = placed.init(jax.jit(lambda: params(), out_shardings=placed.shardings.params)())
         step = train.make_step(loss, tx, num_micro=num_micro, state_shardings=placed.shardings)
-        batch = {k: jax.device_put(v, activation(mesh, "batch", None)) for k, v in uneven_batch(1).items()}
+        batch = {
+            k: jax.device_put(v, activation(mesh, "batch", None))
+            for k, v in uneven_batch(1).items()
+        }
         return step(state, batch)[0]
 
 
@@ -108,7 +126,9 @@ def run(state, num_steps, step, hooks=()):
 
 def test_resumed_equals_uninterrupted_bit_for_bit():
     tx = make_optimizer(OptimConfig(), 6)
-    noisy = lambda p, b, key: loss(jax.tree.map(lambda x: x + 1e-3 * jax.random.normal(key, x.shape), p), b, key)
+    noisy = lambda p, b, key: loss(
+        jax.tree.map(lambda x: x + 1e-3 * jax.random.normal(key, x.shape), p), b, key
+    )
     step = train.make_step(noisy, tx, seed=3)
     whole = run(train.init_state(params(), tx), 6, step)
     half = jax.tree.map(np.asarray, run(train.init_state(params(), tx), 3, step))
@@ -136,12 +156,22 @@ def test_an_all_masked_batch_changes_nothing_but_the_optimizer_clock():
 
 def test_moments_in_bfloat16_take_half_the_bytes_and_follow_adam():
     """Each update against Adam in NumPy from the moments as they were kept: rounding happens once, when they are kept."""
-    config = OptimConfig(schedule="constant", weight_decay=0.0, clip_norm=0.0, state_dtype="bfloat16")
+    config = OptimConfig(
+        schedule="constant", weight_decay=0.0, clip_norm=0.0, state_dtype="bfloat16"
+    )
     tx, state = make_optimizer(config, 60), train.init_state(params(), make_optimizer(config, 60))
     kept = lambda state, name: optax.tree.get(state.opt_state, name)["embed"]["tokens"]
     assert kept(state, "mu").dtype == kept(state, "nu").dtype == jnp.bfloat16
-    step, full = train.make_step(loss, tx), make_optimizer(dataclasses.replace(config, state_dtype="float32"), 60)
-    plain_step, plain, first, last = train.make_step(loss, full), train.init_state(params(), full), [], []
+    step, full = (
+        train.make_step(loss, tx),
+        make_optimizer(dataclasses.replace(config, state_dtype="float32"), 60),
+    )
+    plain_step, plain, first, last = (
+        train.make_step(loss, full),
+        train.init_state(params(), full),
+        [],
+        [],
+    )
     mean = lambda params, batch: (found := loss(params, batch, None))[0] / found[1]
     gradient = jax.jit(jax.grad(mean))
     for number in range(60):
@@ -156,7 +186,9 @@ def test_moments_in_bfloat16_take_half_the_bytes_and_follow_adam():
         want = place - config.learning_rate * unbiased[0] / (np.sqrt(unbiased[1]) + config.eps)
         np.testing.assert_allclose(state.params["embed"]["tokens"], want, atol=2e-6)
         for name, value in zip(("mu", "nu"), new, strict=True):
-            np.testing.assert_allclose(np.asarray(kept(state, name), np.float64), value, rtol=2**-8, atol=1e-9)
+            np.testing.assert_allclose(
+                np.asarray(kept(state, name), np.float64), value, rtol=2**-8, atol=1e-9
+            )
         first, last = [*first, metrics["loss"][0]], [*last, more["loss"][0]]
     assert first[-1] < 0.8 * first[0] and abs(first[-1] - last[-1]) < 0.02 * last[-1]
     with pytest.raises(ValueError, match="state_dtype"):
@@ -165,7 +197,13 @@ def test_moments_in_bfloat16_take_half_the_bytes_and_follow_adam():
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
 def test_schedules_rise_then_fall_to_the_final_fraction(schedule):
-    config = OptimConfig(learning_rate=1.0, schedule=schedule, warmup_steps=4, final_fraction=0.1, decay_fraction=0.25)
+    config = OptimConfig(
+        learning_rate=1.0,
+        schedule=schedule,
+        warmup_steps=4,
+        final_fraction=0.1,
+        decay_fraction=0.25,
+    )
     rate = [float(learning_rate(config, 20)(n)) for n in range(21)]
     np.testing.assert_allclose(rate[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
     np.testing.assert_allclose(rate[20], 1.0 if schedule == "constant" else 0.1, rtol=1e-5)
@@ -174,12 +212,23 @@ def test_schedules_rise_then_fall_to_the_final_fraction(schedule):
 
 
 def test_decay_covers_every_parameter_of_both_families_and_refuses_an_unknown_one():
-    gpt = ModelConfig(vocab_size=8, norm="layernorm", position="learned", mlp="gelu", bias=True, tie_embeddings=False)
+    gpt = ModelConfig(
+        vocab_size=8,
+        norm="layernorm",
+        position="learned",
+        mlp="gelu",
+        bias=True,
+        tie_embeddings=False,
+    )
     for model in (MODEL, gpt):
         mask = decay_mask(transformer.abstract(model))
         for path, decays in jax.tree_util.tree_leaves_with_path(mask):
             name = path[-1].key
-            assert decays == DECAYED[name] == (name not in ("scale", "bias") and not name.endswith("_bias"))
+            assert (
+                decays
+                == DECAYED[name]
+                == (name not in ("scale", "bias") and not name.endswith("_bias"))
+            )
     with pytest.raises(KeyError):
         decay_mask({"mystery": jnp.zeros(3)})
 
@@ -208,14 +257,22 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
     for a, b in zip(jax.tree.leaves(before[1:3]), jax.tree.leaves(second[1:3]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert int(second.step) == 2 and int(second.guard.streak) == 1 and int(second.guard.taken) == 1
-    assert float(metrics["skipped"][0]) == 1 and float(metrics["loss"][1]) == 0 == float(metrics["loss"][0])
+    assert float(metrics["skipped"][0]) == 1 and float(metrics["loss"][1]) == 0 == float(
+        metrics["loss"][0]
+    )
     third, metrics = step(second, batch_at(2))
-    assert int(third.guard.streak) == 0 and float(metrics["skipped"][0]) == 0 and float(metrics["loss"][1]) > 0
+    assert (
+        int(third.guard.streak) == 0
+        and float(metrics["skipped"][0]) == 0
+        and float(metrics["loss"][1]) > 0
+    )
 
 
 def test_a_spike_is_skipped_once_it_is_known_what_is_usual():
     tx = make_optimizer(OptimConfig(learning_rate=0.0), 500)
-    scaled = lambda p, b, key: tuple(b["scale"] * x if i == 0 else x for i, x in enumerate(loss(p, b["rows"], key)))
+    scaled = lambda p, b, key: tuple(
+        b["scale"] * x if i == 0 else x for i, x in enumerate(loss(p, b["rows"], key))
+    )
     step, state = train.make_step(scaled, tx, spike_factor=5.0), train.init_state(params(), tx)
     for scale, skipped in [(100.0, 0)] + [(1.0, 0)] * 300 + [(4.0, 0), (6.0, 1), (1.0, 0)]:
         state, metrics = step(state, {"rows": uneven_batch(0), "scale": jnp.float32(scale)})
@@ -227,10 +284,14 @@ class Settings:
     data: DataConfig = DataConfig()
     log_every: int = 3
     eval_every: int = 8
-    checkpoint: CheckpointConfig = CheckpointConfig(save_every=4, rewind_after=3, rewind_skip=2, keep_last=3)
+    checkpoint: CheckpointConfig = CheckpointConfig(
+        save_every=4, rewind_after=3, rewind_skip=2, keep_last=3
+    )
 
 
-def whole_stage(directory, bad=(), num_steps=20, stop_at=None, settings=Settings(), fingerprints=(), allowed=()):
+def whole_stage(
+    directory, bad=(), num_steps=20, stop_at=None, settings=Settings(), fingerprints=(), allowed=()
+):
     """(final state, metrics.jsonl without times) of the whole loop on a toy model."""
     noisy, batch_at = nan_at(set(bad))
     mesh, tx = make_mesh(MeshConfig()), make_optimizer(OptimConfig(), 20)
@@ -251,11 +312,15 @@ def whole_stage(directory, bad=(), num_steps=20, stop_at=None, settings=Settings
             settings=settings, work=Work(1), best="eval/x", result=lambda state, metrics: {},
             evaluate=lambda number, state: {"eval/x": float(optax.tree.norm(state.params))},
         )  # fmt: skip
-        keeping = train.Supervision(signals, Ledger(directory / "goodput.jsonl"), dict(fingerprints), allowed)
+        keeping = train.Supervision(
+            signals, Ledger(directory / "goodput.jsonl"), dict(fingerprints), allowed
+        )
         logging = LoggingConfig(tensorboard=False)
         state, _ = train.run_training(epath.Path(directory), "toy", training, keeping, logging)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in line.items() if k != "time" and "throughput" not in k} for line in lines]
+    kept = [
+        {k: v for k, v in line.items() if k != "time" and "throughput" not in k} for line in lines
+    ]
     return jax.tree.map(np.asarray, state), kept, len(seen)
 
 
@@ -269,7 +334,9 @@ def same(one, other):
 def test_stopped_by_a_signal_anywhere_it_ends_with_the_same_bits_and_metrics(tmp_path, stop_at):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     whole = whole_stage(tmp_path / "a")
-    with pytest.raises(Stopped, match=f"SIGTERM: toy: step {stop_at} of 20 is saved, .* s after the signal"):
+    with pytest.raises(
+        Stopped, match=f"SIGTERM: toy: step {stop_at} of 20 is saved, .* s after the signal"
+    ):
         whole_stage(tmp_path / "b", stop_at=stop_at)
     same(whole, whole_stage(tmp_path / "b"))
 
@@ -305,7 +372,9 @@ def test_what_has_changed_since_a_checkpoint_is_refused_field_by_field(tmp_path)
     with pytest.raises(InputError) as error:
         whole_stage(tmp_path, fingerprints=new)
     text = str(error.value)
-    assert "pretrain.num_steps: 20 -> 30; pretrain.optim.b1: 0.9 -> 0.8; data: 'abc' -> 'abd'" in text
+    assert (
+        "pretrain.num_steps: 20 -> 30; pretrain.optim.b1: 0.9 -> 0.8; data: 'abc' -> 'abd'" in text
+    )
     assert text.endswith("--allow-change pretrain.num_steps pretrain.optim.b1 data")
     with pytest.raises(InputError, match="started with something else: data"):
         whole_stage(tmp_path, fingerprints=new, allowed=("pretrain",))
@@ -318,7 +387,10 @@ def test_a_flipped_bit_on_one_device_is_named(tmp_path):
     assert unequal_replicas(tree) == []
     parts = [np.array(shard.data) for shard in tree["w"].addressable_shards]
     parts[5][2, 1] = np.nextafter(np.float32(1.0), np.float32(2.0))
-    single = [jax.device_put(p, s.device) for p, s in zip(parts, tree["w"].addressable_shards, strict=True)]
+    single = [
+        jax.device_put(p, s.device)
+        for p, s in zip(parts, tree["w"].addressable_shards, strict=True)
+    ]
     tree["w"] = jax.make_array_from_single_device_arrays((4, 4), tree["w"].sharding, single)
     (found,) = unequal_replicas(tree)
     assert found == f"{tree['w'].addressable_shards[5].device}: w"

@@ -68,7 +68,9 @@ def test_unknown_command_option_and_missing_config(capsys, config):
     assert "give a config file" in refused(capsys, "run")
     line = refused(capsys, "generate", "x", "--prompt", "a", "--temperature", -1)
     assert line == "jaxllm: --temperature: must be at least 0, not -1.0"
-    assert "is not the directory of a trained stage" in refused(capsys, "generate", "x", "--prompt", "a")
+    assert "is not the directory of a trained stage" in refused(
+        capsys, "generate", "x", "--prompt", "a"
+    )
 
 
 def with_source(tmp_path, text, name="data.jsonl"):
@@ -79,32 +81,47 @@ def with_source(tmp_path, text, name="data.jsonl"):
 
 def test_missing_file(capsys, config, tmp_path):
     path = config(**{"configs/tiny/prose.txt": "nowhere/prose.txt"})
-    assert "nowhere/prose.txt: no such file" in refused(capsys, "tokenizer", path, "--run-dir", tmp_path / "r")
+    assert "nowhere/prose.txt: no such file" in refused(
+        capsys, "tokenizer", path, "--run-dir", tmp_path / "r"
+    )
     assert not (tmp_path / "r" / "tokenizer" / "result.json").exists()
 
 
 def test_malformed_jsonl_line(capsys, config, tmp_path):
     data = with_source(tmp_path, '{"text": "fine"}\n{"text": \n')
     path = config(**{"configs/tiny/prose.txt": str(data)})
-    assert "data.jsonl:2: not valid JSON" in refused(capsys, "tokenizer", path, "--run-dir", tmp_path / "r")
+    assert "data.jsonl:2: not valid JSON" in refused(
+        capsys, "tokenizer", path, "--run-dir", tmp_path / "r"
+    )
 
 
 def test_empty_corpus(capsys, config, tmp_path):
     data = with_source(tmp_path, "\n\n", "empty.txt")
     path = config(**{r"configs/tiny/\w+.txt": str(data)})
-    assert "not a single text example" in refused(capsys, "tokenizer", path, "--run-dir", tmp_path / "r")
+    assert "not a single text example" in refused(
+        capsys, "tokenizer", path, "--run-dir", tmp_path / "r"
+    )
 
 
 def test_vocabulary_larger_than_the_corpus_supports(capsys, config, tmp_path):
     path = config()
-    line = refused(capsys, "tokenizer", path, "--run-dir", tmp_path / "r", "--tokenizer.vocab-size", 60000)
-    assert re.search(r"tokenizer.vocab_size: 60000 is larger than the corpus supports; set it to at most \d+", line)
-    line = refused(capsys, "tokenizer", path, "--run-dir", tmp_path / "r", "--tokenizer.vocab-size", 300_000)
+    line = refused(
+        capsys, "tokenizer", path, "--run-dir", tmp_path / "r", "--tokenizer.vocab-size", 60000
+    )
+    assert re.search(
+        r"tokenizer.vocab_size: 60000 is larger than the corpus supports; set it to at most \d+",
+        line,
+    )
+    line = refused(
+        capsys, "tokenizer", path, "--run-dir", tmp_path / "r", "--tokenizer.vocab-size", 300_000
+    )
     assert line == "jaxllm: --tokenizer.vocab-size: must be at most 262144, not 300000"
 
 
 def test_mesh_that_does_not_divide(capsys, config, tmp_path):
-    assert "mesh: data 3 does not divide the 8 devices" in refused(capsys, "tokenizer", config(), "--mesh.data", 3)
+    assert "mesh: data 3 does not divide the 8 devices" in refused(
+        capsys, "tokenizer", config(), "--mesh.data", 3
+    )
 
 
 def fresh(run_dir, *stages):
@@ -125,7 +142,9 @@ def test_parameters_that_do_not_divide(capsys, config, run_dir):
 
 
 def test_prompt_longer_than_the_context(capsys, run_dir):
-    line = refused(capsys, "generate", run_dir / "sft", "--prompt", "long " * 80, "--max-new-tokens", 16)
+    line = refused(
+        capsys, "generate", run_dir / "sft", "--prompt", "long " * 80, "--max-new-tokens", 16
+    )
     assert re.search(r"prompt: \d+ tokens and max_new_tokens 16 do not fit the context of 64", line)
 
 
@@ -138,7 +157,9 @@ def test_prompt_longer_than_the_limit_of_ppo(capsys, config, run_dir):
 def test_response_longer_than_the_limit(capsys, config, run_dir):
     fresh(run_dir, "reward")
     line = refused(capsys, "reward", config(), "--run-dir", run_dir, "--reward.length", 12)
-    assert re.search(r"rankings.jsonl:\d+: prompt and response take \d+ tokens and the limit is 12", line)
+    assert re.search(
+        r"rankings.jsonl:\d+: prompt and response take \d+ tokens and the limit is 12", line
+    )
     fresh(run_dir, "sft")
     line = refused(capsys, "sft", config(), "--run-dir", run_dir, "--sft.length", 12)
     assert re.search(r"txt:\d+: this conversation takes \d+ tokens and a row holds 12", line)
@@ -149,15 +170,21 @@ def test_all_masked_example(capsys, config, run_dir, tmp_path):
     lines = [{"prompt": f"q{i}", "response": ""} for i in range(30)]
     data = with_source(tmp_path, "\n".join(map(json.dumps, lines)))
     source = f"sources: [{{path: {data}}}]\n  num_steps: 120"
-    text = re.sub(r"sources:\n    - &positive.*?  num_steps: 120", source, TINY, flags=re.S).split("sample:")[0]
+    text = re.sub(r"sources:\n    - &positive.*?  num_steps: 120", source, TINY, flags=re.S).split(
+        "sample:"
+    )[0]
     path = tmp_path / "masked.yaml"
     path.write_text(text)
-    assert "data.jsonl:1: the last reply is empty" in refused(capsys, "sft", path, "--run-dir", run_dir)
+    assert "data.jsonl:1: the last reply is empty" in refused(
+        capsys, "sft", path, "--run-dir", run_dir
+    )
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo", "ppo"])
 @pytest.mark.parametrize("position", ["rope", "learned"])
-def test_rows_beyond_the_context_are_refused_in_every_stage(capsys, config, run_dir, stage, position):
+def test_rows_beyond_the_context_are_refused_in_every_stage(
+    capsys, config, run_dir, stage, position
+):
     shutil.rmtree(run_dir / stage, ignore_errors=True)
     field = "ppo.ptx.length" if stage == "ppo" else f"{stage}.length"
     flags = [f"--{field}", 65, "--model.position", position]
@@ -175,7 +202,11 @@ def test_a_planned_row_beyond_the_context_is_refused(capsys, config):
 def test_checkpoint_from_another_model(capsys, config, run_dir):
     fresh(run_dir, "sft")
     line = refused(capsys, "sft", config(), "--run-dir", run_dir, "--model.embed-dim", 64)
-    assert "the checkpoint is of another model" in line and "[640, 96] here" in line and "[640, 64] wanted" in line
+    assert (
+        "the checkpoint is of another model" in line
+        and "[640, 96] here" in line
+        and "[640, 64] wanted" in line
+    )
     line = refused(capsys, "generate", run_dir / "reward", "--prompt", "x")
     assert "holds a reward model where a policy model is needed" in line
 
@@ -213,7 +244,9 @@ def test_another_config_in_the_same_directory(capsys, config, run_dir):
 
 def test_prompt_and_response_beyond_the_context_in_ppo(capsys, config, run_dir):
     fresh(run_dir, "ppo")
-    line = refused(capsys, "ppo", config(), "--run-dir", run_dir, "--ppo.sampling.max-new-tokens", 60)
+    line = refused(
+        capsys, "ppo", config(), "--run-dir", run_dir, "--ppo.sampling.max-new-tokens", 60
+    )
     assert "ppo.max_prompt_length: 32 + max_new_tokens 60 exceed model.max_length 64" in line
 
 
@@ -227,7 +260,10 @@ def test_a_run_directory_whose_name_is_a_pattern(capsys, config, tmp_path, name)
 def test_a_run_directory_that_cannot_be_made(capsys, config, tmp_path, below):
     (tmp_path / "file").write_text("kept")
     line = refused(capsys, "run", config(), "--run-dir", tmp_path / "file" / below)
-    assert re.search(r"file(/below)?: cannot be made \((File exists|Not a directory)\); choose another --run-dir", line)
+    assert re.search(
+        r"file(/below)?: cannot be made \((File exists|Not a directory)\); choose another --run-dir",
+        line,
+    )
     assert (tmp_path / "file").read_text() == "kept"
     assert "cannot be made" in refused(capsys, "run", config(), "--run-dir", "/proc/jaxllm")
 
@@ -250,11 +286,14 @@ def test_a_stage_that_stays_damaged_is_made_again_once(capsys, config, run_dir, 
 
 
 @pytest.mark.parametrize(
-    "stage", ["pretrain", "sft", "sample", "rank", "reward", "dpo", "rloo", "grpo", "ppo", "evaluate"]
+    "stage",
+    ["pretrain", "sft", "sample", "rank", "reward", "dpo", "rloo", "grpo", "ppo", "evaluate"],
 )
 def test_a_stage_whose_input_was_never_made(capsys, config, tmp_path, stage):
     line = refused(capsys, stage, config(), "--run-dir", tmp_path / "r")
-    assert re.search(r"needs the \w+ stage; run: jaxllm \w+|none of the stages .* has finished", line)
+    assert re.search(
+        r"needs the \w+ stage; run: jaxllm \w+|none of the stages .* has finished", line
+    )
 
 
 @pytest.mark.parametrize("line", ['run_dir: "a\\0b"', 'name: "a\\0b"', 'name: ""'])

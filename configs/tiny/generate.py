@@ -47,15 +47,21 @@ def choices(grammar: dict[str, str], *keys: str) -> itertools.product:
 def reviews(kind: str) -> list[str]:
     """All reviews of one kind ("+" or "-"), both languages."""
     keys = ("thing", "when", kind, f"why{kind}")
-    english = [f"The {thing} {how}{when}. {why}" for thing, when, how, why in choices(ENGLISH, *keys)]
-    return english + [f"{thing}{when}{how}，{why}" for thing, when, how, why in choices(CHINESE, *keys)]
+    english = [
+        f"The {thing} {how}{when}. {why}" for thing, when, how, why in choices(ENGLISH, *keys)
+    ]
+    return english + [
+        f"{thing}{when}{how}，{why}" for thing, when, how, why in choices(CHINESE, *keys)
+    ]
 
 
 def prose(rng: random.Random) -> list[str]:
     """Documents of three sentences, the languages mixed."""
     keys = ("time", "who", "where", "deed")
     english = [f"{t} {who} by {where} {deed}." for t, who, where, deed in choices(PROSE, *keys)]
-    chinese = [f"{t}，{where}的{who}{deed}。" for t, who, where, deed in choices(PROSE_CHINESE, *keys)]
+    chinese = [
+        f"{t}，{where}的{who}{deed}。" for t, who, where, deed in choices(PROSE_CHINESE, *keys)
+    ]
     sentences = rng.sample(english, 900) + rng.sample(chinese, 900)
     rng.shuffle(sentences)
     return [" ".join(sentences[i : i + 3]) for i in range(0, len(sentences), 3)]

@@ -41,10 +41,14 @@ class InputError(Ending):
     code = 2
 
     def __init__(self, text: str):
-        super().__init__("".join(c if c.isprintable() or c in "\xa0\u3000" else f"{c!a}"[1:-1] for c in text))
+        super().__init__(
+            "".join(c if c.isprintable() or c in "\xa0\u3000" else f"{c!a}"[1:-1] for c in text)
+        )
 
 
-_MOST_KEYS = 100_000  # of a YAML file; a few lines of aliases can stand for more than any memory holds
+_MOST_KEYS = (
+    100_000  # of a YAML file; a few lines of aliases can stand for more than any memory holds
+)
 _adapter: Any = functools.cache(pydantic.TypeAdapter)
 
 
@@ -64,7 +68,9 @@ def load[T](cls: type[T], path: str | os.PathLike, overrides: Mapping[str, Any] 
     return build(cls, merge(tree, given), where | dict(_flags(given)), str(path))
 
 
-def build[T](cls: type[T], tree: Mapping[str, Any], where: Where | None = None, name: str = "config") -> T:
+def build[T](
+    cls: type[T], tree: Mapping[str, Any], where: Where | None = None, name: str = "config"
+) -> T:
     """Validate a nested mapping into the frozen dataclass `cls`; `where` maps key paths to "file:line"."""
     where = where or {}
     try:
@@ -94,12 +100,18 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Dotted paths at which two JSON trees differ, with both values, in the order of `old` then `new`."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(k for k in new if k not in old)]
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))]
+        return [
+            d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))
+        ]
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 
 
 def check_unchanged(
-    old: Any, new: Mapping[str, Any], allowed: Sequence[str], where: str | os.PathLike, what: str = "something else"
+    old: Any,
+    new: Mapping[str, Any],
+    allowed: Sequence[str],
+    where: str | os.PathLike,
+    what: str = "something else",
 ) -> None:
     """Raise InputError listing field by field what has changed since a stage was begun, but for what is allowed.
 
@@ -138,7 +150,9 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> tuple[Tree, Where]:
         return tree, where
     parent_path = (path.parent / str(parent)).resolve()
     if parent_path in (*seen, path.resolve()):
-        raise InputError(f"{where[('extends',)]}: extends: {parent} extends this file again; break the circle")
+        raise InputError(
+            f"{where[('extends',)]}: extends: {parent} extends this file again; break the circle"
+        )
     base, base_where = read_yaml(parent_path, (*seen, path.resolve()))
     return merge(base, tree), base_where | where
 
@@ -153,7 +167,9 @@ def _parse_yaml(text: str, path: Path) -> tuple[Tree, Where]:
         for key, place in _locate(node, (), path, ()):
             where[key] = place
             if len(where) > _MOST_KEYS:
-                raise InputError(f"{path}: holds more than {_MOST_KEYS:,} keys, aliases counted; make it smaller")
+                raise InputError(
+                    f"{path}: holds more than {_MOST_KEYS:,} keys, aliases counted; make it smaller"
+                )
         return yaml.SafeLoader("").construct_document(node), where
     except RecursionError:
         raise InputError(f"{path}: is nested too deeply for a config file") from None
@@ -173,7 +189,9 @@ def parse_overrides(cls: type, default: Any, args: Sequence[str], prog: str) -> 
     return tree
 
 
-def tyro_cli(cls: Any, args: Sequence[str], prog: str, default: Any = None, description: str | None = None) -> Any:
+def tyro_cli(
+    cls: Any, args: Sequence[str], prog: str, default: Any = None, description: str | None = None
+) -> Any:
     """tyro.cli whose error is one line (an InputError) in place of a box."""
     kwargs = {} if default is None else {"default": default}
     err = io.StringIO()
@@ -209,7 +227,9 @@ def _flag(path: tuple[Any, ...]) -> str:
     return f"--{'.'.join(map(str, path))}".replace("_", "-")
 
 
-def _flags(tree: Mapping[str, Any], path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
+def _flags(
+    tree: Mapping[str, Any], path: tuple[Any, ...] = ()
+) -> Iterator[tuple[tuple[Any, ...], str]]:
     """(key path, flag) of what was given on the command line, as a nested mapping."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -220,7 +240,9 @@ def _flags(tree: Mapping[str, Any], path: tuple[Any, ...] = ()) -> Iterator[tupl
 
 def _without_box(text: str) -> str:
     """tyro's message as one line, a section's own complaint with its full path."""
-    line = " ".join(word for word in text.split() if word.strip("─│╭╮╰╯-")).split(" For full helptext")[0]
+    line = " ".join(word for word in text.split() if word.strip("─│╭╮╰╯-")).split(
+        " For full helptext"
+    )[0]
     return re.sub(r"^Value error Error parsing (\S+): (\w+): ", r"\1.\2: ", line)
 
 
@@ -238,7 +260,11 @@ def _copy_field(path: list[str], parsed: Any, tree: Tree) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    return (
+        dataclasses.asdict(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        else value
+    )
 
 
 def _locate(
@@ -250,7 +276,9 @@ def _locate(
     where an alias holds itself.
     """
     if node in inside:
-        raise InputError(f"{file}:{node.start_mark.line + 1}: {'.'.join(map(str, path))} holds itself; mend the alias")
+        raise InputError(
+            f"{file}:{node.start_mark.line + 1}: {'.'.join(map(str, path))} holds itself; mend the alias"
+        )
     inside = (*inside, node)
     if isinstance(node, yaml.MappingNode):
         seen = set()
@@ -273,7 +301,11 @@ def _locate(
 def _expand(cls: Any, tree: Any, path: tuple[Any, ...], where: Where, name: str) -> Any:
     """Refuse unknown keys and let section classes complete themselves, from the outside in; `cls` is any type."""
     inner = typing.get_args(cls)
-    if typing.get_origin(cls) is tuple and dataclasses.is_dataclass(inner[0]) and isinstance(tree, list | tuple):
+    if (
+        typing.get_origin(cls) is tuple
+        and dataclasses.is_dataclass(inner[0])
+        and isinstance(tree, list | tuple)
+    ):
         return [_expand(inner[0], item, (*path, i), where, name) for i, item in enumerate(tree)]
     if not dataclasses.is_dataclass(cls) or not isinstance(tree, Mapping):
         return tree
@@ -300,7 +332,10 @@ def _expand(cls: Any, tree: Any, path: tuple[Any, ...], where: Where, name: str)
 def _own_defaults(default: Any) -> Tree:
     """Fields of a default that differ from the class defaults; they apply unless the file sets them."""
     plain = type(default)()
-    pairs = ((f.name, getattr(default, f.name), getattr(plain, f.name)) for f in dataclasses.fields(default))
+    pairs = (
+        (f.name, getattr(default, f.name), getattr(plain, f.name))
+        for f in dataclasses.fields(default)
+    )
     return {name: _plain(own) for name, own, other in pairs if own != other}
 
 
@@ -314,7 +349,9 @@ def _one_line(error: pydantic.ValidationError, where: Where, name: str) -> str:
     first, *rest = error.errors()
     path, text = tuple(first["loc"]), _complaint(first)
     if first["type"] == "value_error" and ": " in text and " " not in text.split(": ")[0]:
-        field, text = text.split(": ", 1)  # a cross-field check names its field: "field: what is wrong"
+        field, text = text.split(
+            ": ", 1
+        )  # a cross-field check names its field: "field: what is wrong"
         path = (*path, *field.split("."))
     more = f" (and {len(rest)} more)" if rest else ""
     return f"{_place(path, where, name)}: {text}{more}"
@@ -327,7 +364,9 @@ _COMPLAINTS = {
     "less_than_equal": "must be at most {le:.10g}",
     "less_than": "must be below {lt:.10g}",
     "finite_number": "must be a finite number",
-    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "must be an integer"),
+    **dict.fromkeys(
+        ("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "must be an integer"
+    ),
     **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
 }
 

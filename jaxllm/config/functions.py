@@ -23,7 +23,9 @@ def current_name(spec: str) -> str:
 
     spec: "module:function", also behind "py://"; any other text comes back as it is.
     """
-    scheme, place = ("py://", spec.removeprefix("py://")) if spec.startswith("py://") else ("", spec)
+    scheme, place = (
+        ("py://", spec.removeprefix("py://")) if spec.startswith("py://") else ("", spec)
+    )
     module, colon, function = place.partition(":")
     if not colon or module not in _MOVED:
         return spec
@@ -52,12 +54,20 @@ def resolve_function(spec: str, field: str) -> Callable[..., Any]:
         )
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, TypeError, ValueError) as error:  # a relative name is one of the latter two
+    except (
+        ImportError,
+        TypeError,
+        ValueError,
+    ) as error:  # a relative name is one of the latter two
         mend = "install that package (demos: pip install 'jaxllm[demo]') or add its directory to PYTHONPATH"
         raise InputError(f"{field} {spec!r}: {error}; {mend}") from None
     function = getattr(module, name, None)
     if not callable(function):
-        known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
+        known = [
+            n
+            for n, v in vars(module).items()
+            if callable(v) and getattr(v, "__module__", "") == module_name
+        ]
         raise InputError(
             f"{field} {spec!r}: {module_name} has no function {name!r}; it has: {', '.join(known) or 'none'}"
         )

@@ -25,7 +25,9 @@ def find_config(name: str) -> str:
         return name
     shipped = root() / "configs" / f"{name}.yaml"
     if not shipped.is_file():
-        raise InputError(f"{name}: no such config file, and no shipped config; shipped: {', '.join(names())}")
+        raise InputError(
+            f"{name}: no such config file, and no shipped config; shipped: {', '.join(names())}"
+        )
     return str(shipped)
 
 

@@ -35,11 +35,19 @@ def build_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> bool:
     partial = folder.parent / f".partial~{folder.name}~{_HOST}~{new.name.removeprefix('.new~')}"
     try:
         with open(new / _LOCK, "w") as lock:
-            with contextlib.suppress(OSError):  # file systems without locks: there the time of the last write tells
+            with contextlib.suppress(
+                OSError
+            ):  # file systems without locks: there the time of the last write tells
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            os.replace(new, partial)  # whoever sees it finds it locked, from here until it has its last name
+            os.replace(
+                new, partial
+            )  # whoever sees it finds it locked, from here until it has its last name
             meta = make(partial)
-            sums = {p.name: [p.stat().st_size, sha256(p)] for p in sorted(partial.iterdir()) if p.name != _LOCK}
+            sums = {
+                p.name: [p.stat().st_size, sha256(p)]
+                for p in sorted(partial.iterdir())
+                if p.name != _LOCK
+            }
             (partial / "meta.json").write_text(json.dumps({**meta, "files": sums}))
             _remember_times(partial, sums)
             os.replace(partial, folder)
@@ -67,12 +75,23 @@ def open_valid(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        wrong = next((n for n, (size, digest) in meta["files"].items() if not _is_whole(folder, n, size, digest)), None)
+        wrong = next(
+            (
+                n
+                for n, (size, digest) in meta["files"].items()
+                if not _is_whole(folder, n, size, digest)
+            ),
+            None,
+        )
     except (OSError, ValueError, KeyError):
         meta, wrong = {}, "meta.json"
     if wrong is None:
         return meta
-    print(f"data: {folder / wrong} is damaged (its size or checksum differs); made again", file=sys.stderr, flush=True)
+    print(
+        f"data: {folder / wrong} is damaged (its size or checksum differs); made again",
+        file=sys.stderr,
+        flush=True,
+    )
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial~damaged~"))
     with contextlib.suppress(FileNotFoundError):  # another process has done so
         os.replace(folder, aside)
@@ -153,7 +172,11 @@ def fingerprint_file(path: str, every: int, cache: Path) -> dict[str, Any]:
     """
     record, file = cache / "files" / f"{key_of(os.path.abspath(path), every)}.json", Path(path)
     info = [file.stat().st_size, *_times(file)]
-    if info[0] > _ALWAYS_READ and record.exists() and (known := json.loads(record.read_text()))["info"] == info:
+    if (
+        info[0] > _ALWAYS_READ
+        and record.exists()
+        and (known := json.loads(record.read_text()))["info"] == info
+    ):
         return known
     digest, lines, total = hashlib.sha256(), [], 0
     with open(path, "rb") as opened:
@@ -162,7 +185,9 @@ def fingerprint_file(path: str, every: int, cache: Path) -> dict[str, Any]:
             total += chunk.count(b"\n")
             digest.update(chunk)
     found = {"info": info, "size": info[0], "version": digest.hexdigest(), "lines": lines}
-    if info[0] > _ALWAYS_READ and time.time_ns() - info[2] > 2e9:  # a change right now might not change the times
+    if (
+        info[0] > _ALWAYS_READ and time.time_ns() - info[2] > 2e9
+    ):  # a change right now might not change the times
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, found)
     return found
@@ -184,7 +209,9 @@ class ArrayFile:
         size = max(0, stop - start) * self.dtype.itemsize
         data = os.pread(self._file.fileno(), size, start * self.dtype.itemsize)
         if len(data) != size:
-            raise InputError(f"{self.path}: has lost its end since it was opened; run again to make it anew")
+            raise InputError(
+                f"{self.path}: has lost its end since it was opened; run again to make it anew"
+            )
         return np.frombuffer(data, self.dtype)
 
     def chunks(self, size: int = 1 << 16):

@@ -21,10 +21,23 @@ _BY_SUFFIX: dict[str, Format] = {
     "array_record": "array_record",
     "arrayrecord": "array_record",
 }
-_TEXTS = ("txt", "text", "md", "markdown", "rst", "tex", "log", "py")  # taken for text whatever they hold
+_TEXTS = (
+    "txt",
+    "text",
+    "md",
+    "markdown",
+    "rst",
+    "tex",
+    "log",
+    "py",
+)  # taken for text whatever they hold
 _HEAD = 1 << 16  # bytes that tell
 _NO_TEXT = (  # first bytes, what they tell, and the mend
-    (re.compile(rb"PAR1[\0-\x1f]"), "Parquet", 'name it .parquet, or set the source\'s format to "parquet"'),
+    (
+        re.compile(rb"PAR1[\0-\x1f]"),
+        "Parquet",
+        'name it .parquet, or set the source\'s format to "parquet"',
+    ),
     (re.compile(rb"\x1f\x8b"), "data compressed by gzip", "end its name in .gz"),
     (re.compile(rb"\x28\xb5\x2f\xfd"), "data compressed by Zstandard", "end its name in .zst"),
     (re.compile(rb"BZh[1-9]1AY&SY"), "data compressed by bzip2", "end its name in .bz2"),
@@ -32,7 +45,9 @@ _NO_TEXT = (  # first bytes, what they tell, and the mend
     (re.compile(rb"PK\x03\x04"), "a zip archive", "unpack it"),
     (re.compile(rb"\xff\xfe|\xfe\xff"), "UTF-16 text", "convert it to UTF-8"),
 )
-_OBJECT = re.compile(r'\s*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')  # how records in JSON begin, and no prose does
+_OBJECT = re.compile(
+    r'\s*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:'
+)  # how records in JSON begin, and no prose does
 _ROWS = 4  # lines that make a table, the names of its columns included
 
 
@@ -78,7 +93,9 @@ def _is_table(lines: Sequence[str], delimiter: str) -> bool:
 
 
 def _are_names(cells: Sequence[str]) -> bool:
-    return len(set(cells)) == len(cells) and all(0 < len(name) <= 64 and name[0].isalpha() for name in cells)
+    return len(set(cells)) == len(cells) and all(
+        0 < len(name) <= 64 and name[0].isalpha() for name in cells
+    )
 
 
 def _is_prose(row: Sequence[str]) -> bool:

@@ -18,7 +18,14 @@ import fsspec
 from jaxllm.config import InputError
 from jaxllm.config.shipped import find_data
 
-COMPRESSIONS = {"gz": "gzip", "gzip": "gzip", "zst": "zstd", "zstd": "zstd", "bz2": "bzip2", "xz": "xz"}
+COMPRESSIONS = {
+    "gz": "gzip",
+    "gzip": "gzip",
+    "zst": "zstd",
+    "zstd": "zstd",
+    "bz2": "bzip2",
+    "xz": "xz",
+}
 
 
 def compression_of(path: str) -> str:
@@ -44,7 +51,9 @@ def resolve(path: str) -> list[str]:
         path = _package_path(path)
     found, is_folder = _remote(path) if "://" in path else _local(path)
     if is_folder:
-        raise InputError(f"{path}: is a folder; give a glob of the files in it, such as {path.rstrip('/')}/*.jsonl")
+        raise InputError(
+            f"{path}: is a folder; give a glob of the files in it, such as {path.rstrip('/')}/*.jsonl"
+        )
     if not found:
         raise InputError(f"{path}: no such file; give an existing one or a glob that matches one")
     return found
@@ -64,7 +73,9 @@ def _remote(path: str) -> tuple[list[str], bool]:
     fs, name = filesystem(path)
     with readable(path):
         if glob.has_magic(name):
-            return sorted(str(fs.unstrip_protocol(found)) for found in fs.glob(name) if fs.isfile(found)), False
+            return sorted(
+                str(fs.unstrip_protocol(found)) for found in fs.glob(name) if fs.isfile(found)
+            ), False
         if not fs.exists(name):
             return [], False
         if fs.isfile(name):
@@ -76,10 +87,14 @@ def _package_path(path: str) -> str:
     """Find a package's folder without importing it: its code is not run to read its data."""
     package, _, inside = path.removeprefix("pkg://").partition("/")
     spec = None
-    with contextlib.suppress(ModuleNotFoundError, ValueError):  # of the package above it; an empty name
+    with contextlib.suppress(
+        ModuleNotFoundError, ValueError
+    ):  # of the package above it; an empty name
         spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"{path}: package {package} is not installed; pip install {package} (demos: 'jaxllm[demo]')")
+        raise InputError(
+            f"{path}: package {package} is not installed; pip install {package} (demos: 'jaxllm[demo]')"
+        )
     root = Path(spec.submodule_search_locations[0]).resolve()
     if not (root / inside).resolve().is_relative_to(root):
         raise InputError(f"{path}: leaves the package's folder; name a file inside it")
@@ -91,7 +106,9 @@ def filesystem(path: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(path)
     except ImportError:
-        raise InputError(f"{path}: reading it needs another package; pip install 'jaxllm[data]'") from None
+        raise InputError(
+            f"{path}: reading it needs another package; pip install 'jaxllm[data]'"
+        ) from None
     except ValueError as error:
         raise InputError(f"{path}: {error}; give a file, gs://, s3://, pkg:// or py://") from None
 
@@ -161,4 +178,6 @@ def extra(name: str, path: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         package = name.partition(".")[0]
-        raise InputError(f"{path}: reading it needs {package}; pip install {package} or 'jaxllm[data]'") from None
+        raise InputError(
+            f"{path}: reading it needs {package}; pip install {package} or 'jaxllm[data]'"
+        ) from None

@@ -43,7 +43,9 @@ class Example(NamedTuple):
 
     def content(self) -> str:
         """What makes two examples the same one."""
-        ranking = [self.responses, self.ranks, self.scores, self.annotator] if self.responses else []
+        ranking = (
+            [self.responses, self.ranks, self.scores, self.annotator] if self.responses else []
+        )
         tools = [self.tools] if self.tools else []
         return as_json([self.text, self.messages, *ranking, *tools])
 
@@ -53,7 +55,9 @@ class Example(NamedTuple):
 
     def learnt(self) -> str:
         """The text whose tokens are targets."""
-        return self.text or "".join(message_text(m) for m in self.messages if m["role"] == "assistant")
+        return self.text or "".join(
+            message_text(m) for m in self.messages if m["role"] == "assistant"
+        )
 
     def whole(self) -> str:
         """All of its text."""
@@ -63,11 +67,15 @@ class Example(NamedTuple):
         """What the model is asked: one message as it is, or all messages before the reply."""
         return question(self.messages)
 
-    def encode(self, tokenizer: Tokenizer, *replies: str, reply: bool = False) -> tuple[list[int], list[bool]]:
+    def encode(
+        self, tokenizer: Tokenizer, *replies: str, reply: bool = False
+    ) -> tuple[list[int], list[bool]]:
         """`encode_chat` of its messages, and of replies to them; what the template refuses is named by its place."""
         messages = [*self.messages, *({"role": "assistant", "content": text} for text in replies)]
         try:
-            return tokenizer.encode_chat(messages, reply=reply, **({"tools": self.tools} if self.tools else {}))
+            return tokenizer.encode_chat(
+                messages, reply=reply, **({"tools": self.tools} if self.tools else {})
+            )
         except InputError as error:
             raise InputError(f"{self.origin}: {error}") from None
 
@@ -79,7 +87,9 @@ def assign_splits(
     for record in records:
         example, given = _make(kind, data.sources[index], record, index), record.fields.get("split")
         if given not in (None, "", "train", "held_out"):
-            raise InputError(f"{record.origin}: split must be train or held_out, not {given!r:.40}; rename it")
+            raise InputError(
+                f"{record.origin}: split must be train or held_out, not {given!r:.40}; rename it"
+            )
         yield example, given or _side(example, record, kind, data)
 
 
@@ -144,7 +154,9 @@ def _messages(source: Source, record: Record, with_reply: bool) -> Messages:
         messages = _filled(source, record, with_reply) if source.prompt else _of_fields(record)
         check_messages(messages, record.origin)
         if not all(m["content"].strip() for m in messages if m["role"] == "user"):
-            raise InputError(f"{record.origin}: the prompt is empty, so nothing is asked; remove the record")
+            raise InputError(
+                f"{record.origin}: the prompt is empty, so nothing is asked; remove the record"
+            )
     else:
         messages = record.fields["messages"]
         check_messages(messages, record.origin)
@@ -174,12 +186,20 @@ def _of_fields(record: Record) -> Messages:
     if "response" in record.fields and "prompt" not in record.fields:
         raise InputError(f'{record.origin}: has a "response" without a "prompt"; give both')
     names = {"system": "system", "user": "prompt", "assistant": "response"}
-    return [{"role": role, "content": record.fields[name]} for role, name in names.items() if name in record.fields]
+    return [
+        {"role": role, "content": record.fields[name]}
+        for role, name in names.items()
+        if name in record.fields
+    ]
 
 
 def _responses(fields: Mapping[str, Any], origin: str) -> list[str]:
     responses = fields.get("responses")
-    if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(r, str) for r in responses):
+    if (
+        not isinstance(responses, list)
+        or len(responses) < 2
+        or not all(isinstance(r, str) for r in responses)
+    ):
         raise InputError(f'{origin}: a ranking needs "responses", a list of at least 2 strings')
     return responses
 
@@ -189,9 +209,17 @@ def _scores(fields: Mapping[str, Any], responses: Sequence[str], origin: str) ->
     scores = fields.get("scores")
     if scores is None:
         return []
-    finite = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and -_LARGEST <= x <= _LARGEST
-    if not isinstance(scores, list) or len(scores) != len(responses) or not all(map(finite, scores)):
-        raise InputError(f'{origin}: "scores" must be one finite number for each of {len(responses)} responses')
+    finite = lambda x: (
+        isinstance(x, int | float) and not isinstance(x, bool) and -_LARGEST <= x <= _LARGEST
+    )
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(responses)
+        or not all(map(finite, scores))
+    ):
+        raise InputError(
+            f'{origin}: "scores" must be one finite number for each of {len(responses)} responses'
+        )
     return scores
 
 
@@ -201,7 +229,9 @@ def _ranks_of(scores: Sequence[float]) -> list[int]:
 
 
 def _checked_ranks(ranks: Any, responses: Sequence[str], origin: str) -> list[int]:
-    good = isinstance(ranks, list) and all(type(rank) is int and 1 <= rank < 2**31 for rank in ranks)
+    good = isinstance(ranks, list) and all(
+        type(rank) is int and 1 <= rank < 2**31 for rank in ranks
+    )
     if not good or len(ranks) != len(responses):
         raise InputError(
             f'{origin}: a ranking needs "ranks", one integer from 1 (best) for each of {len(responses)} responses, '

@@ -29,7 +29,9 @@ def question(messages: Sequence[Mapping[str, Any]]) -> str:
 
 def known_parts(messages: Sequence[Mapping[str, Any]]) -> Messages:
     """The messages with what a template may show of them, in one order; what is absent is left out."""
-    return [{name: m[name] for name in ("role", *_PARTS) if m.get(name) is not None} for m in messages]
+    return [
+        {name: m[name] for name in ("role", *_PARTS) if m.get(name) is not None} for m in messages
+    ]
 
 
 def check_messages(messages: Any, origin: str) -> None:
@@ -39,19 +41,25 @@ def check_messages(messages: Any, origin: str) -> None:
     for message in messages:
         _check_message(message, origin)
     if messages and messages[-1]["role"] == "assistant" and not message_text(messages[-1]):
-        raise InputError(f"{origin}: the last reply is empty, so there is nothing to learn; remove the line")
+        raise InputError(
+            f"{origin}: the last reply is empty, so there is nothing to learn; remove the line"
+        )
 
 
 def _check_message(message: Mapping[str, Any], origin: str) -> None:
     calls, content, role = (message.get(name) for name in ("tool_calls", "content", "role"))
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+    if calls is not None and not (
+        isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+    ):
         raise InputError(f'{origin}: "tool_calls" must be a list of objects, not {calls!r:.60}')
     may_be_silent = role == "assistant" and bool(calls)
     if role not in ROLES or not (isinstance(content, str) or (content is None and may_be_silent)):
         needs = f"a role ({', '.join(ROLES)}) and content (a string)"
         raise InputError(f"{origin}: a message needs {needs}: {message!r:.80}")
     if wrong := next((name for name in _TEXTS if not isinstance(message.get(name, ""), str)), ""):
-        raise InputError(f'{origin}: "{wrong}" of a message must be a string, not {message[wrong]!r:.60}')
+        raise InputError(
+            f'{origin}: "{wrong}" of a message must be a string, not {message[wrong]!r:.60}'
+        )
 
 
 def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -62,7 +62,9 @@ def best_fit(lengths: Sequence[int], length: int) -> np.ndarray:
     return np.array(sorted(plan), np.int64).reshape(-1, 2)
 
 
-def materialise(tokens: np.ndarray, mask: np.ndarray | None, sizes: np.ndarray, length: int, pad_id: int) -> Row:
+def materialise(
+    tokens: np.ndarray, mask: np.ndarray | None, sizes: np.ndarray, length: int, pad_id: int
+) -> Row:
     """One row from its segments' tokens, one after the other: {tokens, segment_ids, positions int32[T], loss_mask}.
 
     mask bool[n]: which of the tokens are targets; None: all. segment_ids count from 1 and are 0 in the padding,

@@ -80,7 +80,9 @@ def _read_text(part: Part, unit: str) -> Iterator[Record]:
     if unit == "line":
         yield from (Record({"text": text.rstrip("\r\n")}, origin) for origin, text in _lines(part))
         return
-    for is_text, lines in itertools.groupby(_lines(part), lambda line: unit == "file" or bool(line[1].strip())):
+    for is_text, lines in itertools.groupby(
+        _lines(part), lambda line: unit == "file" or bool(line[1].strip())
+    ):
         if is_text:
             origins, texts = zip(*lines, strict=True)
             yield Record({"text": "".join(texts).strip("\r\n")}, origins[0])
@@ -97,7 +99,11 @@ def _read_json(part: Part) -> Iterator[Record]:
     if _is_jsonl(part):
         yield from _read_jsonl(part)
         return
-    values = parse("".join(text for _, text in _lines(part)), part.path, "write a list of objects, or one a line")
+    values = parse(
+        "".join(text for _, text in _lines(part)),
+        part.path,
+        "write a list of objects, or one a line",
+    )
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise InputError(f"{part.path}: must hold a list of objects, or one object a line")
     yield from (present(value, f"{part.path}:{n}") for n, value in enumerate(values, start=1))
@@ -129,24 +135,32 @@ def _read_table(part: Part, delimiter: str) -> Iterator[Record]:
         raise InputError(f"{part.path}: is empty; name the columns in the first line")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{part.path}:1: the column {twice!r:.40} is named twice; give each a name of its own")
+        raise InputError(
+            f"{part.path}:1: the column {twice!r:.40} is named twice; give each a name of its own"
+        )
     for number, row in rows:
         if len(row) != len(names):
             cells = f"{len(row)} cells under {len(names)} names of columns"
-            raise InputError(f"{part.path}:{number}: has {cells}; mend the row, or quote what holds a {delimiter!r}")
+            raise InputError(
+                f"{part.path}:{number}: has {cells}; mend the row, or quote what holds a {delimiter!r}"
+            )
         yield Record(dict(zip(names, row, strict=True)), f"{part.path}:{number}")
 
 
 def _rows(part: Part, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(number of its first line, cells) of each row that is not blank."""
-    csv.field_size_limit(1 << 30)  # a text may be longer than the 128 kB that a cell may hold otherwise
+    csv.field_size_limit(
+        1 << 30
+    )  # a text may be longer than the 128 kB that a cell may hold otherwise
     reader = csv.reader((text for _, text in _lines(part)), delimiter=delimiter, strict=True)
     while True:
         number = reader.line_num + 1
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise InputError(f"{part.path}:{number}: not a row of a table: {error}; mend its quotes") from None
+            raise InputError(
+                f"{part.path}:{number}: not a row of a table: {error}; mend its quotes"
+            ) from None
         if row is None:
             return
         if row:
@@ -197,7 +211,9 @@ def _read_array_record(part: Part) -> Iterator[Record]:
     with _array_record(part.path) as reader:
         stop = min(part.stop or reader.num_records(), reader.num_records())
         for start in range(part.start, stop, 256):
-            for number, value in enumerate(reader.read(start, min(start + 256, stop)), start=start + 1):
+            for number, value in enumerate(
+                reader.read(start, min(start + 256, stop)), start=start + 1
+            ):
                 origin = f"{part.path}:{number}"
                 text = decoded(value, origin)
                 fields = parse_object(text, origin) if text.startswith("{") else {"text": text}

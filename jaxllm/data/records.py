@@ -8,7 +8,9 @@ import numpy as np
 
 from jaxllm.config import InputError
 
-_DEEPEST = 200  # levels of lists and objects in one another; Python's own limit depends on where it reads
+_DEEPEST = (
+    200  # levels of lists and objects in one another; Python's own limit depends on where it reads
+)
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # may be half of a surrogate pair
 
 
@@ -29,7 +31,11 @@ def present(fields: dict[str, Any], origin: str) -> Record:
 
     A table has no other way to leave a value out; where a number was wanted pandas writes NaN for it.
     """
-    empty = [name for name, value in fields.items() if value is None or (isinstance(value, float) and value != value)]
+    empty = [
+        name
+        for name, value in fields.items()
+        if value is None or (isinstance(value, float) and value != value)
+    ]
     if empty:
         fields = {name: value for name, value in fields.items() if name not in empty}
     if isinstance(messages := fields.get("messages"), list):
@@ -64,7 +70,9 @@ def spelled(value: Any, origin: str) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_text_of)
     except (TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:100]
-        raise InputError(f"{origin}: {value!r:.40} has no spelling as text ({reason}); give text") from None
+        raise InputError(
+            f"{origin}: {value!r:.40} has no spelling as text ({reason}); give text"
+        ) from None
 
 
 def _text_of(value: Any) -> str:
@@ -84,7 +92,9 @@ def parse(text: str, origin: str, mend: str = "write one object per line") -> An
             mend = "remove the byte order mark at its start"
         raise InputError(f"{origin}: not valid JSON: {error}; {mend}") from None
     except ValueError:  # Python's limit for the digits of a whole number
-        raise InputError(f"{origin}: holds a number of thousands of digits; write it as a text") from None
+        raise InputError(
+            f"{origin}: holds a number of thousands of digits; write it as a text"
+        ) from None
     if text.count("[") + text.count("{") > _DEEPEST and _depth(value) > _DEEPEST:
         raise too_deep(origin)
     if "\\" in text and _HALF_PAIR.search(text):
@@ -102,31 +112,41 @@ def check_unicode(text: str, origin: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
-        raise InputError(f"{origin}: not valid Unicode: {half} is half of a surrogate pair; write U+FFFD") from None
+        raise InputError(
+            f"{origin}: not valid Unicode: {half} is half of a surrogate pair; write U+FFFD"
+        ) from None
 
 
 def parse_object(line: str, origin: str) -> dict[str, Any]:
     """The JSON object of a line. Raises InputError where it holds none."""
     value = parse(line, origin)
     if not isinstance(value, dict):
-        raise InputError(f'{origin}: must be a JSON object such as {{"text": ...}}, not {type(value).__name__}')
+        raise InputError(
+            f'{origin}: must be a JSON object such as {{"text": ...}}, not {type(value).__name__}'
+        )
     return value
 
 
 def decoded(value: bytes, origin: str) -> str:
     """UTF-8 as text. Raises InputError where it is not, or holds a NUL byte, which no text does."""
     if 0 in value:
-        raise InputError(f"{origin}: holds a NUL byte, so it is not UTF-8 text; convert or repair the file")
+        raise InputError(
+            f"{origin}: holds a NUL byte, so it is not UTF-8 text; convert or repair the file"
+        )
     try:
         return value.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{origin}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
+        raise InputError(
+            f"{origin}: not UTF-8 ({error.reason} at byte {error.start}); convert the file"
+        ) from None
 
 
 def _depth(value: Any) -> int:
     """Levels of lists and objects in one another."""
     depth, level = 0, [value]
     while level := [each for each in level if isinstance(each, list | dict)]:
-        level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
+        level = [
+            child for each in level for child in (each.values() if isinstance(each, dict) else each)
+        ]
         depth += 1
     return depth

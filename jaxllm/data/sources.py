@@ -66,18 +66,32 @@ class Source:
 
     def __post_init__(self) -> None:
         require(not self.weight or self.epochs == 1, "epochs: must be 1 where a weight is given")
-        for name, pattern, replacement in [("match", self.match, ""), *(("replace", *pair) for pair in self.replace)]:
+        for name, pattern, replacement in [
+            ("match", self.match, ""),
+            *(("replace", *pair) for pair in self.replace),
+        ]:
             try:
-                re.compile(pattern).sub(replacement, "")  # refuses references to groups that are not there
+                re.compile(pattern).sub(
+                    replacement, ""
+                )  # refuses references to groups that are not there
             except (re.error, IndexError) as error:
                 raise ValueError(f"{name}: {pattern!r} -> {replacement!r}: {error}") from None
         named = set(re.compile(self.match).groupindex)
-        require("text" not in named, "match: a group cannot be called text, the whole text that decides the split")
+        require(
+            "text" not in named,
+            "match: a group cannot be called text, the whole text that decides the split",
+        )
         for name in ("system", "prompt", "response"):
             for field in re.findall(r"\{(\w+)\}", getattr(self, name)) if self.match else ():
                 known = sorted({"text", *named})
-                require(field in known, f"{name}: {{{field}}} is not a group of `match`; known: {', '.join(known)}")
-        require(bool(self.prompt or not self.response), "prompt: a response template needs a prompt template")
+                require(
+                    field in known,
+                    f"{name}: {{{field}}} is not a group of `match`; known: {', '.join(known)}",
+                )
+        require(
+            bool(self.prompt or not self.response),
+            "prompt: a response template needs a prompt template",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +141,14 @@ def read_records(source: Source, parts: Sequence[Part] | None = None) -> Iterato
     read, with its line.
     """
     excluded = excluded_digests(source)
-    kept = (record for record in raw_records(source, parts) if not dropped(source, record, excluded))
+    kept = (
+        record for record in raw_records(source, parts) if not dropped(source, record, excluded)
+    )
     if not source.max_records:
         return kept
-    return iter(heapq.nsmallest(source.max_records, kept, key=lambda r: digest(canonical(r.fields))))
+    return iter(
+        heapq.nsmallest(source.max_records, kept, key=lambda r: digest(canonical(r.fields)))
+    )
 
 
 def canonical(fields: dict[str, Any]) -> str:
@@ -152,8 +170,13 @@ def excluded_digests(source: Source) -> frozenset[bytes]:
     """Those of the texts in the files that a source excludes."""
     if not source.exclude:
         return frozenset()
-    others = [dataclasses.replace(source, path=p, exclude=(), match="", max_records=0) for p in source.exclude]
-    stamps = [os.stat(f).st_ctime_ns if os.path.exists(f) else 0 for other in others for f in files(other)]
+    others = [
+        dataclasses.replace(source, path=p, exclude=(), match="", max_records=0)
+        for p in source.exclude
+    ]
+    stamps = [
+        os.stat(f).st_ctime_ns if os.path.exists(f) else 0 for other in others for f in files(other)
+    ]
     return _digests(tuple(others), tuple(stamps) or time.time_ns())
 
 
@@ -163,7 +186,9 @@ def _digests(sources: Sequence[Source], _stamps: Any) -> frozenset[bytes]:
     for record in (record for source in sources for record in raw_records(source)):
         text = record.fields.get("text")
         if not isinstance(text, str):
-            raise InputError(f"{record.origin}: `exclude` compares texts, and this has none; exclude files of texts")
+            raise InputError(
+                f"{record.origin}: `exclude` compares texts, and this has none; exclude files of texts"
+            )
         found.add(digest(text))
     return frozenset(found)
 
@@ -192,7 +217,9 @@ def raw_records(source: Source, parts: Sequence[Part] | None = None) -> Iterator
         records = _of_function(source.path)
     else:
         parts = [Part(file) for file in resolve(source.path)] if parts is None else parts
-        records = (record for part in parts for record in read_part(part, source.format, source.record))
+        records = (
+            record for part in parts for record in read_part(part, source.format, source.record)
+        )
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in source.replace]
     for record in records:
         text = record.fields.get(source.text_field)
@@ -213,11 +240,15 @@ def _of_function(path: str) -> Iterator[Record]:
     for number, fields in enumerate(function(), start=1):
         origin = f"{path}:{number}"
         if not isinstance(fields, dict):
-            raise InputError(f"{origin}: the function must yield dicts, not {type(fields).__name__}")
+            raise InputError(
+                f"{origin}: the function must yield dicts, not {type(fields).__name__}"
+            )
         try:
             text = json.dumps(fields, ensure_ascii=False, sort_keys=True, default=str)
         except (TypeError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())[:100]
-            raise InputError(f"{origin}: has no spelling in JSON ({reason}); yield texts, numbers and lists") from None
+            raise InputError(
+                f"{origin}: has no spelling in JSON ({reason}); yield texts, numbers and lists"
+            ) from None
         check_unicode(text, origin)
         yield present(dict(fields), origin)

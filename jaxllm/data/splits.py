@@ -26,7 +26,9 @@ def examples(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
     end, a source without one in the training split.
     """
     if not data.sources:
-        raise InputError(f"data.sources: none given, and {kind} examples are needed; name at least one source")
+        raise InputError(
+            f"data.sources: none given, and {kind} examples are needed; name at least one source"
+        )
     counts = [0] * len(data.sources)
     for example in _stream(data, kind, split):
         counts[example.source] += 1
@@ -38,11 +40,21 @@ def examples(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
 
 def _stream(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
     # Two texts on different sides may give the same conversation: it stays held out. So does a ranked prompt.
-    every = lambda: (pair for i, s in enumerate(data.sources) for pair in assign_splits(data, kind, i, read_records(s)))
-    held_out = {_leak(e, kind) for e, side in every() if side == "held_out"} if split == "train" else set()
+    every = lambda: (
+        pair
+        for i, s in enumerate(data.sources)
+        for pair in assign_splits(data, kind, i, read_records(s))
+    )
+    held_out = (
+        {_leak(e, kind) for e, side in every() if side == "held_out"} if split == "train" else set()
+    )
     seen: set[bytes] = set()
     for example, side in every():
-        if side == split and _leak(example, kind) not in held_out and (key := example.digest()) not in seen:
+        if (
+            side == split
+            and _leak(example, kind) not in held_out
+            and (key := example.digest()) not in seen
+        ):
             seen.add(key)
             yield example
 
@@ -65,10 +77,14 @@ def nothing_there(data: DataConfig, kind: str, split: str) -> InputError:
         return InputError(f"{where}: {nothing}; raise data.held_out_fraction or give more text")
     if kind == "text":
         return InputError(f"{where}: {nothing}; give text that is not held out")
-    return InputError(f"{where}: {nothing} ({_reasons(data, kind, 0)}); mend the source or give more text")
+    return InputError(
+        f"{where}: {nothing} ({_reasons(data, kind, 0)}); mend the source or give more text"
+    )
 
 
-def require_examples(data: DataConfig, kind: str, split: str, counts: Sequence[int], word: str = "") -> None:
+def require_examples(
+    data: DataConfig, kind: str, split: str, counts: Sequence[int], word: str = ""
+) -> None:
     """Check that each source gives examples to a split; counts: how many, source by source.
 
     Raises InputError with the reasons where one gives none to train on, unless its records themselves say "held_out".
@@ -84,7 +100,9 @@ def require_examples(data: DataConfig, kind: str, split: str, counts: Sequence[i
         _say(f"data: {source.path}: {nothing}")
 
 
-def require_room(data: DataConfig, kind: str, split: str, found: Iterable[int], kept: Iterable[int], size: int) -> None:
+def require_room(
+    data: DataConfig, kind: str, split: str, found: Iterable[int], kept: Iterable[int], size: int
+) -> None:
     """Check that each source has examples of at most `size` tokens; found, kept: the sources of all and of those.
 
     Raises InputError where one has none of them to train on; in the held-out split it is named in a line.
@@ -92,7 +110,9 @@ def require_room(data: DataConfig, kind: str, split: str, found: Iterable[int], 
     for index in sorted({*found} - {*kept}):
         long = f"every {kind} example of the {split} split is longer than {size} tokens"
         if split == "train":
-            raise InputError(f"{data.sources[index].path}: {long}; raise the length or leave the source out")
+            raise InputError(
+                f"{data.sources[index].path}: {long}; raise the length or leave the source out"
+            )
         _say(f"data: {data.sources[index].path}: {long}")
 
 
@@ -100,8 +120,12 @@ def _reasons(data: DataConfig, kind: str, index: int) -> str:
     """Why the records of a source, which are read again, give no example to train on, with their numbers."""
     source = data.sources[index]
     excluded = excluded_digests(source)
-    why = Counter(filter(None, (dropped(source, record, excluded) for record in raw_records(source))))
-    numbers = ", ".join(f"{count:,} {reason}" for reason, count in (why + _sides(data, kind, index)).items())
+    why = Counter(
+        filter(None, (dropped(source, record, excluded) for record in raw_records(source)))
+    )
+    numbers = ", ".join(
+        f"{count:,} {reason}" for reason, count in (why + _sides(data, kind, index)).items()
+    )
     return f"records: {numbers}" if numbers else "it has no records"
 
 

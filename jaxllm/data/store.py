@@ -56,9 +56,18 @@ _VERSION = "v3"
 _SPLITS = ("train", "held_out")
 _RUN = 1 << 17  # hashes sorted at once
 _IN_PROCESS = 1 << 24  # bytes of text for which starting workers takes longer
-_DOCUMENT = [("start", "<i8"), ("size", "<u4"), ("bytes", "<u4")]  # first token, tokens, bytes of the targets
-EXAMPLE = {"document": np.dtype(_DOCUMENT), "chat": np.dtype([*_DOCUMENT, ("part", "<u4"), ("line", "<u4")])}
-_KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("index", "<u4"), ("side", "u1")])  # a content's hash; 1 + its split
+_DOCUMENT = [
+    ("start", "<i8"),
+    ("size", "<u4"),
+    ("bytes", "<u4"),
+]  # first token, tokens, bytes of the targets
+EXAMPLE = {
+    "document": np.dtype(_DOCUMENT),
+    "chat": np.dtype([*_DOCUMENT, ("part", "<u4"), ("line", "<u4")]),
+}
+_KEY = np.dtype(
+    [("high", "<u8"), ("low", "<u8"), ("index", "<u4"), ("side", "u1")]
+)  # a content's hash; 1 + its split
 
 
 class Unit(NamedTuple):
@@ -75,9 +84,13 @@ class Unit(NamedTuple):
 class Tokens:
     """The tokens of all units, one after the other, and for chats which of them are targets."""
 
-    def __init__(self, folders: Sequence[Path], counts: Sequence[int], dtype: np.dtype, masked: bool):
+    def __init__(
+        self, folders: Sequence[Path], counts: Sequence[int], dtype: np.dtype, masked: bool
+    ):
         self.bases, self.masked = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), masked
-        opened = functools.lru_cache(maxsize=256)(ArrayFile)  # systems limit the number of open files
+        opened = functools.lru_cache(maxsize=256)(
+            ArrayFile
+        )  # systems limit the number of open files
         self._tokens = lambda unit: opened(folders[unit] / "tokens", dtype)
         self._mask = lambda unit: opened(folders[unit] / "mask", np.bool_)
 
@@ -87,9 +100,14 @@ class Tokens:
         alone = (starts[1:] != starts[:-1] + sizes[:-1]) | (units[1:] != units[:-1])
         firsts = np.flatnonzero(np.concatenate([[True], alone]))
         begin, counts = starts[firsts] - self.bases[units[firsts]], np.add.reduceat(sizes, firsts)
-        pieces = [(int(u), int(a), int(a + n)) for u, a, n in zip(units[firsts], begin, counts, strict=True)]
+        pieces = [
+            (int(u), int(a), int(a + n))
+            for u, a, n in zip(units[firsts], begin, counts, strict=True)
+        ]
         tokens = np.concatenate([self._tokens(u).read(a, b) for u, a, b in pieces]).astype(np.int32)
-        return tokens, np.concatenate([self._mask(u).read(a, b) for u, a, b in pieces]) if self.masked else None
+        return tokens, np.concatenate(
+            [self._mask(u).read(a, b) for u, a, b in pieces]
+        ) if self.masked else None
 
 
 class Examples(NamedTuple):
@@ -108,16 +126,24 @@ class Examples(NamedTuple):
 
 
 def open_store(
-    data: DataConfig, kind: str, tokenizer: Tokenizer | None, folder: Path, share: tuple[int, int] = (0, 1)
+    data: DataConfig,
+    kind: str,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, list[Examples]]:
     """split -> the examples of each source, tokenized and cached if they are not; share: (this process, of how many)."""
     if not data.sources:
-        raise InputError(f"data.sources: none given, and {kind} examples are needed; name at least one source")
+        raise InputError(
+            f"data.sources: none given, and {kind} examples are needed; name at least one source"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
     units = _units(data, kind, tokenizer, folder)
     metas = _prepare(units, tokenizer, share)
-    tokens = Tokens([u.folder for u in units], [m["tokens"] for m in metas], _dtype(tokenizer), kind == "chat")
+    tokens = Tokens(
+        [u.folder for u in units], [m["tokens"] for m in metas], _dtype(tokenizer), kind == "chat"
+    )
     key = key_of([(u.source, u.folder.name) for u in units])
     store = folder / f"{kind}-{key}"
     meta = get_or_build(store, lambda partial: _join(partial, units, metas, tokens.bases, kind))
@@ -127,7 +153,9 @@ def open_store(
         name = f"{split}-{index}"
         num_tokens, num_bytes = meta["counts"][name]
         table = ArrayFile(store / name, EXAMPLE[kind])
-        return Examples(data.sources[index], tokens, table, num_tokens, num_bytes, parts, f"{key}-{name}")
+        return Examples(
+            data.sources[index], tokens, table, num_tokens, num_bytes, parts, f"{key}-{name}"
+        )
 
     return {split: [examples(split, i) for i in range(len(data.sources))] for split in _SPLITS}
 
@@ -140,7 +168,12 @@ def load_texts(data: DataConfig, split: str, cache_dir: Any = None) -> Iterator[
     plain = tuple(s for s in data.sources if s not in chats)
     with tempfile.TemporaryDirectory() as temporary:
         texts = (
-            _kept_texts(dataclasses.replace(data, sources=some, curriculum=()), kind, split, cache_dir or temporary)
+            _kept_texts(
+                dataclasses.replace(data, sources=some, curriculum=()),
+                kind,
+                split,
+                cache_dir or temporary,
+            )
             for some, kind in ((plain, "document"), (chats, "chat"))
             if some
         )
@@ -157,8 +190,12 @@ def _kept_texts(data: DataConfig, kind: str, split: str, cache_dir: Any) -> Iter
     folder = Path(cache_dir)
     tables = [each.table for each in open_store(data, kind, None, folder)[split]]
     require_examples(data, kind, split, [len(table) for table in tables], word="text")
-    kept = (number for table in tables for chunk in table.chunks() for number in chunk["start"].tolist())
-    stream = itertools.chain.from_iterable(_distinct(_read(unit)) for unit in _units(data, kind, None, folder))
+    kept = (
+        number for table in tables for chunk in table.chunks() for number in chunk["start"].tolist()
+    )
+    stream = itertools.chain.from_iterable(
+        _distinct(_read(unit)) for unit in _units(data, kind, None, folder)
+    )
     wanted = next(kept, None)
     for number, (example, *_) in enumerate(stream):
         if number == wanted:
@@ -170,7 +207,11 @@ def _is_chat(source: Source) -> bool:
     if source.prompt:
         return True
     first = next(iter(read_records(source)), None)
-    return first is not None and "text" not in first.fields and bool({"messages", "prompt"} & first.fields.keys())
+    return (
+        first is not None
+        and "text" not in first.fields
+        and bool({"messages", "prompt"} & first.fields.keys())
+    )
 
 
 def _units(data: DataConfig, kind: str, tokenizer: Tokenizer | None, folder: Path) -> list[Unit]:
@@ -178,18 +219,39 @@ def _units(data: DataConfig, kind: str, tokenizer: Tokenizer | None, folder: Pat
     units = []
     for index, source in enumerate(data.sources):
         rules = dataclasses.asdict(source) | {"path": "", "exclude": (), "weight": 0, "epochs": 1}
-        rules["format"] = source.format if source.exclude else ""  # the excluded files are read by it as well
+        rules["format"] = (
+            source.format if source.exclude else ""
+        )  # the excluded files are read by it as well
         others = (dataclasses.replace(source, path=path, exclude=()) for path in source.exclude)
-        excluded = [version for other in others for group in _grouped(other, folder) for _, version, _ in group]
+        excluded = [
+            version
+            for other in others
+            for group in _grouped(other, folder)
+            for _, version, _ in group
+        ]
         side_rules = (data.held_out_fraction, data.split_salt)
         same = (_VERSION, kind, tokenizer and tokenizer.fingerprint, *side_rules, rules, excluded)
         for pieces in _grouped(source, folder):
             prints = [
-                (version, *part[1:3], format_of(part.path, source.format), compression_of(part.path))
+                (
+                    version,
+                    *part[1:3],
+                    format_of(part.path, source.format),
+                    compression_of(part.path),
+                )
                 for part, version, _ in pieces
             ]
             name = folder / f"unit-{key_of(*same, prints)}"
-            units.append(Unit(name, data, kind, index, tuple(p for p, *_ in pieces), sum(n for *_, n in pieces)))
+            units.append(
+                Unit(
+                    name,
+                    data,
+                    kind,
+                    index,
+                    tuple(p for p, *_ in pieces),
+                    sum(n for *_, n in pieces),
+                )
+            )
     return units
 
 
@@ -197,7 +259,9 @@ def _grouped(source: Source, folder: Path) -> Iterator[list[tuple[Part, str, int
     """(part, what changes with its content, bytes) of each unit; a function, or a sample of a source, is one unit."""
     if not (names := sources.files(source)):
         digest = hashlib.sha256()
-        plain = Source(source.path, text_field=source.text_field, replace=source.replace, min_chars=0)
+        plain = Source(
+            source.path, text_field=source.text_field, replace=source.replace, min_chars=0
+        )
         for record in read_records(plain):
             digest.update(sources.canonical(record.fields).encode("utf-8", "surrogatepass") + b"\n")
         yield [(Part(source.path), digest.hexdigest(), 0)]
@@ -205,7 +269,9 @@ def _grouped(source: Source, folder: Path) -> Iterator[list[tuple[Part, str, int
     group: list[tuple[Part, str, int]] = []
     for name in names:
         found = remote_info(name) if "://" in name else fingerprint_file(name, PART_BYTES, folder)
-        parts = readers.split(name, source.format, source.record, found["size"], found.get("lines", ()))
+        parts = readers.split(
+            name, source.format, source.record, found["size"], found.get("lines", ())
+        )
         for part in parts:
             group.append((part, found["version"], found["size"] // len(parts)))
             if sum(n for *_, n in group) >= PART_BYTES // 2 and not source.max_records:
@@ -215,11 +281,17 @@ def _grouped(source: Source, folder: Path) -> Iterator[list[tuple[Part, str, int
         yield group
 
 
-def _prepare(units: Sequence[Unit], tokenizer: Tokenizer | None, share: tuple[int, int]) -> list[dict[str, Any]]:
+def _prepare(
+    units: Sequence[Unit], tokenizer: Tokenizer | None, share: tuple[int, int]
+) -> list[dict[str, Any]]:
     """What is remembered of each unit; missing ones are made, by worker processes where there is much text."""
     metas = {unit.folder: open_valid(unit.folder) for unit in units}
     first = share[0] * len(units) // share[1]  # every process begins elsewhere
-    missing = [u for u in {u.folder: u for u in (*units[first:], *units[:first])}.values() if metas[u.folder] is None]
+    missing = [
+        u
+        for u in {u.folder: u for u in (*units[first:], *units[:first])}.values()
+        if metas[u.folder] is None
+    ]
     total = sum(unit.size for unit in missing)
     make = functools.partial(_make_unit, model=tokenizer and tokenizer.model)
     quiet = total < _IN_PROCESS or share[0] > 0
@@ -229,7 +301,9 @@ def _prepare(units: Sequence[Unit], tokenizer: Tokenizer | None, share: tuple[in
     with bar, _pool(len(missing), total) as pool:
         while missing:
             functions = [u for u in missing if u.data.sources[u.source].path.startswith("py://")]
-            others = [u for u in missing if u not in functions]  # a function of the user's stays in this process
+            others = [
+                u for u in missing if u not in functions
+            ]  # a function of the user's stays in this process
             main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
             try:  # workers that start here do not run the user's script again, as `spawn` would have them
                 made_there, busy = (pool.map if pool else map)(make, others), []
@@ -242,7 +316,10 @@ def _prepare(units: Sequence[Unit], tokenizer: Tokenizer | None, share: tuple[in
             if len(busy) == len(missing):  # all of them in the hands of other processes
                 time.sleep(0.1)
             missing = busy
-    return [metas[u.folder] or get_or_build(u.folder, lambda to, u=u: _write(to, u, tokenizer)) for u in units]
+    return [
+        metas[u.folder] or get_or_build(u.folder, lambda to, u=u: _write(to, u, tokenizer))
+        for u in units
+    ]
 
 
 @contextlib.contextmanager
@@ -251,13 +328,19 @@ def _pool(num_units: int, total: int) -> Iterator[concurrent.futures.ProcessPool
     if total < _IN_PROCESS:
         yield None
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     context = multiprocessing.get_context("spawn")  # a fork would take JAX's locks with it
-    pool = concurrent.futures.ProcessPoolExecutor(min(num_units, cores), context, initializer=_end_with_parent)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(num_units, cores), context, initializer=_end_with_parent
+    )
     try:
         yield pool
     except concurrent.futures.process.BrokenProcessPool:
-        raise InputError("data: a process that tokenizes was killed (out of memory?); run again to go on") from None
+        raise InputError(
+            "data: a process that tokenizes was killed (out of memory?); run again to go on"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -272,7 +355,9 @@ _tokenizer = functools.lru_cache(maxsize=1)(restore)
 
 
 def _make_unit(unit: Unit, model: Any) -> bool:
-    return build_once(unit.folder, lambda partial: _write(partial, unit, _tokenizer(model) if model else None))
+    return build_once(
+        unit.folder, lambda partial: _write(partial, unit, _tokenizer(model) if model else None)
+    )
 
 
 def _dtype(tokenizer: Tokenizer | None) -> np.dtype:
@@ -280,7 +365,9 @@ def _dtype(tokenizer: Tokenizer | None) -> np.dtype:
 
 
 def _read(unit: Unit) -> Iterator[tuple[Example, str | None]]:
-    return assign_splits(unit.data, unit.kind, unit.source, read_records(unit.data.sources[unit.source], unit.parts))
+    return assign_splits(
+        unit.data, unit.kind, unit.source, read_records(unit.data.sources[unit.source], unit.parts)
+    )
 
 
 def _write(folder: Path, unit: Unit, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -289,18 +376,28 @@ def _write(folder: Path, unit: Unit, tokenizer: Tokenizer | None) -> dict[str, A
     index = {part.path: i for i, part in enumerate(unit.parts)}
     total, keys = 0, []
     with contextlib.ExitStack() as stack:
-        out = {n: stack.enter_context(open(folder / n, "wb")) for n in ("tokens", "mask", "examples", "keys")}
+        out = {
+            n: stack.enter_context(open(folder / n, "wb"))
+            for n in ("tokens", "mask", "examples", "keys")
+        }
         for chunk in _chunks(_distinct(_read(unit))):
             ids, masks = _encode([example for example, _, _ in chunk], unit.kind, tokenizer)
             sizes = np.array([len(i) for i in ids], np.int64)
-            out["tokens"].write(np.fromiter(itertools.chain.from_iterable(ids), dtype, int(sizes.sum())).tobytes())
+            out["tokens"].write(
+                np.fromiter(itertools.chain.from_iterable(ids), dtype, int(sizes.sum())).tobytes()
+            )
             out["mask"].write(np.fromiter(itertools.chain.from_iterable(masks), bool).tobytes())
             table = np.zeros(len(chunk), EXAMPLE[unit.kind])
             table["start"], table["size"] = total + np.cumsum(sizes) - sizes, sizes
-            table["bytes"] = _scored_bytes([example for example, _, _ in chunk], ids, masks, tokenizer)
+            table["bytes"] = _scored_bytes(
+                [example for example, _, _ in chunk], ids, masks, tokenizer
+            )
             if unit.kind == "chat":
                 places = [example.origin.rpartition(":") for example, _, _ in chunk]
-                table["part"], table["line"] = [index[p] for p, *_ in places], [int(n) for *_, n in places]
+                table["part"], table["line"] = (
+                    [index[p] for p, *_ in places],
+                    [int(n) for *_, n in places],
+                )
             out["examples"].write(table.tobytes())
             total += int(sizes.sum())
             keys += [(digest, side) for _, digest, side in chunk]
@@ -345,11 +442,16 @@ def _encode(chunk: Sequence[Example], kind: str, tokenizer: Tokenizer | None) ->
     if kind == "chat":
         ids, masks = zip(*(example.encode(tokenizer) for example in chunk), strict=True)
         return ids, masks
-    return [*map(tokenizer.document, tokenizer.encode_batch([example.text for example in chunk]))], []
+    return [
+        *map(tokenizer.document, tokenizer.encode_batch([example.text for example in chunk]))
+    ], []
 
 
 def _scored_bytes(
-    chunk: Sequence[Example], ids: Sequence[Sequence[int]], masks: Sequence[Any], tokenizer: Tokenizer | None
+    chunk: Sequence[Example],
+    ids: Sequence[Sequence[int]],
+    masks: Sequence[Any],
+    tokenizer: Tokenizer | None,
 ) -> list[int]:
     """UTF-8 bytes that the targets of each example stand for: nothing predicts the first token of an example.
 
@@ -357,17 +459,24 @@ def _scored_bytes(
     the space that some tokenizers put before a text do not count.
     """
     if masks:
-        return [int((_token_sizes(tokenizer)[list(i)] * m)[1:].sum()) for i, m in zip(ids, masks, strict=True)]
+        return [
+            int((_token_sizes(tokenizer)[list(i)] * m)[1:].sum())
+            for i, m in zip(ids, masks, strict=True)
+        ]
     sizes = [len(example.learnt().encode("utf-8", "surrogatepass")) for example in chunk]
     if tokenizer is None or tokenizer.begin_ids:
         return sizes
-    firsts = [len(tokenizer.token_bytes(i[0])) - (tokenizer.dummy_prefix and len(i) > 1) for i in ids]
+    firsts = [
+        len(tokenizer.token_bytes(i[0])) - (tokenizer.dummy_prefix and len(i) > 1) for i in ids
+    ]
     return [max(0, size - first) for size, first in zip(sizes, firsts, strict=True)]
 
 
 @functools.lru_cache(maxsize=1)
 def _token_sizes(tokenizer: Tokenizer) -> np.ndarray:
-    return np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)], np.int64)
+    return np.array(
+        [len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)], np.int64
+    )
 
 
 def _sorted(keys: Sequence[tuple[bytes, int]]) -> np.ndarray:
@@ -378,7 +487,9 @@ def _sorted(keys: Sequence[tuple[bytes, int]]) -> np.ndarray:
     return run[np.lexsort((run["low"], run["high"]))]
 
 
-def _join(folder: Path, units: Sequence[Unit], metas: Sequence[Any], bases: np.ndarray, kind: str) -> dict[str, Any]:
+def _join(
+    folder: Path, units: Sequence[Unit], metas: Sequence[Any], bases: np.ndarray, kind: str
+) -> dict[str, Any]:
     """A file of EXAMPLE for each split and source: what stays, in the order of the sources."""
     opened = functools.lru_cache(maxsize=256)(ArrayFile)
     paths = [unit.folder / "keys" for unit in units]
@@ -390,10 +501,15 @@ def _join(folder: Path, units: Sequence[Unit], metas: Sequence[Any], bases: np.n
         out = {name: stack.enter_context(open(folder / name, "wb")) for name in counts}
         place = part = 0
         for number, unit in enumerate(units):
-            keys, table = opened(paths[number], _KEY), ArrayFile(unit.folder / "examples", EXAMPLE[kind])
+            keys, table = (
+                opened(paths[number], _KEY),
+                ArrayFile(unit.folder / "examples", EXAMPLE[kind]),
+            )
             for run, mine in zip(keys.chunks(_RUN), map(np.copy, table.chunks(_RUN)), strict=True):
                 side = np.zeros(len(run), np.uint8)
-                side[run["index"]] = np.frombuffer(os.pread(stays.fileno(), len(run), place), np.uint8)
+                side[run["index"]] = np.frombuffer(
+                    os.pread(stays.fileno(), len(run), place), np.uint8
+                )
                 place += len(run)
                 mine["start"] += bases[number]
                 if kind == "chat":
@@ -418,16 +534,24 @@ def _decide(stays: int, runs: Sequence[tuple[Path, int]], opened: Callable[..., 
     firsts = np.cumsum([0, *sizes])
     count = max(1, int(firsts[-1]) // _RUN)
     limits = np.array([2**64 * i // count for i in range(1, count)], np.uint64)
-    inner = (np.searchsorted(read(run, 0, n)["high"], limits) for run, n in zip(runs, sizes, strict=True))
-    cuts = np.array([[0, *cut, n] for cut, n in zip(inner, sizes, strict=True)], np.int64).reshape(-1, count + 1)
+    inner = (
+        np.searchsorted(read(run, 0, n)["high"], limits) for run, n in zip(runs, sizes, strict=True)
+    )
+    cuts = np.array([[0, *cut, n] for cut, n in zip(inner, sizes, strict=True)], np.int64).reshape(
+        -1, count + 1
+    )
     for begin, end in itertools.pairwise(cuts.T if runs else ()):
         slices = [read(run, a, b) for run, a, b in zip(runs, begin, end, strict=True)]
         keys = np.concatenate([np.zeros(0, _KEY), *slices])
         order = np.repeat(firsts[:-1], end - begin) + keys["index"]
-        ranked = np.lexsort((order, keys["side"] == 1, keys["low"], keys["high"]))  # held-out ones first
+        ranked = np.lexsort(
+            (order, keys["side"] == 1, keys["low"], keys["high"])
+        )  # held-out ones first
         numbers = keys[["high", "low"]][ranked]
         winners = ranked[np.concatenate([numbers[:1] == numbers[:1], numbers[1:] != numbers[:-1]])]
         side = np.zeros(len(keys), np.uint8)
         side[winners] = keys["side"][winners]
-        for place, piece in zip(firsts[:-1] + begin, np.split(side, np.cumsum(end - begin)[:-1]), strict=True):
+        for place, piece in zip(
+            firsts[:-1] + begin, np.split(side, np.cumsum(end - begin)[:-1]), strict=True
+        ):
             os.pwrite(stays, piece.tobytes(), int(place))

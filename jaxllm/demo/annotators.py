@@ -21,7 +21,9 @@ disappointed useless annoying angry wrong cold expensive fail failed waste noisy
 差 坏 糟 糟糕 讨厌 失望 难看 难吃 难受 垃圾 后悔 脏 吵 慢 贵 生气 无聊 麻烦 痛苦 伤心 恶心 破 错
 """
 _NEGATIONS = "not no never without hardly cannot isn't wasn't don't doesn't didn't won't can't"
-POSITIVE, NEGATIVE, NEGATIONS = (frozenset(words.split()) for words in (_POSITIVE, _NEGATIVE, _NEGATIONS))
+POSITIVE, NEGATIVE, NEGATIONS = (
+    frozenset(words.split()) for words in (_POSITIVE, _NEGATIVE, _NEGATIONS)
+)
 _CHINESE = sorted((w for w in POSITIVE | NEGATIVE if not w.isascii()), key=lambda w: (-len(w), w))
 _WORDS = re.compile("|".join(["[a-z']+", *_CHINESE]))
 _CHINESE_NEGATION = re.compile("[不没未别非].?$|没有.?$")
@@ -59,7 +61,9 @@ def keyword_sentiment(prompt: str, response: str) -> float:
         if word.isascii():
             negated = any(w in NEGATIONS for w in before[-2:])
         else:
-            negated = bool(_CHINESE_NEGATION.search(text[max(0, match.start() - 3) : match.start()]))
+            negated = bool(
+                _CHINESE_NEGATION.search(text[max(0, match.start() - 3) : match.start()])
+            )
         before.append(word)
         p += (word in NEGATIVE) if negated else (word in POSITIVE)
         n += (word in POSITIVE) if negated else (word in NEGATIVE)
@@ -71,7 +75,9 @@ def _snownlp(text: str) -> float:
     try:
         from snownlp import SnowNLP  # pyright: ignore[reportMissingImports] - an extra
     except ImportError:
-        raise InputError("snownlp_sentiment: needs the snownlp package; pip install 'jaxllm[demo]'") from None
+        raise InputError(
+            "snownlp_sentiment: needs the snownlp package; pip install 'jaxllm[demo]'"
+        ) from None
     return float(SnowNLP(text).sentiments) if text else 0.5
 
 
@@ -80,5 +86,7 @@ def _vader() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise InputError("vader_sentiment: needs the vaderSentiment package; pip install 'jaxllm[demo]'") from None
+        raise InputError(
+            "vader_sentiment: needs the vaderSentiment package; pip install 'jaxllm[demo]'"
+        ) from None
     return SentimentIntensityAnalyzer()

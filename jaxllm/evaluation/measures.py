@@ -14,7 +14,9 @@ from jaxllm.metrics import reduce
 from jaxllm.sharding import fetch
 
 
-def run(measure: Callable[[Any, Any], Metrics], params: Any, batches: Iterable[Any]) -> dict[str, float]:
+def run(
+    measure: Callable[[Any, Any], Metrics], params: Any, batches: Iterable[Any]
+) -> dict[str, float]:
     """Sum measure(params, batch) -> {name: (sum, weight)} over batches and divide once. `measure` is jitted."""
     return reduce([fetch(measure(params, batch)) for batch in batches])
 
@@ -40,7 +42,11 @@ def accuracy(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, flo
     """Share of exact matches, and that of always answering the most common label."""
     right = sum(p.strip() == label.strip() for p, label in zip(predictions, labels, strict=True))
     majority = Counter(label.strip() for label in labels).most_common(1)[0][1]
-    return {"accuracy": right / len(labels), "majority": majority / len(labels), "examples": float(len(labels))}
+    return {
+        "accuracy": right / len(labels),
+        "majority": majority / len(labels),
+        "examples": float(len(labels)),
+    }
 
 
 def distinct(responses: Iterable[Sequence[Any]], n: int = 2) -> float:
@@ -52,7 +58,9 @@ def distinct(responses: Iterable[Sequence[Any]], n: int = 2) -> float:
 def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean and its standard error."""
     array = np.asarray(values, np.float64)
-    return float(array.mean()), float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else 0.0
+    return float(array.mean()), float(array.std(ddof=1) / math.sqrt(len(array))) if len(
+        array
+    ) > 1 else 0.0
 
 
 def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -84,7 +92,9 @@ def annotator_agreement(examples: Iterable[Any]) -> tuple[float, int] | None:
     by_rows: dict[str, list[np.ndarray]] = {}
     for example in examples:
         order = sorted(range(len(example.rows)), key=lambda k, rows=example.rows: str(rows[k]))
-        by_rows.setdefault(str([example.rows[k] for k in order]), []).append(np.asarray(example.ranks)[order])
+        by_rows.setdefault(str([example.rows[k] for k in order]), []).append(
+            np.asarray(example.ranks)[order]
+        )
     alike = total = 0
     for ranks in by_rows.values():
         for one, other in itertools.combinations(ranks, 2):
@@ -100,7 +110,9 @@ def calibration_error(margins: np.ndarray, num_bins: int = 10) -> float:
     margins: r_better - r_worse of each pair; the prediction is right where it is positive.
     """
     bins = reliability(margins, num_bins)
-    return sum(abs(right - confidence) * count for confidence, right, count in bins) / max(len(margins), 1)
+    return sum(abs(right - confidence) * count for confidence, right, count in bins) / max(
+        len(margins), 1
+    )
 
 
 def reliability(margins: np.ndarray, num_bins: int = 10) -> list[tuple[float, float, int]]:

@@ -17,7 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxllm.sharding import ACT_RULES, platform, shards, spec
 
 ATTENDED = "attended"  # the name of what attention returns, for `jax.checkpoint`
-Local = jax.Array | bool  # whether a layer's attention has its window; traced where layers are scanned
+Local = (
+    jax.Array | bool
+)  # whether a layer's attention has its window; traced where layers are scanned
 
 
 def attention(
@@ -66,8 +68,16 @@ def attention(
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    places = jnp.arange(T) + (0 if q_offset is None else q_offset) if q_order is None else jnp.array(q_order)
-    near = None if window is None or local is False else jnp.where(local, window, jnp.iinfo(jnp.int32).max)
+    places = (
+        jnp.arange(T) + (0 if q_offset is None else q_offset)
+        if q_order is None
+        else jnp.array(q_order)
+    )
+    near = (
+        None
+        if window is None or local is False
+        else jnp.where(local, window, jnp.iinfo(jnp.int32).max)
+    )
     allowed = visible(places, q_segment_ids, kv_segment_ids, near)[:, None, None]
     weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1)
     out = checkpoint_name(jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v), ATTENDED)
@@ -75,15 +85,22 @@ def attention(
 
 
 def visible(
-    places: jax.Array, q_segment_ids: jax.Array, kv_segment_ids: jax.Array, window: jax.Array | int | None
+    places: jax.Array,
+    q_segment_ids: jax.Array,
+    kv_segment_ids: jax.Array,
+    window: jax.Array | int | None,
 ) -> jax.Array:
     """bool[B, T, S]: whether the query at places[t] sees key s."""
-    back = places[:, None] - jnp.arange(kv_segment_ids.shape[1])[None, :]  # [T, S]: places from the key to the query
+    back = (
+        places[:, None] - jnp.arange(kv_segment_ids.shape[1])[None, :]
+    )  # [T, S]: places from the key to the query
     near = back >= 0 if window is None else (back >= 0) & (back < window)
     return near[None] & (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :])
 
 
-def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, softcap: float) -> Callable[..., jax.Array] | None:
+def _kernel(
+    q: jax.Array, k: jax.Array, v: jax.Array, softcap: float
+) -> Callable[..., jax.Array] | None:
     """What takes whole rows of this shape on the mesh's platform; None: XLA alone."""
     if platform() == "tpu":
         from jaxllm.models import attention_tpu
@@ -99,9 +116,24 @@ def cudnn_takes(q: jax.Array, k: jax.Array, v: jax.Array, softcap: float) -> boo
     """
     rows, context, tensor = shards("batch"), shards("seq"), shards("heads")
     (B, T, N, H), K = q.shape, k.shape[2]
-    if softcap or q.dtype.itemsize != 2 or v.shape[-1] > H or B % rows or T % (2 * context) or N % K or K % tensor:
+    if (
+        softcap
+        or q.dtype.itemsize != 2
+        or v.shape[-1] > H
+        or B % rows
+        or T % (2 * context)
+        or N % K
+        or K % tensor
+    ):
         return False
-    return _refusal((B // rows, T // context, N // tensor, H), (B // rows, k.shape[1], K // tensor, H), q.dtype) is None
+    return (
+        _refusal(
+            (B // rows, T // context, N // tensor, H),
+            (B // rows, k.shape[1], K // tensor, H),
+            q.dtype,
+        )
+        is None
+    )
 
 
 @functools.cache
@@ -109,14 +141,19 @@ def _refusal(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any) -> str
     """Why cuDNN does not take arrays of one device, which is said once. It tells by raising, here or in the compiler."""
     (B, T, *_), S = queries, keys[1]
     settings = {"implementation": "cudnn", "is_causal": T == S}
-    run = lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask, **settings).astype(jnp.float32).sum()
+    run = lambda q, k, v, mask: (
+        jax.nn.dot_product_attention(q, k, v, mask=mask, **settings).astype(jnp.float32).sum()
+    )
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in (queries, keys, keys)]
     try:
         mask = jax.ShapeDtypeStruct((B, 1, T, S), jnp.bool_)
         jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(*shapes, mask).compile()
     except (NotImplementedError, RuntimeError, ValueError) as error:
         why = str(error).partition("\n")[0]
-        print(f"attention: XLA's, which holds all scores; cuDNN does not take {queries}: {why}", file=sys.stderr)
+        print(
+            f"attention: XLA's, which holds all scores; cuDNN does not take {queries}: {why}",
+            file=sys.stderr,
+        )
         return why
     return None
 
@@ -143,9 +180,18 @@ def gpu_attention(
     assert not softcap
     in_order = q_order is None and shards("seq") == 1  # then the kernel leaves out what lies ahead
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, mine: jax.Array, theirs: jax.Array, places: jax.Array) -> Any:
+    def local(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mine: jax.Array,
+        theirs: jax.Array,
+        places: jax.Array,
+    ) -> Any:
         mask = visible(places, mine, theirs, window)[:, None]
-        wide = jnp.pad(v, [(0, 0)] * 3 + [(0, q.shape[-1] - v.shape[-1])])  # latent attention has narrower values
+        wide = jnp.pad(
+            v, [(0, 0)] * 3 + [(0, q.shape[-1] - v.shape[-1])]
+        )  # latent attention has narrower values
         settings = {"scale": scale, "is_causal": in_order, "implementation": implementation}
         return jax.nn.dot_product_attention(q, k, wide, mask=mask, **settings)[..., : v.shape[-1]]
 
@@ -153,8 +199,15 @@ def gpu_attention(
     arguments = (q, k, v, q_segment_ids, kv_segment_ids, places)
     if not jax.sharding.get_abstract_mesh().empty:
         queries, keys = (
-            spec(("batch", at, heads, None), ACT_RULES) for at, heads in (("seq", "heads"), (None, "kv_heads"))
+            spec(("batch", at, heads, None), ACT_RULES)
+            for at, heads in (("seq", "heads"), (None, "kv_heads"))
         )
-        of_ids = (spec(("batch", "seq"), ACT_RULES), spec(("batch", None), ACT_RULES), spec(("seq",), ACT_RULES))
-        local = jax.shard_map(local, in_specs=(queries, keys, keys, *of_ids), out_specs=queries, check_vma=False)
+        of_ids = (
+            spec(("batch", "seq"), ACT_RULES),
+            spec(("batch", None), ACT_RULES),
+            spec(("seq",), ACT_RULES),
+        )
+        local = jax.shard_map(
+            local, in_specs=(queries, keys, keys, *of_ids), out_specs=queries, check_vma=False
+        )
     return checkpoint_name(local(*arguments), name) if name else local(*arguments)

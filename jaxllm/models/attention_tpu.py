@@ -40,21 +40,42 @@ def tpu_attention(
     device, for tests.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    heads, queries = spec(("batch", "heads", "seq", None), ACT_RULES), spec(("batch", "seq"), ACT_RULES)
-    keys, tokens = spec(("batch", "kv_heads", None, None), ACT_RULES), spec(("batch", None), ACT_RULES)
+    heads, queries = (
+        spec(("batch", "heads", "seq", None), ACT_RULES),
+        spec(("batch", "seq"), ACT_RULES),
+    )
+    keys, tokens = (
+        spec(("batch", "kv_heads", None, None), ACT_RULES),
+        spec(("batch", None), ACT_RULES),
+    )
     kernel = _kernel(q.shape[2], q.shape[1], window, softcap, q_order, name, interpret)
 
-    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, mine: jax.Array, theirs: jax.Array) -> jax.Array:
-        one = lambda q, k, v, mine, theirs: kernel(q, k, v, segment_ids=splash.SegmentIds(mine, theirs))
+    def local(
+        kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, mine: jax.Array, theirs: jax.Array
+    ) -> jax.Array:
+        one = lambda q, k, v, mine, theirs: kernel(
+            q, k, v, segment_ids=splash.SegmentIds(mine, theirs)
+        )
         return jax.vmap(one)(q, k, v, mine, theirs)
 
     by_head = lambda x: x.swapaxes(1, 2)
-    arguments = (kernel, by_head(q * np.asarray(scale, q.dtype)), by_head(k), by_head(v), q_segment_ids, kv_segment_ids)
+    arguments = (
+        kernel,
+        by_head(q * np.asarray(scale, q.dtype)),
+        by_head(k),
+        by_head(v),
+        q_segment_ids,
+        kv_segment_ids,
+    )
     if mesh.empty:
         return by_head(local(*arguments))
-    of_kernel = kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, jax.P(heads[1], heads[2])))
+    of_kernel = kernel.manual_sharding_spec(
+        jax.sharding.NamedSharding(mesh, jax.P(heads[1], heads[2]))
+    )
     specs = (of_kernel, heads, keys, keys, queries, tokens)
-    return by_head(jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(*arguments))
+    return by_head(
+        jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(*arguments)
+    )
 
 
 def _kernel(
@@ -68,10 +89,16 @@ def _kernel(
 ) -> Any:
     shape = (length, length)
     # So many places back and none ahead: a local mask is causal by itself.
-    near = masks.LocalMask(shape, (window - 1, 0), 0) if window and window < length else masks.CausalMask(shape)
+    near = (
+        masks.LocalMask(shape, (window - 1, 0), 0)
+        if window and window < length
+        else masks.CausalMask(shape)
+    )
     if order is not None:
         near.q_sequence = order
-    mine = length // shards("seq") // (1 if order is None else 2)  # queries of a device that stand side by side
+    mine = (
+        length // shards("seq") // (1 if order is None else 2)
+    )  # queries of a device that stand side by side
     block = next(size for size in (_BLOCK, 256, _LANES) if mine % size == 0)
     keys = next(size for size in (_KEYS, 1024, block) if length % size == 0)
     sizes = splash.BlockSizes(

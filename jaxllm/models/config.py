@@ -114,19 +114,29 @@ class ModelConfig:
         set_ = lambda name, value: object.__setattr__(self, name, value)
         set_("num_kv_heads", self.num_kv_heads or self.num_heads)
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+            raise ValueError(
+                f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}"
+            )
         if not self.head_dim and self.embed_dim % self.num_heads:
-            raise ValueError(f"num_heads: {self.num_heads} does not divide embed_dim {self.embed_dim}")
+            raise ValueError(
+                f"num_heads: {self.num_heads} does not divide embed_dim {self.embed_dim}"
+            )
         set_("head_dim", self.head_dim or self.embed_dim // self.num_heads)
         rotated = self.mla.rope_dim if self.mla.kv_rank else self.head_dim
         if self.position == "rope" and rotated % 2:
             raise ValueError(f"head_dim: rotary positions need an even size, not {rotated}")
         if self.moe.num_experts and (self.bias or self.mlp != "swiglu"):
-            raise ValueError("moe: experts are SwiGLU without biases; set mlp to swiglu and bias to false")
+            raise ValueError(
+                "moe: experts are SwiGLU without biases; set mlp to swiglu and bias to false"
+            )
         if self.moe.num_experts and not 0 <= self.moe.first_dense < self.num_layers:
             raise ValueError("moe.first_dense: must be less than num_layers")
-        if self.mla.kv_rank and (self.position != "rope" or self.bias or self.qkv_bias or self.qk_norm != "none"):
-            raise ValueError("mla: latent attention has rotary positions and neither biases nor qk_norm")
+        if self.mla.kv_rank and (
+            self.position != "rope" or self.bias or self.qkv_bias or self.qk_norm != "none"
+        ):
+            raise ValueError(
+                "mla: latent attention has rotary positions and neither biases nor qk_norm"
+            )
         if self.mtp_modules and self.position == "learned":
             raise ValueError("mtp_modules: positions must be rotary")
 
@@ -176,21 +186,51 @@ def preset(name: str, **fields: Any) -> ModelConfig:
     return build(ModelConfig, {"preset": name, **fields})
 
 
-def _gpt(num_layers: int, embed_dim: int, num_heads: int, max_length: int = 1024, head_dim: int = 0) -> dict:
+def _gpt(
+    num_layers: int, embed_dim: int, num_heads: int, max_length: int = 1024, head_dim: int = 0
+) -> dict:
     """GPT-2 (Radford et al. 2019) and GPT-3 (Brown et al. 2020, table 2.1) decoders."""
     return {
-        **{"vocab_size": 50257, "max_length": max_length, "num_layers": num_layers, "embed_dim": embed_dim},
-        **{"num_heads": num_heads, "head_dim": head_dim, "mlp_dim": 4 * embed_dim, "norm": "layernorm"},
+        **{
+            "vocab_size": 50257,
+            "max_length": max_length,
+            "num_layers": num_layers,
+            "embed_dim": embed_dim,
+        },
+        **{
+            "num_heads": num_heads,
+            "head_dim": head_dim,
+            "mlp_dim": 4 * embed_dim,
+            "norm": "layernorm",
+        },
         **{"position": "learned", "mlp": "gelu", "bias": True, "tie_embeddings": True},
     }
 
 
-def _llama(num_layers: int, embed_dim: int, num_heads: int, num_kv_heads: int, mlp_dim: int, **more) -> dict:
+def _llama(
+    num_layers: int, embed_dim: int, num_heads: int, num_kv_heads: int, mlp_dim: int, **more
+) -> dict:
     """Llama-style decoders: RMSNorm, rotary positions, SwiGLU, grouped-query attention (Grattafiori et al. 2024)."""
     return {
-        **{"vocab_size": 128256, "max_length": 8192, "num_layers": num_layers, "embed_dim": embed_dim},
-        **{"num_heads": num_heads, "num_kv_heads": num_kv_heads, "mlp_dim": mlp_dim, "norm": "rmsnorm"},
-        **{"position": "rope", "rope_theta": 500_000.0, "mlp": "swiglu", "tie_embeddings": False, **more},
+        **{
+            "vocab_size": 128256,
+            "max_length": 8192,
+            "num_layers": num_layers,
+            "embed_dim": embed_dim,
+        },
+        **{
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "mlp_dim": mlp_dim,
+            "norm": "rmsnorm",
+        },
+        **{
+            "position": "rope",
+            "rope_theta": 500_000.0,
+            "mlp": "swiglu",
+            "tie_embeddings": False,
+            **more,
+        },
     }
 
 
@@ -205,41 +245,103 @@ _LLAMA32 = {
     "rope_scaling": {"kind": "llama3", "factor": 32.0, "original_length": 8192},
     "tie_embeddings": True,
 }
-_QWEN25 = {"vocab_size": 151_936, "max_length": 32_768, "rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True}
+_QWEN25 = {
+    "vocab_size": 151_936,
+    "max_length": 32_768,
+    "rope_theta": 1e6,
+    "norm_eps": 1e-6,
+    "qkv_bias": True,
+}
 _QWEN3 = {
-    **{"vocab_size": 151_936, "max_length": 40_960, "rope_theta": 1e6, "norm_eps": 1e-6, "qk_norm": "head"},
+    **{
+        "vocab_size": 151_936,
+        "max_length": 40_960,
+        "rope_theta": 1e6,
+        "norm_eps": 1e-6,
+        "qk_norm": "head",
+    },
     "head_dim": 128,
 }
 _GEMMA = {
-    **{"vocab_size": 256_000, "norm_eps": 1e-6, "norm_place": "both", "norm_offset": True, "mlp": "geglu"},
-    **{"scale_embeddings": True, "tie_embeddings": True, "head_dim": 256, "attention_scale": 256**-0.5},
+    **{
+        "vocab_size": 256_000,
+        "norm_eps": 1e-6,
+        "norm_place": "both",
+        "norm_offset": True,
+        "mlp": "geglu",
+    },
+    **{
+        "scale_embeddings": True,
+        "tie_embeddings": True,
+        "head_dim": 256,
+        "attention_scale": 256**-0.5,
+    },
 }
 _GEMMA2 = {
     **_GEMMA,
-    **{"window": 4096, "global_every": 2, "attention_softcap": 50.0, "logit_softcap": 30.0, "rope_theta": 10_000.0},
+    **{
+        "window": 4096,
+        "global_every": 2,
+        "attention_softcap": 50.0,
+        "logit_softcap": 30.0,
+        "rope_theta": 10_000.0,
+    },
 }
 _GEMMA3 = {
     **_GEMMA,
-    **{"vocab_size": 262_144, "max_length": 32_768, "window": 512, "global_every": 6, "qk_norm": "head"},
+    **{
+        "vocab_size": 262_144,
+        "max_length": 32_768,
+        "window": 512,
+        "global_every": 6,
+        "qk_norm": "head",
+    },
     **{"rope_theta": 1e6, "local_rope_theta": 10_000.0},
 }
 _OLMO2 = {
-    **{"vocab_size": 100_352, "max_length": 4096, "norm_eps": 1e-6, "norm_place": "after", "qk_norm": "all"},
+    **{
+        "vocab_size": 100_352,
+        "max_length": 4096,
+        "norm_eps": 1e-6,
+        "norm_place": "after",
+        "qk_norm": "all",
+    },
 }
 
 
-def _deepseek(num_layers: int, embed_dim: int, num_heads: int, mlp_dim: int, q_rank: int, moe: dict, **more) -> dict:
+def _deepseek(
+    num_layers: int, embed_dim: int, num_heads: int, mlp_dim: int, q_rank: int, moe: dict, **more
+) -> dict:
     """DeepSeek-V2 (2024) and V3 (2024): latent attention, shared experts, rotary positions stretched by YaRN."""
-    yarn = {"kind": "yarn", "factor": 40.0, "original_length": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
+    yarn = {
+        "kind": "yarn",
+        "factor": 40.0,
+        "original_length": 4096,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
     return {
-        **_llama(num_layers, embed_dim, num_heads, num_heads, mlp_dim, norm_eps=1e-6, rope_theta=10_000.0),
-        **{"max_length": 163_840, "head_dim": 192, "rope_scaling": yarn, "mla": {"kv_rank": 512, "q_rank": q_rank}},
+        **_llama(
+            num_layers, embed_dim, num_heads, num_heads, mlp_dim, norm_eps=1e-6, rope_theta=10_000.0
+        ),
+        **{
+            "max_length": 163_840,
+            "head_dim": 192,
+            "rope_scaling": yarn,
+            "mla": {"kv_rank": 512, "q_rank": q_rank},
+        },
         **{"moe": moe, **more},
     }
 
 
 _V2 = {"router": "softmax", "normalise": False, "first_dense": 1, "num_shared": 2, "per_token": 6}
-_V2_YARN = {"kind": "yarn", "factor": 40.0, "original_length": 4096, "mscale": 0.707, "mscale_all_dim": 0.707}
+_V2_YARN = {
+    "kind": "yarn",
+    "factor": 40.0,
+    "original_length": 4096,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
 # Sizes below any published model, for CPUs; the vocabulary is the tokenizer's.
 _SMALL = {"vocab_size": 0, "max_length": 256, "rope_theta": 10_000.0, "tie_embeddings": True}
 
@@ -271,12 +373,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama3.1-405b": _llama(126, 16384, 128, 8, 53248, **_LLAMA31),
     "llama3.2-1b": _llama(16, 2048, 32, 8, 8192, **_LLAMA32),
     "llama3.2-3b": _llama(28, 3072, 24, 8, 8192, **_LLAMA32),
-    "mistral-7b": _llama(32, 4096, 32, 8, 14336, vocab_size=32000, max_length=32768, rope_theta=1e4, window=4096),
+    "mistral-7b": _llama(
+        32, 4096, 32, 8, 14336, vocab_size=32000, max_length=32768, rope_theta=1e4, window=4096
+    ),
     "qwen2.5-0.5b": _llama(24, 896, 14, 2, 4864, **{**_QWEN25, "tie_embeddings": True}),
     "qwen2.5-7b": _llama(28, 3584, 28, 4, 18944, **{**_QWEN25, "vocab_size": 152_064}),
     "qwen3-0.6b": _llama(28, 1024, 16, 8, 3072, **{**_QWEN3, "tie_embeddings": True}),
     "qwen3-8b": _llama(36, 4096, 32, 8, 12288, **_QWEN3),
-    "qwen3-30b-a3b": _llama(48, 2048, 32, 4, 6144, **_QWEN3, moe={"num_experts": 128, "per_token": 8, "mlp_dim": 768}),
+    "qwen3-30b-a3b": _llama(
+        48, 2048, 32, 4, 6144, **_QWEN3, moe={"num_experts": 128, "per_token": 8, "mlp_dim": 768}
+    ),
     "gemma2-2b": _llama(26, 2304, 8, 4, 9216, **_GEMMA2),
     "gemma2-9b": _llama(42, 3584, 16, 8, 14336, **_GEMMA2),
     "gemma3-1b": _llama(26, 1152, 4, 1, 6912, **_GEMMA3),
@@ -293,7 +399,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         moe={"num_experts": 8, "per_token": 2},
     ),
     "deepseek-v2-lite": _deepseek(
-        27, 2048, 16, 10944, 0, {**_V2, "num_experts": 64, "mlp_dim": 1408}, vocab_size=102_400, rope_scaling=_V2_YARN
+        27,
+        2048,
+        16,
+        10944,
+        0,
+        {**_V2, "num_experts": 64, "mlp_dim": 1408},
+        vocab_size=102_400,
+        rope_scaling=_V2_YARN,
     ),
     "deepseek-v2": _deepseek(
         60,
@@ -301,7 +414,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         128,
         12288,
         1536,
-        {**_V2, "num_experts": 160, "mlp_dim": 1536, "num_groups": 8, "groups_per_token": 3, "scale": 16.0},
+        {
+            **_V2,
+            "num_experts": 160,
+            "mlp_dim": 1536,
+            "num_groups": 8,
+            "groups_per_token": 3,
+            "scale": 16.0,
+        },
         vocab_size=102_400,
         rope_scaling=_V2_YARN,
     ),

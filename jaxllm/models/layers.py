@@ -74,13 +74,20 @@ class Attention(nnx.Module):
             self.k_norm = Norm(c, kv_heads=c.num_kv_heads, head_dim=c.head_dim)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, local: Local, order: Order = None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        local: Local,
+        order: Order = None,
     ) -> jax.Array:
         """x [B, T, D] -> [B, T, D]; order: that of the T places (`sharding.balanced_order`)."""
         q, k, v = self.qkv(x, positions, local)
         return self.project(_attend(self.config, q, k, v, segment_ids, local, order))
 
-    def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, at: tuple[Any, Any], local: Local):
+    def cached(
+        self, x, positions, kv_segment_ids, k_cache, v_cache, at: tuple[Any, Any], local: Local
+    ):
         """The same for T new tokens; at: (None, first place) of the caches [B, K, S, H], written in place, or (layer,
         first place) of [layers, B, K, S, H].
 
@@ -93,11 +100,19 @@ class Attention(nnx.Module):
         mixed = attention(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), **settings)
         return self.project(mixed), k_cache, v_cache
 
-    def qkv(self, x: jax.Array, positions: jax.Array, local: Local) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(
+        self, x: jax.Array, positions: jax.Array, local: Local
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D] -> q [B, T, N, H], k, v [B, T, K, H], positions applied."""
-        q, k, v = (jnp.einsum("btd,dnh->btnh", x, w[...].astype(x.dtype)) for w in (self.q, self.k, self.v))
+        q, k, v = (
+            jnp.einsum("btd,dnh->btnh", x, w[...].astype(x.dtype)) for w in (self.q, self.k, self.v)
+        )
         if self.config.bias or self.config.qkv_bias:
-            q, k, v = q + _like(self.q_bias, q), k + _like(self.k_bias, k), v + _like(self.v_bias, v)
+            q, k, v = (
+                q + _like(self.q_bias, q),
+                k + _like(self.k_bias, k),
+                v + _like(self.v_bias, v),
+            )
         if self.config.qk_norm != "none":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.position == "rope":
@@ -136,7 +151,12 @@ class LatentAttention(nnx.Module):
         self.out = normal(rngs, out_std, **heads, head_dim=m.value_dim, embed=c.embed_dim)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, local: Local, order: Order = None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        local: Local,
+        order: Order = None,
     ) -> jax.Array:
         q, latent, shared = self._parts(x, positions, local)
         m = self.config.mla
@@ -147,7 +167,9 @@ class LatentAttention(nnx.Module):
         k, v = (constrain(y, "batch", None, "heads", "head_dim") for y in (k, v))
         return self.project(_attend(self.config, q, k, v, segment_ids, local, order))
 
-    def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, at: tuple[Any, Any], local: Local):
+    def cached(
+        self, x, positions, kv_segment_ids, k_cache, v_cache, at: tuple[Any, Any], local: Local
+    ):
         """As `Attention.cached`; k_cache has one head of size kv_rank + rope_dim, v_cache is left alone.
 
         The matrix that makes keys of latents is applied to the query instead, and the one that makes values to what
@@ -164,11 +186,17 @@ class LatentAttention(nnx.Module):
         mixed = jnp.einsum("btnr,rnh->btnh", mixed, expand[..., m.nope_dim :])
         return self.project(mixed), k_cache, v_cache
 
-    def _parts(self, x: jax.Array, positions: jax.Array, local: Local) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _parts(
+        self, x: jax.Array, positions: jax.Array, local: Local
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, nope + rope], latents [B, T, kv_rank], the shared key [B, T, 1, rope]."""
         m, dtype = self.config.mla, x.dtype
         to_heads = lambda y, w: jnp.einsum("btr,rnh->btnh", y, w[...].astype(dtype))
-        q = to_heads(self.q_a_norm(x @ self.q_a[...].astype(dtype)), self.q_b) if m.q_rank else to_heads(x, self.q)
+        q = (
+            to_heads(self.q_a_norm(x @ self.q_a[...].astype(dtype)), self.q_b)
+            if m.q_rank
+            else to_heads(x, self.q)
+        )
         both = x @ self.kv_a[...].astype(dtype)
         turn = functools.partial(rope, positions=positions, **_rotation(self.config, local))
         q = jnp.concatenate([q[..., : m.nope_dim], turn(q[..., m.nope_dim :])], -1)
@@ -179,7 +207,9 @@ class LatentAttention(nnx.Module):
         return y.reshape(*y.shape[:2], -1) @ weights.reshape(-1, weights.shape[-1])
 
 
-def _attend(config: ModelConfig, q: Any, k: Any, v: Any, segment_ids: jax.Array, local: Local, order: Order) -> Any:
+def _attend(
+    config: ModelConfig, q: Any, k: Any, v: Any, segment_ids: jax.Array, local: Local, order: Order
+) -> Any:
     """Attention of whole rows, whose queries may be permuted by `order`; keys are put back in their own order."""
     theirs = segment_ids
     if order is not None:
@@ -200,7 +230,10 @@ def form(config: ModelConfig, local: Local) -> dict[str, Any]:
 
 def _rotation(config: ModelConfig, local: Local) -> dict[str, Any]:
     """Frequency and amplitude for `rope`; windowed layers may have a base of their own, not stretched."""
-    size, scaling = config.mla.rope_dim if config.mla.kv_rank else config.head_dim, config.rope_scaling
+    size, scaling = (
+        config.mla.rope_dim if config.mla.kv_rank else config.head_dim,
+        config.rope_scaling,
+    )
     far: Any = frequencies(size, config.rope_theta, scaling)
     if config.local_rope_theta:
         near = frequencies(size, config.local_rope_theta, type(scaling)())
@@ -241,7 +274,9 @@ class MLP(nnx.Module):
         if self.gated:
             self.gate = normal(rngs, c.init_std, embed=c.embed_dim, mlp=size)
         self.up = normal(rngs, c.init_std, embed=c.embed_dim, mlp=size)
-        self.down = normal(rngs, c.init_std / math.sqrt(2 * c.num_layers), mlp=size, embed=c.embed_dim)
+        self.down = normal(
+            rngs, c.init_std / math.sqrt(2 * c.num_layers), mlp=size, embed=c.embed_dim
+        )
         if c.bias:
             self.up_bias = constant(0.0, mlp=size)
             self.down_bias = constant(0.0, norm=c.embed_dim)
@@ -261,10 +296,15 @@ class MLP(nnx.Module):
     def _through(self, x: jax.Array, into: Any, down: jax.Array) -> jax.Array:
         """x [B, T, D] through some of the hidden units, with (matrix, bias) of the gate, if there is one, and of up."""
         act = jax.nn.silu if self.config.mlp == "swiglu" else jax.nn.gelu
-        linear = lambda w, b: (y := jnp.einsum("btd,df->btf", x, w.astype(x.dtype))) + (0 if b is None else _last(b, y))
+        linear = lambda w, b: (
+            (y := jnp.einsum("btd,df->btf", x, w.astype(x.dtype)))
+            + (0 if b is None else _last(b, y))
+        )
         first, *up = (linear(*each) for each in into)
         hidden = act(first) * up[0] if up else act(first)
-        return jnp.einsum("btf,fd->btd", constrain(hidden, "batch", "seq", "mlp"), down.astype(x.dtype))
+        return jnp.einsum(
+            "btf,fd->btd", constrain(hidden, "batch", "seq", "mlp"), down.astype(x.dtype)
+        )
 
     def _in_blocks(self, x: jax.Array, into: Any, count: int) -> jax.Array:
         """The hidden units in blocks, recomputed one by one backward: where the whole layer is, that costs nothing more.
@@ -274,8 +314,13 @@ class MLP(nnx.Module):
         wide = x.astype(jnp.float32)
         cut = lambda leaf: in_blocks(leaf, leaf.ndim - 1, count)
         blocks = (jax.tree.map(cut, into), in_blocks(self.down[...], 0, count))
-        one = jax.checkpoint(lambda block: self._through(wide.astype(x.dtype), *block), prevent_cse=False)
-        add = lambda total, block: (constrain_residual(total + one(block).astype(jnp.float32)), None)
+        one = jax.checkpoint(
+            lambda block: self._through(wide.astype(x.dtype), *block), prevent_cse=False
+        )
+        add = lambda total, block: (
+            constrain_residual(total + one(block).astype(jnp.float32)),
+            None,
+        )
         return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), blocks)[0].astype(x.dtype)
 
 
@@ -298,7 +343,9 @@ class Experts(nnx.Module):
             self.shared = MLP(c, rngs, e.num_shared * size)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
-        weights = {"router": self.router[...]}  # float32: a choice of experts must not depend on rounding
+        weights = {
+            "router": self.router[...]
+        }  # float32: a choice of experts must not depend on rounding
         if self.config.moe.router == "sigmoid":
             weights["router_bias"] = jax.lax.stop_gradient(self.router_bias[...])
         weights["experts"] = {name: w[...].astype(x.dtype) for name, w in self.experts.items()}
@@ -319,16 +366,25 @@ class Block(nnx.Module):
             self.attention_post_norm, self.mlp_post_norm = Norm(config), Norm(config)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, local: Local, order: Order = None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        local: Local,
+        order: Order = None,
     ) -> tuple[jax.Array, Any]:
         """(x, the experts' load or {}) for x [B, T, D], positions and segment_ids int32[B, T], and the places' order."""
         y = self.attention(self._before(x, "attention"), positions, segment_ids, local, order)
         return self._mlp(self._add(x, y, "attention"), segment_ids > 0)
 
-    def cached(self, x, positions, kv_segment_ids, k_cache, v_cache, at: tuple[Any, Any], local: Local):
+    def cached(
+        self, x, positions, kv_segment_ids, k_cache, v_cache, at: tuple[Any, Any], local: Local
+    ):
         """The same for T new tokens; returns (x, k_cache, v_cache). See `Attention.cached`."""
         caches = (kv_segment_ids, k_cache, v_cache, at, local)
-        y, k_cache, v_cache = self.attention.cached(self._before(x, "attention"), positions, *caches)
+        y, k_cache, v_cache = self.attention.cached(
+            self._before(x, "attention"), positions, *caches
+        )
         mask = jax.lax.dynamic_slice_in_dim(kv_segment_ids, at[1], x.shape[1], axis=1) > 0
         return self._mlp(self._add(x, y, "attention"), mask)[0], k_cache, v_cache
 
@@ -339,7 +395,9 @@ class Block(nnx.Module):
 
     def _before(self, x: jax.Array, what: str) -> jax.Array:
         x = x if self.config.norm_place == "after" else getattr(self, f"{what}_norm")(x)
-        return constrain(x, "batch", "seq", "embed")  # gathered here: left to XLA, the weights would be
+        return constrain(
+            x, "batch", "seq", "embed"
+        )  # gathered here: left to XLA, the weights would be
 
     def _add(self, x: jax.Array, y: jax.Array, what: str) -> jax.Array:
         y = y if self.config.norm_place == "before" else getattr(self, f"{what}_post_norm")(y)
@@ -351,7 +409,9 @@ class MTPModule(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.embed_norm, self.hidden_norm, self.norm = (Norm(config) for _ in range(3))
-        self.project = normal(rngs, config.init_std, latent=2 * config.embed_dim, embed=config.embed_dim)
+        self.project = normal(
+            rngs, config.init_std, latent=2 * config.embed_dim, embed=config.embed_dim
+        )
         self.block = Block(config, rngs)
 
     def __call__(

@@ -18,7 +18,19 @@ import jax.numpy as jnp
 from jaxllm.config.ranges import NonNegativeInt, PositiveFloat
 
 # The leading dimensions that are summed over in each matrix that can have an adapter; the rest are its output.
-_INPUTS = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1, "q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1}
+_INPUTS = {
+    "q": 1,
+    "k": 1,
+    "v": 1,
+    "out": 2,
+    "gate": 1,
+    "up": 1,
+    "down": 1,
+    "q_a": 1,
+    "q_b": 1,
+    "kv_a": 1,
+    "kv_b": 1,
+}
 _STACKS = ("dense_layers", "layers")
 
 
@@ -48,7 +60,9 @@ def trained(config: LoRAConfig, shapes: Any, axes: Any) -> tuple[Any, Any]:
         inner = trained(config, shapes["trunk"], axes["trunk"])
         return {**shapes, "trunk": inner[0]}, {**axes, "trunk": inner[1]}
     adapters = jax.eval_shape(lambda: init(config, shapes, jax.random.key(0)))
-    return adapters, {"lora": {s: _on_targets(config, axes[s], _adapter_axes) for s in _STACKS if s in axes}}
+    return adapters, {
+        "lora": {s: _on_targets(config, axes[s], _adapter_axes) for s in _STACKS if s in axes}
+    }
 
 
 def frozen(config: LoRAConfig, params: Any) -> Any:
@@ -63,8 +77,12 @@ def frozen(config: LoRAConfig, params: Any) -> Any:
 def place_frozen(config: LoRAConfig, placed: Any, everywhere: Any) -> Any:
     """Frozen subtree of `placed`, with shardings; everywhere: the sharding of scales."""
     of = {path: leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(placed)}
-    place = lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of.get(path, everywhere))
-    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(lambda p: frozen(config, p), placed))
+    place = lambda path, x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=of.get(path, everywhere)
+    )
+    return jax.tree_util.tree_map_with_path(
+        place, jax.eval_shape(lambda p: frozen(config, p), placed)
+    )
 
 
 def init(config: LoRAConfig, params: Any, key: jax.Array) -> Any:
@@ -81,7 +99,9 @@ def init(config: LoRAConfig, params: Any, key: jax.Array) -> Any:
     def adapter(name: str, weight: Any) -> dict[str, jax.Array]:
         cut = 1 + _INPUTS[name]
         depth, inputs, outputs = weight.shape[0], weight.shape[1:cut], weight.shape[cut:]
-        a = jax.random.normal(next(keys), (depth, *inputs, config.rank), jnp.float32) / math.sqrt(math.prod(inputs))
+        a = jax.random.normal(next(keys), (depth, *inputs, config.rank), jnp.float32) / math.sqrt(
+            math.prod(inputs)
+        )
         return {"a": a, "b": jnp.zeros((depth, config.rank, *outputs), jnp.float32)}
 
     return {"lora": {s: _on_targets(config, params[s], adapter) for s in _STACKS if s in params}}
@@ -93,7 +113,9 @@ def _adapter_axes(name: str, names: tuple[str | None, ...]) -> dict[str, tuple[s
     return {"a": (*names[:cut], None), "b": (names[0], None, *names[cut:])}
 
 
-def _on_targets(config: LoRAConfig, tree: Mapping[str, Any], make: Callable[[str, Any], Any]) -> dict[str, Any]:
+def _on_targets(
+    config: LoRAConfig, tree: Mapping[str, Any], make: Callable[[str, Any], Any]
+) -> dict[str, Any]:
     made = {}
     for name, value in tree.items():
         if name == "experts":
@@ -109,7 +131,10 @@ def join(base: Any, own: Any) -> Any:
     """One tree of the frozen and the trained one: mappings merge key by key; base {} leaves the other as it is."""
     if not isinstance(base, Mapping) or not isinstance(own, Mapping):
         return own
-    return {**base, **{key: join(base[key], value) if key in base else value for key, value in own.items()}}
+    return {
+        **base,
+        **{key: join(base[key], value) if key in base else value for key, value in own.items()},
+    }
 
 
 def add(weights: Any, adapters: Any, scale: Any) -> Any:
@@ -119,7 +144,10 @@ def add(weights: Any, adapters: Any, scale: Any) -> Any:
     if "a" in adapters:
         a, b = adapters["a"], adapters["b"]
         lead = a.ndim + b.ndim - weights.ndim - 2  # 1 where layers are stacked, else 0
-        left, right = a.reshape(*a.shape[:lead], -1, a.shape[-1]), b.reshape(*b.shape[:lead], a.shape[-1], -1)
+        left, right = (
+            a.reshape(*a.shape[:lead], -1, a.shape[-1]),
+            b.reshape(*b.shape[:lead], a.shape[-1], -1),
+        )
         return weights + scale * jnp.matmul(left, right).reshape(weights.shape)
     return {name: add(value, adapters.get(name), scale) for name, value in weights.items()}
 
@@ -132,4 +160,7 @@ def merge(params: Any) -> Any:
         return params
     plain = {name: value for name, value in params.items() if name != "lora"}
     adapters = params["lora"]
-    return {**plain, **{s: add(params[s], adapters[s], adapters["scale"]) for s in _STACKS if s in params}}
+    return {
+        **plain,
+        **{s: add(params[s], adapters[s], adapters["scale"]) for s in _STACKS if s in params},
+    }

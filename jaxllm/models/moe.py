@@ -18,7 +18,11 @@ from jax.sharding import PartitionSpec as P
 from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jaxllm.sharding import ACT_RULES, spec
 
-_TOKEN_AXES = ("data", "fsdp", "context")  # over which tokens stay spread where those of the expert axis are gathered
+_TOKEN_AXES = (
+    "data",
+    "fsdp",
+    "context",
+)  # over which tokens stay spread where those of the expert axis are gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +62,13 @@ class MoEConfig:
         if self.per_token > self.num_experts:
             raise ValueError("per_token: must be at most num_experts")
         if self.num_experts % self.num_groups or self.groups_per_token > self.num_groups:
-            raise ValueError("num_groups: must divide num_experts, and be at least groups_per_token")
+            raise ValueError(
+                "num_groups: must divide num_experts, and be at least groups_per_token"
+            )
         if self.per_token > self.groups_per_token * (self.num_experts // self.num_groups):
-            raise ValueError("groups_per_token: the groups chosen hold fewer experts than per_token")
+            raise ValueError(
+                "groups_per_token: the groups chosen hold fewer experts than per_token"
+            )
         if self.bias_rate and self.router != "sigmoid":
             raise ValueError("bias_rate: balancing by a bias needs router sigmoid; use aux_coef")
 
@@ -78,7 +86,12 @@ _ROWS = 1 << 15  # places of tokens in experts that are gone through at a time, 
 
 
 def moe(
-    x: jax.Array, mask: jax.Array, weights: dict[str, Any], config: MoEConfig, *, in_parts: bool = False
+    x: jax.Array,
+    mask: jax.Array,
+    weights: dict[str, Any],
+    config: MoEConfig,
+    *,
+    in_parts: bool = False,
 ) -> tuple[jax.Array, Load]:
     """x [B, T, D] through each token's experts -> ([B, T, D], load); mask bool[B, T]: False tokens get zeros.
 
@@ -90,7 +103,9 @@ def moe(
     if mesh.empty:
         return _local(x, mask, weights, config, {}, in_parts)
     sizes, seq = dict(mesh.shape), "seq"
-    if x.shape[1] % sizes["context"]:  # the one token of a decoding step: every shard of the sequence has it
+    if (
+        x.shape[1] % sizes["context"]
+    ):  # the one token of a decoding step: every shard of the sequence has it
         sizes["context"], seq = 1, None
     tokens = spec(("batch", seq, None), ACT_RULES)
     experts = {
@@ -101,23 +116,33 @@ def moe(
     specs = {name: P() if name != "experts" else experts for name in weights}
     run = functools.partial(_local, config=config, sizes=sizes, in_parts=in_parts)
     out_specs: Any = (tokens, Load(*[P()] * 4))  # type: ignore
-    return jax.shard_map(run, in_specs=(tokens, P(*tokens[:2]), specs), out_specs=out_specs, check_vma=False)(
-        x, mask, weights
-    )
+    return jax.shard_map(
+        run, in_specs=(tokens, P(*tokens[:2]), specs), out_specs=out_specs, check_vma=False
+    )(x, mask, weights)
 
 
-def _local(x, mask, weights, config: MoEConfig, sizes: dict[str, int], in_parts: bool) -> tuple[jax.Array, Load]:
+def _local(
+    x, mask, weights, config: MoEConfig, sizes: dict[str, int], in_parts: bool
+) -> tuple[jax.Array, Load]:
     """`moe` on one device's share of the tokens and of the experts."""
     run = functools.partial(_at_once, config=config, sizes=sizes)
     rows = mask.size * sizes.get("expert", 1) * config.per_token
     parts = math.gcd(x.shape[1], max(rows // _ROWS, 1)) if in_parts else 1
     if parts > 1:
         # Gradients of the experts' matrices are summed over parts in float32.
-        wide = {**weights, "experts": jax.tree.map(lambda w: w.astype(jnp.float32), weights["experts"])}
-        narrow = lambda weights: {**weights, "experts": jax.tree.map(lambda w: w.astype(x.dtype), weights["experts"])}
+        wide = {
+            **weights,
+            "experts": jax.tree.map(lambda w: w.astype(jnp.float32), weights["experts"]),
+        }
+        narrow = lambda weights: {
+            **weights,
+            "experts": jax.tree.map(lambda w: w.astype(x.dtype), weights["experts"]),
+        }
         one = jax.checkpoint(lambda x, mask: run(x, mask, narrow(wide)), prevent_cse=False)
         split = lambda a: jnp.moveaxis(a.reshape(a.shape[0], parts, -1, *a.shape[2:]), 1, 0)
-        _, (y, stats) = jax.lax.scan(lambda _, part: (None, one(*part)), None, (split(x), split(mask)))
+        _, (y, stats) = jax.lax.scan(
+            lambda _, part: (None, one(*part)), None, (split(x), split(mask))
+        )
         y, stats = jnp.moveaxis(y, 0, 1).reshape(x.shape), jax.tree.map(lambda a: a.sum(0), stats)
     else:
         y, stats = run(x, mask, weights)
@@ -135,15 +160,25 @@ def _at_once(x, mask, weights, config: MoEConfig, sizes: dict[str, int]) -> tupl
     expert = jnp.where(real[:, None], expert, config.num_experts)  # nobody's
     run = functools.partial(_capacity, config=config) if config.capacity_factor else _dropless
     first = jax.lax.axis_index("expert") * (config.num_experts // shards) if shards > 1 else 0
-    local = jnp.where(real[:, None], (expert - first) % config.num_experts, config.num_experts)  # this device's first
+    local = jnp.where(
+        real[:, None], (expert - first) % config.num_experts, config.num_experts
+    )  # this device's first
     y, dropped = run(flat, chosen, local, weights["experts"])
     if sizes.get("tensor", 1) > 1:
         y = jax.lax.psum(y, "tensor")
     y = y.reshape(x.shape)
     if shards > 1:
-        y, dropped = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True), jax.lax.psum(dropped, "expert")
+        y, dropped = (
+            jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True),
+            jax.lax.psum(dropped, "expert"),
+        )
     load = jnp.zeros(config.num_experts, jnp.float32).at[expert.reshape(-1)].add(1.0, mode="drop")
-    stats = Load(real.astype(jnp.float32).sum(), load, jnp.where(real[:, None], probability, 0.0).sum(0), dropped)
+    stats = Load(
+        real.astype(jnp.float32).sum(),
+        load,
+        jnp.where(real[:, None], probability, 0.0).sum(0),
+        dropped,
+    )
     return y.astype(x.dtype), stats
 
 
@@ -154,13 +189,17 @@ def route(x: jax.Array, router: jax.Array, bias: jax.Array | None, config: MoECo
     to 16). A group's score is that of its best expert (DeepSeek-V2), with the sigmoid that of its best two.
     """
     c = config
-    logits = jnp.einsum("nd,de->ne", x.astype(jnp.float32), router.astype(jnp.float32), precision="highest")
+    logits = jnp.einsum(
+        "nd,de->ne", x.astype(jnp.float32), router.astype(jnp.float32), precision="highest"
+    )
     scores = jax.nn.softmax(logits, axis=-1) if c.router == "softmax" else jax.nn.sigmoid(logits)
     choice = scores if bias is None else scores + bias[None]
     if c.num_groups > 1:
         groups = choice.reshape(-1, c.num_groups, c.num_experts // c.num_groups)
         best = jax.lax.top_k(groups, 2)[0].sum(-1) if c.router == "sigmoid" else groups.max(-1)
-        kept = jax.nn.one_hot(jax.lax.top_k(best, c.groups_per_token)[1], c.num_groups, dtype=bool).any(1)
+        kept = jax.nn.one_hot(
+            jax.lax.top_k(best, c.groups_per_token)[1], c.num_groups, dtype=bool
+        ).any(1)
         choice = jnp.where(kept[:, :, None], groups, -jnp.inf).reshape(choice.shape)
     expert = jax.lax.top_k(choice, c.per_token)[1]
     weights = jnp.take_along_axis(scores, expert, axis=-1)
@@ -169,9 +208,13 @@ def route(x: jax.Array, router: jax.Array, bias: jax.Array | None, config: MoECo
     return weights * c.scale, expert, scores / scores.sum(-1, keepdims=True)
 
 
-def _swiglu(rows: jax.Array, experts: dict[str, jax.Array], product: Callable[..., jax.Array]) -> jax.Array:
+def _swiglu(
+    rows: jax.Array, experts: dict[str, jax.Array], product: Callable[..., jax.Array]
+) -> jax.Array:
     """Rows through their experts' MLPs; product(rows, one of the matrices)."""
-    return product(jax.nn.silu(product(rows, experts["gate"])) * product(rows, experts["up"]), experts["down"])
+    return product(
+        jax.nn.silu(product(rows, experts["gate"])) * product(rows, experts["up"]), experts["down"]
+    )
 
 
 def _dropless(x, weights, local, experts) -> tuple[jax.Array, jax.Array]:
@@ -183,7 +226,9 @@ def _dropless(x, weights, local, experts) -> tuple[jax.Array, jax.Array]:
     here = experts["gate"].shape[0]
     order = jnp.argsort(local.reshape(-1), stable=True)
     sizes = jnp.zeros(here, jnp.int32).at[local.reshape(-1)].add(1, mode="drop")
-    out = _swiglu(x[order // k], experts, lambda rows, matrix: jax.lax.ragged_dot(rows, matrix, sizes))
+    out = _swiglu(
+        x[order // k], experts, lambda rows, matrix: jax.lax.ragged_dot(rows, matrix, sizes)
+    )
     # What follows the last group belongs to another device's experts, or to none.
     mine = jnp.arange(N * k)[:, None] < sizes.sum()
     out = jnp.where(mine, out, 0.0)
@@ -201,9 +246,15 @@ def _capacity(x, weights, local, experts, config: MoEConfig) -> tuple[jax.Array,
     place = ((jnp.cumsum(chosen, axis=0) - 1) * chosen).sum(-1)
     fits = (local < here) & (place < capacity)
     at = jnp.where(fits, local * capacity + place, here * capacity)
-    rows = jnp.zeros((here * capacity, x.shape[1]), x.dtype).at[at].set(jnp.repeat(x, k, axis=0), mode="drop")
+    rows = (
+        jnp.zeros((here * capacity, x.shape[1]), x.dtype)
+        .at[at]
+        .set(jnp.repeat(x, k, axis=0), mode="drop")
+    )
     rows = rows.reshape(here, capacity, -1)
-    out = _swiglu(rows, experts, functools.partial(jnp.einsum, "eci,eio->eco")).reshape(here * capacity, -1)
+    out = _swiglu(rows, experts, functools.partial(jnp.einsum, "eci,eio->eco")).reshape(
+        here * capacity, -1
+    )
     out = jnp.where(fits[:, None], out[jnp.minimum(at, here * capacity - 1)], 0.0).reshape(N, k, -1)
     dropped = ((local < here) & ~fits).astype(jnp.float32).sum()
     return (out.astype(jnp.float32) * weights[:, :, None]).sum(1), dropped
@@ -218,10 +269,16 @@ def balance(load: Load, bias: jax.Array | None, config: MoEConfig) -> jax.Array:
     """
     tokens = jnp.maximum(load.tokens, 1.0)[:, None]
     share = jax.lax.stop_gradient(load.load / tokens)
-    total = config.aux_coef * config.num_experts * (share * load.probability / tokens).sum(-1).mean()
+    total = (
+        config.aux_coef * config.num_experts * (share * load.probability / tokens).sum(-1).mean()
+    )
     if bias is not None and config.bias_rate:
         # Counts are whole numbers: an expert with exactly its share has exactly no excess, on any mesh.
-        excess = jax.lax.stop_gradient(load.load * config.num_experts - load.load.sum(-1, keepdims=True))
+        excess = jax.lax.stop_gradient(
+            load.load * config.num_experts - load.load.sum(-1, keepdims=True)
+        )
         pull = (bias * excess / tokens).sum()
-        total = total + 1e-6 * (pull - jax.lax.stop_gradient(pull))  # small: the gradient's norm does not feel it
+        total = total + 1e-6 * (
+            pull - jax.lax.stop_gradient(pull)
+        )  # small: the gradient's norm does not feel it
     return total

@@ -54,7 +54,11 @@ class RopeScaling:
     @property
     def score_scale(self) -> float:
         """What attention scores are multiplied by besides (DeepSeek-V2, section 3.1.4)."""
-        return self.magnitude(self.mscale_all_dim) ** 2 if self.kind == "yarn" and self.mscale_all_dim else 1.0
+        return (
+            self.magnitude(self.mscale_all_dim) ** 2
+            if self.kind == "yarn" and self.mscale_all_dim
+            else 1.0
+        )
 
 
 def frequencies(size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
@@ -65,7 +69,9 @@ def frequencies(size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     elif scaling.kind == "linear":
         scaled = plain / scaling.factor
     else:
-        keep = (_llama3_keep if scaling.kind == "llama3" else _yarn_keep)(plain, size, theta, scaling)
+        keep = (_llama3_keep if scaling.kind == "llama3" else _yarn_keep)(
+            plain, size, theta, scaling
+        )
         scaled = keep * plain + (1 - keep) * plain / scaling.factor
     return scaled.astype(np.float32)
 
@@ -81,17 +87,27 @@ def _llama3_keep(plain: np.ndarray, size: int, theta: float, scaling: RopeScalin
 def _yarn_keep(plain: np.ndarray, size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     """A ramp over the pairs' numbers between those that turn beta_fast and beta_slow times (Peng et al. 2023, eq. 17
     to 19, in the whole numbers of the published code)."""
-    pair = lambda turns: size * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-    low, high = max(math.floor(pair(scaling.beta_fast)), 0), min(math.ceil(pair(scaling.beta_slow)), size - 1)
+    pair = lambda turns: (
+        size * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    )
+    low, high = (
+        max(math.floor(pair(scaling.beta_fast)), 0),
+        min(math.ceil(pair(scaling.beta_slow)), size - 1),
+    )
     ramp = (np.arange(len(plain)) - low) / max(high - low, 0.001)
     return 1.0 - np.clip(ramp, 0.0, 1.0)
 
 
-def rope(x: jax.Array, positions: jax.Array, frequency: jax.Array | np.ndarray, amplitude: float = 1.0) -> jax.Array:
+def rope(
+    x: jax.Array, positions: jax.Array, frequency: jax.Array | np.ndarray, amplitude: float = 1.0
+) -> jax.Array:
     """Rotary positions (Su et al. 2021, eq. 34), halves rotated: x [B, T, N, H], positions int32[B, T],
     frequency float32[H / 2]."""
     half = x.shape[-1] // 2
-    angle = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(frequency)[None, None, None, :]
+    angle = (
+        positions.astype(jnp.float32)[:, :, None, None]
+        * jnp.asarray(frequency)[None, None, None, :]
+    )
     cos, sin = amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

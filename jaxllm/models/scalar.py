@@ -18,7 +18,10 @@ def init(trunk: Any, config: ModelConfig, key: jax.Array) -> Any:
     The kernel is drawn from N(0, 1 / (D + 1)), the bias is 0 (Stiennon et al. 2020; Huang et al. 2024, detail 8).
     """
     kernel = jax.random.normal(key, (config.embed_dim,)) / jnp.sqrt(config.embed_dim + 1.0)
-    return {"trunk": jax.tree.map(jnp.copy, trunk), "head": {"kernel": kernel, "bias": jnp.zeros(())}}
+    return {
+        "trunk": jax.tree.map(jnp.copy, trunk),
+        "head": {"kernel": kernel, "bias": jnp.zeros(())},
+    }
 
 
 def axes(config: ModelConfig) -> Any:
@@ -26,12 +29,16 @@ def axes(config: ModelConfig) -> Any:
 
 
 def abstract(config: ModelConfig) -> Any:
-    return jax.eval_shape(lambda: init(transformer.init(config, jax.random.key(0)), config, jax.random.key(0)))
+    return jax.eval_shape(
+        lambda: init(transformer.init(config, jax.random.key(0)), config, jax.random.key(0))
+    )
 
 
 def apply(params: Any, config: ModelConfig, tokens, segment_ids, positions=None) -> jax.Array:
     """A value for every position: tokens, segment_ids int32[B, T] -> float32[B, T]."""
-    return read(params["head"], transformer.apply(params["trunk"], config, tokens, segment_ids, positions))
+    return read(
+        params["head"], transformer.apply(params["trunk"], config, tokens, segment_ids, positions)
+    )
 
 
 def read(head: Any, hidden: jax.Array) -> jax.Array:
@@ -56,8 +63,13 @@ def score_rows(params: Any, config: ModelConfig, rows: Sequence[Sequence[int]]) 
         raise InputError(
             f"reward model: {longest} tokens are more than its context of {config.max_length}; use shorter"
         )
-    tokens, segments = (np.zeros((len(rows), min(-(-longest // 32) * 32, config.max_length)), np.int32) for _ in "ts")
+    tokens, segments = (
+        np.zeros((len(rows), min(-(-longest // 32) * 32, config.max_length)), np.int32)
+        for _ in "ts"
+    )
     for i, row in enumerate(rows):
         tokens[i, : len(row)], segments[i, : len(row)] = row, 1
-    values = jax.jit(lambda p, t, s: last_value(apply(p, config, t, s), s))(params, tokens, segments)
+    values = jax.jit(lambda p, t, s: last_value(apply(p, config, t, s), s))(
+        params, tokens, segments
+    )
     return np.asarray(values)

@@ -50,7 +50,9 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
         "norm": _init(_FinalNorm, config, head_key),
     }
     for name, block, numbers in stacks(config):
-        params[name] = jax.vmap(lambda k, block=block: _init(Block, block, k))(layer_keys[numbers.start : numbers.stop])
+        params[name] = jax.vmap(lambda k, block=block: _init(Block, block, k))(
+            layer_keys[numbers.start : numbers.stop]
+        )
     if not config.tie_embeddings:
         params["head"] = _init(_Head, config, head_key)
     if config.mtp_modules:
@@ -71,7 +73,10 @@ def axes(config: ModelConfig) -> Params:
 def stacks(config: ModelConfig) -> list[tuple[str, ModelConfig, range]]:
     """(name in the parameters, config of its blocks, numbers of its layers) of each stack of layers."""
     first, dense = config.moe.first_dense, dataclasses.replace(config, moe=moe.MoEConfig())
-    every = [("dense_layers", dense, range(first)), ("layers", config, range(first, config.num_layers))]
+    every = [
+        ("dense_layers", dense, range(first)),
+        ("layers", config, range(first, config.num_layers)),
+    ]
     return [stack for stack in every if stack[2]]
 
 
@@ -110,7 +115,9 @@ def apply_routed(
     """`apply`, and what the routers of its experts did: a `moe.Load` of arrays [L, ...], {} without experts."""
     segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        positions = jnp.broadcast_to(
+            jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape
+        )
     adapters, load = params.get("lora", {}), {}
     if (order := zigzag_order(tokens.shape[1])) is not None:
         tokens, segment_ids, positions = (x[:, order] for x in (tokens, segment_ids, positions))
@@ -118,12 +125,16 @@ def apply_routed(
     for name, block, numbers in stacks(config):
         windowed = [config.windowed(i) for i in numbers]
 
-        def run(layers: Any, x: Any, positions: Any, segment_ids: Any, block=block, windowed=windowed) -> Any:
+        def run(
+            layers: Any, x: Any, positions: Any, segment_ids: Any, block=block, windowed=windowed
+        ) -> Any:
             def body(x: jax.Array, layer: tuple[Any, ...]) -> tuple[jax.Array, Any]:
                 weights = lora.add(layer[0], layer[1], adapters.get("scale"))
                 # Where all layers are alike it is a constant, and the mask is compiled for it.
                 local = windowed[0] if len(set(windowed)) == 1 else layer[2]
-                return _merge(Block, block, weights)(checkpoint_name(x, _INPUT), positions, segment_ids, local, order)
+                return _merge(Block, block, weights)(
+                    checkpoint_name(x, _INPUT), positions, segment_ids, local, order
+                )
 
             return jax.lax.scan(_remat(body, config), x, layers, unroll=config.scan_unroll)
 
@@ -151,24 +162,41 @@ def ahead(
         tokens = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
         body = functools.partial(_ahead, config, positions, segment_ids)
         module = jax.tree.map(lambda w, k=k: w[k], params["mtp"])
-        hidden, load = _remat(body, config)(module, hidden, _embed(params, config, tokens, positions))
+        hidden, load = _remat(body, config)(
+            module, hidden, _embed(params, config, tokens, positions)
+        )
         made, loads = [*made, hidden], [*loads, load]
     return made, jax.tree.map(lambda *x: jnp.stack(x), *loads)
 
 
-def _ahead(config: ModelConfig, positions: Any, segment_ids: Any, module: Params, hidden: Any, embedded: Any) -> Any:
+def _ahead(
+    config: ModelConfig,
+    positions: Any,
+    segment_ids: Any,
+    module: Params,
+    hidden: Any,
+    embedded: Any,
+) -> Any:
     return _merge(MTPModule, config, module)(hidden, embedded, positions, segment_ids)
 
 
-def routing_loss(layers: Params, config: ModelConfig, load: moe.Load) -> tuple[jax.Array, dict[str, Any]]:
+def routing_loss(
+    layers: Params, config: ModelConfig, load: moe.Load
+) -> tuple[jax.Array, dict[str, Any]]:
     """(what is added to the mean loss of a token, {metric: (sum, weight)}) for the loads of these layers."""
     one, places = jnp.ones(()), jnp.maximum(load.load.sum(-1), 1.0)
     total = moe.balance(load, layers["mlp"].get("router_bias"), config.moe)
     busiest = (load.load.max(-1) * config.moe.num_experts / places).mean()
     idle = (load.load == 0).astype(jnp.float32).mean()
-    metrics = {"router/balance_loss": total, "router/busiest_expert": busiest, "router/idle_experts": idle}
+    metrics = {
+        "router/balance_loss": total,
+        "router/busiest_expert": busiest,
+        "router/idle_experts": idle,
+    }
     dropped = {"router/dropped": (load.dropped.sum(), load.load.sum())}
-    return total, {name: (jax.lax.stop_gradient(value), one) for name, value in metrics.items()} | dropped
+    return total, {
+        name: (jax.lax.stop_gradient(value), one) for name, value in metrics.items()
+    } | dropped
 
 
 def head(params: Params) -> jax.Array:
@@ -181,10 +209,14 @@ def grow_vocab(params: Params, vocab_size: int) -> Params:
 
     def grow(table: jax.Array) -> jax.Array:
         more = max(vocab_size - table.shape[0], 0)
-        return jnp.concatenate([table, jnp.broadcast_to(table.mean(0, keepdims=True), (more, table.shape[1]))])
+        return jnp.concatenate(
+            [table, jnp.broadcast_to(table.mean(0, keepdims=True), (more, table.shape[1]))]
+        )
 
     tables = {
-        name: {**params[name], "tokens": grow(params[name]["tokens"])} for name in ("embed", "head") if name in params
+        name: {**params[name], "tokens": grow(params[name]["tokens"])}
+        for name in ("embed", "head")
+        if name in params
     }
     return {**params, **tables}
 
@@ -197,7 +229,9 @@ def empty_cache(config: ModelConfig, batch_size: int, length: int) -> KVCache:
 
     def zeros(layers: int, heads: int, size: int) -> jax.Array:
         empty = jnp.zeros((layers, batch_size, heads, length, size), config.compute_dtype)
-        empty = constrain(empty, None, "batch", "kv_heads" if heads > 1 else None, "cache", "head_dim")
+        empty = constrain(
+            empty, None, "batch", "kv_heads" if heads > 1 else None, "cache", "head_dim"
+        )
         return empty if layers > 1 else empty[0]
 
     counts = [len(numbers) for _, _, numbers in decoded_groups(config)]
@@ -209,7 +243,9 @@ def decoded_groups(config: ModelConfig) -> list[tuple[str, ModelConfig, range]]:
     compiles in the same time at any depth; elsewhere single layers, since slicing weights would copy them."""
     if platform() == "tpu":
         return stacks(config)
-    return [(name, block, range(i, i + 1)) for name, block, numbers in stacks(config) for i in numbers]
+    return [
+        (name, block, range(i, i + 1)) for name, block, numbers in stacks(config) for i in numbers
+    ]
 
 
 def decoding(config: ModelConfig) -> ModelConfig:
@@ -220,7 +256,9 @@ def decoding(config: ModelConfig) -> ModelConfig:
 
 def grow_cache(cache: KVCache, places: int) -> KVCache:
     """The cache with so many more places at its end."""
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, places if i == x.ndim - 2 else 0) for i in range(x.ndim)]), cache)
+    return jax.tree.map(
+        lambda x: jnp.pad(x, [(0, places if i == x.ndim - 2 else 0) for i in range(x.ndim)]), cache
+    )
 
 
 def unstack(params: Params, config: ModelConfig) -> Params:
@@ -258,17 +296,25 @@ def apply_cached(
     """
     x = _embed(params, config, tokens, positions, decoded=True)
     ks, vs = [], []
-    for (_, block, numbers), weights, k, v in zip(decoded_groups(config), params["layers"], *cache, strict=True):
+    for (_, block, numbers), weights, k, v in zip(
+        decoded_groups(config), params["layers"], *cache, strict=True
+    ):
         windowed = [config.windowed(i) for i in numbers]
 
         def layer(i: Any, carry: Any, block=block, weights=weights, windowed=windowed) -> Any:
             local = windowed[0] if len({*windowed}) == 1 else jnp.array(windowed)[i]
-            one = _merge(Block, block, weights if i is None else jax.tree.map(lambda w: w[i], weights))
+            one = _merge(
+                Block, block, weights if i is None else jax.tree.map(lambda w: w[i], weights)
+            )
             x, k, v = carry
             return one.cached(x, positions, kv_segment_ids, k, v, (i, offset), local)
 
         carry = (x, k, v)
-        x, k, v = layer(None, carry) if len(numbers) == 1 else jax.lax.fori_loop(0, len(numbers), layer, carry)
+        x, k, v = (
+            layer(None, carry)
+            if len(numbers) == 1
+            else jax.lax.fori_loop(0, len(numbers), layer, carry)
+        )
         ks, vs = [*ks, k], [*vs, v]
     return _merge(_FinalNorm, config, params["norm"]).norm(x), KVCache(tuple(ks), tuple(vs))
 
@@ -286,14 +332,22 @@ def flops_per_token(config: ModelConfig, length: int, *, scored: bool = True) ->
     matmul = heads + sum(len(numbers) * _met(block) for _, block, numbers in stacks(c))
     matmul += c.mtp_modules * (_met(c) + 2 * c.embed_dim**2)
     sizes = (m.nope_dim + m.rope_dim + m.value_dim) if m.kv_rank else 2 * c.head_dim
-    seen = lambda i: length - (length - c.window) ** 2 / length if c.windowed(i) and c.window < length else length
-    return 6.0 * matmul + 3.0 * c.num_heads * sizes * sum(map(seen, range(c.num_layers + c.mtp_modules)))
+    seen = lambda i: (
+        length - (length - c.window) ** 2 / length
+        if c.windowed(i) and c.window < length
+        else length
+    )
+    return 6.0 * matmul + 3.0 * c.num_heads * sizes * sum(
+        map(seen, range(c.num_layers + c.mtp_modules))
+    )
 
 
 @functools.cache
 def _met(block: ModelConfig) -> float:
     """Parameters of the matrices of a layer that one token is multiplied by."""
-    every = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: _init(Block, block, jax.random.key(0))))
+    every = jax.tree_util.tree_leaves_with_path(
+        jax.eval_shape(lambda: _init(Block, block, jax.random.key(0)))
+    )
     share = block.moe.per_token / block.moe.num_experts if block.moe.num_experts else 1.0
     named = ((jax.tree_util.keystr(path), math.prod(leaf.shape)) for path, leaf in every)
     matrices = [(name, size) for name, size in named if "norm" not in name and "bias" not in name]
@@ -304,7 +358,9 @@ class _Embed(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.tokens = normal(rngs, config.init_std, vocab=config.vocab_size, embed=config.embed_dim)
         if config.position == "learned":
-            self.positions = normal(rngs, config.init_std, positions=config.max_length, embed=config.embed_dim)
+            self.positions = normal(
+                rngs, config.init_std, positions=config.max_length, embed=config.embed_dim
+            )
 
 
 class _Head(nnx.Module):
@@ -319,12 +375,18 @@ class _FinalNorm(nnx.Module):
 
 
 def _embed(
-    params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, decoded: bool = False
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    decoded: bool = False,
 ) -> jax.Array:
     # Gathered here, in the narrow type: left to XLA, looking up in a table split over its columns ends in "involuntary
     # full rematerialization". Decoding looks up in whole columns (`unstack`): XLA would gather split rows for each token.
     place = lambda rows: (None, "columns") if decoded else (rows, None)
-    table = lambda name, rows: constrain_weights(params["embed"][name].astype(config.compute_dtype), *place(rows))
+    table = lambda name, rows: constrain_weights(
+        params["embed"][name].astype(config.compute_dtype), *place(rows)
+    )
     x = table("tokens", "vocab")[tokens]
     if config.scale_embeddings:
         x = x * jnp.asarray(config.embed_dim**0.5, x.dtype)
@@ -372,7 +434,9 @@ def _merge(module: type, config: ModelConfig, params: Params) -> Any:
 
 def _axes(module: type, config: ModelConfig) -> Params:
     _, state = _definition(module, config)
-    names = jax.tree.map(lambda v: v.get_metadata()["axes"], state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    names = jax.tree.map(
+        lambda v: v.get_metadata()["axes"], state, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )
     return nnx.to_pure_dict(names)
 
 

@@ -84,7 +84,9 @@ def plan(config: Config, args: PlanArgs) -> dict[str, Any]:
     if args.stage not in known:
         raise InputError(f"--stage {args.stage}: is not known; known: {', '.join(known)}")
     if not config.model.vocab_size:
-        raise InputError(f"{args.config}: model.vocab_size: is the tokenizer's, which plan does not train; set it")
+        raise InputError(
+            f"{args.config}: model.vocab_size: is the tokenizer's, which plan does not train; set it"
+        )
     chip, devices = _devices(args)
     mesh = planned_mesh(config.mesh_of(args.stage), devices)
     programs, held = stage_programs(config, args.stage, mesh)
@@ -101,13 +103,17 @@ def plan(config: Config, args: PlanArgs) -> dict[str, Any]:
 _TIGHT = 0.85  # share of a device's memory above which a quick compilation does not decide whether a program fits
 
 
-def _compiled(programs: Sequence[Program], mesh: Any, chip: Chip, sizes: Any, args: PlanArgs) -> dict[str, Any]:
+def _compiled(
+    programs: Sequence[Program], mesh: Any, chip: Chip, sizes: Any, args: PlanArgs
+) -> dict[str, Any]:
     """What compiling finds of programs whose `sizes` are known."""
 
     def find(exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         with _optimization(None if exact else "O0"):
             every = {program.name: _measure(program, mesh) for program in programs}
-        return every, _sum(programs, every, sizes["state_bytes_per_device"], chip) | {"exact": exact}
+        return every, _sum(programs, every, sizes["state_bytes_per_device"], chip) | {
+            "exact": exact
+        }
 
     every, report = find(args.exact)
     if not args.exact and report.get("total_bytes_per_device", 0) > _TIGHT * chip.hbm:
@@ -149,7 +155,9 @@ def _sizes(config: Config, stage: str, mesh: Any, held: Mapping[str, Any]) -> di
         "optimizer_bytes_per_device": bytes_of([s.opt_state for s in states]),
         "gradient_bytes_per_device": max((bytes_of(s.params) for s in states), default=0),
         "state_bytes_per_device": bytes_of(held),
-        "state_bytes_by_role": {role: bytes_of(tree) for role, tree in held.items() if bytes_of(tree)},
+        "state_bytes_by_role": {
+            role: bytes_of(tree) for role, tree in held.items() if bytes_of(tree)
+        },
     }
 
 
@@ -183,20 +191,36 @@ def _measure(program: Program, mesh: Any) -> dict[str, Any]:
     }
 
 
-def _sum(programs: Sequence[Program], every: Mapping[str, Any], state: int, chip: Chip) -> dict[str, Any]:
+def _sum(
+    programs: Sequence[Program], every: Mapping[str, Any], state: int, chip: Chip
+) -> dict[str, Any]:
     """All programs of an update: what they do adds up; of memory the largest counts, and every role's state stays."""
     add = lambda key: sum(every[p.name][key] * p.times for p in programs)
-    total = {"flops_per_device": add("flops_per_device"), "model_flops_per_device": add("model_flops_per_device")}
-    total |= {"compile_seconds": round(sum(found["compile_seconds"] for found in every.values()), 1)}
-    total |= {"hbm_bytes": int(chip.hbm), "fits": all(found["fits"] for found in every.values()), "collectives": []}
+    total = {
+        "flops_per_device": add("flops_per_device"),
+        "model_flops_per_device": add("model_flops_per_device"),
+    }
+    total |= {
+        "compile_seconds": round(sum(found["compile_seconds"] for found in every.values()), 1)
+    }
+    total |= {
+        "hbm_bytes": int(chip.hbm),
+        "fits": all(found["fits"] for found in every.values()),
+        "collectives": [],
+    }
     if not total["fits"]:
-        return total | {"reason": next(f"{n}: {f['reason']}" for n, f in every.items() if not f["fits"])}
+        return total | {
+            "reason": next(f"{n}: {f['reason']}" for n, f in every.items() if not f["fits"])
+        }
     largest = lambda key: max(found[key] for found in every.values())
     total["argument_bytes_per_device"] = largest("argument_bytes_per_device")
     total["temp_bytes_per_device"] = largest("temp_bytes_per_device")
     total["host_bytes_per_device"] = largest("host_bytes_per_device")
     batches = total["argument_bytes_per_device"] if len(programs) == 1 else state
-    own = lambda p: sum(every[p.name][f"{kind}_bytes_per_device"] for kind in ("temp", "output")) + bytes_of(p.copied)
+    own = lambda p: (
+        sum(every[p.name][f"{kind}_bytes_per_device"] for kind in ("temp", "output"))
+        + bytes_of(p.copied)
+    )
     peak = max(map(own, programs))
     total |= {"total_bytes_per_device": batches + peak, "collectives": _merge(programs, every)}
     if batches + peak > chip.hbm:
@@ -212,8 +236,14 @@ def _merge(programs: Sequence[Program], every: Mapping[str, Any]) -> list[dict[s
     for program in programs:
         for each in every[program.name]["collectives"]:
             entry = found.setdefault((each["kind"], *each["axes"]), [0, 0])
-            entry[0], entry[1] = entry[0] + each["count"] * program.times, entry[1] + each["bytes"] * program.times
-    return [{"kind": key[0], "axes": [*key[1:]], "count": n, "bytes": size} for key, (n, size) in sorted(found.items())]
+            entry[0], entry[1] = (
+                entry[0] + each["count"] * program.times,
+                entry[1] + each["bytes"] * program.times,
+            )
+    return [
+        {"kind": key[0], "axes": [*key[1:]], "count": n, "bytes": size}
+        for key, (n, size) in sorted(found.items())
+    ]
 
 
 def _times(programs: Sequence[Program], every: Any, chip: Chip, tokens: int) -> dict[str, Any]:
@@ -225,7 +255,10 @@ def _times(programs: Sequence[Program], every: Any, chip: Chip, tokens: int) -> 
         found = every[program.name]
         far = sum(c["bytes"] for c in found["collectives"] if found["slow_axis"] in c["axes"])
         near = sum(c["bytes"] for c in found["collectives"]) - far
-        moved = found["argument_bytes_per_device"] * max(program.decoded, 1) + 2 * found["temp_bytes_per_device"]
+        moved = (
+            found["argument_bytes_per_device"] * max(program.decoded, 1)
+            + 2 * found["temp_bytes_per_device"]
+        )
         once = {
             "compute_seconds": found["flops_per_device"] / chip.flops,
             "hbm_seconds": moved / chip.hbm_bandwidth,
@@ -233,9 +266,13 @@ def _times(programs: Sequence[Program], every: Any, chip: Chip, tokens: int) -> 
             "dcn_seconds": far / chip.dcn,
         }
         moving = once["ici_seconds"] + once["dcn_seconds"]
-        once["predicted_step_seconds"] = max(once["compute_seconds"] / EFFICIENCY, once["hbm_seconds"], moving)
+        once["predicted_step_seconds"] = max(
+            once["compute_seconds"] / EFFICIENCY, once["hbm_seconds"], moving
+        )
         found["predicted_seconds"] = once["predicted_step_seconds"]
-        total = {name: total.get(name, 0.0) + seconds * program.times for name, seconds in once.items()}
+        total = {
+            name: total.get(name, 0.0) + seconds * program.times for name, seconds in once.items()
+        }
     step = total["predicted_step_seconds"]
     needed = sum(every[p.name]["model_flops_per_device"] * p.times for p in programs)
     return {
@@ -246,7 +283,9 @@ def _times(programs: Sequence[Program], every: Any, chip: Chip, tokens: int) -> 
 
 
 def _shardings(held: Mapping[str, Any]) -> dict[str, str]:
-    params = {role: tree.params if isinstance(tree, TrainState) else tree for role, tree in held.items()}
+    params = {
+        role: tree.params if isinstance(tree, TrainState) else tree for role, tree in held.items()
+    }
     named = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
     flat = jax.tree_util.tree_leaves_with_path(params)
     return {named(path): f"{list(leaf.shape)} {leaf.sharding.spec}" for path, leaf in flat}
@@ -254,21 +293,35 @@ def _shardings(held: Mapping[str, Any]) -> dict[str, str]:
 
 def _show(report: Mapping[str, Any], args: PlanArgs) -> None:
     console = Console(markup=False, emoji=False)
-    table = Table(title=f"{args.stage} on {args.topology}{f' x {args.slices}' * (args.slices > 1)}", show_header=False)
+    table = Table(
+        title=f"{args.stage} on {args.topology}{f' x {args.slices}' * (args.slices > 1)}",
+        show_header=False,
+    )
     for name, value in report.items():
         if name not in ("collectives", "leaves", "programs"):
             table.add_row(name, _readable(name, value))
     console.print(table)
     if report.get("programs"):
-        parts = Table("program", "times", "temporaries", "FLOPs", "seconds", title="An update, on one device")
+        parts = Table(
+            "program", "times", "temporaries", "FLOPs", "seconds", title="An update, on one device"
+        )
         for name, found in report["programs"].items():
-            sizes = (_bytes(found.get("temp_bytes_per_device", 0)), f"{found['flops_per_device']:,.3g}")
-            parts.add_row(name, str(found["times"]), *sizes, f"{found.get('predicted_seconds', 0):.3g}")
+            sizes = (
+                _bytes(found.get("temp_bytes_per_device", 0)),
+                f"{found['flops_per_device']:,.3g}",
+            )
+            parts.add_row(
+                name, str(found["times"]), *sizes, f"{found.get('predicted_seconds', 0):.3g}"
+            )
         console.print(parts)
     if report["collectives"]:
-        moves = Table("collective", "axes", "times", "bytes per device", title="Collectives of one step")
+        moves = Table(
+            "collective", "axes", "times", "bytes per device", title="Collectives of one step"
+        )
         for each in report["collectives"]:
-            moves.add_row(each["kind"], "+".join(each["axes"]), f"{each['count']:,}", _bytes(each["bytes"]))
+            moves.add_row(
+                each["kind"], "+".join(each["axes"]), f"{each['count']:,}", _bytes(each["bytes"])
+            )
         console.print(moves)
     for name, leaf in report.get("leaves", {}).items():
         console.print(f"{name}: {leaf}")
@@ -279,7 +332,9 @@ def search(config: Config, args: PlanArgs) -> list[dict[str, Any]]:
     chip, devices = _devices(args)
     count = devices if isinstance(devices, int) else len(devices)
     found = []
-    for candidate, guess in estimate.candidates(config, args.stage, count, args.slices, chip)[: args.tries]:
+    for candidate, guess in estimate.candidates(config, args.stage, count, args.slices, chip)[
+        : args.tries
+    ]:
         try:
             report = plan(candidate, args)
         except InputError as error:
@@ -293,23 +348,34 @@ def search(config: Config, args: PlanArgs) -> list[dict[str, Any]]:
             "reason",
         )
         found.append({**guess, **{key: report[key] for key in keys if key in report}})
-    return sorted(found, key=lambda each: (not each["fits"], -each.get("predicted_tokens_per_second", 0.0)))
+    return sorted(
+        found, key=lambda each: (not each["fits"], -each.get("predicted_tokens_per_second", 0.0))
+    )
 
 
 def _show_ranking(ranked: Sequence[Mapping[str, Any]]) -> None:
-    table = Table("mesh", "remat", "batch", "fits", "bytes per device", "tokens/s", "MFU", title="Best first")
+    table = Table(
+        "mesh", "remat", "batch", "fits", "bytes per device", "tokens/s", "MFU", title="Best first"
+    )
     for each in ranked:
         mesh = ", ".join(f"{axis} {size}" for axis, size in each["mesh"].items())
-        numbers = (f"{each.get('predicted_tokens_per_second', 0):,.0f}", f"{each.get('predicted_mfu', 0):.1%}")
+        numbers = (
+            f"{each.get('predicted_tokens_per_second', 0):,.0f}",
+            f"{each.get('predicted_mfu', 0):.1%}",
+        )
         size = _bytes(each.get("total_bytes_per_device", 0))
-        table.add_row(mesh, each["remat"], str(each["batch_size"]), str(each["fits"]), size, *numbers)
+        table.add_row(
+            mesh, each["remat"], str(each["batch_size"]), str(each["fits"]), size, *numbers
+        )
     Console(markup=False, emoji=False).print(table)
 
 
 def _devices(args: PlanArgs) -> tuple[Chip, Any]:
     kind, _, shape = args.topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        raise InputError(f"--topology {args.topology}: must be KIND:SHAPE, as v5p:4x4x4; kinds: {', '.join(CHIPS)}")
+        raise InputError(
+            f"--topology {args.topology}: must be KIND:SHAPE, as v5p:4x4x4; kinds: {', '.join(CHIPS)}"
+        )
     if CHIPS[kind].kind.startswith("NVIDIA"):
         return CHIPS[kind], math.prod(map(int, shape.split("x"))) * args.slices
     if importlib.util.find_spec("libtpu") is None:
@@ -319,7 +385,9 @@ def _devices(args: PlanArgs) -> tuple[Chip, Any]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=args.topology, **more)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--topology {args.topology}: libtpu knows no such slice ({reason})") from None
+        raise InputError(
+            f"--topology {args.topology}: libtpu knows no such slice ({reason})"
+        ) from None
     return CHIPS[kind], sorted(found.devices, key=lambda d: getattr(d, "slice_index", 0))
 
 
@@ -355,7 +423,9 @@ def count_flops(jaxpr: Any, experts: int = 1) -> float:
         elif name == "ragged_dot_general":
             total += _grouped_flops(eqn) / experts
         elif name == "pallas_call":
-            total += math.prod(params["grid_mapping"].grid) * count_flops(params["jaxpr"], experts) / 2
+            total += (
+                math.prod(params["grid_mapping"].grid) * count_flops(params["jaxpr"], experts) / 2
+            )
         elif name == "cond":
             total += max(count_flops(branch.jaxpr, experts) for branch in params["branches"])
         else:
@@ -383,10 +453,24 @@ def _inside(params: Mapping[str, Any]) -> Iterator[Any]:
 
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_SIZES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1, "f64": 8, "s64": 8, "s16": 2}
+_SIZES = {
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "bf16": 2,
+    "f16": 2,
+    "s8": 1,
+    "u8": 1,
+    "pred": 1,
+    "f64": 8,
+    "s64": 8,
+    "s16": 2,
+}
 
 
-def collectives(text: str, mesh: Any, unknown_trips: int = 1, slow: str = "data") -> list[dict[str, Any]]:
+def collectives(
+    text: str, mesh: Any, unknown_trips: int = 1, slow: str = "data"
+) -> list[dict[str, Any]]:
     """What a compiled program sends: kind, mesh axes, how often it runs, bytes in all that leave a device.
 
     Loops are followed to their trip counts; unknown_trips: of an outermost one that data end. slow: the axis over slices. A
@@ -400,11 +484,17 @@ def collectives(text: str, mesh: Any, unknown_trips: int = 1, slow: str = "data"
             if loop := re.search(r"while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
                 trips = _trips(bodies.get(loop[1], ()))
                 walk(loop[2], times * (trips or unknown), unknown if trips else 1)
-            elif call := re.search(r" (?:call|call-start|custom-call-start|conditional|async-start)\(.*", line):
+            elif call := re.search(
+                r" (?:call|call-start|custom-call-start|conditional|async-start)\(.*", line
+            ):
                 # TPU7x's sparse cores run collectives of their own beside the rest: as called computations.
-                for inner in re.findall(r"(?:to_apply|calls|computation|called_computations)=\{?%?([\w.\-]+)", call[0]):
+                for inner in re.findall(
+                    r"(?:to_apply|calls|computation|called_computations)=\{?%?([\w.\-]+)", call[0]
+                ):
                     walk(inner, times, unknown)
-            if far := re.search(r' = \((\S+), .* send\(.*_xla_megascale_transfer_type="(\w+)"', line):
+            if far := re.search(
+                r' = \((\S+), .* send\(.*_xla_megascale_transfer_type="(\w+)"', line
+            ):
                 # Between slices the runtime of the hosts moves what a slice has added up already.
                 entry = found.setdefault((far[2].lower().replace("_", "-"), (slow,)), [0, 0.0])
                 entry[0], entry[1] = entry[0] + times, entry[1] + times * _bytes_of_shapes(far[1])
@@ -441,7 +531,9 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 def _trips(condition: Any) -> int:
     """How often a loop runs: the constant its counter is compared with; 0 where something else ends it too."""
-    numbers = [int(n) for line in condition for n in re.findall(r"s32\[\][^=]*constant\((\d+)\)", line)]
+    numbers = [
+        int(n) for line in condition for n in re.findall(r"s32\[\][^=]*constant\((\d+)\)", line)
+    ]
     return 0 if any(" and(" in line for line in condition) else max(numbers, default=0)
 
 
@@ -452,7 +544,10 @@ def _result_bytes(line: str) -> int:
 
 def _bytes_of_shapes(result: str) -> int:
     shapes = re.findall(r"(\w+)\[([\d,]*)\]", result)
-    return sum(_SIZES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in shapes)
+    return sum(
+        _SIZES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
+        for kind, dims in shapes
+    )
 
 
 def _axes_of(line: str, mesh: Any) -> tuple[str, ...]:
@@ -462,7 +557,11 @@ def _axes_of(line: str, mesh: Any) -> tuple[str, ...]:
         parts = [part.split("=") for part in by_axis[1].split(",")]
         axes = [name.strip("' ") for name, size in parts if int(size) > 1]
         if len(axes) == len(names):
-            return tuple(names[axes.index(a.strip("' "))] for a in by_axis[2].split(",") if a.strip("' ") in axes)
+            return tuple(
+                names[axes.index(a.strip("' "))]
+                for a in by_axis[2].split(",")
+                if a.strip("' ") in axes
+            )
     if group := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
         members = [int(n) for n in group[1].split(",")]
     elif iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
@@ -470,7 +569,9 @@ def _axes_of(line: str, mesh: Any) -> tuple[str, ...]:
     else:
         return tuple(names)
     places = np.unravel_index(members, tuple(mesh.shape.values()))
-    return tuple(name for name, along in zip(mesh.shape, places, strict=True) if len({*along.tolist()}) > 1)
+    return tuple(
+        name for name, along in zip(mesh.shape, places, strict=True) if len({*along.tolist()}) > 1
+    )
 
 
 def _first_group(size: str, dims: str, order: str) -> list[int]:
@@ -484,7 +585,13 @@ def _readable(name: str, value: Any) -> str:
         return ", ".join(f"{k} {v}" for k, v in value.items())
     if "bytes" in name:
         return _bytes(value)
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if type(value) is int
+        else str(value)
+    )
 
 
 def _bytes(size: float) -> str:

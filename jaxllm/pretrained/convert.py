@@ -131,7 +131,9 @@ def _take_tokenizer(folder: Path, partial: Path, model: ModelConfig) -> None:
     try:
         tokenizer = load_tokenizer(folder)
     except InputError as error:
-        console.print(f"warning: no tokenizer ({error}); the model can be exported and started from, not talked to")
+        console.print(
+            f"warning: no tokenizer ({error}); the model can be exported and started from, not talked to"
+        )
         return
     if tokenizer.vocab_size > model.vocab_size:
         raise InputError(
@@ -142,7 +144,9 @@ def _take_tokenizer(folder: Path, partial: Path, model: ModelConfig) -> None:
         console.print(f"warning: no chats ({tokenizer.chat_refusal}); everything else works")
 
 
-def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.0, adapters: bool = False) -> None:
+def export_model(
+    stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.0, adapters: bool = False
+) -> None:
     """Write a stage's model as safetensors with config.json and its tokenizer; a reward model as a classifier.
 
     dtype: "float32", "bfloat16" or "float16"; empty: that of an imported model, else bfloat16.
@@ -154,7 +158,9 @@ def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.
         raise InputError(f"--dtype: {dtype!r} is unknown; known: {', '.join(_KINDS)}")
     model, record = read_model_card(source)
     if model.mtp_modules and family_of(model) != "deepseek_v3":
-        console.print("left out: the modules that predict further tokens, which no file of this family has")
+        console.print(
+            "left out: the modules that predict further tokens, which no file of this family has"
+        )
         model = dataclasses.replace(model, mtp_modules=0)
     config, family = to_hf(model)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -168,7 +174,9 @@ def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.
         step_dir = checkpoint.newest(source, step)
         seal = checkpoint.read_seal(step_dir)
         kinds = seal["record"].get("stored", [])  # of an imported model
-        stored = dtype or (str(KINDS[kinds[0]]) if len(kinds) == 1 else "float32" if kinds else "bfloat16")
+        stored = dtype or (
+            str(KINDS[kinds[0]]) if len(kinds) == 1 else "float32" if kinds else "bfloat16"
+        )
         leaf, reward = _leaves(source, record, model, mesh, step), record["kind"] == "reward"
         if kinds:
             checkpoint.check_files(step_dir, seal)
@@ -179,7 +187,11 @@ def export_model(stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.
         given = read_json(source / "hf" / "config.json") or {}
         config = {**config, **given, "dtype": stored, "vocab_size": model.vocab_size}
         if reward:
-            config |= {"architectures": [FAMILIES[family].replace("ForCausalLM", "ForSequenceClassification")]}
+            config |= {
+                "architectures": [
+                    FAMILIES[family].replace("ForCausalLM", "ForSequenceClassification")
+                ]
+            }
             config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, "num_labels": 1}
             bias = float(leaf(("head", "bias")))
             console.print(
@@ -208,7 +220,11 @@ def _leaves(
         want = pick(shapes, path)
         want = jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=everywhere)
         first = unchecked.pop() if unchecked else False
-        return np.asarray(checkpoint.load_params(source, want, (*record["path"], *path), step, first, read_imported))
+        return np.asarray(
+            checkpoint.load_params(
+                source, want, (*record["path"], *path), step, first, read_imported
+            )
+        )
 
     return leaf
 
@@ -217,21 +233,34 @@ def _as_imported(files: Files, model: ModelConfig, family: str, dtype: str) -> l
     """The tensors of an imported model, which are in its files by the same names; without a dtype as they are there."""
     shapes = file_shapes(model, family, transformer.abstract(model))
     kind = lambda name: KINDS[_KINDS[dtype] if dtype else files.where[name].kind]
-    return [Planned(name, shape, kind(name), functools.partial(files.get, name)) for name, shape in shapes.items()]
+    return [
+        Planned(name, shape, kind(name), functools.partial(files.get, name))
+        for name, shape in shapes.items()
+    ]
 
 
-def _of_leaves(model: ModelConfig, family: str, leaf: Any, dtype: np.dtype, reward: bool) -> list[Planned]:
+def _of_leaves(
+    model: ModelConfig, family: str, leaf: Any, dtype: np.dtype, reward: bool
+) -> list[Planned]:
     """Every tensor of the file, leaf after leaf, so that one leaf of ours is in memory at a time."""
     shapes = file_shapes(model, family, transformer.abstract(model))
-    held = functools.lru_cache(maxsize=3 if family == "gpt2" else 1)(leaf)  # GPT-2's tensors are made of three
+    held = functools.lru_cache(maxsize=3 if family == "gpt2" else 1)(
+        leaf
+    )  # GPT-2's tensors are made of three
     within = lambda path: held(("trunk", *path) if reward else path)
     stored = [
-        Planned(t.name, shapes[t.name], dtype, functools.partial(file_value, t, shapes[t.name], within))
+        Planned(
+            t.name, shapes[t.name], dtype, functools.partial(file_value, t, shapes[t.name], within)
+        )
         for t in sorted(tensors(model, family), key=lambda t: t.parts[0].path)
         if t.name != "lm_head.weight" or not reward
     ]
     if reward:
-        stored.append(Planned("score.weight", (1, model.embed_dim), dtype, lambda: held(("head", "kernel"))[None]))
+        stored.append(
+            Planned(
+                "score.weight", (1, model.embed_dim), dtype, lambda: held(("head", "kernel"))[None]
+            )
+        )
     return stored
 
 
@@ -245,9 +274,13 @@ def _write(folder: Path, stored: Iterable[Planned], shard_gb: float) -> None:
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        where = {tensor.name: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
+        where = {
+            tensor.name: file for file, shard in zip(names, shards, strict=True) for tensor in shard
+        }
         total = {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard)}
-        write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": where})
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": total, "weight_map": where}
+        )
     for name, shard in zip(names, shards, strict=True):
         _write_file(folder / name, shard)
 
@@ -258,7 +291,11 @@ def _write_file(path: Path, shard: Sequence[Planned]) -> None:
     place = 0
     for tensor in shard:
         offsets = [place, place + tensor.nbytes]
-        header[tensor.name] = {"dtype": _KINDS[str(tensor.dtype)], "shape": tensor.shape, "data_offsets": offsets}
+        header[tensor.name] = {
+            "dtype": _KINDS[str(tensor.dtype)],
+            "shape": tensor.shape,
+            "data_offsets": offsets,
+        }
         place += tensor.nbytes
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
@@ -267,7 +304,9 @@ def _write_file(path: Path, shard: Sequence[Planned]) -> None:
         for name, shape, dtype, make in shard:
             value = np.ascontiguousarray(make().astype(dtype, copy=False))
             if value.shape != shape:
-                raise InputError(f"{name}: is {list(value.shape)}, not {list(shape)}; the model's sizes do not fit")
+                raise InputError(
+                    f"{name}: is {list(value.shape)}, not {list(shape)}; the model's sizes do not fit"
+                )
             file.write(value.reshape(-1).view(np.uint8).data)
 
 
@@ -277,7 +316,11 @@ def _describe_tokens(source: epath.Path, folder: Path, config: dict[str, Any]) -
     if (Path(source) / "tokenizer").exists():
         tokenizer = load_tokenizer(Path(source) / "tokenizer")
         stops = [*dict.fromkeys(tokenizer.stop_ids)]
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
+        ids = {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": stops,
+            "pad_token_id": tokenizer.pad_id,
+        }
         generation = generation or ids
         config |= {name: value for name, value in ids.items() if config.get(name) is None}
         for path in sorted((Path(source) / "tokenizer").iterdir()):
@@ -288,15 +331,21 @@ def _describe_tokens(source: epath.Path, folder: Path, config: dict[str, Any]) -
         write_json(folder / "generation_config.json", generation)
 
 
-def _write_adapters(source: epath.Path, record: Any, model: ModelConfig, family: str, mesh: Any, folder: Path) -> None:
+def _write_adapters(
+    source: epath.Path, record: Any, model: ModelConfig, family: str, mesh: Any, folder: Path
+) -> None:
     """LoRA adapters in PEFT's format."""
     if not record.get("adapters") or record["kind"] != "policy" or family == "gpt2":
-        raise InputError(f"{source}: --adapters needs a policy trained with lora.rank above 0 (and no fused matrices)")
+        raise InputError(
+            f"{source}: --adapters needs a policy trained with lora.rank above 0 (and no fused matrices)"
+        )
     own = load_model(source, mesh)[0]["lora"]
     values, modules = {}, set()
     for tensor in tensors(model, family):
         part = tensor.parts[0]
-        found = functools.reduce(lambda tree, key: tree.get(key, {}) if isinstance(tree, dict) else {}, part.path, own)
+        found = functools.reduce(
+            lambda tree, key: tree.get(key, {}) if isinstance(tree, dict) else {}, part.path, own
+        )
         if not isinstance(found, dict) or "a" not in found:
             continue
         if part.interleaved:
@@ -309,7 +358,18 @@ def _write_adapters(source: epath.Path, record: Any, model: ModelConfig, family:
         values[f"{name}.lora_B.weight"] = np.ascontiguousarray(b.reshape(b.shape[0], -1).T)
         modules.add(name.rsplit(".", 1)[1])
     settings = record["adapters"]
-    safetensors.numpy.save_file(values, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": settings["rank"], "lora_alpha": settings["alpha"]}
-    about |= {"target_modules": sorted(modules), "bias": "none", "base_model_name_or_path": record["base"]}
+    safetensors.numpy.save_file(
+        values, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
+    about = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": settings["rank"],
+        "lora_alpha": settings["alpha"],
+    }
+    about |= {
+        "target_modules": sorted(modules),
+        "bias": "none",
+        "base_model_name_or_path": record["base"],
+    }
     write_json(folder / "adapter_config.json", about)

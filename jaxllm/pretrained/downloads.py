@@ -35,29 +35,46 @@ def model_files(folder: Path, index: Mapping[str, Any] | None) -> Files:
 def _check_siblings(path: Path) -> None:
     """Raise InputError where the file is one of several, NAME-00001-of-00003.safetensors, and not all are there."""
     if found := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.safetensors", path.name):
-        names = [f"{found[1]}{number:05}-of-{found[3]}.safetensors" for number in range(1, int(found[3]) + 1)]
+        names = [
+            f"{found[1]}{number:05}-of-{found[3]}.safetensors"
+            for number in range(1, int(found[3]) + 1)
+        ]
         _check_there(path.parent, names, f"the {len(names)} parts of the model")
 
 
 def _check_there(folder: Path, names: Sequence[str], whole: str) -> None:
     if missing := [name for name in names if not (folder / name).is_file()]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise InputError(f"{folder / missing[0]}: is missing{more}, one of {whole}; fetch it as well")
+        raise InputError(
+            f"{folder / missing[0]}: is missing{more}, one of {whole}; fetch it as well"
+        )
 
 
 def _indexed(folder: Path, index: Mapping[str, Any]) -> Files:
     place, where = folder / INDEX, index.get("weight_map")
-    if not isinstance(where, Mapping) or not where or not all(isinstance(file, str) for file in where.values()):
+    if (
+        not isinstance(where, Mapping)
+        or not where
+        or not all(isinstance(file, str) for file in where.values())
+    ):
         raise InputError(f"{place}: has no weight_map of tensors to files; fetch it again")
     names = sorted(set(where.values()))
-    if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-        raise InputError(f"{place}: names {outside[0]!r:.80}, which is no safetensors file beside it; fetch it again")
+    if outside := [
+        name for name in names if Path(name).name != name or not name.endswith(".safetensors")
+    ]:
+        raise InputError(
+            f"{place}: names {outside[0]!r:.80}, which is no safetensors file beside it; fetch it again"
+        )
     _check_there(folder, names, f"those that {INDEX} names")
     files = Files(folder, [folder / name for name in names])
     for tensor, name in where.items():
-        place = files.where.get(tensor) or files.where.get(f"transformer.{tensor}")  # GPT-2 as it was first published
+        place = files.where.get(tensor) or files.where.get(
+            f"transformer.{tensor}"
+        )  # GPT-2 as it was first published
         if place is None or place.path.name != name:
-            raise InputError(f"{folder / name}: has no {tensor}, which {INDEX} puts there; fetch both again")
+            raise InputError(
+                f"{folder / name}: has no {tensor}, which {INDEX} puts there; fetch both again"
+            )
     return files
 
 
@@ -86,13 +103,17 @@ def check_folder(folder: Path) -> None:
     if folder.is_file():
         raise InputError(f"{folder}: is a file; give the folder it lies in (or a .gguf file)")
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; download the model and give the folder it lies in")
+        raise InputError(
+            f"{folder}: no such folder; download the model and give the folder it lies in"
+        )
     if (folder / "config.json").exists():
         return
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{folder}: {_adapter_alone(folder)}")
     if ggufs := sorted(folder.glob("*.gguf")):
-        raise InputError(f"{folder}: has no config.json, but GGUF files; give one of them, as in {ggufs[0]}")
+        raise InputError(
+            f"{folder}: has no config.json, but GGUF files; give one of them, as in {ggufs[0]}"
+        )
     raise InputError(f"{folder}: has no config.json; give the folder of a downloaded model")
 
 
@@ -103,7 +124,9 @@ def check_not_quantized(config: Mapping[str, Any], where: str) -> None:
             method = about.get("quant_method") if isinstance(about, Mapping) else None
             named = f" by {method}" if isinstance(method, str) else ""
             mend = "dequantize the model and save it, or import the model that it was made from"
-            raise InputError(f"{where}: {field}: the weights are quantized{named}, which is not read; {mend}")
+            raise InputError(
+                f"{where}: {field}: the weights are quantized{named}, which is not read; {mend}"
+            )
 
 
 def check_kinds(files: Files) -> None:
@@ -113,14 +136,20 @@ def check_kinds(files: Files) -> None:
     if wrong:
         kinds, known = ", ".join(sorted({other[name] for name in wrong})), ", ".join(KINDS)
         mend = "give the model in one of these"
-        raise InputError(f"{files.folder}: tensors of type {kinds} ({wrong[0]}); known: {known}; {mend}")
+        raise InputError(
+            f"{files.folder}: tensors of type {kinds} ({wrong[0]}); known: {known}; {mend}"
+        )
 
 
 def check_tied(files: Files, model: ModelConfig, family: str, where: str) -> None:
     """Raise InputError where the files have another head than the config at `where` says."""
     table, head = next(tensors(model, family)).name, "lm_head.weight"
     field = f"{where}: tie_word_embeddings is {str(model.tie_embeddings).lower()}"
-    if model.tie_embeddings and {table, head} <= files.where.keys() and not files.equal(table, head):
+    if (
+        model.tie_embeddings
+        and {table, head} <= files.where.keys()
+        and not files.equal(table, head)
+    ):
         raise InputError(f"{field}, and {head} is another matrix than {table}; set it to false")
     if not model.tie_embeddings and table in files.where and head not in files.where:
         raise InputError(f"{field}, and the files have no {head}; set it to true")

@@ -16,7 +16,18 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.transformer import stacks
 from jaxllm.pretrained.family_config import FAMILIES, family_of, from_hf, present, to_hf
 
-__all__ = ["FAMILIES", "Part", "Place", "Tensor", "family_of", "file_shapes", "file_value", "from_hf", "pick", "places"]
+__all__ = [
+    "FAMILIES",
+    "Part",
+    "Place",
+    "Tensor",
+    "family_of",
+    "file_shapes",
+    "file_value",
+    "from_hf",
+    "pick",
+    "places",
+]
 __all__ += ["present", "tensors", "to_file", "to_hf", "to_ours"]
 
 
@@ -49,7 +60,9 @@ def to_file(part: Part, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
     """The inverse of `to_ours`: what the file holds of a slice of ours, in this shape."""
     if half := part.interleaved // 2:
         turned = np.stack([value[..., -2 * half : -half], value[..., -half:]], -1)
-        value = np.concatenate([value[..., : -2 * half], turned.reshape(*value.shape[:-1], 2 * half)], -1)
+        value = np.concatenate(
+            [value[..., : -2 * half], turned.reshape(*value.shape[:-1], 2 * half)], -1
+        )
     return value.reshape(shape[::-1]).T if part.linear else value.reshape(shape)
 
 
@@ -58,7 +71,9 @@ def pick(tree: Any, path: tuple[str, ...]) -> Any:
     return functools.reduce(lambda inner, key: inner[key], path, tree)
 
 
-def file_value(tensor: Tensor, shape: tuple[int, ...], leaf: Callable[[tuple[str, ...]], np.ndarray]) -> np.ndarray:
+def file_value(
+    tensor: Tensor, shape: tuple[int, ...], leaf: Callable[[tuple[str, ...]], np.ndarray]
+) -> np.ndarray:
     """The tensor as a file holds it, in this shape, from our leaves: path -> array."""
     part_shape = (*shape[:-1], shape[-1] // len(tensor.parts))
     return np.concatenate([to_file(p, leaf(p.path)[p.index], part_shape) for p in tensor.parts], -1)
@@ -78,15 +93,22 @@ def tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
             prefix = f"{trunk}{'h' if gpt2 else 'layers'}.{number}."
             for name, parts in _gpt2_block() if gpt2 else _block(block, family):
                 yield Tensor(
-                    prefix + name, tuple(p._replace(path=(stack, *p.path), index=(i, *p.index)) for p in parts)
+                    prefix + name,
+                    tuple(p._replace(path=(stack, *p.path), index=(i, *p.index)) for p in parts),
                 )
             number += 1
     for k in range(model.mtp_modules):  # with copies of the embedding and the head
         prefix = f"{trunk}layers.{number + k}."
         for name, parts in _ahead(model, family):
-            yield Tensor(prefix + name, tuple(p._replace(path=("mtp", *p.path), index=(k, *p.index)) for p in parts))
+            yield Tensor(
+                prefix + name,
+                tuple(p._replace(path=("mtp", *p.path), index=(k, *p.index)) for p in parts),
+            )
         yield one(f"{prefix}embed_tokens.weight", ("embed", "tokens"))
-        yield one(f"{prefix}shared_head.head.weight", ("embed" if model.tie_embeddings else "head", "tokens"))
+        yield one(
+            f"{prefix}shared_head.head.weight",
+            ("embed" if model.tie_embeddings else "head", "tokens"),
+        )
     yield one(f"{trunk}{'ln_f' if gpt2 else 'norm'}.weight", ("norm", "norm", "scale"))
     if model.norm == "layernorm":
         yield one(f"{trunk}{'ln_f' if gpt2 else 'norm'}.bias", ("norm", "norm", "bias"))
@@ -121,7 +143,11 @@ def _block(block: ModelConfig, family: str) -> Iterator[tuple[str, list[Part]]]:
 
 
 def _ahead(model: ModelConfig, family: str) -> Iterator[tuple[str, list[Part]]]:
-    for name, ours in (("enorm", "embed_norm"), ("hnorm", "hidden_norm"), ("shared_head.norm", "norm")):
+    for name, ours in (
+        ("enorm", "embed_norm"),
+        ("hnorm", "hidden_norm"),
+        ("shared_head.norm", "norm"),
+    ):
         yield f"{name}.weight", [Part((ours, "scale"))]
     yield "eh_proj.weight", [Part(("project",), linear=True)]
     for name, parts in _block(model, family):
@@ -131,7 +157,10 @@ def _ahead(model: ModelConfig, family: str) -> Iterator[tuple[str, list[Part]]]:
 def _norm_names(block: ModelConfig) -> tuple[dict[str, str], dict[str, str]]:
     if block.norm_place == "before":
         return {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}, {}
-    after = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+    after = {
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    }
     before = {"attention_norm": "input_layernorm", "mlp_norm": "pre_feedforward_layernorm"}
     return (before if block.norm_place == "both" else {}), after
 
@@ -153,7 +182,10 @@ def _latent(block: ModelConfig) -> Iterator[tuple[str, list[Part]]]:
         yield f"{at}q_b_proj.weight", [Part(("attention", "q_b"), linear=True, interleaved=turned)]
     else:
         yield f"{at}q_proj.weight", [Part(("attention", "q"), linear=True, interleaved=turned)]
-    yield f"{at}kv_a_proj_with_mqa.weight", [Part(("attention", "kv_a"), linear=True, interleaved=turned)]
+    yield (
+        f"{at}kv_a_proj_with_mqa.weight",
+        [Part(("attention", "kv_a"), linear=True, interleaved=turned)],
+    )
     yield f"{at}kv_a_layernorm.weight", [Part(("attention", "kv_a_norm", "scale"))]
     yield f"{at}kv_b_proj.weight", [Part(("attention", "kv_b"), linear=True)]
     yield f"{at}o_proj.weight", [Part(("attention", "out"), linear=True)]
@@ -204,7 +236,9 @@ def places(model: ModelConfig, family: str) -> dict[tuple[str, ...], dict[tuple[
     for tensor in tensors(model, family):
         for number, part in enumerate(tensor.parts):
             place = Place(tensor.name, part, number, len(tensor.parts))
-            found.setdefault(part.path, {}).setdefault(part.index, place)  # others are copies of the first
+            found.setdefault(part.path, {}).setdefault(
+                part.index, place
+            )  # others are copies of the first
     return found
 
 

@@ -38,10 +38,14 @@ def from_hf(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, str]:
     """(our config, family) of a config.json. Raises InputError, naming file and field, on what is not known."""
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise InputError(f"{where}: model_type {family!r:.60} is not known; known: {', '.join(FAMILIES)}")
+        raise InputError(
+            f"{where}: model_type {family!r:.60} is not known; known: {', '.join(FAMILIES)}"
+        )
     fields = Fields(config, family)
     try:
-        model = ModelConfig(**(_gpt2(fields) if family == "gpt2" else _common(fields) | _special(fields)))
+        model = ModelConfig(
+            **(_gpt2(fields) if family == "gpt2" else _common(fields) | _special(fields))
+        )
         _check_layer_types(fields, model)
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
@@ -51,10 +55,14 @@ def from_hf(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, str]:
 def _check_layer_types(fields: Fields, model: ModelConfig) -> None:
     kinds = fields.items("layer_types")
     if kinds and len(kinds) != model.num_layers:
-        raise ValueError(f"layer_types names {len(kinds)} layers of {model.num_layers}; mend one of them")
+        raise ValueError(
+            f"layer_types names {len(kinds)} layers of {model.num_layers}; mend one of them"
+        )
     for number, kind in enumerate(kinds):
         if (kind == "sliding_attention") != model.windowed(number):
-            raise ValueError(f"layer_types mixes windows in a way that is not known (layer {number} is {kind!r:.40})")
+            raise ValueError(
+                f"layer_types mixes windows in a way that is not known (layer {number} is {kind!r:.40})"
+            )
 
 
 def present(model: ModelConfig, names: Iterable[str]) -> ModelConfig:
@@ -119,7 +127,9 @@ def _common(fields: Fields) -> dict[str, Any]:
 
 def _bias(fields: Fields) -> bool:
     """Whether all matrices have biases; families that do not read a field are not asked for it."""
-    attention = fields.family not in ("mistral", "mixtral", "qwen2") and fields.flag("attention_bias")
+    attention = fields.family not in ("mistral", "mixtral", "qwen2") and fields.flag(
+        "attention_bias"
+    )
     mlp = fields.family in ("llama", "deepseek_v2") and fields.flag("mlp_bias")
     if attention != mlp:
         raise ValueError("attention_bias and mlp_bias differ, which is not known")
@@ -136,12 +146,16 @@ def _rope(fields: Fields, kind: str, theta_name: str) -> tuple[float, RopeScalin
     if name == "default":
         return theta, RopeScaling()
     if not isinstance(name, str) or name not in _SCALINGS:
-        raise ValueError(f"rope type {name!r:.40} is not known; known: default, {', '.join(_SCALINGS)}")
+        raise ValueError(
+            f"rope type {name!r:.40} is not known; known: default, {', '.join(_SCALINGS)}"
+        )
     if given.get("attention_factor") or not given.get("truncate", True):
         raise ValueError("rope: attention_factor and truncate are not known")
     if given.get("factor") is None:
         raise ValueError(f"rope_scaling has no factor, which type {name} needs; add it")
-    scaling = {field: positive(f"rope_scaling.{field}", given[field]) for field in _numbers_of(given)}
+    scaling = {
+        field: positive(f"rope_scaling.{field}", given[field]) for field in _numbers_of(given)
+    }
     length = {} if name == "linear" else {"original_length": _length_before(fields, given)}
     return theta, RopeScaling(kind=name, **scaling, **length)  # pyright: ignore[reportArgumentType]
 
@@ -183,7 +197,12 @@ def _special(fields: Fields) -> dict[str, Any]:
         special = {"norm_place": "after", "qk_norm": "all"}
     elif family.startswith("gemma"):
         special = _gemma(fields)
-    experts = {"mixtral": _mixtral, "qwen3_moe": _qwen3_moe, "deepseek_v2": _deepseek, "deepseek_v3": _deepseek}
+    experts = {
+        "mixtral": _mixtral,
+        "qwen3_moe": _qwen3_moe,
+        "deepseek_v2": _deepseek,
+        "deepseek_v3": _deepseek,
+    }
     return special | (experts[family](fields) if family in experts else {})
 
 
@@ -192,7 +211,11 @@ def _qwen_window(fields: Fields) -> int:
     window = fields.count_or_none("sliding_window") or 0
     if not fields.flag("use_sliding_window") or not window:
         return 0
-    first = 0 if fields.family == "qwen3_moe" else fields.count_or_none("max_window_layers", least=0) or 0
+    first = (
+        0
+        if fields.family == "qwen3_moe"
+        else fields.count_or_none("max_window_layers", least=0) or 0
+    )
     count = fields.count("num_hidden_layers")
     if 0 < first < count:
         raise ValueError("max_window_layers: windows in some of the layers are not known")
@@ -217,14 +240,20 @@ def _gemma(fields: Fields) -> dict[str, Any]:
     if third:
         local, scaling = _rope(fields, "sliding_attention", "rope_local_base_freq")
         if scaling.kind != "none":
-            raise ValueError("rope_parameters.sliding_attention: stretching of the layers with windows is not known")
+            raise ValueError(
+                "rope_parameters.sliding_attention: stretching of the layers with windows is not known"
+            )
         special |= {"qk_norm": "head", "local_rope_theta": local}
     return special
 
 
 def _mixtral(fields: Fields) -> dict[str, Any]:
     coef = fields.number("router_aux_loss_coef") if fields.flag("output_router_logits") else 0.0
-    return {"moe": MoEConfig(fields.count("num_local_experts"), fields.count("num_experts_per_tok"), aux_coef=coef)}
+    return {
+        "moe": MoEConfig(
+            fields.count("num_local_experts"), fields.count("num_experts_per_tok"), aux_coef=coef
+        )
+    }
 
 
 def _qwen3_moe(fields: Fields) -> dict[str, Any]:
@@ -267,23 +296,45 @@ def _deepseek(fields: Fields) -> dict[str, Any]:
     )
     ahead = (fields.count_or_none("num_nextn_predict_layers", least=0) or 0) if third else 0
     head_dim = mla.nope_dim + mla.rope_dim
-    return {"moe": moe, "mla": mla, "num_kv_heads": heads, "head_dim": head_dim, "mtp_modules": ahead}
+    return {
+        "moe": moe,
+        "mla": mla,
+        "num_kv_heads": heads,
+        "head_dim": head_dim,
+        "mtp_modules": ahead,
+    }
 
 
 def to_hf(model: ModelConfig) -> tuple[dict[str, Any], str]:
     """(config.json, family) of a model. Raises InputError where no known family has its parts together."""
     family = family_of(model)
-    config = _gpt2_config(model) if family == "gpt2" else _config_of(model) | _experts_config(model, family)
+    config = (
+        _gpt2_config(model)
+        if family == "gpt2"
+        else _config_of(model) | _experts_config(model, family)
+    )
     config |= {"vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings}
-    config |= {"model_type": family, "architectures": [FAMILIES[family]], "initializer_range": model.init_std}
+    config |= {
+        "model_type": family,
+        "architectures": [FAMILIES[family]],
+        "initializer_range": model.init_std,
+    }
     again = from_hf(config, "export")[0]
     alike = ("preset", "dtype", "remat", "scan_unroll", "init_std")
     same = dataclasses.replace(again, **{name: getattr(model, name) for name in alike})
-    balance = {name: getattr(model.moe, name) for name in ("capacity_factor", "aux_coef", "bias_rate")}
+    balance = {
+        name: getattr(model.moe, name) for name in ("capacity_factor", "aux_coef", "bias_rate")
+    }
     same = dataclasses.replace(same, moe=dataclasses.replace(same.moe, **balance))
     if same != model:
-        differ = [f.name for f in dataclasses.fields(model) if getattr(same, f.name) != getattr(model, f.name)]
-        raise InputError(f"export: a {family} model has no {', '.join(differ)} as this one has; no known family has")
+        differ = [
+            f.name
+            for f in dataclasses.fields(model)
+            if getattr(same, f.name) != getattr(model, f.name)
+        ]
+        raise InputError(
+            f"export: a {family} model has no {', '.join(differ)} as this one has; no known family has"
+        )
     return config, family
 
 
@@ -333,10 +384,16 @@ def _config_of(model: ModelConfig) -> dict[str, Any]:
     if model.rope_scaling.kind != "none":
         config["rope_scaling"] = _rope_config(model.rope_scaling)
     if model.window:
-        config |= {"sliding_window": model.window, "use_sliding_window": True, "max_window_layers": 0}
+        config |= {
+            "sliding_window": model.window,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        }
     if model.window and model.global_every:
         kinds = ("full_attention", "sliding_attention")
-        config["layer_types"] = [kinds[model.windowed(number)] for number in range(model.num_layers)]
+        config["layer_types"] = [
+            kinds[model.windowed(number)] for number in range(model.num_layers)
+        ]
     return config | (_gemma_config(model) if model.mlp == "geglu" else {"hidden_act": "silu"})
 
 
@@ -367,7 +424,10 @@ def _experts_config(model: ModelConfig, family: str) -> dict[str, Any]:
     config: dict[str, Any] = {"num_experts_per_tok": experts.per_token}
     if family == "mixtral":
         return config | {"num_local_experts": experts.num_experts}
-    config |= {"moe_intermediate_size": experts.mlp_dim or model.mlp_dim, "norm_topk_prob": experts.normalise}
+    config |= {
+        "moe_intermediate_size": experts.mlp_dim or model.mlp_dim,
+        "norm_topk_prob": experts.normalise,
+    }
     if family == "qwen3_moe":
         return config | {"num_experts": experts.num_experts}
     if family == "deepseek_v3":

@@ -173,7 +173,10 @@ _ALIASES = {
     "mixtral": {"num_experts": "num_local_experts"},
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "deepseek_v2": {"num_experts": "n_routed_experts"},
-    "deepseek_v3": {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+    "deepseek_v3": {
+        "num_local_experts": "n_routed_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",
+    },
     "gemma3_text": {"_sliding_window_pattern": "sliding_window_pattern"},
 }
 
@@ -195,7 +198,9 @@ class Fields:
         value = self._values.get(name, default)
         null = default is None or self.family in _NULLS.get(name, ())
         if value is None and not null:
-            raise ValueError(f"{name} is null, which a {self.family} model does not know; give a value or leave it out")
+            raise ValueError(
+                f"{name} is null, which a {self.family} model does not know; give a value or leave it out"
+            )
         return value
 
     def count(self, name: str) -> int:
@@ -234,7 +239,9 @@ class Fields:
         """One of the values that are known."""
         value = self.value(name)
         if not any(type(value) is type(choice) and value == choice for choice in known):
-            raise ValueError(f"{name} {value!r:.60} is not known in a {self.family} model; known: {_listed(known)}")
+            raise ValueError(
+                f"{name} {value!r:.60} is not known in a {self.family} model; known: {_listed(known)}"
+            )
         return value
 
     def table(self, name: str) -> Mapping[str, Any]:
@@ -261,7 +268,11 @@ class Fields:
 
 def positive(name: str, value: Any) -> float:
     """The value of a field that must be a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 < value <= sys.float_info.max
+    ):
         raise _wrong(name, value, "a finite number above 0")
     return float(value)
 

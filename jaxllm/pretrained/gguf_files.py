@@ -39,7 +39,12 @@ _PRE = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (split_pattern(1), {"type": "NFC"}, False)),
     "smollm": ("digits", None, False),
 }
-_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # tokenizer.ggml.token_type, as in SentencePiece
+_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = (
+    1,
+    3,
+    4,
+    6,
+)  # tokenizer.ggml.token_type, as in SentencePiece
 
 
 class Metadata:
@@ -50,12 +55,16 @@ class Metadata:
 
     def whole(self, key: str, default: int | None = None) -> int | None:
         """A whole number of at least 0, the default where there is no such key."""
-        return self._checked(key, default, "a whole number", lambda value: type(value) is int and 0 <= value < 2**31)
+        return self._checked(
+            key, default, "a whole number", lambda value: type(value) is int and 0 <= value < 2**31
+        )
 
     def number(self, key: str, default: float | None = None) -> float | None:
         """A finite number."""
         real = lambda value: isinstance(value, int | float) and math.isfinite(value)
-        return self._checked(key, default, "a finite number", lambda v: real(v) and not isinstance(v, bool))
+        return self._checked(
+            key, default, "a finite number", lambda v: real(v) and not isinstance(v, bool)
+        )
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
@@ -88,7 +97,9 @@ def read(path: Path) -> tuple[dict[str, Any], Iterator[Planned], dict[str, bytes
     try:
         import gguf
     except ModuleNotFoundError:
-        raise InputError(f"{path}: reading GGUF needs a package more; pip install 'jaxllm[gguf]'") from None
+        raise InputError(
+            f"{path}: reading GGUF needs a package more; pip install 'jaxllm[gguf]'"
+        ) from None
     readers = [_open(gguf, part) for part in _parts(path)]
     about = Metadata(_values(readers[0], path))
     held = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
@@ -104,16 +115,23 @@ def _parts(path: Path) -> list[Path]:
     """The file, or all parts of the one that it is a part of: NAME-00001-of-00003.gguf, ..."""
     if (found := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.gguf", path.name)) is None:
         return [path]
-    parts = [path.with_name(f"{found[1]}{number:05}-of-{found[3]}.gguf") for number in range(1, int(found[3]) + 1)]
+    parts = [
+        path.with_name(f"{found[1]}{number:05}-of-{found[3]}.gguf")
+        for number in range(1, int(found[3]) + 1)
+    ]
     if missing := [part for part in parts if not part.exists()]:
-        raise InputError(f"{missing[0]}: is missing, one of the {len(parts)} parts of {path.name}; fetch it as well")
+        raise InputError(
+            f"{missing[0]}: is missing, one of the {len(parts)} parts of {path.name}; fetch it as well"
+        )
     return parts
 
 
 def _check_whole(about: Metadata, parts: int) -> None:
     count = about.whole("split.count", 1)
     if count not in (0, parts):
-        raise ValueError(f"is one of {count} parts, which must lie beside it as NAME-00001-of-{count:05}.gguf, ...")
+        raise ValueError(
+            f"is one of {count} parts, which must lie beside it as NAME-00001-of-{count:05}.gguf, ..."
+        )
 
 
 def _open(gguf: Any, path: Path) -> Any:
@@ -125,7 +143,11 @@ def _open(gguf: Any, path: Path) -> Any:
 
 def _values(reader: Any, path: Path) -> dict[str, Any]:
     try:
-        return {name: _plain(field.contents()) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        return {
+            name: _plain(field.contents())
+            for name, field in reader.fields.items()
+            if not name.startswith("GGUF.")
+        }
     except ValueError as error:  # a text that is not UTF-8
         raise InputError(f"{path}: damaged metadata ({error}); fetch it again") from None
 
@@ -144,10 +166,16 @@ def _config(about: Metadata, held: Mapping[str, Any]) -> dict[str, Any]:
     whole = lambda name: about.whole(f"{arch}.{name}")
     config: dict[str, Any] = {ours: whole(theirs) for ours, theirs in _SIZES.items()}
     config["rms_norm_eps"] = about.number(f"{arch}.{_EPSILON}")
-    if missing := [theirs for ours, theirs in {**_SIZES, "rms_norm_eps": _EPSILON}.items() if not config[ours]]:
+    if missing := [
+        theirs for ours, theirs in {**_SIZES, "rms_norm_eps": _EPSILON}.items() if not config[ours]
+    ]:
         raise ValueError(f"has no {arch}.{missing[0]}, which a {arch} model needs")
     heads = config["num_attention_heads"]
-    head_dim = whole("attention.key_length") or whole("rope.dimension_count") or config["hidden_size"] // heads
+    head_dim = (
+        whole("attention.key_length")
+        or whole("rope.dimension_count")
+        or config["hidden_size"] // heads
+    )
     config |= {
         "model_type": _family(about, arch),
         "num_key_value_heads": whole("attention.head_count_kv") or heads,
@@ -158,7 +186,9 @@ def _config(about: Metadata, held: Mapping[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in held,
         "attention_bias": False,
     }
-    if arch != "gemma2" or f"{arch}.attention.sliding_window" in about.values:  # else the family's own
+    if (
+        arch != "gemma2" or f"{arch}.attention.sliding_window" in about.values
+    ):  # else the family's own
         config["sliding_window"] = whole("attention.sliding_window") or None
     if whole("expert_count"):
         config |= _experts(about, arch)
@@ -191,7 +221,10 @@ def _family(about: Metadata, arch: str) -> str:
 def _experts(about: Metadata, arch: str) -> dict[str, Any]:
     if not (used := about.whole(f"{arch}.expert_used_count")):
         raise ValueError(f"has no {arch}.expert_used_count, which a model of experts needs")
-    experts = {"num_local_experts": about.whole(f"{arch}.expert_count"), "num_experts_per_tok": used}
+    experts = {
+        "num_local_experts": about.whole(f"{arch}.expert_count"),
+        "num_experts_per_tok": used,
+    }
     experts["norm_topk_prob"] = True
     if width := about.whole(f"{arch}.expert_feed_forward_length"):
         experts["moe_intermediate_size"] = width
@@ -201,8 +234,13 @@ def _experts(about: Metadata, arch: str) -> dict[str, Any]:
 def _gemma(about: Metadata, arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
     # The largest of both do not scale scores by a head's size; the file does not say so.
     largest = (arch, config["num_hidden_layers"]) in (("gemma2", 46), ("gemma3", 62))
-    scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
-    caps = {name: about.number(f"{arch}.{name}") for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    scalar = (
+        config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
+    )
+    caps = {
+        name: about.number(f"{arch}.{name}")
+        for name in ("attn_logit_softcapping", "final_logit_softcapping")
+    }
     return {
         "query_pre_attn_scalar": scalar,
         "hidden_activation": "gelu_pytorch_tanh",
@@ -221,32 +259,50 @@ def _scaling(about: Metadata, arch: str, held: Any, config: Any) -> dict[str, An
         return {}
     given = np.asarray(held["rope_freqs.weight"].data)
     factor, size, theta = float(given.max()), config["head_dim"], config["rope_theta"]
-    llama3 = RopeScaling(kind="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
+    llama3 = RopeScaling(
+        kind="llama3",
+        factor=factor,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_length=8192,
+    )
     plain, stretched = frequencies(size, theta, RopeScaling()), frequencies(size, theta, llama3)
     if given.shape != plain.shape or not np.allclose(plain / given, stretched, rtol=1e-3):
-        raise ValueError(f"its rope_freqs are not Llama 3's (factor {factor:g}), and others are not known")
+        raise ValueError(
+            f"its rope_freqs are not Llama 3's (factor {factor:g}), and others are not known"
+        )
     names = ("factor", "low_freq_factor", "high_freq_factor")
     fields = {name: getattr(llama3, name) for name in names}
     return {"rope_type": "llama3", **fields, "original_max_position_embeddings": 8192}
 
 
-def _tensors(gguf: Any, held: Mapping[str, Any], config: Any, about: Metadata, where: str) -> Iterator[Planned]:
+def _tensors(
+    gguf: Any, held: Mapping[str, Any], config: Any, about: Metadata, where: str
+) -> Iterator[Planned]:
     model, family = from_hf(config, where)
-    arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[about.values["general.architecture"]]
+    arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[
+        about.values["general.architecture"]
+    ]
     names = gguf.get_tensor_name_map(arch, model.num_layers)
     shapes = file_shapes(model, family, abstract(model))
     found = {t.name: _theirs(names, t.name) for t in tensors(model, family)}
     missing = [f"{theirs} ({name})" for name, (theirs, _) in found.items() if theirs not in held]
     unknown = held.keys() - {theirs for theirs, _ in found.values()} - {"rope_freqs.weight"}
     if missing or unknown:
-        raise InputError(f"{where}: not the tensors of a {family} model; missing: {missing[:4]}, unknown: {unknown}")
+        raise InputError(
+            f"{where}: not the tensors of a {family} model; missing: {missing[:4]}, unknown: {unknown}"
+        )
 
     def value(name: str, theirs: str, expert: int | None) -> np.ndarray:
         tensor = held[theirs]  # experts lie in one
-        array = gguf.quants.dequantize(tensor.data if expert is None else tensor.data[expert], tensor.tensor_type)
+        array = gguf.quants.dequantize(
+            tensor.data if expert is None else tensor.data[expert], tensor.tensor_type
+        )
         if arch == gguf.MODEL_ARCH.LLAMA and (".q_proj." in name or ".k_proj." in name):
             array = _halves(array, model.num_heads if ".q_proj." in name else model.num_kv_heads)
-        return array - np.float32(1) if model.norm_offset and name.endswith("norm.weight") else array
+        return (
+            array - np.float32(1) if model.norm_offset and name.endswith("norm.weight") else array
+        )
 
     for name, (theirs, expert) in found.items():
         dtype = KINDS.get(held[theirs].tensor_type.name, np.dtype(np.float32))
@@ -271,17 +327,27 @@ def _halves(array: np.ndarray, heads: int) -> np.ndarray:
 def _tokenizer(about: Metadata) -> dict[str, bytes]:
     """The files of the tokenizer in the metadata; none where the file has none. ValueError where it is not known."""
     at = "tokenizer.ggml"
-    tokens, kind, pre = about.items(f"{at}.tokens", str), about.text(f"{at}.model"), about.text(f"{at}.pre") or ""
+    tokens, kind, pre = (
+        about.items(f"{at}.tokens", str),
+        about.text(f"{at}.model"),
+        about.text(f"{at}.pre") or "",
+    )
     if not tokens:
         return {}
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"a tokenizer of kind {kind!r} is not known; known: gpt2, llama")
     types = _as_long(about, "token_type", int, tokens) or [_NORMAL] * len(tokens)
-    ids = {name: token for name, token in _special_ids(about, kind, len(tokens)).items() if token is not None}
+    ids = {
+        name: token
+        for name, token in _special_ids(about, kind, len(tokens)).items()
+        if token is not None
+    }
     begins = about.flag(f"{at}.add_bos_token", _adds_bos(kind, pre)) and "bos" in ids
     if kind == "gpt2":
         if pre not in _PRE:
-            raise ValueError(f"the tokenizer splits text by {pre!r}; known: {', '.join(filter(None, _PRE))}")
+            raise ValueError(
+                f"the tokenizer splits text by {pre!r}; known: {', '.join(filter(None, _PRE))}"
+            )
         spec = _byte_level(tokens, types, about.items(f"{at}.merges", str), pre)
         spec["post_processor"] = _beginning(tokens[ids["bos"]], ids["bos"]) if begins else None
         files = {"tokenizer.json": json.dumps(spec).encode()}
@@ -289,7 +355,9 @@ def _tokenizer(about: Metadata) -> dict[str, bytes]:
         scores = _as_long(about, "scores", float, tokens) or [0.0] * len(tokens)
         spaced = about.flag(f"{at}.add_space_prefix", True)
         files = {"tokenizer.model": _pieces(tokens, types, scores, ids, spaced)}
-    config: dict[str, Any] = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "pad") if name in ids}
+    config: dict[str, Any] = {
+        f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "pad") if name in ids
+    }
     config["add_bos_token"] = begins
     if template := about.values.get("tokenizer.chat_template"):
         config["chat_template"] = template
@@ -314,10 +382,14 @@ def _special_ids(about: Metadata, kind: str, count: int) -> dict[str, int | None
     defaults = {"bos": 1, "eos": 2, "unk": 0} if kind == "llama" else {}
     keys = {name: f"{name}_token_id" for name in ("bos", *_ENDS)}
     keys |= {"pad": "padding_token_id", "unk": "unknown_token_id"}
-    found = {name: about.whole(f"tokenizer.ggml.{key}", defaults.get(name)) for name, key in keys.items()}
+    found = {
+        name: about.whole(f"tokenizer.ggml.{key}", defaults.get(name)) for name, key in keys.items()
+    }
     for name, token in found.items():
         if token is not None and token >= count:
-            raise ValueError(f"tokenizer.ggml.{keys[name]} is {token}, and there are {count} tokens; fetch it again")
+            raise ValueError(
+                f"tokenizer.ggml.{keys[name]} is {token}, and there are {count} tokens; fetch it again"
+            )
     return found
 
 
@@ -325,7 +397,9 @@ def _as_long(about: Metadata, name: str, kind: type, tokens: Sequence[str]) -> l
     """A list with a value for each token, empty where there is none."""
     values = about.items(f"tokenizer.ggml.{name}", kind)
     if values and len(values) != len(tokens):
-        raise ValueError(f"tokenizer.ggml.{name} has {len(values)} values for {len(tokens)} tokens; fetch it again")
+        raise ValueError(
+            f"tokenizer.ggml.{name} has {len(values)} values for {len(tokens)} tokens; fetch it again"
+        )
     return values
 
 
@@ -335,14 +409,31 @@ def _beginning(token: str, number: int) -> dict[str, Any]:
     text = lambda name: {"Sequence": {"id": name, "type_id": 0}}
     special = {token: {"id": token, "ids": [number], "tokens": [token]}}
     pair = [*first, text("A"), *first, text("B")]
-    return {"type": "TemplateProcessing", "single": [*first, text("A")], "pair": pair, "special_tokens": special}
+    return {
+        "type": "TemplateProcessing",
+        "single": [*first, text("A")],
+        "pair": pair,
+        "special_tokens": special,
+    }
 
 
-def _byte_level(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str) -> dict[str, Any]:
+def _byte_level(
+    tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str
+) -> dict[str, Any]:
     """tokenizer.json of a byte-level BPE."""
     pattern, normalizer, ignore_merges = _PRE[pre]
-    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not pattern}
-    first: dict[str, Any] = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    whole = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": not pattern,
+    }
+    first: dict[str, Any] = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     if pattern == "digits":
         first, whole = {"type": "Digits", "individual_digits": True}, {**whole, "use_regex": True}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -357,15 +448,32 @@ def _byte_level(tokens: Sequence[str], types: Sequence[int], merges: Sequence[st
         "version": "1.0",
         "added_tokens": added,
         "normalizer": normalizer,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [first, whole]} if pattern else whole,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [first, whole]}
+        if pattern
+        else whole,
         "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", **settings, "ignore_merges": ignore_merges, "vocab": vocabulary, "merges": merges},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "model": {
+            "type": "BPE",
+            **settings,
+            "ignore_merges": ignore_merges,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
     }
 
 
 def _pieces(
-    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], ids: Mapping[str, int], spaced: bool
+    tokens: Sequence[str],
+    types: Sequence[int],
+    scores: Sequence[float],
+    ids: Mapping[str, int],
+    spaced: bool,
 ) -> bytes:
     """A SentencePiece model of these pieces; spaced: a space is put before a text."""
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]

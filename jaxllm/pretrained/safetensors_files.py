@@ -21,7 +21,11 @@ from jaxllm.pretrained.families import Place, file_shapes, places
 # Buffers that old files hold; they are computed, not learnt.
 BUFFERS = re.compile(r"(rotary_emb\.(\w*inv_freq|\w+_cached)|\.attn\.bias|\.attn\.masked_bias)$")
 _THREADS = 4
-KINDS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+KINDS = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
 
 
 class Stored(NamedTuple):
@@ -57,7 +61,9 @@ def _stored(path: Path) -> dict[str, Stored]:
             begin, end = about["data_offsets"]
             found[name] = Stored(path, about["dtype"], tuple(about["shape"]), 8 + length + begin)
             size = (
-                KINDS[about["dtype"]].itemsize * math.prod(about["shape"]) if about["dtype"] in KINDS else end - begin
+                KINDS[about["dtype"]].itemsize * math.prod(about["shape"])
+                if about["dtype"] in KINDS
+                else end - begin
             )
             if not 0 <= begin <= end <= whole - 8 - length or size != end - begin:
                 raise ValueError(f"{name} does not lie in it")
@@ -78,10 +84,21 @@ class Files:
         for path in self.paths:
             try:
                 stored = _stored(path)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise InputError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+            ) as error:
+                raise InputError(
+                    f"{path}: not a whole safetensors file ({error}); fetch it again"
+                ) from None
             if twice := stored.keys() & self.where.keys():
-                raise InputError(f"{path}: {min(twice)} is in another file as well; remove one of them")
+                raise InputError(
+                    f"{path}: {min(twice)} is in another file as well; remove one of them"
+                )
             self.where |= stored
         if "wte.weight" in self.where:  # GPT-2 as it was first published
             self.where = {f"transformer.{name}": place for name, place in self.where.items()}
@@ -89,7 +106,9 @@ class Files:
     def get(self, name: str) -> np.ndarray:
         place = self.where[name]
         count = math.prod(place.shape)
-        return np.fromfile(place.path, KINDS[place.kind], count, offset=place.start).reshape(place.shape)
+        return np.fromfile(place.path, KINDS[place.kind], count, offset=place.start).reshape(
+            place.shape
+        )
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same values."""
@@ -101,10 +120,16 @@ class Files:
         extra = [name for name in self.where if name not in wanted]
         unused = [name for name in extra if BUFFERS.search(name)]
         table = next(iter(wanted))
-        if model.tie_embeddings and "lm_head.weight" in extra and self.equal("lm_head.weight", table):
+        if (
+            model.tie_embeddings
+            and "lm_head.weight" in extra
+            and self.equal("lm_head.weight", table)
+        ):
             unused.append("lm_head.weight")
         copies = {"embed_tokens.weight": table, "shared_head.head.weight": "lm_head.weight"}
-        copied = [(name, first) for name in wanted for end, first in copies.items() if name.endswith(end)]
+        copied = [
+            (name, first) for name in wanted for end, first in copies.items() if name.endswith(end)
+        ]
         faults = {
             "missing": [name for name in wanted if name not in self.where],
             "not known": [name for name in extra if name not in unused],
@@ -114,13 +139,19 @@ class Files:
                 if name in self.where and self.where[name].shape != shape
             ],
             "not the copies they should be": [
-                name for name, first in copied if {name, first} <= self.where.keys() and not self.equal(name, first)
+                name
+                for name, first in copied
+                if {name, first} <= self.where.keys() and not self.equal(name, first)
             ],
         }
         if text := "; ".join(
-            f"{len(v)} {k}: {', '.join(v[:4])}{' ...' if len(v) > 4 else ''}" for k, v in faults.items() if v
+            f"{len(v)} {k}: {', '.join(v[:4])}{' ...' if len(v) > 4 else ''}"
+            for k, v in faults.items()
+            if v
         ):
-            raise InputError(f"{self.folder}: not the tensors of this {family} model ({text}); check config.json")
+            raise InputError(
+                f"{self.folder}: not the tensors of this {family} model ({text}); check config.json"
+            )
         return unused
 
 
@@ -137,28 +168,45 @@ def read(folder: Path, model: ModelConfig, family: str, wanted: Any) -> Any:
 
 def _leaf(files: Files, slices: Mapping[tuple[int, ...], Place], want: Any, pool: Any) -> jax.Array:
     lead = len(next(iter(slices)))
-    spans = lambda index: tuple(s.indices(size)[:2] for s, size in zip(index, want.shape, strict=True))
-    devices = {d: spans(i) for d, i in want.sharding.addressable_devices_indices_map(want.shape).items()}
-    shares = {span: np.empty([end - start for start, end in span], want.dtype) for span in devices.values()}
+    spans = lambda index: tuple(
+        s.indices(size)[:2] for s, size in zip(index, want.shape, strict=True)
+    )
+    devices = {
+        d: spans(i) for d, i in want.sharding.addressable_devices_indices_map(want.shape).items()
+    }
+    shares = {
+        span: np.empty([end - start for start, end in span], want.dtype)
+        for span in devices.values()
+    }
 
     def fill(numbers: tuple[int, ...]) -> None:
-        inside = lambda span: all(start <= n < end for n, (start, end) in zip(numbers, span, strict=False))
+        inside = lambda span: all(
+            start <= n < end for n, (start, end) in zip(numbers, span, strict=False)
+        )
         if takers := [span for span in shares if inside(span)]:
             place = slices[numbers]
             ours = place.ours(files.get(place.tensor), want.shape[lead:])
             for span in takers:
                 to = tuple(n - start for n, (start, _) in zip(numbers, span, strict=False))
-                shares[span][to] = ours[tuple(slice(*ends) for ends in span[lead:])].astype(want.dtype)
+                shares[span][to] = ours[tuple(slice(*ends) for ends in span[lead:])].astype(
+                    want.dtype
+                )
 
     list(pool.map(fill, slices))
     placed = {}
     for span in [*shares]:  # what is on the devices is freed before the next share is copied there
         share = shares.pop(span)
-        placed |= {d: jax.device_put(share, d).block_until_ready() for d, s in devices.items() if s == span}
-    return jax.make_array_from_single_device_arrays(want.shape, want.sharding, [placed[d] for d in devices])
+        placed |= {
+            d: jax.device_put(share, d).block_until_ready() for d, s in devices.items() if s == span
+        }
+    return jax.make_array_from_single_device_arrays(
+        want.shape, want.sharding, [placed[d] for d in devices]
+    )
 
 
-def read_imported(step_dir: Path, record: Mapping[str, Any], abstract: Any, path: Sequence[str]) -> Any:
+def read_imported(
+    step_dir: Path, record: Mapping[str, Any], abstract: Any, path: Sequence[str]
+) -> Any:
     """The parameters, or those at `path` below "params", of a model that `jaxllm import` made a stage directory of.
 
     record: what the seal of the step says, with the model's config and family. Arrays are sharded like `abstract`.

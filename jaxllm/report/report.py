@@ -43,12 +43,25 @@ PANELS = {
     "tokens_per_second": "Tokens per second",
     "mfu": "Model FLOP utilisation",
 }
-KEY_NUMBERS = ("bits_per_byte", "accuracy", "score", "kl", "train_loss", "loss", "vocab_size", "parameters", "tokens")
+KEY_NUMBERS = (
+    "bits_per_byte",
+    "accuracy",
+    "score",
+    "kl",
+    "train_loss",
+    "loss",
+    "vocab_size",
+    "parameters",
+    "tokens",
+)
 # Numbers that depend on the annotator: by a part of their name anywhere, and by name in the reward stage.
 OF_ANNOTATOR = ("annotator", "win_rate", "tie_fraction")
 OF_RANKINGS = ("accuracy", "top1", "calibration", "loss")
 NAMES = ("annotator", "annotator_simulated")  # not numbers
-LINES = {"light": ("#2563b8", "#d9601a", "#16876a", "#8a4fbf"), "dark": ("#6aa9f4", "#f49a5c", "#4fc7a3", "#c79af0")}
+LINES = {
+    "light": ("#2563b8", "#d9601a", "#16876a", "#8a4fbf"),
+    "dark": ("#6aa9f4", "#f49a5c", "#4fc7a3", "#c79af0"),
+}
 INK = {"light": ("#4b5563", "#d8dce2"), "dark": ("#aab2bf", "#373d48")}  # text, grid
 
 Series = dict[str, list[tuple[int, float | None]]]
@@ -85,8 +98,13 @@ def _collect(run_dir: epath.Path, stages: Sequence[str]) -> dict[str, Any]:
     read = {stage: _read_stage(run_dir / stage) for stage in stages if (run_dir / stage).exists()}
     origins = [p for stage in read.values() if isinstance(p := stage.pop("provenance"), dict)]
     flags = {name: _simulated(stage) for name, stage in read.items()}
-    for name, stage in read.items():  # a stage's own flag decides, without one that of the rank stage
-        stage["annotator_simulated"] = bool(flags.get("rank") if flags[name] is None else flags[name])
+    for (
+        name,
+        stage,
+    ) in read.items():  # a stage's own flag decides, without one that of the rank stage
+        stage["annotator_simulated"] = bool(
+            flags.get("rank") if flags[name] is None else flags[name]
+        )
     seconds = [(stage["result"] or {}).get("wall_seconds") for stage in read.values()]
     named = lambda key: ", ".join(dict.fromkeys(str(p[key]) for p in origins if key in p))
     return {
@@ -104,7 +122,9 @@ def _collect(run_dir: epath.Path, stages: Sequence[str]) -> dict[str, Any]:
 def _read_stage(directory: epath.Path) -> dict[str, Any]:
     result = read_json(directory / "result.json")
     if result is not None and not isinstance(result, dict):
-        raise InputError(f"{directory / 'result.json'}: must hold a JSON object; remove the file to redo the stage")
+        raise InputError(
+            f"{directory / 'result.json'}: must hold a JSON object; remove the file to redo the stage"
+        )
     return {
         "result": _finite(result),
         "series": _read_lines(directory / "metrics.jsonl", _series),
@@ -130,7 +150,11 @@ def _series(lines: Iterable[Mapping[str, Any]]) -> Series:
     series: Series = {}
     for line in lines:
         for name, value in line.items():
-            if name not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool):
+            if (
+                name not in ("step", "time")
+                and isinstance(value, int | float)
+                and not isinstance(value, bool)
+            ):
                 series.setdefault(name, []).append((int(line["step"]), _finite(value)))
     return series
 
@@ -153,7 +177,9 @@ def _note(report: Mapping[str, Any], stage: str, name: str) -> str:
     last = name.split("/")[-1]
     parts = OF_ANNOTATOR + (OF_RANKINGS if stage == "reward" and last != "train_loss" else ())
     of_annotator = last not in NAMES and any(part in last for part in parts)
-    return f" ({SIMULATED})" if of_annotator and report["stages"][stage]["annotator_simulated"] else ""
+    return (
+        f" ({SIMULATED})" if of_annotator and report["stages"][stage]["annotator_simulated"] else ""
+    )
 
 
 def _label(report: Mapping[str, Any], stage: str, name: str) -> str:
@@ -202,20 +228,34 @@ def _tables(report: Mapping[str, Any], stage: str) -> list[Table]:
     """Every nested value of a stage's result as a table, but for the answers shown side by side."""
     result, tables = report["stages"][stage]["result"] or {}, []
     for name, value in result.items():
-        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value) and name != "samples":
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(row, dict) for row in value)
+            and name != "samples"
+        ):
             value = {str(i): row for i, row in enumerate(value, 1)}
         if isinstance(value, dict) and value:
             tables.append(_table(report, stage, name, value))
     if rollouts := report["stages"][stage]["rollouts"]:
-        rows = [[str(r.get("prompt", "")), str(r.get("response", "")), _number(r.get("score"))] for r in rollouts]
-        tables.append(Table("Responses drawn in the last update", ["prompt", "response", "score"], rows))
+        rows = [
+            [str(r.get("prompt", "")), str(r.get("response", "")), _number(r.get("score"))]
+            for r in rollouts
+        ]
+        tables.append(
+            Table("Responses drawn in the last update", ["prompt", "response", "score"], rows)
+        )
     return tables
 
 
 def _table(report: Mapping[str, Any], stage: str, name: str, value: Mapping[str, Any]) -> Table:
     title = _label(report, stage, name)
     if not all(isinstance(row, dict) for row in value.values()):
-        return Table(title, ["", "value"], [[_label(report, stage, k), _quantity(k, v)] for k, v in value.items()])
+        return Table(
+            title,
+            ["", "value"],
+            [[_label(report, stage, k), _quantity(k, v)] for k, v in value.items()],
+        )
     columns = list(dict.fromkeys(column for row in value.values() for column in row))
     rows = [[_titled(k), *(_quantity(c, row.get(c)) for c in columns)] for k, row in value.items()]
     return Table(title, ["", *(_label(report, stage, c) for c in columns)], rows)
@@ -246,21 +286,32 @@ def _progress(report: Mapping[str, Any], name: str) -> tuple[Any, list[tuple[str
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = [("Date", report["date"]), ("Device", report["device"]), ("Code", report["code"])]
-    return [(k, v) for k, v in [*facts, ("Total wall time", _duration(report["wall_seconds"]))] if v]
+    return [
+        (k, v) for k, v in [*facts, ("Total wall time", _duration(report["wall_seconds"]))] if v
+    ]
 
 
 def _warning(report: Mapping[str, Any]) -> str:
     stages = [name for name, stage in report["stages"].items() if stage["annotator_simulated"]]
     who = {(report["stages"][s]["result"] or {}).get("annotator") for s in stages} - {None, ""}
     names = f" ({', '.join(sorted(map(str, who)))})" if who else ""
-    return f"The annotator is simulated{names}: a program scored the responses, no person did." if stages else ""
+    return (
+        f"The annotator is simulated{names}: a program scored the responses, no person did."
+        if stages
+        else ""
+    )
 
 
 # Markdown
 
 
 def _markdown(report: Mapping[str, Any]) -> str:
-    lines = [f"# {_cell(report['name'])}", "", *(f"- {k}: {_cell(v)}" for k, v in _facts(report)), ""]
+    lines = [
+        f"# {_cell(report['name'])}",
+        "",
+        *(f"- {k}: {_cell(v)}" for k, v in _facts(report)),
+        "",
+    ]
     lines += [f"**{_cell(_warning(report))}**", ""] if _warning(report) else []
     rows = [_markdown_stage(report, name) for name in report["order"]]
     lines += _markdown_table(Table("Stages", ["stage", "wall time", "numbers"], rows))
@@ -269,7 +320,10 @@ def _markdown(report: Mapping[str, Any]) -> str:
             lines += _markdown_table(table._replace(title=f"{name}: {table.title}"))
         if stage["series"]:
             header = ["metric", "points", "first", "last", "least", "most"]
-            curves = [[n + _note(report, name, n), *_curve(points)] for n, points in stage["series"].items()]
+            curves = [
+                [n + _note(report, name, n), *_curve(points)]
+                for n, points in stage["series"].items()
+            ]
             lines += _markdown_table(Table(f"{name}: curves", header, curves))
     for i, (prompt, answers) in enumerate(_samples(report), 1):
         lines += [f"## Answers {i}", "", "Prompt:", "", *_indented(prompt)]
@@ -280,12 +334,21 @@ def _markdown(report: Mapping[str, Any]) -> str:
 
 def _markdown_stage(report: Mapping[str, Any], name: str) -> list[str]:
     seconds, numbers, missing = _progress(report, name)
-    return [name, _duration(seconds), missing or ", ".join(f"{label} {text}" for label, text in numbers)]
+    return [
+        name,
+        _duration(seconds),
+        missing or ", ".join(f"{label} {text}" for label, text in numbers),
+    ]
 
 
 def _markdown_table(table: Table) -> list[str]:
     rows = [table.header, ["---"] * len(table.header), *table.rows]
-    return [f"## {_cell(table.title)}", "", *(f"| {' | '.join(map(_cell, row))} |" for row in rows), ""]
+    return [
+        f"## {_cell(table.title)}",
+        "",
+        *(f"| {' | '.join(map(_cell, row))} |" for row in rows),
+        "",
+    ]
 
 
 def _cell(text: str) -> str:
@@ -309,10 +372,18 @@ def _curve(points: Sequence[tuple[int, float | None]]) -> list[str]:
 
 def _html(report: Mapping[str, Any]) -> str:
     name, warning = escape(report["name"]), _warning(report)
-    facts = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in _facts(report))
-    parts = [f"<header><p class=kicker>jaxllm run</p><h1>{name}</h1><dl class=facts>{facts}</dl></header>"]
+    facts = "".join(
+        f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in _facts(report)
+    )
+    parts = [
+        f"<header><p class=kicker>jaxllm run</p><h1>{name}</h1><dl class=facts>{facts}</dl></header>"
+    ]
     parts += [f"<p class=warning>{escape(warning)}</p>"] if warning else []
-    stages = _html_table("stages", ["Stage", "Wall time", "Numbers"], (_html_stage(report, n) for n in report["order"]))
+    stages = _html_table(
+        "stages",
+        ["Stage", "Wall time", "Numbers"],
+        (_html_stage(report, n) for n in report["order"]),
+    )
     parts += [f"<h2>Stages</h2><div class=scroll>{stages}</div>"]
     for stage in report["stages"]:
         tables = _tables(report, stage)
@@ -321,17 +392,24 @@ def _html(report: Mapping[str, Any]) -> str:
             numbers = _html_table("numbers", table.header, map(_html_row, table.rows))
             parts += [f"<h3>{escape(table.title)}</h3><div class='scroll fit'>{numbers}</div>"]
     if samples := _samples(report):
-        parts += ["<h2>The same prompts, answered by each model</h2>", *(_html_sample(*s) for s in samples)]
+        parts += [
+            "<h2>The same prompts, answered by each model</h2>",
+            *(_html_sample(*s) for s in samples),
+        ]
     for stage in report["stages"]:
         if panels := _panels(report, stage):
             parts += [f"<h2>Curves: {escape(stage)}</h2><div class=panels>{''.join(panels)}</div>"]
-    page = string.Template(importlib.resources.files("jaxllm.report").joinpath("report.html").read_text("utf-8"))
+    page = string.Template(
+        importlib.resources.files("jaxllm.report").joinpath("report.html").read_text("utf-8")
+    )
     return page.substitute(title=name, body="".join(parts))
 
 
 def _html_table(kind: str, header: Iterable[str], rows: Iterable[str]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    return f"<table class={kind}><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return (
+        f"<table class={kind}><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
 
 
 def _html_row(row: Sequence[str]) -> str:
@@ -343,7 +421,9 @@ def _html_stage(report: Mapping[str, Any], name: str) -> str:
     seconds, numbers, missing = _progress(report, name)
     width = 100 * seconds / (report["wall_seconds"] or 1) if isinstance(seconds, int | float) else 0
     bar = f'<span class=bar><i style="width:{width:.1f}%"></i></span>'
-    chips = "".join(f"<li><span>{escape(label)}</span> <b>{escape(text)}</b></li>" for label, text in numbers)
+    chips = "".join(
+        f"<li><span>{escape(label)}</span> <b>{escape(text)}</b></li>" for label, text in numbers
+    )
     if name in report["absent"]:
         return f"<tr class=absent><th>{escape(name)}</th><td>–</td><td><em>{missing}</em></td></tr>"
     cell = f"<em>{missing}</em>" if missing else f"<ul class=chips>{chips}</ul>"
@@ -365,7 +445,9 @@ def _panels(report: Mapping[str, Any], stage: str) -> list[str]:
     for name, points in content["series"].items():
         if any(value is not None for _, value in points):
             last = name.split("/")[-1]
-            groups.setdefault(PANELS.get(last, last[:1].upper() + last[1:].replace("_", " ")), {})[name] = points
+            groups.setdefault(PANELS.get(last, last[:1].upper() + last[1:].replace("_", " ")), {})[
+                name
+            ] = points
     order = list(dict.fromkeys(PANELS.values()))
     figures = []
     for title in sorted(groups, key=lambda t: (order.index(t) if t in order else len(order), t)):
@@ -400,18 +482,36 @@ def _reliability(bins: Sequence[Sequence[float]], axes: Any, theme: str) -> None
     confidence, right, count = zip(*bins, strict=True)
     axes.plot([0.5, 1], [0.5, 1], color=INK[theme][0], lw=0.8, ls="--")
     axes.plot(confidence, right, color=LINES[theme][0], lw=1.2)
-    axes.scatter(confidence, right, s=[8 + 120 * c / max(count) for c in count], color=LINES[theme][0], lw=0)
+    axes.scatter(
+        confidence, right, s=[8 + 120 * c / max(count) for c in count], color=LINES[theme][0], lw=0
+    )
     axes.set_xlabel("confidence", color=INK[theme][0], size=8)
 
 
 def _curves(series: Series, axes: Any, theme: str) -> None:
     """One line for each series over the steps."""
     text = INK[theme][0]
-    for (name, points), color in zip(sorted(series.items(), reverse=True), LINES[theme] * len(series), strict=False):
+    for (name, points), color in zip(
+        sorted(series.items(), reverse=True), LINES[theme] * len(series), strict=False
+    ):
         values = [math.nan if v is None else v for _, v in points]
         marker = "o" if len(points) < 25 else ""
-        label = (name.rpartition("/")[0] or name).encode("ascii", "replace").decode().replace("$", r"\$").lstrip("_")
-        axes.plot([step for step, _ in points], values, color=color, lw=1.5, marker=marker, ms=3, label=label)
+        label = (
+            (name.rpartition("/")[0] or name)
+            .encode("ascii", "replace")
+            .decode()
+            .replace("$", r"\$")
+            .lstrip("_")
+        )
+        axes.plot(
+            [step for step, _ in points],
+            values,
+            color=color,
+            lw=1.5,
+            marker=marker,
+            ms=3,
+            label=label,
+        )
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.get_offset_text().set(color=text, size=8)

@@ -19,7 +19,9 @@ _FRACTION = r"(?<![\d/])(?P<above>\d+)/(?P<below>0*[1-9]\d*)(?![\d/]|[.,]\d)"
 _WHOLE = r"\d{1,3}(?:,\d{3})+(?!\d)|\d+"
 # Four digits of exponent: more would take any amount of memory. What is longer is not part of the number.
 _POWER = r"(?:[eE][-+]?\d{1,4}(?!\w|\.\d))?"
-UNSIGNED = rf"(?:(?:{_WHOLE})(?:\.\d+)?|(?<![\d.])\.\d+)"  # a pattern; `value_of` reads what it matches
+UNSIGNED = (
+    rf"(?:(?:{_WHOLE})(?:\.\d+)?|(?<![\d.])\.\d+)"  # a pattern; `value_of` reads what it matches
+)
 _DECIMAL = rf"(?P<digits>{UNSIGNED}{_POWER})"
 _NUMBER = re.compile(
     rf"(?P<sign>{_SIGN})?(?:[{_CURRENCY}]\s?(?P<inner>[-+])?)?(?:{_FRACTION}|{_DECIMAL})(?P<percent>\s?%)?"

@@ -23,7 +23,12 @@ from jaxllm.runtime.console import console
 
 _OPERAND = numerals.UNSIGNED
 _EXPRESSION = re.compile(rf"[-+(\s]*{_OPERAND}(?:[)\s]*[-+*/][-+(\s]*{_OPERAND})+[)\s]*")
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,9 @@ def check_answers(sources: Sequence[RewardSource], answers: Sequence[str], field
     missing = sum(not answer.strip() for answer in answers)
     given_answers = [source.source for source in sources if _takes_answer(source, field)]
     if missing == len(answers) and given_answers:
-        console.print(f"note: no prompt has an answer; {given_answers[0]} gets an empty one", soft_wrap=True)
+        console.print(
+            f"note: no prompt has an answer; {given_answers[0]} gets an empty one", soft_wrap=True
+        )
     needing = [source.source for source in sources if source.source in NEED_ANSWERS]
     if needing and missing:
         raise InputError(
@@ -74,7 +81,9 @@ def check_answers(sources: Sequence[RewardSource], answers: Sequence[str], field
 
 def _takes_answer(source: RewardSource, field: str) -> bool:
     """Whether a term is a user's function of prompt, response and answer."""
-    named = source.source not in ("model", "length") and not source.source.startswith(("regex:", f"{__name__}:"))
+    named = source.source not in ("model", "length") and not source.source.startswith(
+        ("regex:", f"{__name__}:")
+    )
     return named and len(inspect.signature(resolve_function(source.source, field)).parameters) == 3
 
 
@@ -92,7 +101,9 @@ def resolve(source: RewardSource, field: str) -> Terms:
             compiled = re.compile(pattern, re.DOTALL)
         except re.error as error:
             raise InputError(f"{field} {pattern!r}: not a regular expression: {error}") from None
-        return lambda prompts, responses, _: np.array([bool(compiled.fullmatch(r)) for r in responses], np.float64)
+        return lambda prompts, responses, _: np.array(
+            [bool(compiled.fullmatch(r)) for r in responses], np.float64
+        )
     function = resolve_function(source.source, field)
     count = len(inspect.signature(function).parameters)
     if count == 2:
@@ -102,7 +113,9 @@ def resolve(source: RewardSource, field: str) -> Terms:
             f"{field} {source.source!r}: takes {count} parameters; a reward takes prompt, response, answer"
         )
 
-    def terms(prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+    def terms(
+        prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str]
+    ) -> np.ndarray:
         scores = [function(*row) for row in zip(prompts, responses, answers, strict=True)]
         return check_scores(scores, responses, f"{field} {source.source}")
 
@@ -138,7 +151,12 @@ def arithmetic(prompt: str, response: str, answer: str) -> float:
         return 0.0
     try:
         value = evaluate(expression[0])
-    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError):  # the parser's limits are a kind of no value
+    except (
+        SyntaxError,
+        ZeroDivisionError,
+        RecursionError,
+        MemoryError,
+    ):  # the parser's limits are a kind of no value
         return 0.0
     return float(abs(found.value - value) <= _rounding(value))
 

@@ -18,7 +18,9 @@ def score_all(function: Annotator, prompts: Sequence[str], responses: Sequence[s
     batch = getattr(function, "batch", None)
     pairs = zip(prompts, responses, strict=True)
     scores = batch(prompts, responses) if batch else [function(p, r) for p, r in pairs]
-    return check_scores(scores, responses, f"annotator {getattr(function, '__name__', repr(function))}")
+    return check_scores(
+        scores, responses, f"annotator {getattr(function, '__name__', repr(function))}"
+    )
 
 
 def check_scores(scores: Any, responses: Sequence[str], name: str) -> np.ndarray:
@@ -31,7 +33,9 @@ def check_scores(scores: Any, responses: Sequence[str], name: str) -> np.ndarray
         ) from None
     if len(given) != len(responses):
         raise InputError(f"{name}: gave {len(given)} scores for {len(responses)} responses")
-    return np.array([_score(*pair, name) for pair in zip(given, responses, strict=True)], np.float64)
+    return np.array(
+        [_score(*pair, name) for pair in zip(given, responses, strict=True)], np.float64
+    )
 
 
 _LARGEST = float(np.finfo(np.float32).max)  # the updates are computed in float32
@@ -51,5 +55,9 @@ def _score(score: Any, response: str, name: str) -> float:
 
 
 def _shown(value: Any) -> str:
-    text = f"{value!r}" if isinstance(value, str | int | float | complex | None) else type(value).__name__
+    text = (
+        f"{value!r}"
+        if isinstance(value, str | int | float | complex | None)
+        else type(value).__name__
+    )
     return text if len(text) < 60 else f"{text[:60]}..."

@@ -83,7 +83,11 @@ class Checkpoints:
     """A stage's checkpoints/ folder, written by this run. All processes make every call together."""
 
     def __init__(
-        self, directory: epath.PathLike, config: CheckpointConfig, metric: str = "", lower_is_better: bool = True
+        self,
+        directory: epath.PathLike,
+        config: CheckpointConfig,
+        metric: str = "",
+        lower_is_better: bool = True,
     ):
         check_path(directory)
         self.directory, self.config, self.metric = _absolute(directory), config, metric
@@ -123,7 +127,9 @@ class Checkpoints:
             seal = {"record": record, "digests": digest.digests(state)}
             try:
                 self._writer = self._writer or _new_writer(state)
-                self._writer.save(self.directory / str(step), args=ocp.args.PyTreeSave(state), force=True)
+                self._writer.save(
+                    self.directory / str(step), args=ocp.args.PyTreeSave(state), force=True
+                )
             except _IO_ERRORS as error:
                 self._error = _short(error)
             else:
@@ -142,7 +148,9 @@ class Checkpoints:
             if any_process(bool(self._error)):
                 self._failed()
 
-    def save_surely(self, step: int, state: Any, record: Record, attempts: int = 5, pause: float = 5.0) -> None:
+    def save_surely(
+        self, step: int, state: Any, record: Record, attempts: int = 5, pause: float = 5.0
+    ) -> None:
         """Save and wait until it is on disk. Raises SaveFailed after so many attempts, `pause` seconds apart."""
         self.wait()
         for attempt in range(attempts):
@@ -171,7 +179,9 @@ class Checkpoints:
         if self._writer:
             self._writer.close()
 
-    def _finish(self, writer: ocp.AsyncCheckpointer, step: int, seal: dict[str, Any], shapes: dict[str, str]) -> None:
+    def _finish(
+        self, writer: ocp.AsyncCheckpointer, step: int, seal: dict[str, Any], shapes: dict[str, str]
+    ) -> None:
         """In a thread: seal the checkpoint once it can be read back, and remove what need not be kept."""
         step_dir = self.directory / str(step)
         try:
@@ -205,15 +215,27 @@ class Checkpoints:
             free = shutil.disk_usage(self.directory).free
         except OSError as error:
             return _short(error)
-        return f"{needed / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free" if free < needed else ""
+        return (
+            f"{needed / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free"
+            if free < needed
+            else ""
+        )
 
     def _prune(self) -> None:
         """Keep the newest, the best, and one every so many steps. A step saved without the metric is the worst."""
         config, steps = self.config, committed_steps(self.directory)
         value = lambda step: self.sign * self._metrics(step).get(self.metric, -self.sign * np.inf)
-        best = sorted(steps, key=lambda step: (value(step), step))[-config.keep_best :] if config.keep_best else []
+        best = (
+            sorted(steps, key=lambda step: (value(step), step))[-config.keep_best :]
+            if config.keep_best
+            else []
+        )
         forever = [step for step in steps if config.keep_every and step % config.keep_every == 0]
-        for step in {*steps} - {*steps[-config.keep_last :], *(best if self.metric else []), *forever}:
+        for step in {*steps} - {
+            *steps[-config.keep_last :],
+            *(best if self.metric else []),
+            *forever,
+        }:
             _remove(self.directory / str(step))
 
     def _metrics(self, step: int) -> Mapping[str, float]:
@@ -230,7 +252,9 @@ def check_path(directory: epath.PathLike) -> None:
     storage library takes only names that are valid Unicode.
     """
     if "\0" in str(directory):
-        raise InputError(f"{directory}: a directory's name cannot hold a NUL character; choose another --run-dir")
+        raise InputError(
+            f"{directory}: a directory's name cannot hold a NUL character; choose another --run-dir"
+        )
     path = str(_absolute(directory))
     if found := re.search(r"[*?[\\]", path):
         raise InputError(
@@ -240,7 +264,9 @@ def check_path(directory: epath.PathLike) -> None:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{path!a}: this directory's name is not valid UTF-8; choose another --run-dir") from None
+        raise InputError(
+            f"{path!a}: this directory's name is not valid UTF-8; choose another --run-dir"
+        ) from None
 
 
 def _unreadable(step_dir: epath.Path, shapes: Mapping[str, str]) -> str:
@@ -261,7 +287,9 @@ def _new_writer(state: Any) -> ocp.AsyncCheckpointer:
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     # The copy off the devices is one state; of it, a few leaves at a time are compressed, which takes their size again.
     at_once = max(1.2 * max(x.nbytes for x in jax.tree.leaves(state)), 10**8) / 10**9
-    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=at_once), async_options=options)  # pyright: ignore
+    return ocp.AsyncCheckpointer(
+        ocp.PyTreeCheckpointHandler(save_concurrent_gb=at_once), async_options=options
+    )  # pyright: ignore
 
 
 def load_params(
@@ -284,7 +312,9 @@ def newest(stage_dir: epath.PathLike, step: int | None = None) -> epath.Path:
     """The folder of a stage's newest checkpoint, or that of `step`. Raises InputError where there is none."""
     directory = _absolute(epath.Path(stage_dir) / "checkpoints")
     if not directory.exists():
-        raise InputError(f"{stage_dir}: has no checkpoints; give the directory of a stage that trains a model")
+        raise InputError(
+            f"{stage_dir}: has no checkpoints; give the directory of a stage that trains a model"
+        )
     steps = committed_steps(directory)
     if step is None and not steps:
         raise InputError(f"{directory}: holds no complete checkpoint; run the stage again")
@@ -293,7 +323,9 @@ def newest(stage_dir: epath.PathLike, step: int | None = None) -> epath.Path:
 
 def committed_steps(directory: epath.Path) -> list[int]:
     """The steps on disk, in order; always read anew."""
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / SEAL).exists())
+    return sorted(
+        int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / SEAL).exists()
+    )
 
 
 def restore(
@@ -319,19 +351,29 @@ def restore(
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             saved = reader.metadata(step_dir).item_metadata
-            part = functools.reduce(lambda tree, key: tree.get(key, {}), path, tree_shapes.as_dicts(saved.tree))  # pyright: ignore
+            part = functools.reduce(
+                lambda tree, key: tree.get(key, {}), path, tree_shapes.as_dicts(saved.tree)
+            )  # pyright: ignore
             tree_shapes.compare(part, abstract, str(step_dir))
             item = functools.reduce(lambda tree, key: {key: tree}, reversed(path), abstract)
-            to_args = lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, global_shape=a.shape, dtype=a.dtype)
-            args = ocp.args.PyTreeRestore(item, restore_args=jax.tree.map(to_args, item), partial_restore=bool(path))
-            state = functools.reduce(lambda tree, key: tree[key], path, reader.restore(step_dir, args=args))
+            to_args = lambda a: ocp.ArrayRestoreArgs(
+                sharding=a.sharding, global_shape=a.shape, dtype=a.dtype
+            )
+            args = ocp.args.PyTreeRestore(
+                item, restore_args=jax.tree.map(to_args, item), partial_restore=bool(path)
+            )
+            state = functools.reduce(
+                lambda tree, key: tree[key], path, reader.restore(step_dir, args=args)
+            )
     except _READ_ERRORS as error:
         raise Damaged(step_dir, _short(error)) from None
     prefix = ".".join(path)  # of the tree, or the name of the only leaf
     inside = lambda name: not prefix or name == prefix or name.startswith(f"{prefix}.")
     wanted = {k[len(prefix) :].lstrip("."): v for k, v in seal["digests"].items() if inside(k)}
     if wrong := digest.differing(wanted, digest.digests(state)):
-        raise Damaged(step_dir, f"the values of {', '.join(wrong[:3])} are not those that were saved")
+        raise Damaged(
+            step_dir, f"the values of {', '.join(wrong[:3])} are not those that were saved"
+        )
     return state, seal["record"]
 
 
@@ -366,7 +408,9 @@ def check_files(step_dir: epath.Path, seal: dict[str, Any]) -> None:
         mine = [*wanted][jax.process_index() :: jax.process_count()]
         try:
             found = _hash_files(step_dir, mine)
-            what = [f"{name} is not what was written" for name in mine if found[name] != wanted[name]]
+            what = [
+                f"{name} is not what was written" for name in mine if found[name] != wanted[name]
+            ]
         except OSError as error:
             what = [_short(error)]
     if any_process(bool(what)):
@@ -375,7 +419,11 @@ def check_files(step_dir: epath.Path, seal: dict[str, Any]) -> None:
 
 def _files(step_dir: epath.Path) -> list[str]:
     root = Path(step_dir)
-    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and p.name not in (SEAL, f".{SEAL}"))
+    return sorted(
+        str(p.relative_to(root))
+        for p in root.rglob("*")
+        if p.is_file() and p.name not in (SEAL, f".{SEAL}")
+    )
 
 
 def _hash_files(step_dir: epath.Path, names: Iterable[str]) -> dict[str, str]:
@@ -394,7 +442,10 @@ def _hash_of(value: Any) -> str:
 
 
 def warn_damaged(error: Damaged, then: str) -> None:
-    console.print(f"warning: {error.step_dir} is damaged ({error.what}); it is set aside, {then}", soft_wrap=True)
+    console.print(
+        f"warning: {error.step_dir} is damaged ({error.what}); it is set aside, {then}",
+        soft_wrap=True,
+    )
 
 
 def set_aside(step_dir: epath.Path) -> None:

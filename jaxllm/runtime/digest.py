@@ -52,7 +52,9 @@ def differing(one: Mapping[str, list[int]], other: Mapping[str, list[int]]) -> l
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _digest_all(leaves: dict[str, jax.Array], shares: tuple[tuple[str, Any], ...]) -> dict[str, jax.Array]:
+def _digest_all(
+    leaves: dict[str, jax.Array], shares: tuple[tuple[str, Any], ...]
+) -> dict[str, jax.Array]:
     place = lambda leaf, where: jax.lax.with_sharding_constraint(leaf, where) if where else leaf
     return {name: leaf_digest(place(leaves[name], where)) for name, where in shares}
 
@@ -63,13 +65,19 @@ def _shared(leaf: Any) -> NamedSharding | None:
         return None
     parts = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
     used = {axis for part in parts if part for axis in ((part,) if isinstance(part, str) else part)}
-    free = tuple(axis for axis in sharding.mesh.axis_names if axis not in used and sharding.mesh.shape[axis] > 1)
+    free = tuple(
+        axis
+        for axis in sharding.mesh.axis_names
+        if axis not in used and sharding.mesh.shape[axis] > 1
+    )
     copies = math.prod(sharding.mesh.shape[axis] for axis in free)
     dims = [i for i, part in enumerate(parts) if part is None and leaf.shape[i] % copies == 0]
     if copies == 1 or not dims:
         return None
     largest = max(dims, key=lambda i: leaf.shape[i])
-    return NamedSharding(sharding.mesh, P(*(free if i == largest else part for i, part in enumerate(parts))))
+    return NamedSharding(
+        sharding.mesh, P(*(free if i == largest else part for i, part in enumerate(parts)))
+    )
 
 
 def leaf_digest(x: jax.Array) -> jax.Array:
@@ -91,7 +99,9 @@ def _words(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
     size = min(x.dtype.itemsize, 4)
-    return jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(
+        x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]
+    ).astype(jnp.uint32)
 
 
 def _places(shape: tuple[int, ...]) -> jax.Array:
@@ -116,17 +126,26 @@ def unequal_replicas(tree: Any) -> list[str]:
     must be equal: what differs is silent corruption. Of two copies that differ, both are named.
     """
     groups = _by_mesh(named_leaves(tree))
-    return [text for mesh, leaves in groups.items() if mesh is not None for text in _unequal(leaves, mesh)]
+    return [
+        text
+        for mesh, leaves in groups.items()
+        if mesh is not None
+        for text in _unequal(leaves, mesh)
+    ]
 
 
 def _unequal(leaves: Mapping[str, Any], mesh: jax.sharding.Mesh) -> list[str]:
     specs = {name: leaf.sharding.spec for name, leaf in leaves.items()}
     one = lambda shards: {name: leaf_digest(shard)[None] for name, shard in shards.items()}
-    own = jax.shard_map(one, mesh=mesh, in_specs=(specs,), out_specs=P(mesh.axis_names), check_vma=False)
+    own = jax.shard_map(
+        one, mesh=mesh, in_specs=(specs,), out_specs=P(mesh.axis_names), check_vma=False
+    )
     with jax.set_mesh(mesh):
         words = jax.jit(own)(leaves)
     words = fetch(words)  # {name: uint32[devices, 2]}, in the order of the mesh
-    return [text for name, leaf in leaves.items() for text in _outvoted(name, leaf, words[name], mesh)]
+    return [
+        text for name, leaf in leaves.items() for text in _outvoted(name, leaf, words[name], mesh)
+    ]
 
 
 def _outvoted(name: str, leaf: jax.Array, words: np.ndarray, mesh: jax.sharding.Mesh) -> list[str]:
@@ -139,5 +158,9 @@ def _outvoted(name: str, leaf: jax.Array, words: np.ndarray, mesh: jax.sharding.
         votes = [own for _, own in group]
         most = max(votes, key=votes.count)
         trusted = votes.count(most) > len(votes) / 2
-        found += [f"{device}: {name}" for device, own in group if len({*votes}) > 1 and not (trusted and own == most)]
+        found += [
+            f"{device}: {name}"
+            for device, own in group
+            if len({*votes}) > 1 and not (trusted and own == most)
+        ]
     return found

@@ -10,7 +10,9 @@ from jaxllm.config import InputError
 from jaxllm.runtime.console import console
 
 
-def read_metrics(path: epath.PathLike, damaged: Literal["refuse", "skip", "stop"] = "refuse") -> list[dict[str, Any]]:
+def read_metrics(
+    path: epath.PathLike, damaged: Literal["refuse", "skip", "stop"] = "refuse"
+) -> list[dict[str, Any]]:
     """The objects in a metrics.jsonl, or in another JSONL file; none where there is no file.
 
     A last line without its newline was cut and is left out. Another line that holds no object, as a power cut may leave
@@ -27,9 +29,14 @@ def read_metrics(path: epath.PathLike, damaged: Literal["refuse", "skip", "stop"
             found.append(value)
             continue
         if damaged == "refuse":
-            raise InputError(f"{path}:{number}: is no JSON object; remove that line and run the same command again")
+            raise InputError(
+                f"{path}:{number}: is no JSON object; remove that line and run the same command again"
+            )
         rest = " and what follows it" if damaged == "stop" else ""
-        console.print(f"warning: {path}:{number}: is no JSON object; that line{rest} is left out", soft_wrap=True)
+        console.print(
+            f"warning: {path}:{number}: is no JSON object; that line{rest} is left out",
+            soft_wrap=True,
+        )
         if damaged == "stop":
             break
     return found
@@ -60,14 +67,19 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
     partial.replace(path)
 
 
-def read_json(path: epath.PathLike, mend: str = "remove the file to redo what wrote it") -> dict[str, Any] | None:
+def read_json(
+    path: epath.PathLike, mend: str = "remove the file to redo what wrote it"
+) -> dict[str, Any] | None:
     """The JSON object in a file, None where there is no file; a byte order mark is skipped.
 
     Raises InputError, ending in `mend`, where the file cannot be read or holds anything else.
     """
     try:
         value = json.loads(epath.Path(path).read_bytes().decode("utf-8-sig"))
-    except (FileNotFoundError, NotADirectoryError):  # the latter: what should be its folder is a file
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # the latter: what should be its folder is a file
         return None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {mend}") from None

@@ -15,7 +15,17 @@ import jax
 from etils import epath
 
 PRODUCTIVE = ("step", "work")  # training steps, and what the stages without steps do
-KINDS = (*PRODUCTIVE, "start", "compile", "data_wait", "evaluation", "save", "restore", "lost", "down")
+KINDS = (
+    *PRODUCTIVE,
+    "start",
+    "compile",
+    "data_wait",
+    "evaluation",
+    "save",
+    "restore",
+    "lost",
+    "down",
+)
 
 
 class Ledger:
@@ -42,7 +52,13 @@ class Ledger:
         """Write what was marked since the last line."""
         seconds = {kind: round(s, 4) for kind, s in self._seconds.items()}
         self._seconds.clear()
-        line = {"attempt": self.attempt, "time": round(time.time(), 3), "stage": stage, "step": step, **more}
+        line = {
+            "attempt": self.attempt,
+            "time": round(time.time(), 3),
+            "stage": stage,
+            "step": step,
+            **more,
+        }
         if jax.process_index() == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(self._newline + json.dumps({**line, "seconds": seconds}) + "\n")
@@ -55,7 +71,10 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
     for text in path.read_bytes().split(b"\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
             value = json.loads(text.decode())
-            if isinstance(value, dict) and {"attempt", "time", "stage", "step", "seconds"} <= value.keys():
+            if (
+                isinstance(value, dict)
+                and {"attempt", "time", "stage", "step", "seconds"} <= value.keys()
+            ):
                 lines.append(value)
     return lines
 
@@ -69,8 +88,14 @@ def totals(lines: list[dict[str, Any]]) -> dict[str, float]:
             restored.setdefault((line["attempt"], line["stage"]), line["restored"])
     for before, line in zip([None, *lines], lines, strict=False):
         if before and before["attempt"] != line["attempt"]:
-            seconds["down"] += max(0.0, line["time"] - sum(line["seconds"].values()) - before["time"])
-        later = (s for (a, stage), s in restored.items() if a > line["attempt"] and stage == line["stage"])
+            seconds["down"] += max(
+                0.0, line["time"] - sum(line["seconds"].values()) - before["time"]
+            )
+        later = (
+            s
+            for (a, stage), s in restored.items()
+            if a > line["attempt"] and stage == line["stage"]
+        )
         wasted = any(step < line["step"] for step in later)
         for kind, value in line["seconds"].items():
             seconds["lost" if wasted and kind != "start" else kind] += value
@@ -82,7 +107,10 @@ def summary(lines: list[dict[str, Any]]) -> str:
     seconds = totals(lines)
     wall = sum(seconds.values())
     share = lambda kind: f"{kind.replace('_', ' ')} {seconds[kind] / wall:.1%}"
-    rest = sorted((k for k in KINDS if k not in PRODUCTIVE and seconds[k] > 0.0005 * wall), key=lambda k: -seconds[k])
+    rest = sorted(
+        (k for k in KINDS if k not in PRODUCTIVE and seconds[k] > 0.0005 * wall),
+        key=lambda k: -seconds[k],
+    )
     attempts = len({line["attempt"] for line in lines})
     productive = sum(seconds[kind] for kind in PRODUCTIVE) / wall
     return (

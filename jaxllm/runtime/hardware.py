@@ -53,7 +53,11 @@ def choose_platform() -> None:
         "/dev/kfd",
         "/dev/dxg",
     )  # TPU, NVIDIA, AMD, WSL
-    if "JAX_PLATFORMS" in os.environ or sys.platform != "linux" or importlib.util.find_spec("libtpu") is None:
+    if (
+        "JAX_PLATFORMS" in os.environ
+        or sys.platform != "linux"
+        or importlib.util.find_spec("libtpu") is None
+    ):
         return
     if not any(glob.glob(pattern) for pattern in accelerators):
         os.environ["JAX_PLATFORMS"] = "cpu"

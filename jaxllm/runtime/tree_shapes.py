@@ -17,12 +17,22 @@ def compare(saved: Any, wanted: Any, place: str) -> None:
         return
     only_saved = [f"{k} {have[k]}" for k in have if k not in want]
     only_wanted = [f"{k} {want[k]}" for k in want if k not in have]
-    differ = [f"{k} {have[k]} here, {want[k]} wanted" for k in have if k in want and have[k] != want[k]]
-    parts = [("differ", differ), ("only in the checkpoint", only_saved), ("only in this config's model", only_wanted)]
+    differ = [
+        f"{k} {have[k]} here, {want[k]} wanted" for k in have if k in want and have[k] != want[k]
+    ]
+    parts = [
+        ("differ", differ),
+        ("only in the checkpoint", only_saved),
+        ("only in this config's model", only_wanted),
+    ]
     text = "; ".join(
-        f"{name}: {', '.join(v[:3])}{f' and {len(v) - 3} more' if len(v) > 3 else ''}" for name, v in parts if v
+        f"{name}: {', '.join(v[:3])}{f' and {len(v) - 3} more' if len(v) > 3 else ''}"
+        for name, v in parts
+        if v
     )
-    raise InputError(f"{place}: the checkpoint is of another model ({text}); use its own config or another directory")
+    raise InputError(
+        f"{place}: the checkpoint is of another model ({text}); use its own config or another directory"
+    )
 
 
 def _is_metadata(leaf: Any) -> bool:

@@ -71,7 +71,10 @@ def build(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
 
 
 def run(
-    workspace: Workspace, config: EvaluateConfig, documents: DataConfig, chats: DataConfig | None = None
+    workspace: Workspace,
+    config: EvaluateConfig,
+    documents: DataConfig,
+    chats: DataConfig | None = None,
 ) -> dict[str, Any]:
     """Measure every stage's model; returns {"stages": {stage: numbers}, "samples": [...], ...}.
 
@@ -83,7 +86,9 @@ def run(
             f"{workspace.run_dir}: none of the stages {', '.join(config.stages)} has finished; run them first"
         )
     tokenizer = workspace.tokenizer()
-    result: dict[str, Any] = {"stages": {stage: _training_numbers(workspace, stage) for stage in present}}
+    result: dict[str, Any] = {
+        "stages": {stage: _training_numbers(workspace, stage) for stage in present}
+    }
     answers: dict[str, list[str]] = {}
     scores: dict[str, np.ndarray] = {}
     files = tasks.read_tasks(config.tasks, config.scoring)
@@ -102,7 +107,9 @@ def run(
             )
             numbers |= open_numbers
             if config.annotator:
-                scores[stage] = score_all(resolve_function(config.annotator, "annotator"), prompts, answers[stage])
+                scores[stage] = score_all(
+                    resolve_function(config.annotator, "annotator"), prompts, answers[stage]
+                )
                 mean, error = measures.mean_and_error(scores[stage])
                 numbers |= {"annotator_score": mean, "annotator_score_error": error}
             result["samples"] = _side_by_side(prompts, answers, config.num_shown)
@@ -121,7 +128,10 @@ def run(
         console.print("evaluate: contamination")
         result["contamination"] = contamination(workspace, config, tokenizer, documents, chats)
     if config.compare_xz and "pretrain" in present:
-        texts = (load_texts(documents, split, workspace.run_dir / "cache") for split in ("train", "held_out"))
+        texts = (
+            load_texts(documents, split, workspace.run_dir / "cache")
+            for split in ("train", "held_out")
+        )
         result["xz_bits_per_byte"] = measures.xz_bits_per_byte(*texts)
     return result
 
@@ -143,20 +153,36 @@ def contamination(
     texts = some_documents(pretrain["held_out"], MAX_HELD_OUT, len(tokenizer.begin_ids))
     found = {"held_out_in_pretrain": (texts, "pretrain")}
     if config.accuracy.sources:
-        chosen = shuffled(examples(config.accuracy, "chat", "held_out"))[: config.max_accuracy_examples]
-        asked = tokenizer.encode_batch(["\n".join(map(message_text, example.messages[:-1])) for example in chosen])
+        chosen = shuffled(examples(config.accuracy, "chat", "held_out"))[
+            : config.max_accuracy_examples
+        ]
+        asked = tokenizer.encode_batch(
+            ["\n".join(map(message_text, example.messages[:-1])) for example in chosen]
+        )
         found |= {f"accuracy_in_{name}": (asked, name) for name in training}
-    return {k: measure_contamination(ids, training[name], config.contamination_n) for k, (ids, name) in found.items()}
+    return {
+        k: measure_contamination(ids, training[name], config.contamination_n)
+        for k, (ids, name) in found.items()
+    }
 
 
 def _training_numbers(workspace: Workspace, stage: str) -> dict[str, Any]:
     recorded = workspace.result(stage) or {}
-    return {name: recorded[name] for name in ("bits_per_byte",) if name in recorded and stage == "pretrain"}
+    return {
+        name: recorded[name]
+        for name in ("bits_per_byte",)
+        if name in recorded and stage == "pretrain"
+    }
 
 
 def _settings(workspace: Workspace, config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     stops = {"stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
-    return {**stops, "mesh": workspace.mesh, "seed": workspace.seed, "batch_size": config.batch_size}
+    return {
+        **stops,
+        "mesh": workspace.mesh,
+        "seed": workspace.seed,
+        "batch_size": config.batch_size,
+    }
 
 
 def label_accuracy(
@@ -175,12 +201,19 @@ def label_accuracy(
         raise InputError(
             "evaluate.accuracy: no held-out example fits the context; give more data or raise model.max_length"
         )
-    drawn = complete(params, model, prompts, sampling=sampling, **_settings(workspace, config, tokenizer))
+    drawn = complete(
+        params, model, prompts, sampling=sampling, **_settings(workspace, config, tokenizer)
+    )
     return measures.accuracy([tokenizer.decode(c[0].ids) for c in drawn], labels)
 
 
 def open_answers(
-    workspace, config: EvaluateConfig, tokenizer: Tokenizer, params: Any, model: ModelConfig, reference: Any
+    workspace,
+    config: EvaluateConfig,
+    tokenizer: Tokenizer,
+    params: Any,
+    model: ModelConfig,
+    reference: Any,
 ):
     """(numbers, answers, prompts) on held-out prompts; KL to the reference's parameters where they are given."""
     limit = model.max_length - config.sampling.max_new_tokens
@@ -190,14 +223,17 @@ def open_answers(
     @jax.jit
     def kl(params, reference, rollout):
         ours, theirs = (
-            response_logprobs(p, rollout, config=model, temperature=temperature) for p in (params, reference)
+            response_logprobs(p, rollout, config=model, temperature=temperature)
+            for p in (params, reference)
         )
         return jnp.where(rollout.mask, ours.logprob - theirs.logprob, 0.0).sum(1)
 
     kls, drawn = [], []
     settings = {"sampling": config.sampling, **_settings(workspace, config, tokenizer)}
     for rollout, count in roll_out(params, model, [p.ids for p in held_out], **settings):
-        kls += fetch(kl(params, reference, rollout))[:count].tolist() if reference is not None else []
+        kls += (
+            fetch(kl(params, reference, rollout))[:count].tolist() if reference is not None else []
+        )
         drawn += completions(fetch(rollout), settings["stop_ids"])[:count]
     numbers = {
         **{"prompts": float(len(drawn)), "distinct_2": measures.distinct(c.ids for c in drawn)},
@@ -205,10 +241,16 @@ def open_answers(
         **{"finished": float(np.mean([c.finished for c in drawn]))},
         **({"kl_to_sft": float(np.mean(kls))} if kls else {}),
     }
-    return numbers, [tokenizer.decode(c.ids) for c in drawn], [message_text(p.messages[-1]) for p in held_out]
+    return (
+        numbers,
+        [tokenizer.decode(c.ids) for c in drawn],
+        [message_text(p.messages[-1]) for p in held_out],
+    )
 
 
-def _side_by_side(prompts: list[str], answers: dict[str, list[str]], count: int) -> list[dict[str, Any]]:
+def _side_by_side(
+    prompts: list[str], answers: dict[str, list[str]], count: int
+) -> list[dict[str, Any]]:
     return [
         {"prompt": prompt, "answers": {stage: texts[i] for stage, texts in answers.items()}}
         for i, prompt in enumerate(prompts[:count])

@@ -76,7 +76,9 @@ class LanguageModelConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.num_micro:
-            raise ValueError(f"num_micro: {self.num_micro} does not divide batch_size {self.batch_size}")
+            raise ValueError(
+                f"num_micro: {self.num_micro} does not divide batch_size {self.batch_size}"
+            )
         if not self.num_steps and not self.num_epochs:
             raise ValueError("num_steps: must be positive, or 0 with num_epochs above 0")
 
@@ -89,12 +91,19 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     fresh = stage == "pretrain" and not config.init_from
     source = "" if fresh else workspace.source(config.init_from, "pretrain", stage)
     mesh, directory = workspace.mesh, workspace.stage_dir(stage)
-    check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
+    check_batch(
+        mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro"
+    )
     tokenizer, length = workspace.tokenizer(), model.row_length(config.length, f"{stage}.length")
     cache = workspace.run_dir / "cache"
-    rows = {split: load_rows(config.data, kind, split, tokenizer, length, cache) for split in ("train", "held_out")}
+    rows = {
+        split: load_rows(config.data, kind, split, tokenizer, length, cache)
+        for split in ("train", "held_out")
+    }
     per_epoch = epoch_rows(rows["train"]) / config.batch_size
-    num_steps = train.count_steps(config.num_steps, config.num_epochs, per_epoch, f"{stage}.num_epochs")
+    num_steps = train.count_steps(
+        config.num_steps, config.num_epochs, per_epoch, f"{stage}.num_epochs"
+    )
     describe(stage, rows, model, num_steps, config.batch_size)
     step, placed = program(mesh, config, model, num_steps, workspace.seed)
     whole, axes = transformer.abstract(model), transformer.axes(model)
@@ -102,25 +111,37 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
 
     def first() -> Any:
         if not source:
-            init = jax.jit(functools.partial(transformer.init, model), out_shardings=param_shardings(mesh, whole, axes))
+            init = jax.jit(
+                functools.partial(transformer.init, model),
+                out_shardings=param_shardings(mesh, whole, axes),
+            )
             return init(jax.random.key(seed))
         params = transformer.grow_vocab(lora.merge(load_model(source, mesh)[0]), model.vocab_size)
         tree_shapes.compare(params, whole, source)
         return params
 
     base = lora.frozen(config.lora, first()) if config.lora.rank else {}
-    measure = jax.jit(lambda params, batch, base: next_token.loss(params, batch, None, base, model=model)[2])
+    measure = jax.jit(
+        lambda params, batch, base: next_token.loss(params, batch, None, base, model=model)[2]
+    )
 
     def evaluation(step: int, state: train.TrainState) -> dict[str, float]:
         limit = 0 if step >= num_steps else config.eval_batches
-        batches = epoch_batches(rows["held_out"], batch_size=config.batch_size, sharding=sharding, max_batches=limit)
+        batches = epoch_batches(
+            rows["held_out"], batch_size=config.batch_size, sharding=sharding, max_batches=limit
+        )
         nats = measures.run(functools.partial(measure, base=base), state.params, batches)["loss"]
-        counts = (sum(getattr(r, name) for r, _ in rows["held_out"]) for name in ("num_tokens", "num_bytes"))
+        counts = (
+            sum(getattr(r, name) for r, _ in rows["held_out"])
+            for name in ("num_tokens", "num_bytes")
+        )
         return {"eval/loss": nats, "eval/bits_per_byte": measures.bits_per_byte(nats, *counts)}
 
     def start() -> train.TrainState:
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        make = jax.jit(functools.partial(lora.init, config.lora), out_shardings=placed.shardings.params)
+        make = jax.jit(
+            functools.partial(lora.init, config.lora), out_shardings=placed.shardings.params
+        )
         return placed.init(make(base, key) if base else first())
 
     write_model_card(directory, model, "policy", ("params",), config.lora, source)
@@ -143,7 +164,9 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         init=start,
         abstract=placed.abstract,
         step=functools.partial(step, base=base),
-        batch_at=make_batch_at(rows["train"], batch_size=config.batch_size, seed=seed, sharding=sharding),
+        batch_at=make_batch_at(
+            rows["train"], batch_size=config.batch_size, seed=seed, sharding=sharding
+        ),
         num_steps=num_steps,
         settings=config,
         work=Work(tokens, transformer.flops_per_token(model, length) * tokens, peak_flops(mesh)),
@@ -171,21 +194,33 @@ def resolve_model(model: ModelConfig, vocab_size: int, init_from: str = "") -> M
     return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
 
 
-def plan(mesh: jax.sharding.Mesh, life: Any, stage: str) -> tuple[list[train.Program], dict[str, Any]]:
+def plan(
+    mesh: jax.sharding.Mesh, life: Any, stage: str
+) -> tuple[list[train.Program], dict[str, Any]]:
     """`programs` of a stage of this config."""
     return programs(mesh, stage, getattr(life, stage), life.model, life.seed)
 
 
 def program(
-    mesh: jax.sharding.Mesh, config: LanguageModelConfig, model: ModelConfig, num_steps: int, seed: int
+    mesh: jax.sharding.Mesh,
+    config: LanguageModelConfig,
+    model: ModelConfig,
+    num_steps: int,
+    seed: int,
 ) -> tuple[Any, train.StateLayout]:
     """(the step: state, batch, base -> state, metrics; where its state is placed), on real devices or planned ones."""
     tx = make_optimizer(config.optim, num_steps, model.moe.bias_rate)
     placed = train.state_layout(
         mesh, *lora.trained(config.lora, transformer.abstract(model), transformer.axes(model)), tx
     )
-    learn = functools.partial(next_token.loss, model=model, z_loss_coef=config.z_loss_coef, mtp_coef=config.mtp_coef)
-    settings: dict[str, Any] = {"num_micro": config.num_micro, "seed": seed, "spike_factor": config.optim.spike_factor}
+    learn = functools.partial(
+        next_token.loss, model=model, z_loss_coef=config.z_loss_coef, mtp_coef=config.mtp_coef
+    )
+    settings: dict[str, Any] = {
+        "num_micro": config.num_micro,
+        "seed": seed,
+        "spike_factor": config.optim.spike_factor,
+    }
     return train.make_step(learn, tx, state_shardings=placed.shardings, **settings), placed
 
 
@@ -204,7 +239,11 @@ def programs(
 
 
 def describe(
-    stage: str, rows: Mapping[str, Sequence[tuple[Rows, float]]], model: ModelConfig, num_steps: int, batch: int
+    stage: str,
+    rows: Mapping[str, Sequence[tuple[Rows, float]]],
+    model: ModelConfig,
+    num_steps: int,
+    batch: int,
 ):
     """Say what is about to happen, before the first compilation."""
     train_rows = sum(r.num_rows for r, _ in rows["train"])

@@ -74,7 +74,9 @@ _OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0, 
 class PtxConfig:
     """PPO-ptx: the pre-training gradient mixed into the policy's (Ouyang et al. 2022, eq. 2)."""
 
-    coef: NonNegativeFloat = 0.0  # InstructGPT 27.8, on sums over sequences; ours weighs means per token
+    coef: NonNegativeFloat = (
+        0.0  # InstructGPT 27.8, on sums over sequences; ours weighs means per token
+    )
     """Weight of the next-token loss (mean per token) beside the policy loss (mean per token); 0: off."""
     data: DataConfig = DataConfig()
     """Documents; without sources those of pretrain."""
@@ -158,9 +160,13 @@ class PPOConfig:
     """Prompts longer than this many tokens are refused (or dropped: data.too_long)."""
     meshes: tuple[RoleMesh, ...] = ()
     """Roles for which devices are laid out otherwise, such as [{role: rollout, tensor: 8}]."""
-    sampling: SamplingConfig = SamplingConfig()  # temperature 1: InstructGPT, appendix C.4 (Ziegler and Huang 0.7)
+    sampling: SamplingConfig = (
+        SamplingConfig()
+    )  # temperature 1: InstructGPT, appendix C.4 (Ziegler and Huang 0.7)
     """How responses are drawn; top_k and top_p stay off, the loss knows only the temperature."""
-    critic_trunk: Literal["separate", "shared"] = "separate"  # from the reward model: InstructGPT; Stiennon
+    critic_trunk: Literal["separate", "shared"] = (
+        "separate"  # from the reward model: InstructGPT; Stiennon
+    )
     """A critic of its own, started from the reward model, or a value head on the policy's trunk."""
     critic_head: Literal["copy", "zero"] = "copy"  # InstructGPT (zero: Huang, detail 11)
     """The critic's head at the start: the reward model's, or zero; without a reward model it is zero."""
@@ -180,7 +186,9 @@ class PPOConfig:
     """Updates between evaluations on held-out prompts."""
     eval_prompts: PositiveInt = 64
     """Held-out prompts of an evaluation."""
-    actor: OptimConfig = _OPTIM  # 1e-5: Ziegler (InstructGPT about 9e-6; Huang 3e-6); small models take more
+    actor: OptimConfig = (
+        _OPTIM  # 1e-5: Ziegler (InstructGPT about 9e-6; Huang 3e-6); small models take more
+    )
     """The policy's optimizer."""
     critic: OptimConfig = _OPTIM  # 1e-5: InstructGPT 9e-6
     """The critic's optimizer."""
@@ -191,24 +199,36 @@ class PPOConfig:
         if self.batch_size % (self.num_minibatches * self.num_micro):
             raise ValueError("num_minibatches: num_minibatches x num_micro must divide batch_size")
         if self.batch_size % self.num_responses:
-            raise ValueError(f"num_responses: {self.num_responses} does not divide batch_size {self.batch_size}")
+            raise ValueError(
+                f"num_responses: {self.num_responses} does not divide batch_size {self.batch_size}"
+            )
         if self.advantages != "gae" and self.num_responses < 2:
-            raise ValueError(f"num_responses: {self.advantages} needs at least 2 responses to each prompt")
+            raise ValueError(
+                f"num_responses: {self.advantages} needs at least 2 responses to each prompt"
+            )
         if self.sampling.greedy:
-            raise ValueError("sampling.temperature: a policy gradient needs a temperature of at least 1e-5")
+            raise ValueError(
+                "sampling.temperature: a policy gradient needs a temperature of at least 1e-5"
+            )
         if self.sampling.top_k or self.sampling.top_p < 1:
-            raise ValueError("sampling.top_k: top_k and top_p must be off: the loss would not know the distribution")
+            raise ValueError(
+                "sampling.top_k: top_k and top_p must be off: the loss would not know the distribution"
+            )
         if not self.rewards:
             raise ValueError("rewards: name at least one source")
         given = [source.source for source in self.rewards]
         if twice := next((source for source in given if given.count(source) > 1), ""):
             raise ValueError(f"rewards: {twice} is given twice; add up the weights")
         if not all(self.stop_strings):
-            raise ValueError("stop_strings: an empty text would end every response at once; leave it out")
+            raise ValueError(
+                "stop_strings: an empty text would end every response at once; leave it out"
+            )
         if len({each.role for each in self.meshes}) < len(self.meshes):
             raise ValueError("meshes: a role can have one layout only")
         if not self.has_critic and any(each.role == "critic" for each in self.meshes):
-            raise ValueError("meshes: there is no critic of its own to lay out; leave the role critic out")
+            raise ValueError(
+                "meshes: there is no critic of its own to lay out; leave the role critic out"
+            )
         if self.dual_clip and self.dual_clip <= 1:
             raise ValueError("dual_clip: must be above 1, or 0 for off")
 
@@ -219,7 +239,9 @@ class PPOConfig:
 
 
 # Ahmadian et al. 2024: the whole response is one action, its KL in the reward, one step per batch.
-RLOO = PPOConfig(advantages="rloo", num_responses=4, num_epochs=1, num_minibatches=1, whiten_advantages=False)
+RLOO = PPOConfig(
+    advantages="rloo", num_responses=4, num_epochs=1, num_minibatches=1, whiten_advantages=False
+)
 # Shao et al. 2024: scores normalised within the prompt's responses, the k3 estimate in the loss.
 GRPO = dataclasses.replace(RLOO, advantages="grpo", num_responses=8, kl_coef=0.0, kl_loss_coef=0.04)
 
@@ -280,7 +302,11 @@ class Setup(NamedTuple):
     @property
     def drawing(self) -> dict[str, Any]:
         """How responses are drawn, for the functions of `generate`."""
-        return {"sampling": self.config.sampling, "stop_ids": self.stop_ids, "pad_id": self.tokenizer.pad_id}
+        return {
+            "sampling": self.config.sampling,
+            "stop_ids": self.stop_ids,
+            "pad_id": self.tokenizer.pad_id,
+        }
 
     @property
     def has_critic(self) -> bool:
@@ -298,7 +324,9 @@ class Setup(NamedTuple):
     def logprobs(self, params: Any, rollout: Rollout) -> losses.TokenStats:
         """Of the responses, under a decoder at the temperature they are drawn at."""
         temperature = self.config.sampling.temperature
-        return generate.response_logprobs(params, rollout, config=self.model, temperature=temperature)
+        return generate.response_logprobs(
+            params, rollout, config=self.model, temperature=temperature
+        )
 
 
 # (fetchable rollout, its prompts) -> scores float32[B] before anything is done to them, and each term's mean
@@ -309,24 +337,38 @@ def build_training(workspace: Workspace, life: Any, stage: str) -> train.Trainin
     """The training of the policy; its result has score and KL on held-out prompts under the same reward."""
     config: PPOConfig = getattr(life, stage)
     mesh, directory = workspace.mesh, workspace.stage_dir(stage)
-    check_batch(mesh, config.batch_size // config.num_minibatches // config.num_micro, f"{stage} minibatch")
-    check_batch(mesh, config.batch_size // config.num_responses, f"{stage}.batch_size / {stage}.num_responses")
+    check_batch(
+        mesh, config.batch_size // config.num_minibatches // config.num_micro, f"{stage} minibatch"
+    )
+    check_batch(
+        mesh,
+        config.batch_size // config.num_responses,
+        f"{stage}.batch_size / {stage}.num_responses",
+    )
     tokenizer = workspace.tokenizer()
     setup, roles, *starts = load_roles(workspace, config, stage, tokenizer)
     prompts = load_all_prompts(stage, config, tokenizer)
-    rewards.check_answers(config.rewards, [p.answer for each in prompts.values() for p in each], f"{stage}.rewards")
+    rewards.check_answers(
+        config.rewards, [p.answer for each in prompts.values() for p in each], f"{stage}.rewards"
+    )
     parts = build(setup, mesh)
     score = make_score(setup, parts, roles, mesh, f"{stage}.rewards")
     path = ("ema",) if config.ema_decay else ("actor", "params")
     shared = ("trunk",) if setup.shares_trunk else ()
     source = workspace.source(config.init_from, "sft", stage)
     write_model_card(directory, setup.model, "policy", (*path, *shared), config.lora, source)
-    table, ptx_at = SampleTable(directory / "rollouts.jsonl", setup), ptx_batches(workspace, setup, stage)
+    table, ptx_at = (
+        SampleTable(directory / "rollouts.jsonl", setup),
+        ptx_batches(workspace, setup, stage),
+    )
     updates = config.num_steps * config.num_epochs * config.num_minibatches
 
     def result(state: PPOState, metrics: Mapping[str, float]) -> dict[str, Any]:
         del state
-        more = {name: metrics[f"{stage}/{name}"] for name in ("entropy", "clip_fraction", "sampler_drift")}
+        more = {
+            name: metrics[f"{stage}/{name}"]
+            for name in ("entropy", "clip_fraction", "sampler_drift")
+        }
         return {"steps": config.num_steps, **held_out(metrics), **more}
 
     return train.Training(
@@ -350,14 +392,22 @@ def build_training(workspace: Workspace, life: Any, stage: str) -> train.Trainin
         best="eval/score",
         lower_is_better=False,
         schedules={
-            f"{stage}/learning_rate": lambda n: learning_rate(config.actor, updates)(n * (updates // config.num_steps))
+            f"{stage}/learning_rate": lambda n: learning_rate(config.actor, updates)(
+                n * (updates // config.num_steps)
+            )
         },
-        shown=(*(f"{stage}/{n}" for n in ("score", "kl", "entropy", "response_length")), "eval/score", "eval/kl"),
+        shown=(
+            *(f"{stage}/{n}" for n in ("score", "kl", "entropy", "response_length")),
+            "eval/score",
+            "eval/kl",
+        ),
         result=result,
     )
 
 
-def plan(mesh: jax.sharding.Mesh, life: Any, stage: str) -> tuple[list[train.Program], dict[str, Any]]:
+def plan(
+    mesh: jax.sharding.Mesh, life: Any, stage: str
+) -> tuple[list[train.Program], dict[str, Any]]:
     """`programs` of a stage of this config."""
     return programs(mesh, stage, getattr(life, stage), life.model, life.seed)
 
@@ -377,7 +427,9 @@ def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: T
     for each in (model, reward_model):
         check_lengths(config, each, stage)
     setup = Setup(config, model, reward_model, tokenizer, workspace.seed)
-    actor, actor_base = split(config.lora, first_scalar(ref, model, reward, config) if setup.shares_trunk else ref)
+    actor, actor_base = split(
+        config.lora, first_scalar(ref, model, reward, config) if setup.shares_trunk else ref
+    )
     there = role_meshes(config, mesh)
 
     def moved(role: str, params: Any, axes: Any) -> Any:
@@ -385,15 +437,24 @@ def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: T
         if not params or there[role] is mesh:
             return params
         params = lora.merge(params)
-        return reshard_across_meshes(params, there[role], param_shardings(there[role], params, axes))
+        return reshard_across_meshes(
+            params, there[role], param_shardings(there[role], params, axes)
+        )
 
     critic, critic_base = {}, {}
     if setup.has_critic:
-        critic, critic_base = split(config.lora, first_scalar(ref, model, reward, config, of_reward=True))
+        critic, critic_base = split(
+            config.lora, first_scalar(ref, model, reward, config, of_reward=True)
+        )
         places = jax.tree.map(lambda leaf: leaf.sharding, frozen_critic(setup, there["critic"]))
         critic_base = reshard_across_meshes(critic_base, there["critic"], places)
     ref = moved("reference", ref, transformer.axes(model))
-    return setup, Roles(ref, actor_base, critic_base, moved("reward", reward, scalar.axes(reward_model))), actor, critic
+    return (
+        setup,
+        Roles(ref, actor_base, critic_base, moved("reward", reward, scalar.axes(reward_model))),
+        actor,
+        critic,
+    )
 
 
 def check_lengths(config: PPOConfig, model: ModelConfig, stage: str) -> None:
@@ -410,7 +471,9 @@ def frozen_critic(setup: Setup, there: Any) -> Any:
     return lora.place_frozen(setup.config.lora, placed, replicated(there))
 
 
-def first_scalar(ref: Any, model: ModelConfig, reward: Any, config: PPOConfig, of_reward: bool = False) -> Any:
+def first_scalar(
+    ref: Any, model: ModelConfig, reward: Any, config: PPOConfig, of_reward: bool = False
+) -> Any:
     """A critic's parameters at the start: the reward model's trunk and head, or the policy's trunk with a head."""
     zero = {"kernel": jnp.zeros(model.embed_dim), "bias": jnp.zeros(())}
     head = reward["head"] if reward and of_reward and config.critic_head == "copy" else zero
@@ -429,18 +492,27 @@ def split(config: LoRAConfig, params: Any) -> tuple[Any, Any]:
     return lora.init(config, merged, jax.random.key(0)), lora.frozen(config, merged)
 
 
-def load_all_prompts(stage: str, config: PPOConfig, tokenizer: Tokenizer) -> dict[str, list[PromptExample]]:
-    prompts = {s: load_prompts(config.data, s, tokenizer, config.max_prompt_length) for s in ("train", "held_out")}
+def load_all_prompts(
+    stage: str, config: PPOConfig, tokenizer: Tokenizer
+) -> dict[str, list[PromptExample]]:
+    prompts = {
+        s: load_prompts(config.data, s, tokenizer, config.max_prompt_length)
+        for s in ("train", "held_out")
+    }
     prompts["held_out"] = prompts["held_out"][: config.eval_prompts]
     counts = f"{len(prompts['train'])} training prompts, {len(prompts['held_out'])} held-out prompts for evaluation"
     console.print(f"{stage}: {counts}")
     return prompts
 
 
-def make_score(setup: Setup, parts: "Parts", roles: Roles, mesh: jax.sharding.Mesh, field: str) -> Score:
+def make_score(
+    setup: Setup, parts: "Parts", roles: Roles, mesh: jax.sharding.Mesh, field: str
+) -> Score:
     """The weighted sum of the configured sources, and the mean of each."""
     sources = setup.config.rewards
-    on_texts = {s: rewards.resolve(s, field) for s in sources if s.source not in ("model", "length")}
+    on_texts = {
+        s: rewards.resolve(s, field) for s in sources if s.source not in ("model", "length")
+    }
     length = jax.jit(lambda mask: mask.astype(jnp.float32).mean(1))
     rows = activation(mesh, "batch")
     names = rewards.metric_names(sources)
@@ -448,7 +520,10 @@ def make_score(setup: Setup, parts: "Parts", roles: Roles, mesh: jax.sharding.Me
     def score(rollout: Rollout, prompts: Sequence[PromptExample]) -> tuple[jax.Array, Metrics]:
         texts: list[str] = []
         if on_texts:
-            texts = [setup.tokenizer.decode(c.ids) for c in generate.completions(fetch(rollout), setup.stop_ids)]
+            texts = [
+                setup.tokenizer.decode(c.ids)
+                for c in generate.completions(fetch(rollout), setup.stop_ids)
+            ]
         asked, answers = [prompt_text(p.messages) for p in prompts], [p.answer for p in prompts]
         total, metrics = jnp.zeros(()), {}
         for source, name in zip(sources, names, strict=True):
@@ -457,7 +532,9 @@ def make_score(setup: Setup, parts: "Parts", roles: Roles, mesh: jax.sharding.Me
             elif source.source == "length":
                 term = length(rollout.mask)
             else:
-                term = jax.device_put(on_texts[source](asked, texts, answers).astype(np.float32), rows)
+                term = jax.device_put(
+                    on_texts[source](asked, texts, answers).astype(np.float32), rows
+                )
             total = total + source.weight * term
             metrics[f"reward_{name}"] = (term.sum(), jnp.float32(len(prompts)))
         return total, metrics
@@ -488,7 +565,9 @@ class Drawing(NamedTuple):
     mesh: jax.sharding.Mesh
     weights: Any  # shapes of the policy's weights with their shardings there
     place: Callable[..., Any]  # (params, base) -> the weights, gone from device to device
-    run: Callable[..., Rollout]  # jitted: (weights, batch, the key's words, which go to any mesh from the host)
+    run: Callable[
+        ..., Rollout
+    ]  # jitted: (weights, batch, the key's words, which go to any mesh from the host)
 
 
 class Parts(NamedTuple):
@@ -498,7 +577,9 @@ class Parts(NamedTuple):
     drawing: "Drawing | None"  # how rollout goes about it in a layout of its own
     reference: Judge  # log-probabilities float32[B, R] of the responses
     reward: Judge  # scores float32[B]
-    values: Judge  # float32[B, R] by a critic of its own: (trained, base) -> of every response token
+    values: (
+        Judge  # float32[B, R] by a critic of its own: (trained, base) -> of every response token
+    )
     shape_scores: Callable[..., Any]
     experience: Callable[..., tuple[Experience, Metrics]]
     actor_step: Callable[..., tuple[TrainState, Metrics]]
@@ -514,33 +595,53 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
     decoder = (transformer.abstract(model), transformer.axes(model))
     with_head = (scalar.abstract(setup.reward_model), scalar.axes(setup.reward_model))
 
-    def trained(loss: Callable[..., losses.Loss], optim: OptimConfig, family: Any, mesh: Any, mixed: Any = None):
+    def trained(
+        loss: Callable[..., losses.Loss],
+        optim: OptimConfig,
+        family: Any,
+        mesh: Any,
+        mixed: Any = None,
+    ):
         """(update step, where the state lives) of parameters with these shapes and logical axes."""
         tx = make_optimizer(optim, updates)
         placed = train.state_layout(mesh, *lora.trained(config.lora, *family), tx)
-        settings = {"state_shardings": placed.shardings, "mixed": mixed, "spike_factor": optim.spike_factor}
+        settings = {
+            "state_shardings": placed.shardings,
+            "mixed": mixed,
+            "spike_factor": optim.spike_factor,
+        }
         loss = functools.partial(loss, setup=setup)
         return train.make_step(loss, tx, num_micro=config.num_micro, **settings), placed
 
     def draw(policy: Any, batch: Any, key: jax.Array) -> Rollout:
         samples = {"index": batch["index"], "num_samples": config.num_responses}
-        return generate.generate(policy, model, batch["tokens"], batch["mask"], key, **samples, **setup.drawing)
+        return generate.generate(
+            policy, model, batch["tokens"], batch["mask"], key, **samples, **setup.drawing
+        )
 
     rollout = lambda params, base, batch, key: draw(setup.policy(params, base), batch, key)
     there = role_meshes(config, mesh)
     drawing = None if there["rollout"] is mesh else make_drawing(setup, there["rollout"], draw)
     judge = functools.partial(reward_scores, model=setup.reward_model)
-    value = lambda critic, rollout: response_values(lora.join(critic[1], critic[0]), rollout, model=setup.reward_model)
+    value = lambda critic, rollout: response_values(
+        lora.join(critic[1], critic[0]), rollout, model=setup.reward_model
+    )
     whole = jax.jit(rollout, out_shardings=activation(mesh, "batch"))
     mixed = (functools.partial(ptx_loss, setup=setup), config.ptx.coef) if config.ptx.coef else None
-    actor_step, actor = trained(actor_loss, config.actor, with_head if setup.shares_trunk else decoder, mesh, mixed)
+    actor_step, actor = trained(
+        actor_loss, config.actor, with_head if setup.shares_trunk else decoder, mesh, mixed
+    )
     critic_step, critic = None, None
     if setup.has_critic:
         critic_step, critic = trained(critic_loss, config.critic, with_head, there["critic"])
     return Parts(
         rollout=draw_elsewhere(mesh, drawing) if drawing else whole,
         drawing=drawing,
-        reference=Judge(there["reference"], mesh, jax.jit(lambda ref, rollout: setup.logprobs(ref, rollout).logprob)),
+        reference=Judge(
+            there["reference"],
+            mesh,
+            jax.jit(lambda ref, rollout: setup.logprobs(ref, rollout).logprob),
+        ),
         reward=Judge(there["reward"], mesh, jax.jit(judge)),
         values=Judge(there["critic"], mesh, jax.jit(value)),
         shape_scores=jax.jit(functools.partial(shape_scores, config=config)),
@@ -554,11 +655,17 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
 
 def role_meshes(config: PPOConfig, mesh: Any) -> dict[str, Any]:
     """The mesh of every role: its own over the same devices, or the stage's."""
-    devices: Any = mesh.size if isinstance(mesh, jax.sharding.AbstractMesh) else mesh.devices.flatten().tolist()
+    devices: Any = (
+        mesh.size
+        if isinstance(mesh, jax.sharding.AbstractMesh)
+        else mesh.devices.flatten().tolist()
+    )
     own = {each.role: planned_mesh(each, devices) for each in config.meshes}
     of_step = config.num_minibatches * config.num_micro
     for role, there in own.items():
-        rows = config.batch_size // {"rollout": config.num_responses, "critic": of_step}.get(role, 1)
+        rows = config.batch_size // {"rollout": config.num_responses, "critic": of_step}.get(
+            role, 1
+        )
         what = {"rollout": "prompts", "critic": "responses of a microbatch"}.get(role, "responses")
         check_batch(there, rows, f"{what} in meshes, role {role},")
     return {role: own.get(role, mesh) for role in ("rollout", "reference", "reward", "critic")}
@@ -566,9 +673,13 @@ def role_meshes(config: PPOConfig, mesh: Any) -> dict[str, Any]:
 
 def make_drawing(setup: Setup, there: Any, draw: Callable[..., Rollout]) -> Drawing:
     """draw: (policy, batch, key), traced on the mesh `there`."""
-    shapes = jax.eval_shape(functools.partial(narrow, setup.model), transformer.abstract(setup.model))
+    shapes = jax.eval_shape(
+        functools.partial(narrow, setup.model), transformer.abstract(setup.model)
+    )
     weights = place_params(there, shapes, transformer.axes(setup.model))
-    policy = jax.jit(lambda params, base: narrow(setup.model, lora.merge(setup.policy(params, base))))
+    policy = jax.jit(
+        lambda params, base: narrow(setup.model, lora.merge(setup.policy(params, base)))
+    )
     places = jax.tree.map(lambda leaf: leaf.sharding, weights)
     place = lambda params, base: reshard_across_meshes(policy(params, base), there, places)
     run = lambda weights, batch, words: draw(weights, batch, jax.random.wrap_key_data(words))
@@ -581,7 +692,10 @@ def draw_elsewhere(mesh: jax.sharding.Mesh, drawing: Drawing) -> Callable[..., R
     def rollout(params: Any, base: Any, batch: Any, key: jax.Array) -> Rollout:
         weights = drawing.place(params, base)
         there = drawing.mesh
-        batch, words = reshard_across_meshes(batch, there, activation(there, "batch")), fetch(jax.random.key_data(key))
+        batch, words = (
+            reshard_across_meshes(batch, there, activation(there, "batch")),
+            fetch(jax.random.key_data(key)),
+        )
         with jax.set_mesh(there):
             drawn = drawing.run(weights, batch, words)
         return reshard_across_meshes(drawn, mesh, activation(mesh, "batch"))
@@ -591,7 +705,10 @@ def draw_elsewhere(mesh: jax.sharding.Mesh, drawing: Drawing) -> Callable[..., R
 
 def narrow(model: ModelConfig, params: Any) -> Any:
     """Matrices in the type they are decoded in; norms and biases stay float32, as in `transformer.unstack`."""
-    dtype, stacked = transformer.decoding(model).compute_dtype, {name for name, *_ in transformer.stacks(model)}
+    dtype, stacked = (
+        transformer.decoding(model).compute_dtype,
+        {name for name, *_ in transformer.stacks(model)},
+    )
 
     def one(path: Any, leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if leaf.ndim > 1 + (path[0].key in stacked) else leaf
@@ -609,11 +726,16 @@ def programs(
     state, roles = abstract_state(parts, config, mesh), _abstract_roles(setup, mesh)
     everywhere = replicated(mesh)
     key = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(lambda: jax.random.key(0))
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        jax.eval_shape(lambda: jax.random.key(0)),
     )
     B, P, R = config.batch_size, config.max_prompt_length, config.sampling.max_new_tokens
     asked = B // config.num_responses
-    shape = {"tokens": ((asked, P), jnp.int32), "mask": ((asked, P), jnp.bool_), "index": ((asked,), jnp.int32)}
+    shape = {
+        "tokens": ((asked, P), jnp.int32),
+        "mask": ((asked, P), jnp.bool_),
+        "index": ((asked,), jnp.int32),
+    }
     batch = rows_like(mesh, {name: jax.ShapeDtypeStruct(*each) for name, each in shape.items()})
     drawing = (state.actor.params, roles.actor_base, batch, key)
     draw, there = parts.rollout, parts.drawing
@@ -630,12 +752,21 @@ def programs(
     minibatch = rows_like(mesh, jax.tree.map(cut, experience))
     whole, unscored = (transformer.flops_per_token(model, P + R, scored=s) for s in (True, False))
     tokens, updates = B * (P + R), config.num_epochs * config.num_minibatches
-    ptx = (next_token.planned_rows(mesh, config.ptx.batch_size, config.ptx.length or model.max_length),)
+    ptx = (
+        next_token.planned_rows(mesh, config.ptx.batch_size, config.ptx.length or model.max_length),
+    )
     mixed = (minibatch, *ptx) if config.ptx.coef else minibatch
     size = tokens / config.num_minibatches
 
     def judged(name: str, judge: Judge, params: Any, flops: float) -> train.Program:
-        return train.Program(name, judge.program, (params, rows_like(judge.mesh, rollout)), {}, flops, mesh=judge.mesh)
+        return train.Program(
+            name,
+            judge.program,
+            (params, rows_like(judge.mesh, rollout)),
+            {},
+            flops,
+            mesh=judge.mesh,
+        )
 
     found = [
         train.Program(
@@ -645,16 +776,40 @@ def programs(
         judged("reference", parts.reference, roles.ref, whole / 3 * tokens),
         train.Program("experience", parts.experience, judging, {}, whole / 3 * tokens),
         train.Program(
-            "actor", parts.actor_step, (state.actor, mixed), {"base": roles.actor_base}, whole * size, updates
+            "actor",
+            parts.actor_step,
+            (state.actor, mixed),
+            {"base": roles.actor_base},
+            whole * size,
+            updates,
         ),
     ]
     if roles.reward:
         found.insert(1, judged("score", parts.reward, roles.reward, unscored / 3 * tokens))
     if setup.has_critic:
-        found.insert(1, judged("values", parts.values, (state.critic.params, roles.critic_base), unscored / 3 * tokens))
-        critic, base = (state.critic, rows_like(parts.values.mesh, minibatch)), {"base": roles.critic_base}
+        found.insert(
+            1,
+            judged(
+                "values",
+                parts.values,
+                (state.critic.params, roles.critic_base),
+                unscored / 3 * tokens,
+            ),
+        )
+        critic, base = (
+            (state.critic, rows_like(parts.values.mesh, minibatch)),
+            {"base": roles.critic_base},
+        )
         found.append(
-            train.Program("critic", parts.critic_step, critic, base, unscored * size, updates, mesh=parts.values.mesh)
+            train.Program(
+                "critic",
+                parts.critic_step,
+                critic,
+                base,
+                unscored * size,
+                updates,
+                mesh=parts.values.mesh,
+            )
         )
     held = {"policy": state.actor, "critic": state.critic, "ema": state.ema, **roles._asdict()}
     return found, {name: tree for name, tree in held.items() if jax.tree.leaves(tree)}
@@ -662,20 +817,30 @@ def programs(
 
 def _abstract_roles(setup: Setup, mesh: jax.sharding.Mesh) -> Roles:
     config, model = setup.config, setup.model
-    place = lambda family, there=mesh: place_params(there, family.abstract(model), family.axes(model))
+    place = lambda family, there=mesh: place_params(
+        there, family.abstract(model), family.axes(model)
+    )
     meshes = role_meshes(config, mesh)
     policy = place(scalar if setup.shares_trunk else transformer)
     return Roles(
         ref=place(transformer, meshes["reference"]),
         actor_base=lora.place_frozen(config.lora, policy, replicated(mesh)),
         critic_base=frozen_critic(setup, meshes["critic"]) if setup.has_critic else {},
-        reward=place(scalar, meshes["reward"]) if any(source.source == "model" for source in config.rewards) else {},
+        reward=place(scalar, meshes["reward"])
+        if any(source.source == "model" for source in config.rewards)
+        else {},
     )
 
 
-def first_state(parts: Parts, config: PPOConfig, mesh: jax.sharding.Mesh, actor: Any, critic: Any) -> PPOState:
+def first_state(
+    parts: Parts, config: PPOConfig, mesh: jax.sharding.Mesh, actor: Any, critic: Any
+) -> PPOState:
     number = lambda dtype, value: jax.device_put(dtype(value), replicated(mesh))
-    ema = jax.device_put(jax.tree.map(jnp.copy, actor), parts.actor.shardings.params) if config.ema_decay else {}
+    ema = (
+        jax.device_put(jax.tree.map(jnp.copy, actor), parts.actor.shardings.params)
+        if config.ema_decay
+        else {}
+    )
     if parts.critic:
         critic = reshard_across_meshes(critic, parts.values.mesh, parts.critic.shardings.params)
         with jax.set_mesh(parts.values.mesh):
@@ -689,9 +854,13 @@ def abstract_state(parts: Parts, config: PPOConfig, mesh: jax.sharding.Mesh) -> 
     return _state(config, number, actor, critic, actor.params if config.ema_decay else {})
 
 
-def _state(config: PPOConfig, number: Callable[..., Any], actor: Any, critic: Any, ema: Any) -> PPOState:
+def _state(
+    config: PPOConfig, number: Callable[..., Any], actor: Any, critic: Any, ema: Any
+) -> PPOState:
     moments = Moments(*(number(jnp.float32, 0) for _ in range(3)))
-    return PPOState(number(jnp.int32, 0), actor, critic, number(jnp.float32, config.kl_coef), ema, moments)
+    return PPOState(
+        number(jnp.int32, 0), actor, critic, number(jnp.float32, config.kl_coef), ema, moments
+    )
 
 
 def ptx_batches(workspace: Workspace, setup: Setup, stage: str) -> Callable[[int], Any] | None:
@@ -699,7 +868,11 @@ def ptx_batches(workspace: Workspace, setup: Setup, stage: str) -> Callable[[int
     config = setup.config.ptx
     if not config.coef:
         return None
-    check_batch(workspace.mesh, config.batch_size // setup.config.num_micro, f"{stage}.ptx.batch_size / num_micro")
+    check_batch(
+        workspace.mesh,
+        config.batch_size // setup.config.num_micro,
+        f"{stage}.ptx.batch_size / num_micro",
+    )
     length, cache = config.length or setup.model.max_length, workspace.run_dir / "cache"
     rows = load_rows(config.data, "document", "train", setup.tokenizer, length, cache)
     sharding = activation(workspace.mesh, "batch", None)
@@ -721,7 +894,11 @@ def make_step(
     Every random choice is a function of (seed, state.step): rollouts, and a fresh permutation for each epoch.
     """
     config = setup.config
-    take = jax.jit(lambda tree, rows: jax.tree.map(lambda x: constrain(x[rows], "batch", *[None] * (x.ndim - 1)), tree))
+    take = jax.jit(
+        lambda tree, rows: jax.tree.map(
+            lambda x: constrain(x[rows], "batch", *[None] * (x.ndim - 1)), tree
+        )
+    )
 
     def step(state: PPOState, batch: Any) -> tuple[PPOState, Metrics]:
         number, actor, critic = int(state.step), state.actor, state.critic
@@ -740,13 +917,21 @@ def make_step(
         kl_coef = state.kl_coef
         if config.kl_target:
             kl = metrics["kl"][0] / metrics["kl"][1]
-            control = {"target": config.kl_target, "horizon": config.kl_horizon, "batch_size": config.batch_size}
+            control = {
+                "target": config.kl_target,
+                "horizon": config.kl_horizon,
+                "batch_size": config.batch_size,
+            }
             kl_coef = losses.adapt_kl_coef(kl_coef, kl, **control)
         ema = move(state.ema, actor.params, config.ema_decay) if config.ema_decay else {}
         metrics |= jax.tree.map(lambda *sums: functools.reduce(jnp.add, sums), *collected)
         metrics |= {"minibatches": (jnp.float32(len(collected)), jnp.ones(()))}
         # Minibatches skipped in a row by the policy, or by the critic where that is more.
-        last = [collected[-1][name][0] for name in ("skip_streak", "critic_skip_streak") if name in collected[-1]]
+        last = [
+            collected[-1][name][0]
+            for name in ("skip_streak", "critic_skip_streak")
+            if name in collected[-1]
+        ]
         metrics |= {"skip_streak": (functools.reduce(jnp.maximum, last), jnp.ones(()))}
         state = PPOState(state.step + 1, actor, critic, kl_coef, ema, moments)
         return state, {f"{stage}/{name}": pair for name, pair in metrics.items()}
@@ -758,7 +943,9 @@ def make_step(
         minibatch = reshard_across_meshes(minibatch, there, activation(there, "batch"))
         with jax.set_mesh(there):
             critic, metrics = parts.critic_step(critic, minibatch, **base)
-        return critic, reshard_across_meshes(metrics, parts.values.home, replicated(parts.values.home))
+        return critic, reshard_across_meshes(
+            metrics, parts.values.home, replicated(parts.values.home)
+        )
 
     def update(number: int, actor: TrainState, critic: Any, experience: Experience):
         collected: list[Metrics] = []
@@ -768,10 +955,16 @@ def make_step(
             actor, metrics = parts.actor_step(actor, mixed, base=roles.actor_base)
             if setup.has_critic:
                 critic, more = step_critic(critic, minibatch)
-                metrics |= {name if name.startswith("value") else f"critic_{name}": pair for name, pair in more.items()}
+                metrics |= {
+                    name if name.startswith("value") else f"critic_{name}": pair
+                    for name, pair in more.items()
+                }
             collected.append(metrics)
             total, tokens = metrics["approx_kl"]
-            if config.max_approx_kl and float(total) / max(float(tokens), 1.0) > config.max_approx_kl:
+            if (
+                config.max_approx_kl
+                and float(total) / max(float(tokens), 1.0) > config.max_approx_kl
+            ):
                 break
         return actor, critic, collected
 
@@ -781,7 +974,9 @@ def make_step(
 def minibatches(setup: Setup, number: int) -> np.ndarray:
     """Rows int32[updates, size] of the minibatches of update `number`: a fresh permutation for each epoch."""
     config, size = setup.config, setup.config.batch_size // setup.config.num_minibatches
-    draws = (np.random.default_rng([setup.seed, number, epoch]) for epoch in range(config.num_epochs))
+    draws = (
+        np.random.default_rng([setup.seed, number, epoch]) for epoch in range(config.num_epochs)
+    )
     orders = (draw.permutation(config.batch_size) for draw in draws)
     return np.concatenate([*orders]).reshape(-1, size).astype(np.int32)
 
@@ -791,7 +986,9 @@ def end_at_strings(rollout: Rollout, setup: Setup) -> Rollout:
     if not setup.config.stop_strings:
         return rollout
     cut = generate.cut_at_strings(fetch(rollout), setup.config.stop_strings, setup.tokenizer.decode)
-    mask, finished = (jax.device_put(getattr(cut, n), getattr(rollout, n).sharding) for n in ("mask", "finished"))
+    mask, finished = (
+        jax.device_put(getattr(cut, n), getattr(rollout, n).sharding) for n in ("mask", "finished")
+    )
     return rollout._replace(mask=mask, finished=finished)
 
 
@@ -839,7 +1036,9 @@ def make_experience(
     if config.advantages == "gae":
         if setup.shares_trunk:
             values = response_values(lora.join(base, actor), rollout, model=setup.reward_model)
-        advantages, returns = losses.gae(rewards_, values, mask, discount=config.discount, lam=config.gae_lambda)
+        advantages, returns = losses.gae(
+            rewards_, values, mask, discount=config.discount, lam=config.gae_lambda
+        )
     else:
         values = returns = jnp.zeros_like(rewards_)
         by_prompt = rewards_.sum(1).reshape(-1, config.num_responses)
@@ -853,7 +1052,9 @@ def make_experience(
     return Experience(rollout.tokens, rollout.prompt_mask, mask, *fields), metrics
 
 
-def rollout_metrics(rollout: Rollout, policy: losses.TokenStats, ref_logprobs: jax.Array, advantages) -> Metrics:
+def rollout_metrics(
+    rollout: Rollout, policy: losses.TokenStats, ref_logprobs: jax.Array, advantages
+) -> Metrics:
     mask = rollout.mask
     total = lambda x: jnp.where(mask, x, 0.0).sum()
     log_ratio = policy.logprob - ref_logprobs
@@ -874,7 +1075,10 @@ def value_metrics(values: jax.Array, returns: jax.Array, mask: jax.Array) -> Met
     tokens = mask.astype(jnp.float32).sum()
     spread = total(jnp.square(returns - total(returns) / tokens))
     unexplained = total(jnp.square(returns - values)) / jnp.maximum(spread, 1e-8)
-    return {"value": (total(values), tokens), "explained_variance": (1.0 - unexplained, jnp.ones(()))}
+    return {
+        "value": (total(values), tokens),
+        "explained_variance": (1.0 - unexplained, jnp.ones(())),
+    }
 
 
 def actor_loss(params: Any, batch: Experience, key: Any, base: Any, *, setup: Setup) -> losses.Loss:
@@ -886,8 +1090,14 @@ def actor_loss(params: Any, batch: Experience, key: Any, base: Any, *, setup: Se
     targets, head = batch.tokens[:, -mask.shape[1] :], transformer.head(policy)
     temperature, cap = config.sampling.temperature, setup.model.logit_softcap
     stats = losses.token_logprobs(hidden, head, targets, temperature=temperature, cap=cap)
-    clips = {"clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": config.dual_clip}
-    loss, count, metrics = losses.policy(stats.logprob, batch.old_logprobs, batch.advantages, mask, **clips)
+    clips = {
+        "clip_low": config.clip_low,
+        "clip_high": config.clip_high,
+        "dual_clip": config.dual_clip,
+    }
+    loss, count, metrics = losses.policy(
+        stats.logprob, batch.old_logprobs, batch.advantages, mask, **clips
+    )
     if config.entropy_coef:
         loss = loss - config.entropy_coef * jnp.where(mask, stats.entropy, 0.0).sum()
     if config.kl_loss_coef:
@@ -895,15 +1105,21 @@ def actor_loss(params: Any, batch: Experience, key: Any, base: Any, *, setup: Se
         loss = loss + config.kl_loss_coef * losses.kl_k3(log_ratio).sum()
     if setup.shares_trunk:
         values = scalar.read(lora.join(base, params)["head"], hidden)
-        of_values, _, more = losses.value(values, batch.old_values, batch.returns, mask, clip=config.value_clip)
+        of_values, _, more = losses.value(
+            values, batch.old_values, batch.returns, mask, clip=config.value_clip
+        )
         loss, metrics = loss + config.value_coef * of_values, metrics | more
     return loss, count, metrics
 
 
-def critic_loss(params: Any, batch: Experience, key: Any, base: Any, *, setup: Setup) -> losses.Loss:
+def critic_loss(
+    params: Any, batch: Experience, key: Any, base: Any, *, setup: Setup
+) -> losses.Loss:
     del key
     values = response_values(lora.join(base, params), batch, model=setup.reward_model)
-    return losses.value(values, batch.old_values, batch.returns, batch.mask, clip=setup.config.value_clip)
+    return losses.value(
+        values, batch.old_values, batch.returns, batch.mask, clip=setup.config.value_clip
+    )
 
 
 def ptx_loss(params: Any, batch: Any, key: Any, base: Any, *, setup: Setup) -> losses.Loss:
@@ -919,11 +1135,18 @@ def response_values(params: Any, batch: Rollout | Experience, *, model: ModelCon
 def reward_scores(params: Any, rollout: Rollout, *, model: ModelConfig) -> jax.Array:
     """The reward model's score float32[B] of each response, read at its last token."""
     segments, positions = generate.row_inputs(rollout)
-    return scalar.last_value(scalar.apply(params, model, rollout.tokens, segments, positions), segments)
+    return scalar.last_value(
+        scalar.apply(params, model, rollout.tokens, segments, positions), segments
+    )
 
 
 def make_evaluation(
-    setup: Setup, parts: Parts, roles: Roles, score: Score, prompts: list[PromptExample], mesh: jax.sharding.Mesh
+    setup: Setup,
+    parts: Parts,
+    roles: Roles,
+    score: Score,
+    prompts: list[PromptExample],
+    mesh: jax.sharding.Mesh,
 ) -> Callable[[int, PPOState], dict[str, float]]:
     """(step, state) -> score, KL to the reference in nats per response, length and distinct-2 on held-out prompts."""
     config, logprobs = setup.config, jax.jit(functools.partial(Setup.logprobs, setup))
@@ -939,8 +1162,13 @@ def make_evaluation(
             return generate.roll_out(params, setup.model, prompts, mesh=mesh, **settings)
         weights = drawing.place(trained, roles.actor_base)
         with jax.set_mesh(drawing.mesh):
-            drawn = [*generate.roll_out(weights, setup.model, prompts, mesh=drawing.mesh, **settings)]
-        return [(reshard_across_meshes(rollout, mesh, activation(mesh, "batch")), count) for rollout, count in drawn]
+            drawn = [
+                *generate.roll_out(weights, setup.model, prompts, mesh=drawing.mesh, **settings)
+            ]
+        return [
+            (reshard_across_meshes(rollout, mesh, activation(mesh, "batch")), count)
+            for rollout, count in drawn
+        ]
 
     def evaluation(step: int, state: PPOState) -> dict[str, float]:
         del step
@@ -950,10 +1178,16 @@ def make_evaluation(
         asked_ids = [prompt.ids for prompt in prompts]
         for rollout, count in draw_all(trained, params, asked_ids):
             rollout, begin = end_at_strings(rollout, setup), len(scores)
-            asked = [*prompts[begin : begin + count], *[prompts[begin]] * (rollout.mask.shape[0] - count)]
+            asked = [
+                *prompts[begin : begin + count],
+                *[prompts[begin]] * (rollout.mask.shape[0] - count),
+            ]
             raw = fetch(score(rollout, asked)[0])
             ended = np.where(fetch(rollout.finished), raw, config.missing_end_score)
-            scores, kls = [*scores, *ended[:count].tolist()], [*kls, *kl(params, rollout)[:count].tolist()]
+            scores, kls = (
+                [*scores, *ended[:count].tolist()],
+                [*kls, *kl(params, rollout)[:count].tolist()],
+            )
             responses += generate.completions(fetch(rollout), setup.stop_ids)[:count]
         return {
             "eval/score": float(np.mean(scores)),
@@ -975,7 +1209,9 @@ class SampleTable:
     def __init__(self, path: epath.Path, setup: Setup):
         self.path, self.setup, self._file, self._last = path, setup, None, 0
 
-    def __call__(self, step: int, rollout: Rollout, prompts: Sequence[PromptExample], scores: jax.Array) -> None:
+    def __call__(
+        self, step: int, rollout: Rollout, prompts: Sequence[PromptExample], scores: jax.Array
+    ) -> None:
         count = min(self.setup.config.num_logged, len(prompts))
         if not count:
             return
@@ -983,13 +1219,20 @@ class SampleTable:
         if jax.process_index():
             return
         if self._file is None or step <= self._last:  # a run that goes on, or that has gone back
-            kept = (line for line in read_metrics(self.path, "skip") if line.get("step", math.inf) < step)
+            kept = (
+                line
+                for line in read_metrics(self.path, "skip")
+                if line.get("step", math.inf) < step
+            )
             write_whole(self.path, "".join(map(json_line, kept)))
             self._file = self.path.open("a", encoding="utf-8")
         self._last = step
         rows = zip(prompts, generate.completions(first, self.setup.stop_ids), scores, strict=False)
         for prompt, response, score in rows:
-            text = {"prompt": prompt_text(prompt.messages), "response": self.setup.tokenizer.decode(response.ids)}
+            text = {
+                "prompt": prompt_text(prompt.messages),
+                "response": self.setup.tokenizer.decode(response.ids),
+            }
             more = {"finished": response.finished, "score": round(float(score), 4)}
             self._file.write(json_line({"step": step, **text, **more}))
         self._file.flush()

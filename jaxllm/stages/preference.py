@@ -89,7 +89,9 @@ class PreferenceConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.num_micro:
-            raise ValueError(f"num_micro: {self.num_micro} does not divide batch_size {self.batch_size}")
+            raise ValueError(
+                f"num_micro: {self.num_micro} does not divide batch_size {self.batch_size}"
+            )
         if not self.num_steps and not self.num_epochs:
             raise ValueError("num_steps: must be positive, or 0 with num_epochs above 0")
         if self.loss != "pairwise" and (self.margin_coef or self.label_smoothing):
@@ -106,7 +108,9 @@ def load_rankings(
     data = config.data
     if not data.sources:
         workspace.require("rank", stage)
-        data = dataclasses.replace(data, sources=(Source(str(workspace.stage_dir("rank") / "rankings.jsonl")),))
+        data = dataclasses.replace(
+            data, sources=(Source(str(workspace.stage_dir("rank") / "rankings.jsonl")),)
+        )
     tokenizer, length = workspace.tokenizer(), model.row_length(config.length, f"{stage}.length")
     rankings = {s: load_ranked(data, s, tokenizer, length) for s in ("train", "held_out")}
     if config.loss == "regression":
@@ -115,11 +119,15 @@ def load_rankings(
                 f'{stage}.loss: regression needs "scores" in every record, and one of {len(example.rows)} responses '
                 f"has only ranks; give scores, or set {stage}.loss to pairwise"
             )
-    if config.loss != "regression" and all(len({*example.ranks}) == 1 for example in rankings["train"]):
+    if config.loss != "regression" and all(
+        len({*example.ranks}) == 1 for example in rankings["train"]
+    ):
         raise InputError(
             f"{stage}.data: every training prompt ranks all of its responses the same; nothing can be learned"
         )
-    console.print(f"{stage}: {len(rankings['train'])} training and {len(rankings['held_out'])} held-out prompts")
+    console.print(
+        f"{stage}: {len(rankings['train'])} training and {len(rankings['held_out'])} held-out prompts"
+    )
     return rankings
 
 
@@ -132,7 +140,9 @@ def ranking_loss(config: PreferenceConfig, scores: jax.Array, batch: Any) -> los
         return losses.plackett_luce(scores, ranks, per_prompt=per_prompt)
     margins = config.margin_coef * _distance(batch) if config.margin_coef else None
     smoothing = config.label_smoothing
-    return losses.pairwise(scores, ranks, margins=margins, label_smoothing=smoothing, per_prompt=per_prompt)
+    return losses.pairwise(
+        scores, ranks, margins=margins, label_smoothing=smoothing, per_prompt=per_prompt
+    )
 
 
 def _distance(batch: Any) -> jax.Array:
@@ -151,15 +161,23 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     config: PreferenceConfig = getattr(life, stage)
     is_dpo, mesh, directory = stage == "dpo", workspace.mesh, workspace.stage_dir(stage)
     if is_dpo and config.loss == "regression":
-        raise InputError("dpo.loss: regression needs a reward model; set it to pairwise or plackett_luce")
+        raise InputError(
+            "dpo.loss: regression needs a reward model; set it to pairwise or plackett_luce"
+        )
     source = workspace.source(config.init_from, "sft", stage)
     policy, model = load_model(source, mesh)
     policy = lora.merge(policy)
-    write_model_card(directory, model, "policy" if is_dpo else "reward", ("params",), config.lora, source)
+    write_model_card(
+        directory, model, "policy" if is_dpo else "reward", ("params",), config.lora, source
+    )
     rankings = load_rankings(workspace, stage, config, model)
-    check_batch(mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro")
+    check_batch(
+        mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro"
+    )
     per_epoch = len(rankings["train"]) / config.batch_size
-    num_steps = train.count_steps(config.num_steps, config.num_epochs, per_epoch, f"{stage}.num_epochs")
+    num_steps = train.count_steps(
+        config.num_steps, config.num_epochs, per_epoch, f"{stage}.num_epochs"
+    )
     step, scores, place = program(mesh, stage, config, model, num_steps, workspace.seed)
     fixed = frozen_parts(stage, config, policy)
     batches = {"batch_size": config.batch_size, "sharding": activation(mesh, "batch", None, None)}
@@ -168,7 +186,9 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     def first(policy: Any) -> Any:
         key = jax.random.fold_in(jax.random.key(workspace.seed), 1)
         if is_dpo:
-            return lora.init(config.lora, jax.tree.map(jnp.copy, policy), key)  # a copy: the reference stays
+            return lora.init(
+                config.lora, jax.tree.map(jnp.copy, policy), key
+            )  # a copy: the reference stays
         head, adapters = jax.random.split(key)
         return lora.init(config.lora, scalar.init(policy, model, head), adapters)
 
@@ -187,7 +207,11 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
 
     def result(state: train.TrainState, metrics: Mapping[str, float]) -> dict[str, Any]:
         del state
-        return {"steps": num_steps, **held_out(metrics), **(read_json(directory / "held_out.json") or {})}
+        return {
+            "steps": num_steps,
+            **held_out(metrics),
+            **(read_json(directory / "held_out.json") or {}),
+        }
 
     return train.Training(
         data=fingerprint([*rankings["train"], *rankings["held_out"]]),
@@ -208,13 +232,22 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     )
 
 
-def plan(mesh: jax.sharding.Mesh, life: Any, stage: str) -> tuple[list[train.Program], dict[str, Any]]:
+def plan(
+    mesh: jax.sharding.Mesh, life: Any, stage: str
+) -> tuple[list[train.Program], dict[str, Any]]:
     """`programs` of a stage of this config."""
-    return programs(mesh, stage, getattr(life, stage), life.model, life.sample.num_responses, life.seed)
+    return programs(
+        mesh, stage, getattr(life, stage), life.model, life.sample.num_responses, life.seed
+    )
 
 
 def program(
-    mesh: jax.sharding.Mesh, stage: str, config: PreferenceConfig, model: ModelConfig, num_steps: int, seed: int
+    mesh: jax.sharding.Mesh,
+    stage: str,
+    config: PreferenceConfig,
+    model: ModelConfig,
+    num_steps: int,
+    seed: int,
 ) -> tuple[Any, Callable[..., jax.Array], train.StateLayout]:
     """(the step: state, batch, **frozen_parts -> state, metrics; its scores; where its state is placed)."""
     family = transformer if stage == "dpo" else scalar
@@ -222,20 +255,28 @@ def program(
     if stage == "dpo":
         scores = functools.partial(implicit_rewards, model=model, beta=config.beta)
     tx = make_optimizer(config.optim, num_steps)
-    place = train.state_layout(mesh, *lora.trained(config.lora, family.abstract(model), family.axes(model)), tx)
+    place = train.state_layout(
+        mesh, *lora.trained(config.lora, family.abstract(model), family.axes(model)), tx
+    )
 
     def loss(params: Any, batch: Any, key: Any, **frozen: Any) -> losses.Loss:
         del key  # no dropout
         return ranking_loss(config, scores(params, batch, **frozen), batch)
 
-    settings: dict[str, Any] = {"num_micro": config.num_micro, "seed": seed, "spike_factor": config.optim.spike_factor}
+    settings: dict[str, Any] = {
+        "num_micro": config.num_micro,
+        "seed": seed,
+        "spike_factor": config.optim.spike_factor,
+    }
     return train.make_step(loss, tx, state_shardings=place.shardings, **settings), scores, place
 
 
 def flops_per_token(stage: str, config: PreferenceConfig, model: ModelConfig) -> float:
     """Of a token of a response; DPO's reference goes forward only."""
     passes = 4 / 3 if stage == "dpo" else 1.0
-    return passes * transformer.flops_per_token(model, config.length or model.max_length, scored=stage == "dpo")
+    return passes * transformer.flops_per_token(
+        model, config.length or model.max_length, scored=stage == "dpo"
+    )
 
 
 def frozen_parts(stage: str, config: PreferenceConfig, policy: Any) -> dict[str, Any]:
@@ -246,7 +287,12 @@ def frozen_parts(stage: str, config: PreferenceConfig, policy: Any) -> dict[str,
 
 
 def programs(
-    mesh: jax.sharding.Mesh, stage: str, config: PreferenceConfig, model: ModelConfig, num_responses: int, seed: int
+    mesh: jax.sharding.Mesh,
+    stage: str,
+    config: PreferenceConfig,
+    model: ModelConfig,
+    num_responses: int,
+    seed: int,
 ) -> tuple[list[train.Program], dict[str, Any]]:
     """(what an update runs, {role: its state}), as shapes with their shardings."""
     step, _, place = program(mesh, stage, config, model, max(config.num_steps, 1), seed)
@@ -254,10 +300,13 @@ def programs(
     types = {"tokens": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
     batch = {name: jax.ShapeDtypeStruct((B, K, T), dtype) for name, dtype in types.items()}
     batch |= {
-        name: jax.ShapeDtypeStruct((B, K), dtype) for name, dtype in (("ranks", jnp.int32), ("scores", jnp.float32))
+        name: jax.ShapeDtypeStruct((B, K), dtype)
+        for name, dtype in (("ranks", jnp.int32), ("scores", jnp.float32))
     }
     policy = place_params(mesh, transformer.abstract(model), transformer.axes(model))
-    base = lora.place_frozen(config.lora, policy if stage == "dpo" else {"trunk": policy}, replicated(mesh))
+    base = lora.place_frozen(
+        config.lora, policy if stage == "dpo" else {"trunk": policy}, replicated(mesh)
+    )
     fixed = {"base": base, "ref": policy} if stage == "dpo" else {"base": base}
     flops = B * K * T * flops_per_token(stage, config, model)
     return [train.Program("step", step, (place.abstract, rows_like(mesh, batch)), fixed, flops)], {
@@ -276,20 +325,31 @@ def all_scores(measure, params: Any, examples: list[RankedExample], batches: dic
 def held_out_numbers(every: np.ndarray, ranks: np.ndarray) -> dict[str, float]:
     """Loss, pairwise and top-1 accuracy, calibration error of scores float[N, K]."""
     _, _, metrics = losses.pairwise(jnp.array(every), jnp.array(ranks))
-    means = {name: float(total) / max(float(weight), 1.0) for name, (total, weight) in metrics.items()}
+    means = {
+        name: float(total) / max(float(weight), 1.0) for name, (total, weight) in metrics.items()
+    }
     margins = measures.pair_margins(every, ranks)
     numbers = {"loss": means["loss"], "accuracy": means["accuracy"], "top1_accuracy": means["top1"]}
-    return numbers | {"calibration_error": measures.calibration_error(margins), "pairs": float(len(margins))}
+    return numbers | {
+        "calibration_error": measures.calibration_error(margins),
+        "pairs": float(len(margins)),
+    }
 
 
-def breakdown(every: np.ndarray, ranks: np.ndarray, examples: list[RankedExample]) -> dict[str, Any]:
+def breakdown(
+    every: np.ndarray, ranks: np.ndarray, examples: list[RankedExample]
+) -> dict[str, Any]:
     """Accuracy by K and by distance in rank, the reliability curve, and how far annotators agree with one another."""
     margins, agreed = measures.pair_margins(every, ranks), measures.annotator_agreement(examples)
     return {
         "accuracy_by_k": measures.accuracy_by(every, ranks, "k"),
         "accuracy_by_distance": measures.accuracy_by(every, ranks, "distance"),
         "reliability": measures.reliability(margins),
-        **({"annotator_agreement": agreed[0], "annotator_agreement_pairs": agreed[1]} if agreed else {}),
+        **(
+            {"annotator_agreement": agreed[0], "annotator_agreement_pairs": agreed[1]}
+            if agreed
+            else {}
+        ),
     }
 
 
@@ -314,7 +374,9 @@ def normalise(state: train.TrainState, scores: np.ndarray, how: str) -> train.Tr
     return state._replace(params={**state.params, "head": new})
 
 
-def implicit_rewards(params: Any, batch: Any, *, base: Any, ref: Any, model: ModelConfig, beta: float) -> jax.Array:
+def implicit_rewards(
+    params: Any, batch: Any, *, base: Any, ref: Any, model: ModelConfig, beta: float
+) -> jax.Array:
     """beta * (log policy - log reference) of each reply, float32[B, K] (Rafailov et al. 2023, eq. 5)."""
     policy = reply_logprobs(lora.join(base, params), batch, model)
     return beta * (policy - jax.lax.stop_gradient(reply_logprobs(ref, batch, model)))
@@ -323,8 +385,12 @@ def implicit_rewards(params: Any, batch: Any, *, base: Any, ref: Any, model: Mod
 def reply_logprobs(params: Any, batch: Any, model: ModelConfig) -> jax.Array:
     """Log-probability float32[B, K] of each reply, its end of turn included, summed over tokens."""
     B, K, T = batch["tokens"].shape
-    tokens, segments, mask = (batch[name].reshape(B * K, T) for name in ("tokens", "segment_ids", "loss_mask"))
+    tokens, segments, mask = (
+        batch[name].reshape(B * K, T) for name in ("tokens", "segment_ids", "loss_mask")
+    )
     targets, on = losses.next_token_targets(tokens, segments, mask)
     hidden = transformer.apply(params, model, tokens, segments)
-    logprobs = losses.token_logprobs(hidden, transformer.head(params), targets, cap=model.logit_softcap).logprob
+    logprobs = losses.token_logprobs(
+        hidden, transformer.head(params), targets, cap=model.logit_softcap
+    ).logprob
     return jnp.where(on, logprobs, 0.0).sum(1).reshape(B, K)

@@ -62,7 +62,9 @@ class RankConfig:
 
     def __post_init__(self) -> None:
         if self.annotator != "person" and not re.fullmatch(r"file:.+|[\w.]+:\w+", self.annotator):
-            raise ValueError(f"annotator: person, file:PATH or module:function, not {self.annotator!r}")
+            raise ValueError(
+                f"annotator: person, file:PATH or module:function, not {self.annotator!r}"
+            )
 
 
 def build(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
@@ -70,7 +72,9 @@ def build(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
     return run(workspace, getattr(life, stage))
 
 
-def run(workspace: Workspace, config: RankConfig, ask: Callable[[], str] | None = None) -> dict[str, Any]:
+def run(
+    workspace: Workspace, config: RankConfig, ask: Callable[[], str] | None = None
+) -> dict[str, Any]:
     """Rank the responses in samples.jsonl into rankings.jsonl; returns counts and the share of tied pairs.
 
     ask: reads one answer of a person, instead of the terminal. Raises StageCut where the person stops, InputError
@@ -82,18 +86,30 @@ def run(workspace: Workspace, config: RankConfig, ask: Callable[[], str] | None 
         _rank(workspace, directory, config, ask)
     barrier("rank")
     skipped = directory / "skipped.jsonl"
-    result = _summary(read_rankings(directory / "rankings.jsonl"), len(_read_lines(skipped)) if skipped.exists() else 0)
+    result = _summary(
+        read_rankings(directory / "rankings.jsonl"),
+        len(_read_lines(skipped)) if skipped.exists() else 0,
+    )
     _print_summary(result)
     return result
 
 
-def _rank(workspace: Workspace, directory: epath.Path, config: RankConfig, ask: Callable[[], str] | None) -> None:
+def _rank(
+    workspace: Workspace, directory: epath.Path, config: RankConfig, ask: Callable[[], str] | None
+) -> None:
     if config.annotator.startswith("file:"):
-        return _import_file(Path(config.annotator.removeprefix("file:")).expanduser(), directory, config)
+        return _import_file(
+            Path(config.annotator.removeprefix("file:")).expanduser(), directory, config
+        )
     workspace.require("sample", "rank")
-    answers = _Answers(directory, _read_samples(workspace.stage_dir("sample") / "samples.jsonl", config.max_prompts))
+    answers = _Answers(
+        directory,
+        _read_samples(workspace.stage_dir("sample") / "samples.jsonl", config.max_prompts),
+    )
     if config.annotator == "person":
-        return _ask_person(answers, config.annotator_name or "person", workspace.seed, ask or _terminal())
+        return _ask_person(
+            answers, config.annotator_name or "person", workspace.seed, ask or _terminal()
+        )
     return _simulate(answers, config, workspace.seed)
 
 
@@ -108,13 +124,18 @@ def parse_order(text: str, num_responses: int) -> list[int]:
     >>> parse_order("ｃ ＞ a ＝ b", 3)
     [2, 2, 1]
     """
-    groups = [group.split("=") for group in "".join(unicodedata.normalize("NFKC", text).upper().split()).split(">")]
+    groups = [
+        group.split("=")
+        for group in "".join(unicodedata.normalize("NFKC", text).upper().split()).split(">")
+    ]
     known, order, ranks = [*LABELS[:num_responses]], f"order {text.strip()!r}", {}
     for rank, group in enumerate(groups, 1):
         for label in group:
             if label not in known:
                 what = repr(label) if label else "an empty place"
-                raise InputError(f"{order}: {what} is not one of {', '.join(known)}; write it as {'>'.join(known)}")
+                raise InputError(
+                    f"{order}: {what} is not one of {', '.join(known)}; write it as {'>'.join(known)}"
+                )
             if label in ranks:
                 raise InputError(f"{order}: {label} is given twice; name every response once")
             ranks[label] = rank
@@ -129,7 +150,9 @@ def format_order(ranks: Sequence[int]) -> str:
     >>> format_order([2, 1, 3, 2])
     'B>A=D>C'
     """
-    groups = ("=".join(LABELS[i] for i, r in enumerate(ranks) if r == rank) for rank in sorted(set(ranks)))
+    groups = (
+        "=".join(LABELS[i] for i, r in enumerate(ranks) if r == rank) for rank in sorted(set(ranks))
+    )
     return ">".join(groups)
 
 
@@ -149,31 +172,45 @@ def _check_responses(line: Mapping[str, Any], where: str) -> None:
     messages, responses = line.get("messages"), line.get("responses")
     if not isinstance(messages, list) or not messages:
         example = '[{"role": "user", "content": "..."}]'
-        raise InputError(f'{where}: messages: must be a list such as {example} (or give a "prompt")')
+        raise InputError(
+            f'{where}: messages: must be a list such as {example} (or give a "prompt")'
+        )
     check_messages(messages, where)
     if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
         raise InputError(f"{where}: responses: must be a list of texts")
     if not 2 <= len(responses) <= len(LABELS):
-        raise InputError(f"{where}: responses: must be 2 to {len(LABELS)} texts to rank, not {len(responses)}")
+        raise InputError(
+            f"{where}: responses: must be 2 to {len(LABELS)} texts to rank, not {len(responses)}"
+        )
 
 
 def _check_ranking(line: dict[str, Any], where: str) -> dict[str, Any]:
     _check_responses(line, where)
     ranks = line.get("ranks")
-    if not isinstance(ranks, list) or not all(type(r) is int for r in ranks) or len(ranks) != len(line["responses"]):
+    if (
+        not isinstance(ranks, list)
+        or not all(type(r) is int for r in ranks)
+        or len(ranks) != len(line["responses"])
+    ):
         wanted = f'{len(line["responses"])} whole numbers, 1 = best (or give an "order")'
         raise InputError(f"{where}: ranks: must be {wanted}")
     if sorted(set(ranks)) != [*range(1, len(set(ranks)) + 1)]:
-        raise InputError(f"{where}: ranks: must count 1, 2, ... without a gap, equal numbers for a tie, not {ranks}")
+        raise InputError(
+            f"{where}: ranks: must count 1, 2, ... without a gap, equal numbers for a tie, not {ranks}"
+        )
     if not isinstance(line.get("annotator"), str) or not line["annotator"]:
         raise InputError(f"{where}: annotator: name who ranked (or set rank.annotator_name)")
     if not isinstance(line.get("simulated"), bool):
-        raise InputError(f"{where}: simulated: must be false for a person's ranking, true for a program's")
+        raise InputError(
+            f"{where}: simulated: must be false for a person's ranking, true for a program's"
+        )
     _check_split(line.get("split"), where)
     try:
         datetime.datetime.fromisoformat(line["time"])
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{where}: time: must be an ISO-8601 time, such as 2026-01-31T12:00:00+00:00") from None
+        raise InputError(
+            f"{where}: time: must be an ISO-8601 time, such as 2026-01-31T12:00:00+00:00"
+        ) from None
     return line
 
 
@@ -189,7 +226,9 @@ def _read_samples(path: epath.Path, limit: int) -> list[dict[str, Any]]:
     for line, where in lines:
         _check_responses(line, where)
         _check_split(line.get("split", "train"), where)
-    kept = lambda line: {k: line[k] for k in ("messages", "responses")} | {"split": line.get("split", "train")}
+    kept = lambda line: (
+        {k: line[k] for k in ("messages", "responses")} | {"split": line.get("split", "train")}
+    )
     return [kept(line) for line, _ in lines]
 
 
@@ -207,13 +246,19 @@ class _Answers:
         expected = [s for i, s in enumerate(samples[: self.done]) if i not in self.skipped]
         same = ({k: line[k] for k in ("messages", "responses", "split")} for line in rankings)
         if list(same) != expected:
-            raise InputError(f"{directory}: holds rankings of other samples; remove that directory to rank anew")
+            raise InputError(
+                f"{directory}: holds rankings of other samples; remove that directory to rank anew"
+            )
 
     def rank(self, ranks: Sequence[int], annotator: str, simulated: bool) -> None:
         """Keep the ranks of the next sample, in the order of its responses."""
         sample = self.samples[self.done]
         who = {"annotator": annotator, "simulated": simulated, "time": _now()}
-        shown = {"messages": sample["messages"], "responses": sample["responses"], "ranks": list(ranks)}
+        shown = {
+            "messages": sample["messages"],
+            "responses": sample["responses"],
+            "ranks": list(ranks),
+        }
         self._append("rankings", {**shown, **who, "split": sample["split"]})
 
     def skip(self) -> None:
@@ -237,7 +282,9 @@ class _Answers:
 
 def _skipped(line: Mapping[str, Any], where: str) -> int:
     if type(line.get("index")) is not int:
-        raise InputError(f"{where}: index: must be the number of a prompt that was skipped; remove the line")
+        raise InputError(
+            f"{where}: index: must be the number of a prompt that was skipped; remove the line"
+        )
     return line["index"]
 
 
@@ -246,7 +293,9 @@ def _drop_half_line(path: Path) -> None:
     data = path.read_bytes() if path.exists() else b""
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
-        console.print(f"rank: {path}: the last line was cut in the middle and is dropped", soft_wrap=True)
+        console.print(
+            f"rank: {path}: the last line was cut in the middle and is dropped", soft_wrap=True
+        )
     if whole != data or not path.exists():
         write_whole(path, whole)
 
@@ -273,7 +322,9 @@ def _ask_person(answers: _Answers, name: str, seed: int, ask: Callable[[], str])
         _show(sample, shuffle, f"{index + 1} of {total}")
         reply = _reply(ask, len(shuffle), can_undo=index > 0)
         if reply == "q":
-            raise StageCut(f"rank: {index} of {total} prompts answered; run the same command to go on")
+            raise StageCut(
+                f"rank: {index} of {total} prompts answered; run the same command to go on"
+            )
         if reply == "s":
             answers.skip()
         elif reply == "u":
@@ -311,7 +362,9 @@ def _show(sample: Mapping[str, Any], shuffle: np.ndarray, title: str) -> None:
     """The prompt and the responses, labelled in shuffled order: nothing tells where one comes from."""
     console.rule(f"Prompt {title}")
     for message in sample["messages"]:
-        console.print(Text(f"{message['role']}: ", style="bold") + Text(_printable(message_text(message))))
+        console.print(
+            Text(f"{message['role']}: ", style="bold") + Text(_printable(message_text(message)))
+        )
     for label, i in zip(LABELS, shuffle, strict=False):
         response = Text(_printable(sample["responses"][i]))
         console.print(Panel(response, title=Text(label, style="bold"), title_align="left"))
@@ -319,21 +372,35 @@ def _show(sample: Mapping[str, Any], shuffle: np.ndarray, title: str) -> None:
 
 def _printable(text: str) -> str:
     """The text without control characters, by which a response could move the cursor or colour the screen."""
-    return "".join(c if c.isprintable() or c in "\n\t　" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(
+        c if c.isprintable() or c in "\n\t　" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def _simulate(answers: _Answers, config: RankConfig, seed: int) -> None:
     """Rank what is left; the noise is a function of the seed and the prompt's index, so a resumed run is exact."""
-    function, name = resolve_function(config.annotator, "annotator"), config.annotator_name or config.annotator
+    function, name = (
+        resolve_function(config.annotator, "annotator"),
+        config.annotator_name or config.annotator,
+    )
     begin, total = answers.done, len(answers.samples)
     left = f"{total - begin} prompts to rank"
-    console.print(f"rank: SIMULATED annotator {config.annotator}, no person: {left}", soft_wrap=True)
-    columns = (TextColumn("[bold]rank (SIMULATED)"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console.print(
+        f"rank: SIMULATED annotator {config.annotator}, no person: {left}", soft_wrap=True
+    )
+    columns = (
+        TextColumn("[bold]rank (SIMULATED)"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         for index in bar.track(range(begin, total), total=total, completed=begin):
             messages, responses = (answers.samples[index][key] for key in ("messages", "responses"))
             scores = score_all(function, [prompt_text(messages)] * len(responses), responses)
-            scores = scores + config.noise * np.random.default_rng([seed, index]).standard_normal(len(responses))
+            scores = scores + config.noise * np.random.default_rng([seed, index]).standard_normal(
+                len(responses)
+            )
             answers.rank(_rank_scores(scores, config.tie_margin), name, simulated=True)
 
 
@@ -349,9 +416,14 @@ def _rank_scores(scores: np.ndarray, tie_margin: float) -> list[int]:
 
 def _import_file(path: Path, directory: epath.Path, config: RankConfig) -> None:
     """Check every line of a rankings file, then write rankings.jsonl at once."""
-    lines = [_complete(line, where, config) for line, where in _read_lines(path)[: config.max_prompts or None]]
+    lines = [
+        _complete(line, where, config)
+        for line, where in _read_lines(path)[: config.max_prompts or None]
+    ]
     if not lines:
-        raise InputError(f"{path}: holds no rankings; each line is one JSON object with messages, responses and ranks")
+        raise InputError(
+            f"{path}: holds no rankings; each line is one JSON object with messages, responses and ranks"
+        )
     write_whole(directory / "rankings.jsonl", "".join(map(json_line, lines)))
 
 
@@ -367,7 +439,10 @@ def _complete(line: dict[str, Any], where: str, config: RankConfig) -> dict[str,
             raise InputError(f"{where}: {error}") from None
     given = {k: line[k] for k in ("messages", "responses", "ranks", "simulated") if k in line}
     given["annotator"] = config.annotator_name or line.get("annotator")
-    given |= {"time": line.get("time", _now()), "split": line.get("split", _split(line["messages"], config.held_out))}
+    given |= {
+        "time": line.get("time", _now()),
+        "split": line.get("split", _split(line["messages"], config.held_out)),
+    }
     return _check_ranking(given, where)
 
 
@@ -379,11 +454,19 @@ def _split(messages: Sequence[Mapping[str, Any]], held_out: float) -> str:
 
 def _summary(rankings: list[dict[str, Any]], skipped: int) -> dict[str, Any]:
     if not rankings:
-        raise InputError("rank: every prompt was skipped; remove rank/skipped.jsonl in the run directory to rank again")
-    pairs = [a == b for line in rankings for i, a in enumerate(line["ranks"]) for b in line["ranks"][:i]]
+        raise InputError(
+            "rank: every prompt was skipped; remove rank/skipped.jsonl in the run directory to rank again"
+        )
+    pairs = [
+        a == b for line in rankings for i, a in enumerate(line["ranks"]) for b in line["ranks"][:i]
+    ]
     held_out = sum(line["split"] == "held_out" for line in rankings)
     return {
-        **{"prompts": len(rankings), "train_prompts": len(rankings) - held_out, "held_out_prompts": held_out},
+        **{
+            "prompts": len(rankings),
+            "train_prompts": len(rankings) - held_out,
+            "held_out_prompts": held_out,
+        },
         "skipped": skipped,
         "responses_per_prompt": sum(len(line["responses"]) for line in rankings) / len(rankings),
         "tie_fraction": sum(pairs) / len(pairs),
@@ -396,7 +479,9 @@ def _print_summary(result: Mapping[str, Any]) -> None:
     mark = " (SIMULATED annotator)" if result["simulated"] else ""
     table = Table(title=f"rank{mark}", show_header=False, title_justify="left")
     table.add_row("annotator", Text(f"{result['annotator']}{mark}"))
-    table.add_row("prompts ranked", f"{result['prompts']:,} ({result['held_out_prompts']:,} held out){mark}")
+    table.add_row(
+        "prompts ranked", f"{result['prompts']:,} ({result['held_out_prompts']:,} held out){mark}"
+    )
     table.add_row("prompts skipped", f"{result['skipped']:,}")
     table.add_row("responses per prompt (K)", f"{result['responses_per_prompt']:g}")
     table.add_row("tied pairs", f"{result['tie_fraction']:.1%}{mark}")

@@ -59,11 +59,20 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
         )
     prompts: list[tuple[str, PromptExample]] = []
     for split, count in (("train", config.num_prompts), ("held_out", config.num_held_out)):
-        prompts += [(split, p) for p in load_prompts(config.data, split, tokenizer, limit)[:count]] if count else []
+        prompts += (
+            [(split, p) for p in load_prompts(config.data, split, tokenizer, limit)[:count]]
+            if count
+            else []
+        )
     batch_size = whole_batch(workspace.mesh, min(config.batch_size, len(prompts)))
     done = _keep_whole_batches(path, batch_size)
     asked, stops = [prompt.ids for _, prompt in prompts], tokenizer.stop_ids
-    settings = {"sampling": config.sampling, "stop_ids": stops, "pad_id": tokenizer.pad_id, "seed": workspace.seed}
+    settings = {
+        "sampling": config.sampling,
+        "stop_ids": stops,
+        "pad_id": tokenizer.pad_id,
+        "seed": workspace.seed,
+    }
     settings |= {"num_samples": config.num_responses, "batch_size": batch_size, "start": done}
     drawn = complete(params, model, asked, mesh=workspace.mesh, **settings)
     barrier("samples so far")
@@ -80,14 +89,20 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
             file.write(json_line(line))
             if (i + 1) % batch_size == 0:
                 file.flush()
-                console.print(f"sample {i + 1}/{len(prompts)} prompts, {config.num_responses} responses each")
+                console.print(
+                    f"sample {i + 1}/{len(prompts)} prompts, {config.num_responses} responses each"
+                )
                 if signals.stop_after() and i + 1 < len(prompts):
                     raise signals.stopped(f"sample: {i + 1} of {len(prompts)} prompts are answered")
     barrier("samples")
     lines = read_metrics(path)
     responses = [r for line in lines for r in line["responses"]]
     return {
-        **{"prompts": len(lines), "responses": len(responses), "responses_per_prompt": config.num_responses},
+        **{
+            "prompts": len(lines),
+            "responses": len(responses),
+            "responses_per_prompt": config.num_responses,
+        },
         "finished": sum(f for line in lines for f in line["finished"]) / len(responses),
         "mean_characters": sum(map(len, responses)) / len(responses),
     }

@@ -58,10 +58,14 @@ def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
         tokenizer = load_tokenizer(inside if inside.exists() else folder)
         tokenizer.save(target)
         return {"vocab_size": tokenizer.vocab_size, "init_from": config.init_from}
-    texts, corpus_bytes = sample_texts(load_texts(config.data, "train", cache), config.sample_bytes, config.sample_seed)
+    texts, corpus_bytes = sample_texts(
+        load_texts(config.data, "train", cache), config.sample_bytes, config.sample_seed
+    )
     sample = {"sample_bytes": sum(len(t.encode()) for t in texts), "sample_documents": len(texts)}
     sample |= {"sample_seed": config.sample_seed, "corpus_bytes": corpus_bytes}
-    console.print(f"tokenizer: {len(texts):,} of the texts ({sample['sample_bytes']:,} of {corpus_bytes:,} bytes)")
+    console.print(
+        f"tokenizer: {len(texts):,} of the texts ({sample['sample_bytes']:,} of {corpus_bytes:,} bytes)"
+    )
     tokenizer = train(
         iter(texts),
         vocab_size=config.vocab_size,
@@ -72,7 +76,12 @@ def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
     tokenizer.save(target, {"model_type": config.model_type, **sample})
     measured = compression(tokenizer, load_texts(config.data, "held_out", cache))
     print_compression(measured)
-    return {"vocab_size": tokenizer.vocab_size, "model_type": config.model_type, **sample, **measured}
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "model_type": config.model_type,
+        **sample,
+        **measured,
+    }
 
 
 def sample_texts(texts: Iterator[str], max_bytes: int, seed: int) -> tuple[list[str], int]:
@@ -101,5 +110,7 @@ def print_compression(measured: dict[str, float | None]) -> None:
     table = Table("held-out text", "measured", "rule of thumb", title="tokenizer: compression")
     for name, value in measured.items():
         thumb = f"{RULE_OF_THUMB:,}" if name.startswith("tokens_per") else ""
-        table.add_row(name.replace("_", " "), "no such text" if value is None else f"{value:,.2f}", thumb)
+        table.add_row(
+            name.replace("_", " "), "no such text" if value is None else f"{value:,.2f}", thumb
+        )
     console.print(table)

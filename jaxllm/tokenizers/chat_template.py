@@ -17,7 +17,15 @@ from jaxllm.config import InputError
 SECRET = f"q{secrets.token_hex(12)}"
 _OPEN, _CLOSE = f"{SECRET}open", f"{SECRET}close"
 
-_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_REFUSALS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 Span = tuple[int, int]
 
@@ -30,23 +38,43 @@ class ChatTemplate:
         try:
             self._compiled = _ENVIRONMENT.from_string(source)
         except _REFUSALS as error:
-            reason, mend = " ".join(f"{error}".split())[:200], "repair it, or give one as chat_template.jinja"
-            raise InputError(f"{origin}: the chat template is not valid Jinja ({reason}); {mend}") from None
+            reason, mend = (
+                " ".join(f"{error}".split())[:200],
+                "repair it, or give one as chat_template.jinja",
+            )
+            raise InputError(
+                f"{origin}: the chat template is not valid Jinja ({reason}); {mend}"
+            ) from None
 
-    def render(self, messages: Sequence[Any], *, reply: bool = False, **inputs: Any) -> tuple[str, list[Span]]:
+    def render(
+        self, messages: Sequence[Any], *, reply: bool = False, **inputs: Any
+    ) -> tuple[str, list[Span]]:
         """(text of a conversation, where its {% generation %} blocks are); reply opens the assistant's next turn.
 
         inputs are tools, documents and what else the template reads. Raises InputError where it refuses them.
         """
-        if not messages or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
+        if not messages or not all(
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages
+        ):
             raise InputError('messages: must be a list of objects with a "role"; give at least one')
-        given = {"tools": None, "documents": None, **self.tokens, **inputs, "add_generation_prompt": reply}
-        filled = [{name: value for name, value in message.items() if value is not None} for message in messages]
+        given = {
+            "tools": None,
+            "documents": None,
+            **self.tokens,
+            **inputs,
+            "add_generation_prompt": reply,
+        }
+        filled = [
+            {name: value for name, value in message.items() if value is not None}
+            for message in messages
+        ]
         try:
             marked = self._compiled.render(messages=filled, **given)
         except _REFUSALS as error:
             reason = " ".join(f"{error}".split())[:200]
-            raise InputError(f"{self.origin}: the chat template refuses the conversation ({reason})") from None
+            raise InputError(
+                f"{self.origin}: the chat template refuses the conversation ({reason})"
+            ) from None
         text, spans, opened = "", [], []
         for piece in re.split(f"({_OPEN}|{_CLOSE})", marked):
             if piece == _OPEN:
@@ -69,7 +97,9 @@ class ChatTemplate:
                 continue
             start = self._start(text, number, messages, **inputs)
             end = next((end for begin, end in ends if begin >= start), -1)
-            said = None if message.get("tool_calls") else message.get("content")  # beside calls it may be left out
+            said = (
+                None if message.get("tool_calls") else message.get("content")
+            )  # beside calls it may be left out
             said = said.split("</think>")[-1].strip() if isinstance(said, str) else ""
             if start < (spans[-1][1] if spans else 0) or end < 0 or said not in text[start:end]:
                 raise InputError(
@@ -79,7 +109,9 @@ class ChatTemplate:
             spans.append((start, end))
         return spans
 
-    def _start(self, text: str, number: int, messages: Sequence[Mapping[str, Any]], **inputs: Any) -> int:
+    def _start(
+        self, text: str, number: int, messages: Sequence[Mapping[str, Any]], **inputs: Any
+    ) -> int:
         """Where message `number` begins: behind what the model is shown when it has to write that message.
 
         A template that shows the past in another way later (thoughts dropped, tools moved to the last question) gives
@@ -91,10 +123,19 @@ class ChatTemplate:
             shown = SECRET
         if text.startswith(shown):
             return len(shown)
-        mark = next(letter for letter in "zq" if not str(messages[number].get("content")).startswith(letter)) + SECRET
+        mark = (
+            next(
+                letter
+                for letter in "zq"
+                if not str(messages[number].get("content")).startswith(letter)
+            )
+            + SECRET
+        )
         probe = [*messages[:number], {**messages[number], "content": mark}, *messages[number + 1 :]]
         changed, _ = self.render(probe, **inputs)
-        same = next((i for i, (a, b) in enumerate(zip(text, changed, strict=False)) if a != b), len(text))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(text, changed, strict=False)) if a != b), len(text)
+        )
         return same if changed.count(mark) == 1 else -1
 
 
@@ -116,7 +157,13 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-_OPTIONS = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [_Generation, ext.loopcontrols]}
+_OPTIONS = {
+    "trim_blocks": True,
+    "lstrip_blocks": True,
+    "extensions": [_Generation, ext.loopcontrols],
+}
 _ENVIRONMENT = sandbox.ImmutableSandboxedEnvironment(**_OPTIONS)
-_ENVIRONMENT.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
+_ENVIRONMENT.filters["tojson"] = functools.partial(
+    json.dumps, ensure_ascii=False
+)  # Jinja's own escapes HTML
 _ENVIRONMENT.globals |= {"raise_exception": _refuse, "strftime_now": time.strftime}

@@ -18,7 +18,15 @@ SIDE_FILES = (
     "tokenizer_config.json",
     IDS,
 )
-_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_ROLES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 Files = Mapping[str, bytes]
@@ -29,7 +37,9 @@ def read_files(folder: Path, vocabularies: Sequence[str]) -> dict[str, bytes]:
     names = (*vocabularies, *SIDE_FILES)
     files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     if IDS not in files and (folder / "config.json").is_file():
-        config = json_object({"config.json": (folder / "config.json").read_bytes()}, "config.json", str(folder))
+        config = json_object(
+            {"config.json": (folder / "config.json").read_bytes()}, "config.json", str(folder)
+        )
         if config.get("eos_token_id") is not None:
             files[IDS] = json.dumps({"eos_token_id": config["eos_token_id"]}).encode()
     return files
@@ -114,7 +124,9 @@ def _default(given: Any) -> Any:
     """The template called "default" of several: a list of {"name", "template"}, or an object by name."""
     if isinstance(given, list):
         entries = [entry for entry in given if isinstance(entry, Mapping)]
-        return next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
+        return next(
+            (entry.get("template") for entry in entries if entry.get("name") == "default"), None
+        )
     return given.get("default") if isinstance(given, Mapping) else given
 
 
@@ -130,11 +142,17 @@ def _text(content: bytes, place: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{place}: the chat template is not UTF-8 ({error}); copy the file again") from None
+        raise InputError(
+            f"{place}: the chat template is not UTF-8 ({error}); copy the file again"
+        ) from None
 
 
 def _spellings(source: Mapping[str, Any]) -> dict[str, str]:
-    found = {name: spelling(source.get(name)) for name in dict.fromkeys([*_ROLES, *source]) if name.endswith("_token")}
+    found = {
+        name: spelling(source.get(name))
+        for name in dict.fromkeys([*_ROLES, *source])
+        if name.endswith("_token")
+    }
     return {name: text for name, text in found.items() if text}
 
 

@@ -43,7 +43,12 @@ _O200K += rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_REST}"
 _LLAMA3 = "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id step_id "
 _LLAMA3 += "start_header_id end_header_id eom_id eot_id python_tag image"
 _LLAMA3_NAMES = [*_LLAMA3.split(), *(f"reserved_special_token_{i}" for i in range(2, 246))]
-_MORE = {"fim_prefix": 100_258, "fim_middle": 100_259, "fim_suffix": 100_260, "endofprompt": 100_276}
+_MORE = {
+    "fim_prefix": 100_258,
+    "fim_middle": 100_259,
+    "fim_suffix": 100_260,
+    "endofprompt": 100_276,
+}
 
 # A rank file says neither how it splits text nor its special tokens: name -> (pattern, ranks, special tokens).
 _RANKS: dict[str, tuple[str, int, dict[str, int]]] = {
@@ -52,7 +57,11 @@ _RANKS: dict[str, tuple[str, int, dict[str, int]]] = {
     "o200k_base": (_O200K, 199_998, {"endoftext": 199_999, "endofprompt": 200_018}),
     "llama3": (_CL100K, 128_000, {name: 128_000 + i for i, name in enumerate(_LLAMA3_NAMES)}),
 }
-_ROLES = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|finetune_right_pad_id|>"}
+_ROLES = {
+    "bos_token": "<|begin_of_text|>",
+    "eos_token": "<|end_of_text|>",
+    "pad_token": "<|finetune_right_pad_id|>",
+}
 _VOCABULARIES = ("tokenizer.json", *(f"{kind}.tiktoken" for kind in _RANKS), "tokenizer.model")
 
 
@@ -67,7 +76,9 @@ def load_tokenizer(directory: Any) -> Tokenizer:
     if (record := folder / PretrainedTokenizer.record).exists():
         recorded = json_object({record.name: record.read_bytes()}, record.name, str(folder))
         if tokenizer.fingerprint != recorded.get("sha256"):
-            raise InputError(f"{folder}: are not the files that were saved (sha256 differs); import the model again")
+            raise InputError(
+                f"{folder}: are not the files that were saved (sha256 differs); import the model again"
+            )
     return tokenizer
 
 
@@ -93,13 +104,17 @@ class PretrainedTokenizer(Tokenizer):
         try:
             self._read(files)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{origin}: the tokenizer's files are damaged ({error!r:.120}); copy them again") from None
+            raise InputError(
+                f"{origin}: the tokenizer's files are damaged ({error!r:.120}); copy them again"
+            ) from None
 
     def _read(self, files: Mapping[str, bytes]) -> None:
         config = json_object(files, "tokenizer_config.json", self._origin)
         special_map = json_object(files, "special_tokens_map.json", self._origin)
         backend = _backend(files, config, self._origin)
-        named = (backend.named if backend else {}) | tokenizer_files.named_tokens(config, special_map)
+        named = (backend.named if backend else {}) | tokenizer_files.named_tokens(
+            config, special_map
+        )
         self._read_template(files, config, named)
         if backend is None:
             scaffold = "".join(self._written("user", "assistant", "user"))
@@ -111,7 +126,9 @@ class PretrainedTokenizer(Tokenizer):
         self._read_ends([named.get("eos_token", ""), *ends], files)
         self._read_beginning(named, config.get("add_bos_token") is True)
 
-    def _read_template(self, files: Mapping[str, bytes], config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    def _read_template(
+        self, files: Mapping[str, bytes], config: Mapping[str, Any], named: Mapping[str, str]
+    ) -> None:
         """Without a chat template, or with a broken one, everything but chats works."""
         self._template, self.chat_refusal = None, ""
         try:
@@ -122,7 +139,11 @@ class PretrainedTokenizer(Tokenizer):
 
     def _read_controls(self, backend: "_JsonBackend | _Backend") -> None:
         self._backend = backend
-        self.controls, self._bytes, self.dummy_prefix = backend.controls, backend.bytes, backend.dummy_prefix
+        self.controls, self._bytes, self.dummy_prefix = (
+            backend.controls,
+            backend.bytes,
+            backend.dummy_prefix,
+        )
         self.vocab_size = len(self._bytes)
         begun = {text[:i] for text in self.controls for i in range(1, len(text))}
         self._spellings = re.compile(f"({_any_of(self.controls)})")
@@ -135,7 +156,9 @@ class PretrainedTokenizer(Tokenizer):
         ends += tokenizer_files.end_ids(files, self._origin)
         if (eos := next((token for token in ends if token < self.vocab_size), None)) is None:
             mend = 'name one of its special tokens as "eos_token" in tokenizer_config.json'
-            raise InputError(f"{self._origin}: the tokenizer's files name no end-of-text token; {mend}")
+            raise InputError(
+                f"{self._origin}: the tokenizer's files name no end-of-text token; {mend}"
+            )
         self.eos_id = eos
         # The end of turn is the first control token behind the assistant's text.
         found = self._spellings.search("".join(self._written("user", "assistant")[-1:]))
@@ -151,7 +174,9 @@ class PretrainedTokenizer(Tokenizer):
         if isinstance(self._backend, _JsonBackend):
             self.begin_ids = self._backend.begin_ids
         if max(self.begin_ids, default=0) >= self.vocab_size:
-            raise ValueError(f"the post-processor begins a text with {max(self.begin_ids)}, which is no token's id")
+            raise ValueError(
+                f"the post-processor begins a text with {max(self.begin_ids)}, which is no token's id"
+            )
 
     def _written(self, *roles: str) -> list[str]:
         """What the template writes before, between and behind messages of these roles; nothing where it refuses."""
@@ -173,7 +198,12 @@ class PretrainedTokenizer(Tokenizer):
         return self._backend.batch(texts, num_threads)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False, parse_special: bool = False, **inputs: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        reply: bool = False,
+        parse_special: bool = False,
+        **inputs: Any,
     ) -> tuple[list[int], list[bool]]:
         """Token ids [T] of a conversation in the model's own template, and where the assistant speaks [T].
 
@@ -188,8 +218,12 @@ class PretrainedTokenizer(Tokenizer):
         safe = inputs if parse_special else self._veiled(inputs)
         text, spans = self._template.render(**safe, reply=reply)
         if safe != inputs and _unveiled(text) != self._template.render(**inputs, reply=reply)[0]:
-            raise InputError(f"{self._origin}: the chat template reads control tokens inside of messages; remove them")
-        ends = [m.span() for m in self._spellings.finditer(text) if self.controls[m[0]] in self.stop_ids]
+            raise InputError(
+                f"{self._origin}: the chat template reads control tokens inside of messages; remove them"
+            )
+        ends = [
+            m.span() for m in self._spellings.finditer(text) if self.controls[m[0]] in self.stop_ids
+        ]
         if spans:
             spans = [(start, max([end, *(e for b, e in ends if b == end)])) for start, end in spans]
         else:
@@ -197,13 +231,17 @@ class PretrainedTokenizer(Tokenizer):
         check_unicode([marked := self._marked(text)])
         ids, offsets = self._backend.spans(marked)
         if not ids:
-            raise InputError(f"{self._origin}: the chat template writes nothing for this conversation; mend it")
+            raise InputError(
+                f"{self._origin}: the chat template writes nothing for this conversation; mend it"
+            )
         mask = np.zeros(len(ids), bool)
         for span in spans:
             start, end = (len(self._marked(text[:place])) for place in span)
             mask |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
         if not mask.any() and any(m["role"] == "assistant" for m in messages):
-            raise InputError(f"{self._origin}: the chat template shows nothing that the assistant says; mend it")
+            raise InputError(
+                f"{self._origin}: the chat template shows nothing that the assistant says; mend it"
+            )
         return ids, mask.tolist()
 
     def _veiled(self, value: Any) -> Any:
@@ -212,7 +250,11 @@ class PretrainedTokenizer(Tokenizer):
             return {self._veiled(k): self._veiled(v) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [self._veiled(v) for v in value]
-        return self._dangers.sub(lambda m: _hidden("v", m[0]), value) if isinstance(value, str) else value
+        return (
+            self._dangers.sub(lambda m: _hidden("v", m[0]), value)
+            if isinstance(value, str)
+            else value
+        )
 
     def _marked(self, text: str) -> str:
         """The text with marks for the control tokens that it spells, unveiled."""
@@ -243,7 +285,9 @@ class _JsonBackend:
                 token["single_word"] = False  # else a mark beside a letter were text
         # The library knows control tokens as their marks only: no text spells one, and a conversation is one text.
         if not isinstance(vocabulary := model.get("vocab", {}), dict):
-            raise InputError(f"{origin}/tokenizer.json: only BPE and SentencePiece vocabularies are supported")
+            raise InputError(
+                f"{origin}/tokenizer.json: only BPE and SentencePiece vocabularies are supported"
+            )
         model["vocab"] = {marks.get(text, text): token for text, token in vocabulary.items()}
         spec |= {"truncation": None, "padding": None}
         model["unk_token"] = marks.get(model.get("unk_token"), model.get("unk_token"))
@@ -251,18 +295,28 @@ class _JsonBackend:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
         except Exception as error:  # the library raises no other
             reason = f"{error}".replace("\n", " ")[:120]
-            raise InputError(f"{origin}/tokenizer.json: no tokenizer ({reason}); copy the file again") from None
-        self.controls: dict[str, int] = {text: self._tokenizer.token_to_id(mark) for text, mark in marks.items()}  # type: ignore[assignment]
+            raise InputError(
+                f"{origin}/tokenizer.json: no tokenizer ({reason}); copy the file again"
+            ) from None
+        self.controls: dict[str, int] = {
+            text: self._tokenizer.token_to_id(mark) for text, mark in marks.items()
+        }  # type: ignore[assignment]
         self.begin_ids = _beginning(spec.get("post_processor"))
-        self._find_bytes(spec.get("decoder") or {"type": None}, {token["content"] for token in added}, origin)
+        self._find_bytes(
+            spec.get("decoder") or {"type": None}, {token["content"] for token in added}, origin
+        )
 
     def _find_bytes(self, decoder: Mapping[str, Any], added: Collection[str], origin: str) -> None:
         parts = decoder.get("decoders", [decoder])
         kinds = {part["type"] for part in parts}
         if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
-            raise InputError(f"{origin}/tokenizer.json: a decoder of {kinds}; byte-level and SentencePiece's are known")
+            raise InputError(
+                f"{origin}/tokenizer.json: a decoder of {kinds}; byte-level and SentencePiece's are known"
+            )
         # What takes a space away at the beginning: Strip with a start, Metaspace unless it never puts one there.
-        self.dummy_prefix = any(p.get("start") or p.get("prepend_scheme", "never") != "never" for p in parts)
+        self.dummy_prefix = any(
+            p.get("start") or p.get("prepend_scheme", "never") != "never" for p in parts
+        )
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.bytes = [b""] * (1 + max(vocabulary.values(), default=-1))
         for text, token in vocabulary.items():
@@ -273,30 +327,46 @@ class _JsonBackend:
                 self.bytes[token] = bytes(_ALPHABET[c] for c in text) if spelled else text.encode()
             else:
                 byte = re.fullmatch("<0x([0-9A-F]{2})>", text)
-                self.bytes[token] = bytes.fromhex(byte[1]) if byte else text.replace("\u2581", " ").encode()
+                self.bytes[token] = (
+                    bytes.fromhex(byte[1]) if byte else text.replace("\u2581", " ").encode()
+                )
 
     def batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
-        size = 1 if num_threads == 1 else max(1, len(texts))  # the library uses all cores for what it gets at once
+        size = (
+            1 if num_threads == 1 else max(1, len(texts))
+        )  # the library uses all cores for what it gets at once
         some = (texts[i : i + size] for i in range(0, len(texts), size))
-        return [e.ids for t in some for e in self._tokenizer.encode_batch_fast(list(t), add_special_tokens=False)]
+        return [
+            e.ids
+            for t in some
+            for e in self._tokenizer.encode_batch_fast(list(t), add_special_tokens=False)
+        ]
 
     def spans(self, marked: str) -> tuple[list[int], np.ndarray]:
         encoding = self._tokenizer.encode(marked, add_special_tokens=False)
         return encoding.ids, np.array(encoding.offsets, int).reshape(-1, 2)
 
 
-def _promoted(model: Mapping[str, Any], added: Sequence[Mapping[str, Any]], special: Collection[str]) -> list[Any]:
+def _promoted(
+    model: Mapping[str, Any], added: Sequence[Mapping[str, Any]], special: Collection[str]
+) -> list[Any]:
     """Special tokens that are in the vocabulary only, as entries of added_tokens."""
     known, vocabulary = {token["content"] for token in added}, model.get("vocab", {})
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    found = [text for text in special if text not in known and isinstance(vocabulary, dict) and text in vocabulary]
+    found = [
+        text
+        for text in special
+        if text not in known and isinstance(vocabulary, dict) and text in vocabulary
+    ]
     return [{"id": vocabulary[text], "content": text, **flags, "special": True} for text in found]
 
 
 def _beginning(post_processor: Any) -> tuple[int, ...]:
     """The ids that a post-processor of tokenizer.json puts before a text."""
     model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
-    one_word = tokenizers.Tokenizer.from_str(json.dumps({"model": model, "post_processor": post_processor}))
+    one_word = tokenizers.Tokenizer.from_str(
+        json.dumps({"model": model, "post_processor": post_processor})
+    )
     encoding = one_word.encode("a")
     return tuple(encoding.ids[: encoding.special_tokens_mask.index(0)])
 
@@ -313,9 +383,17 @@ class _Backend:
 
     dummy_prefix = False
 
-    def __init__(self, named: Mapping[str, str], controls: Mapping[str, int], tokens: Sequence[bytes], config: Any):
+    def __init__(
+        self,
+        named: Mapping[str, str],
+        controls: Mapping[str, int],
+        tokens: Sequence[bytes],
+        config: Any,
+    ):
         self.named, self.controls, self.bytes = dict(named), dict(controls), list(tokens)
-        for token, record in config.get("added_tokens_decoder", {}).items():  # further ones, beyond the vocabulary
+        for token, record in config.get(
+            "added_tokens_decoder", {}
+        ).items():  # further ones, beyond the vocabulary
             self.bytes += [b""] * (int(token) + 1 - len(self.bytes))
             if not self.bytes[int(token)]:
                 self.controls[spelling(record)] = int(token)
@@ -352,8 +430,15 @@ def _of_pieces(model: bytes, config: Mapping[str, Any], origin: str) -> _Backend
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError:
-        raise InputError(f"{origin}/tokenizer.model: not a SentencePiece model; copy the file again") from None
-    ids = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "pad_token": sp.pad_id(), "unk_token": sp.unk_id()}
+        raise InputError(
+            f"{origin}/tokenizer.model: not a SentencePiece model; copy the file again"
+        ) from None
+    ids = {
+        "bos_token": sp.bos_id(),
+        "eos_token": sp.eos_id(),
+        "pad_token": sp.pad_id(),
+        "unk_token": sp.unk_id(),
+    }
     named = {name: sp.id_to_piece(token) for name, token in ids.items() if token >= 0}
     every = range(sp.vocab_size())
     controls = {sp.id_to_piece(i): i for i in every if sp.is_control(i) or sp.is_unknown(i)}
@@ -361,14 +446,19 @@ def _of_pieces(model: bytes, config: Mapping[str, Any], origin: str) -> _Backend
     def part(text: str) -> tuple[list[int], Sequence[Span]]:
         found = sp.encode_as_offset_mapping(text)
         offsets = list(found["offsets"])
-        for i in range(len(offsets) - 2, -1, -1):  # all but the last byte token of a character come without a width
+        for i in range(
+            len(offsets) - 2, -1, -1
+        ):  # all but the last byte token of a character come without a width
             if offsets[i][0] == offsets[i][1] == offsets[i + 1][0]:
                 offsets[i] = offsets[i + 1]
         return list(found["ids"]), offsets
 
     backend = _Backend(named, controls, [piece_bytes(sp, i) for i in every], config)
     backend.dummy_prefix = "".join(sp.id_to_piece(sp.encode("a")))[:1] == "\u2581"
-    backend.batch, backend.part = lambda texts, threads: sp.encode(list(texts), num_threads=threads), part
+    backend.batch, backend.part = (
+        lambda texts, threads: sp.encode(list(texts), num_threads=threads),
+        part,
+    )
     return backend
 
 
@@ -382,10 +472,14 @@ def _of_ranks(name: str, data: bytes, config: Mapping[str, Any], origin: str) ->
     except ValueError:
         ranks = {}
     if sorted(ranks.values()) != list(range(count)):
-        raise InputError(f"{origin}/{name}: damaged, or not the {count:,} ranks of {kind}; copy the file again")
+        raise InputError(
+            f"{origin}/{name}: damaged, or not the {count:,} ranks of {kind}; copy the file again"
+        )
     named = _ROLES if kind == "llama3" else {"eos_token": "<|endoftext|>"}
     special = {f"<|{token}|>": i for token, i in names.items()}
-    encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    encoding = tiktoken.Encoding(
+        kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+    )
     tokens = [*sorted(ranks, key=ranks.__getitem__)] + [b""] * (1 + max(names.values()) - count)
 
     def part(text: str) -> tuple[list[int], Sequence[Span]]:
@@ -396,7 +490,9 @@ def _of_ranks(name: str, data: bytes, config: Mapping[str, Any], origin: str) ->
 
     backend = _Backend(named, special, tokens, config)
     encode = encoding.encode_ordinary_batch
-    backend.batch = lambda texts, threads: encode(list(texts), num_threads=threads if threads > 0 else 8)
+    backend.batch = lambda texts, threads: encode(
+        list(texts), num_threads=threads if threads > 0 else 8
+    )
     backend.part = part
     return backend
 

@@ -20,7 +20,9 @@ from jaxllm.config import InputError
 PAD, BOS, EOS, UNK = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 MAX_VOCAB_SIZE = 262_144
-RULE_OF_THUMB = 1000  # tokens are about 750 English words or 500 Chinese characters, as publishers say
+RULE_OF_THUMB = (
+    1000  # tokens are about 750 English words or 500 Chinese characters, as publishers say
+)
 _SPACE = "\u2581"  # SentencePiece writes a space as this character, and would read it back as one
 _MAX_SENTENCE_BYTES = 4096
 
@@ -34,15 +36,21 @@ class Tokenizer:
 
     kind, record = "sentencepiece", "tokenizer.json"
     chat_refusal = ""  # why there are no conversations, empty where there are
-    dummy_prefix = False  # whether every text is encoded with a space before it, which decoding takes away
+    dummy_prefix = (
+        False  # whether every text is encoded with a space before it, which decoding takes away
+    )
 
     def __init__(self, model: bytes):
         self.model, self._files = model, {"tokenizer.model": model}
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._sp.vocab_size()
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        self.pad_id, self.bos_id, self.eos_id, self.end_id = map(self._sp.piece_to_id, (PAD, BOS, EOS, END))
-        self.begin_ids: tuple[int, ...] = (self.bos_id,)  # what every text begins with; nothing in some models
+        self.pad_id, self.bos_id, self.eos_id, self.end_id = map(
+            self._sp.piece_to_id, (PAD, BOS, EOS, END)
+        )
+        self.begin_ids: tuple[int, ...] = (
+            self.bos_id,
+        )  # what every text begins with; nothing in some models
         roles = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
         self.role_ids = {role: self._sp.piece_to_id(piece) for role, piece in roles.items()}
         self.stop_ids = (self.end_id, self.eos_id)
@@ -61,7 +69,9 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
         """`encode` of many texts, in as many threads (-1: all cores)."""
         check_unicode(texts)
-        encoded = self._sp.encode([text.replace(_SPACE, "") for text in texts], num_threads=num_threads)
+        encoded = self._sp.encode(
+            [text.replace(_SPACE, "") for text in texts], num_threads=num_threads
+        )
         for i, text in enumerate(texts):
             if _SPACE in text:
                 parts = [self._sp.encode(part) for part in text.split(_SPACE)]
@@ -71,7 +81,9 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special ones are skipped, invalid UTF-8 becomes U+FFFD."""
         data = b"".join(map(self.token_bytes, ids))
-        return data.removeprefix(b" " if self.dummy_prefix else b"").decode("utf-8", errors="replace")
+        return data.removeprefix(b" " if self.dummy_prefix else b"").decode(
+            "utf-8", errors="replace"
+        )
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes one token stands for; none for special tokens and for the padding of a model's vocabulary."""
@@ -119,7 +131,12 @@ class Tokenizer:
 
     def save(self, directory: Any, settings: Mapping[str, Any] | None = None) -> None:
         """Write the model's files and a record of them into a new directory, all at once; an older one is replaced."""
-        record = {"type": self.kind, "vocab_size": self.vocab_size, "sha256": self.fingerprint, **(settings or {})}
+        record = {
+            "type": self.kind,
+            "vocab_size": self.vocab_size,
+            "sha256": self.fingerprint,
+            **(settings or {}),
+        }
         target = Path(directory)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tokenizer-") as partial:
@@ -144,9 +161,13 @@ class Tokenizer:
             raise InputError(f"{error.filename}: no such tokenizer; {mend}") from None
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise InputError(f"{path}: damaged tokenizer ({reason}); run the tokenizer stage again") from None
+            raise InputError(
+                f"{path}: damaged tokenizer ({reason}); run the tokenizer stage again"
+            ) from None
         if tokenizer.fingerprint != recorded:
-            raise InputError(f"{path}: is not the file that was saved (sha256 differs); run the tokenizer stage again")
+            raise InputError(
+                f"{path}: is not the file that was saved (sha256 differs); run the tokenizer stage again"
+            )
         return tokenizer
 
 
@@ -155,7 +176,9 @@ def piece_bytes(sp: sentencepiece.SentencePieceProcessor, token: int) -> bytes:
     if sp.is_control(token) or sp.is_unknown(token):
         return b""
     piece = sp.id_to_piece(token)
-    return bytes([int(piece[3:5], 16)]) if sp.is_byte(token) else piece.replace(_SPACE, " ").encode()
+    return (
+        bytes([int(piece[3:5], 16)]) if sp.is_byte(token) else piece.replace(_SPACE, " ").encode()
+    )
 
 
 def check_unicode(texts: Iterable[str]) -> None:
@@ -163,7 +186,9 @@ def check_unicode(texts: Iterable[str]) -> None:
         for text in texts:
             text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"text: not valid Unicode ({error}); repair the source's encoding") from None
+        raise InputError(
+            f"text: not valid Unicode ({error}); repair the source's encoding"
+        ) from None
 
 
 class StreamDecoder:
@@ -185,7 +210,12 @@ class StreamDecoder:
 
 
 def train(
-    texts: Iterator[str], *, vocab_size: int, model_type: str, character_coverage: float, num_threads: int
+    texts: Iterator[str],
+    *,
+    vocab_size: int,
+    model_type: str,
+    character_coverage: float,
+    num_threads: int,
 ) -> Tokenizer:
     """Train a SentencePiece BPE or unigram model (Kudo and Richardson 2018); deterministic in texts and settings.
 
@@ -253,8 +283,13 @@ def compression(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, float |
         elif han > letters:
             chinese += (tokens, han)
     names = ("bytes_per_token", "characters_per_token", "words_per_token")
-    measured: dict[str, float | None] = dict(zip(names, (total[:3] / max(total[3], 1)).tolist(), strict=True))
-    for name, count, (tokens, unit) in (("750_english_words", 750, english), ("500_chinese_characters", 500, chinese)):
+    measured: dict[str, float | None] = dict(
+        zip(names, (total[:3] / max(total[3], 1)).tolist(), strict=True)
+    )
+    for name, count, (tokens, unit) in (
+        ("750_english_words", 750, english),
+        ("500_chinese_characters", 500, chinese),
+    ):
         measured[f"tokens_per_{name}"] = count * float(tokens) / float(unit) if unit else None
     return measured
 

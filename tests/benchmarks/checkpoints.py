@@ -47,11 +47,19 @@ class Peak(threading.Thread):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    for name, default in (("layers", 12), ("width", 768), ("batch", 8), ("length", 512), ("vocab", 32768)):
+    for name, default in (
+        ("layers", 12),
+        ("width", 768),
+        ("batch", 8),
+        ("length", 512),
+        ("vocab", 32768),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     set_cpu_devices(0)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))  # each device has a part: the state is in memory once
+    mesh = make_mesh(
+        MeshConfig(data=1, fsdp=-1)
+    )  # each device has a part: the state is in memory once
     model = ModelConfig(
         vocab_size=args.vocab, max_length=args.length, num_layers=args.layers, embed_dim=args.width,
         num_heads=args.width // 64, mlp_dim=args.width * 4 * 2 // 3 // 64 * 64,
@@ -59,10 +67,18 @@ def main() -> None:
     tx = make_optimizer(OptimConfig(), 100)
     placed = train.state_layout(mesh, transformer.abstract(model), transformer.axes(model), tx)
     ones = jnp.ones((args.batch, args.length), jnp.int32)
-    batch = {"tokens": ones, "segment_ids": ones, "positions": jnp.cumsum(ones, 1) - 1, "loss_mask": ones > 0}
+    batch = {
+        "tokens": ones,
+        "segment_ids": ones,
+        "positions": jnp.cumsum(ones, 1) - 1,
+        "loss_mask": ones > 0,
+    }
     batch = {name: jax.device_put(x, activation(mesh, "batch", None)) for name, x in batch.items()}
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as directory:
-        make = jax.jit(lambda: transformer.init(model, jax.random.key(0)), out_shardings=placed.shardings.params)
+        make = jax.jit(
+            lambda: transformer.init(model, jax.random.key(0)),
+            out_shardings=placed.shardings.params,
+        )
         state = placed.init(make())
         step = train.make_step(
             lambda p, b, key, base: loss(p, b, key, base, model=model, z_loss_coef=0.0), tx,
@@ -94,9 +110,9 @@ def main() -> None:
         digest.digests(state)
         digested = time.perf_counter() - began
         began = time.perf_counter()
-        restored, _ = checkpoint.Checkpoints(directory, checkpoint.CheckpointConfig()).restore_or_init(
-            placed.abstract, dict
-        )
+        restored, _ = checkpoint.Checkpoints(
+            directory, checkpoint.CheckpointConfig()
+        ).restore_or_init(placed.abstract, dict)
         restore_seconds = time.perf_counter() - began
         for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=False):
             assert np.shape(a) == np.shape(b)
@@ -109,7 +125,9 @@ def main() -> None:
         print(
             f"step {number} saves: {times[number] / quiet:.3f} of a step (blocked {blocked[number]:.2f} s); next {after}"
         )
-    print(f"memory: {without / size:.2f} states before a save, {save_peak.most / size:.2f} with saves")
+    print(
+        f"memory: {without / size:.2f} states before a save, {save_peak.most / size:.2f} with saves"
+    )
     print(
         f"digest of the state {digested:.2f} s; restore with all checks {restore_seconds:.2f} s; last wait {waited:.2f} s"
     )

@@ -51,22 +51,34 @@ def made_up(folder: Path, model: ModelConfig, shards: int) -> tuple[int, int]:
     largest, rng = 0, np.random.default_rng(0)
     for i in range(shards):
         part = {
-            name: rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16) for name, shape in shapes[i::shards]
+            name: rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+            for name, shape in shapes[i::shards]
         }
-        safetensors.numpy.save_file(part, folder / f"model-{i}.safetensors", metadata={"format": "pt"})
+        safetensors.numpy.save_file(
+            part, folder / f"model-{i}.safetensors", metadata={"format": "pt"}
+        )
         largest = max(largest, sum(value.nbytes for value in part.values()))
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     return largest, max(2 * int(np.prod(shape)) for _, shape in shapes)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--shards", type=int, default=5)
     args = parser.parse_args()
-    shape = {"num_heads": args.width // 64, "mlp_dim": 4 * args.width, "tie_embeddings": False, "dtype": "bfloat16"}
-    model = ModelConfig(vocab_size=32_000, num_layers=args.layers, embed_dim=args.width, num_kv_heads=8, **shape)
+    shape = {
+        "num_heads": args.width // 64,
+        "mlp_dim": 4 * args.width,
+        "tie_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    model = ModelConfig(
+        vocab_size=32_000, num_layers=args.layers, embed_dim=args.width, num_kv_heads=8, **shape
+    )
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         (root / "in").mkdir()
@@ -75,9 +87,15 @@ def main() -> None:
         print(
             f"{count:,} parameters, {2 * count / 1e9:.2f} GB; largest file {shard / 1e9:.2f} GB, tensor {tensor / 1e9:.2f} GB"
         )
-        for what, source, out in (("import", "in", "stage"), ("export", "stage", "out"), ("load", "stage", "")):
+        for what, source, out in (
+            ("import", "in", "stage"),
+            ("export", "stage", "out"),
+            ("load", "stage", ""),
+        ):
             command = [sys.executable, "-c", CHILD, what, str(root / source), str(root / out)]
-            peak, seconds = map(float, subprocess.check_output(command, text=True).split("\n")[-2].split())
+            peak, seconds = map(
+                float, subprocess.check_output(command, text=True).split("\n")[-2].split()
+            )
             held = 4.0 * count if what == "load" else 0.0
             rest = f" beyond the {held / 1e9:.2f} GB of parameters" if held else ""
             print(
@@ -85,10 +103,14 @@ def main() -> None:
                 f"{(peak - held) / tensor:.1f} of the largest tensor; {seconds:.1f} s"
             )
         same = lambda folder: {
-            k: v for f in sorted(folder.glob("*.safetensors")) for k, v in safetensors.numpy.load_file(f).items()
+            k: v
+            for f in sorted(folder.glob("*.safetensors"))
+            for k, v in safetensors.numpy.load_file(f).items()
         }
         ours, theirs = same(root / "out"), same(root / "in")
-        equal = ours.keys() == theirs.keys() and all(ours[k].tobytes() == theirs[k].tobytes() for k in theirs)
+        equal = ours.keys() == theirs.keys() and all(
+            ours[k].tobytes() == theirs[k].tobytes() for k in theirs
+        )
         print(f"export(import(x)) has the bytes of x: {equal}")
 
 

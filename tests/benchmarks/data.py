@@ -74,9 +74,18 @@ def main() -> None:
     for megabytes in args.megabytes:
         with tempfile.TemporaryDirectory() as folder:
             size = write_corpus(Path(folder), megabytes)
-            found = run(PREPARE, folder) | run(f"    LENGTH, BATCH, STEPS = {LENGTH}, {BATCH}, {STEPS}" + DRAW, folder)
+            found = run(PREPARE, folder) | run(
+                f"    LENGTH, BATCH, STEPS = {LENGTH}, {BATCH}, {STEPS}" + DRAW, folder
+            )
             again = run(PREPARE, folder)["seconds"]
-            lines.append({"MB": size / 1e6, "MB/s": size / 1e6 / found["seconds"], **found, "open_seconds": again})
+            lines.append(
+                {
+                    "MB": size / 1e6,
+                    "MB/s": size / 1e6 / found["seconds"],
+                    **found,
+                    "open_seconds": again,
+                }
+            )
             print(json.dumps({k: round(v, 2) for k, v in lines[-1].items()}), flush=True)
     if args.padding:
         print(json.dumps(padding(args.padding)))
@@ -85,7 +94,12 @@ def main() -> None:
 def write_corpus(folder: Path, megabytes: int) -> int:
     """Lines of words by Zipf's law, 5% of them repeated; and a tokenizer trained on the first."""
     rng, draw = random.Random(0), np.random.default_rng(0)
-    words = np.array(["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(20_000)])
+    words = np.array(
+        [
+            "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9)))
+            for _ in range(20_000)
+        ]
+    )
     share = 1 / np.arange(1, len(words) + 1)
     first = []
     with open(folder / "corpus.txt", "w") as file:
@@ -94,7 +108,12 @@ def write_corpus(folder: Path, megabytes: int) -> int:
             block = [" ".join(line) for line in picked]
             first = first or block
             file.write("\n".join([*block, *first[:1000]]) + "\n")
-    settings = {"vocab_size": 4096, "model_type": "bpe", "character_coverage": 1.0, "num_threads": 2}
+    settings = {
+        "vocab_size": 4096,
+        "model_type": "bpe",
+        "character_coverage": 1.0,
+        "num_threads": 2,
+    }
     tokenizers.train(iter(first[:10_000]), **settings).save(folder / "tokenizer")
     return (folder / "corpus.txt").stat().st_size
 
@@ -104,7 +123,9 @@ def run(script: str, folder: str) -> dict[str, float]:
     path.write_text(COMMON + script)
     root = str(Path(__file__).parents[2])
     env = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
-    out = subprocess.run([sys.executable, str(path), folder], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, str(path), folder], env=env, stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(out.stdout.splitlines()[-1])
 
 
@@ -116,15 +137,28 @@ def padding(config_path: str) -> dict[str, float]:
 
     config = with_defaults(load(Config, config_path))
     began = time.monotonic()
-    texts, _ = sample_texts(load_texts(config.tokenizer.data, "train"), config.tokenizer.sample_bytes, 0)
-    fields = {name: getattr(config.tokenizer, name) for name in ("vocab_size", "model_type", "character_coverage")}
+    texts, _ = sample_texts(
+        load_texts(config.tokenizer.data, "train"), config.tokenizer.sample_bytes, 0
+    )
+    fields = {
+        name: getattr(config.tokenizer, name)
+        for name in ("vocab_size", "model_type", "character_coverage")
+    }
     tokenizer = tokenizers.train(iter(texts), **fields, num_threads=2)
     with tempfile.TemporaryDirectory() as folder:
         length = config.sft.length or config.model.max_length
         mixture = load_rows(config.sft.data, "chat", "train", tokenizer, length, folder)
-        used = sum(int((rows.row(i)["segment_ids"] > 0).sum()) for rows, _ in mixture for i in range(rows.num_rows))
+        used = sum(
+            int((rows.row(i)["segment_ids"] > 0).sum())
+            for rows, _ in mixture
+            for i in range(rows.num_rows)
+        )
         total = length * sum(rows.num_rows for rows, _ in mixture)
-    return {"rows": total // length, "padding": 1 - used / total, "seconds": time.monotonic() - began}
+    return {
+        "rows": total // length,
+        "padding": 1 - used / total,
+        "seconds": time.monotonic() - began,
+    }
 
 
 if __name__ == "__main__":

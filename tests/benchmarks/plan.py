@@ -57,10 +57,16 @@ def timed(command: list[str]) -> tuple[str, float, float]:
     """(all output, seconds, peak memory in GB) of a command."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     began = time.monotonic()
-    done = subprocess.run(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
+    done = subprocess.run(
+        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
-    return done.stdout, time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    return (
+        done.stdout,
+        time.monotonic() - began,
+        resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6,
+    )
 
 
 def planned(config: str, over: dict[str, Any], topology: str, *more: str) -> dict[str, Any]:
@@ -68,7 +74,17 @@ def planned(config: str, over: dict[str, Any], topology: str, *more: str) -> dic
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         json.dump({"extends": f"{ROOT}/configs/{config}.yaml", **over}, file)  # JSON is YAML
         file.flush()
-        command = [sys.executable, "-m", "jaxllm", "plan", file.name, "--topology", topology, "--json", *more]
+        command = [
+            sys.executable,
+            "-m",
+            "jaxllm",
+            "plan",
+            file.name,
+            "--topology",
+            topology,
+            "--json",
+            *more,
+        ]
         out, seconds, memory = timed(command)
     report = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
     if not report["fits"]:
@@ -81,28 +97,61 @@ def ours(row: Row) -> dict[str, Any]:
     section = {"batch_size": row.per_device * devices, "length": row.length}
     report = planned(row.config, {"pretrain": section}, row.topology)
     sizes = (report["temp_bytes_per_device"] / 1e9, report["argument_bytes_per_device"] / 1e9)
-    return {"temporaries": sizes[0], "arguments": sizes[1], "seconds": report["seconds"], "memory": report["memory"]}
+    return {
+        "temporaries": sizes[0],
+        "arguments": sizes[1],
+        "seconds": report["seconds"],
+        "memory": report["memory"],
+    }
 
 
 def theirs(row: Row, python: Path) -> dict[str, Any]:
     settings = {
-        **{"model_name": row.peer_model, "compile_topology": row.peer_topology, "compile_topology_num_slices": 1},
-        **{"per_device_batch_size": row.per_device, "max_target_length": row.length, "remat_policy": "full"},
-        **{"attention": "flash", "weight_dtype": "float32", "dtype": "bfloat16", "run_name": "compiled"},
-        **{"base_output_directory": "/tmp", "dataset_type": "synthetic", "enable_checkpointing": False},
+        **{
+            "model_name": row.peer_model,
+            "compile_topology": row.peer_topology,
+            "compile_topology_num_slices": 1,
+        },
+        **{
+            "per_device_batch_size": row.per_device,
+            "max_target_length": row.length,
+            "remat_policy": "full",
+        },
+        **{
+            "attention": "flash",
+            "weight_dtype": "float32",
+            "dtype": "bfloat16",
+            "run_name": "compiled",
+        },
+        **{
+            "base_output_directory": "/tmp",
+            "dataset_type": "synthetic",
+            "enable_checkpointing": False,
+        },
     }
     module = "maxtext.trainers.pre_train.train_compile"
     find = "import maxtext, pathlib; print(pathlib.Path(maxtext.__file__).parent / 'configs' / 'base.yml')"
-    base = subprocess.run([python, "-c", find], text=True, capture_output=True, check=True).stdout.split()[-1]
-    out, seconds, memory = timed([str(python), "-m", module, base, *(f"{k}={v}" for k, v in settings.items())])
+    base = subprocess.run(
+        [python, "-c", find], text=True, capture_output=True, check=True
+    ).stdout.split()[-1]
+    out, seconds, memory = timed(
+        [str(python), "-m", module, base, *(f"{k}={v}" for k, v in settings.items())]
+    )
     size = lambda name: int(re.search(rf"{name}_size_in_bytes=(\d+)", out)[1]) / 1e9  # type: ignore[index]
-    return {"temporaries": size("temp"), "arguments": size("argument"), "seconds": seconds, "memory": memory}
+    return {
+        "temporaries": size("temp"),
+        "arguments": size("argument"),
+        "seconds": seconds,
+        "memory": memory,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=[*ROWS])
-    parser.add_argument("--peer", type=Path, help="Python of an environment with MaxText; by default one is made")
+    parser.add_argument(
+        "--peer", type=Path, help="Python of an environment with MaxText; by default one is made"
+    )
     args = parser.parse_args()
     python = args.peer or make_peer(Path(tempfile.gettempdir()) / "maxtext-0.2.5")
     print(
@@ -116,7 +165,9 @@ def main() -> None:
         sizes = f"{a['temporaries']:.2f} | {b['temporaries']:.2f} | {ratio['temporaries']:.2f} ({row.target})"
         state = f"{a['arguments']:.2f} | {b['arguments']:.2f}"
         times = f"{a['seconds']:.0f} | {b['seconds']:.0f} | {ratio['seconds']:.2f}"
-        print(f"| {name}, {row.per_device} x {row.length} | {sizes} | {state} | {times} |", flush=True)
+        print(
+            f"| {name}, {row.per_device} x {row.length} | {sizes} | {state} | {times} |", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,13 @@ from jaxllm.run import set_cpu_devices
 from jaxllm.sharding import MeshConfig, activation, make_mesh, replicated
 
 MODEL = ModelConfig(
-    vocab_size=8192, max_length=256, num_layers=6, embed_dim=384, num_heads=6, mlp_dim=1024, dtype="float32"
+    vocab_size=8192,
+    max_length=256,
+    num_layers=6,
+    embed_dim=384,
+    num_heads=6,
+    mlp_dim=1024,
+    dtype="float32",
 )
 NEW, ROUNDS = 128, 3
 
@@ -61,11 +67,17 @@ def peer_weights(params) -> dict[str, np.ndarray]:
     """Our parameters under the peer's names; its projections are [out, in]."""
     flat = lambda w, inputs: np.asarray(w).reshape(inputs, -1).T
     names = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
-    out = {"model.embed_tokens.weight": params["embed"]["tokens"], "model.norm.weight": params["norm"]["norm"]["scale"]}
+    out = {
+        "model.embed_tokens.weight": params["embed"]["tokens"],
+        "model.norm.weight": params["norm"]["norm"]["scale"],
+    }
     for i in range(MODEL.num_layers):
         layer = jax.tree.map(lambda x, i=i: np.asarray(x[i]), params["layers"])
         at = f"model.layers.{i}."
-        out |= {f"{at}self_attn.{n}.weight": flat(layer["attention"][ours], 384) for n, ours in names.items()}
+        out |= {
+            f"{at}self_attn.{n}.weight": flat(layer["attention"][ours], 384)
+            for n, ours in names.items()
+        }
         out[f"{at}self_attn.o_proj.weight"] = layer["attention"]["out"].reshape(-1, 384).T
         out |= {f"{at}mlp.{n}_proj.weight": layer["mlp"][n].T for n in ("gate", "up", "down")}
         out[f"{at}input_layernorm.weight"] = layer["attention_norm"]["scale"]
@@ -76,7 +88,9 @@ def peer_weights(params) -> dict[str, np.ndarray]:
 def ours(params, tokens, mask, mesh, dtype: str, temperature: float) -> tuple[np.ndarray, float]:
     """(tokens drawn, seconds of the fastest round)."""
     model = ModelConfig(**{**MODEL.__dict__, "dtype": dtype})
-    run = jitted(model, SamplingConfig(NEW, temperature), (8192,), 0, 1)  # 8192 is no token: nothing ends early
+    run = jitted(
+        model, SamplingConfig(NEW, temperature), (8192,), 0, 1
+    )  # 8192 is no token: nothing ends early
     place = lambda x: jax.device_put(x, activation(mesh, "batch", *[None] * (x.ndim - 1)))
     batch, index = (place(tokens), place(mask)), place(np.arange(len(tokens), dtype=np.int32))
     seconds, rollout = [], None
@@ -89,28 +103,49 @@ def ours(params, tokens, mask, mesh, dtype: str, temperature: float) -> tuple[np
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", default="", help="an interpreter with torch and transformers")
-    parser.add_argument("--devices", type=int, default=0, help="virtual CPU devices; 0: one per core")
+    parser.add_argument(
+        "--devices", type=int, default=0, help="virtual CPU devices; 0: one per core"
+    )
     args = parser.parse_args()
     set_cpu_devices(args.devices)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
-        params = jax.jit(lambda: transformer.init(MODEL, jax.random.key(0)), out_shardings=replicated(mesh))()
+        params = jax.jit(
+            lambda: transformer.init(MODEL, jax.random.key(0)), out_shardings=replicated(mesh)
+        )()
         rng = np.random.default_rng(0)
-        tokens, mask = left_pad([rng.integers(3, 8192, n).tolist() for n in rng.integers(8, 33, 64)], 32, 0)
+        tokens, mask = left_pad(
+            [rng.integers(3, 8192, n).tolist() for n in rng.integers(8, 33, 64)], 32, 0
+        )
         greedy, _ = ours(params, tokens, mask, mesh, "float32", 0.0)
-        speed = {d: 64 * NEW / ours(params, tokens, mask, mesh, d, 1.0)[1] for d in ("float32", "bfloat16")}
-        print(f"jaxllm: {speed['float32']:,.0f} new tokens/s in float32, {speed['bfloat16']:,.0f} in bfloat16")
+        speed = {
+            d: 64 * NEW / ours(params, tokens, mask, mesh, d, 1.0)[1]
+            for d in ("float32", "bfloat16")
+        }
+        print(
+            f"jaxllm: {speed['float32']:,.0f} new tokens/s in float32, {speed['bfloat16']:,.0f} in bfloat16"
+        )
         if not args.peer:
             return
         np.savez(f"{folder}/in.npz", tokens=tokens, mask=mask, **peer_weights(params))
         command = [args.peer, "-c", PEER, folder, str(len(jax.devices())), str(ROUNDS)]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        found = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[
+                -1
+            ]
+        )
         same = (np.load(Path(folder) / "greedy.npy") == greedy).mean()
         peer = 64 * NEW / found["seconds"]
-        print(f"transformers {found['transformers']} (torch {found['torch']}): {peer:,.0f} new tokens/s in float32")
-        print(f"ratio: {speed['float32'] / peer:.2f} in float32, {speed['bfloat16'] / peer:.2f} in bfloat16")
+        print(
+            f"transformers {found['transformers']} (torch {found['torch']}): {peer:,.0f} new tokens/s in float32"
+        )
+        print(
+            f"ratio: {speed['float32'] / peer:.2f} in float32, {speed['bfloat16'] / peer:.2f} in bfloat16"
+        )
         print(f"greedy tokens that are the same: {same:.1%}")
         if same < 0.99:
             sys.exit("the two do not compute the same")

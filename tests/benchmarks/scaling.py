@@ -16,8 +16,20 @@ from plan import planned
 
 from jaxllm.runtime.hardware import EFFICIENCY
 
-SLICES = {64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"}
-SHARDS, LENGTH, MICRO = 256, 8192, 4  # devices of a replica; tokens of a row; rows of a device in a microbatch, at most
+SLICES = {
+    64: "4x4x4",
+    128: "4x4x8",
+    256: "4x8x8",
+    512: "8x8x8",
+    1024: "8x8x16",
+    2048: "8x16x16",
+    4096: "16x16x16",
+}
+SHARDS, LENGTH, MICRO = (
+    256,
+    8192,
+    4,
+)  # devices of a replica; tokens of a row; rows of a device in a microbatch, at most
 ROWS = 512  # of a step in the strong series: with more chips than rows, several share a row
 JOINED = 256  # chips of a slice in the series of several slices
 
@@ -51,7 +63,9 @@ def main() -> None:
         chips, speed, mfu, low = [], [], [], []
         for count, slices, rows in points:
             found = report(count, slices, rows)
-            times = " | ".join(f"{found[f'{kind}_seconds']:.3g}" for kind in ("predicted_step", "ici", "dcn"))
+            times = " | ".join(
+                f"{found[f'{kind}_seconds']:.3g}" for kind in ("predicted_step", "ici", "dcn")
+            )
             rate, share = found["predicted_tokens_per_second"], found["predicted_mfu"]
             worst = share * found["predicted_step_seconds"] / bare(found)
             size = f"{found['total_bytes_per_device'] / 1e9:.1f}"
@@ -63,7 +77,11 @@ def main() -> None:
         rates.loglog(chips, speed, "o-", base=2, label=name)
         (line,) = mfus.semilogx(chips, mfu, "o-", base=2, label=name)
         mfus.semilogx(chips, low, "o:", base=2, color=line.get_color())
-    rates.set(xlabel="chips", ylabel="tokens/s, predicted", title="Llama 3 8B, 8,192 tokens a row, TPU v5p")
+    rates.set(
+        xlabel="chips",
+        ylabel="tokens/s, predicted",
+        title="Llama 3 8B, 8,192 tokens a row, TPU v5p",
+    )
     title = "dotted: nothing sent while anything is computed"
     mfus.set(xlabel="chips", ylabel="MFU, predicted", ylim=(0, 0.7), title=title)
     rates.legend()

@@ -29,8 +29,18 @@ ROWS = [
     Row("llama3_8b", "v5p:4x4x2", "reward"),
     Row("llama3_8b", "v5p:4x4x2", "ppo"),
     Row("llama3_70b", "v5p:4x8x8"),
-    Row("llama3_70b", "v5p:4x8x8", slices=2, more={"mesh": {"data": 2}, "pretrain": {"batch_size": 1024}}),
-    Row("llama3_70b", "v5p:4x8x8", slices=2, more={"mesh": {"pipeline": 2}, "pretrain": {"batch_size": 1024}}),
+    Row(
+        "llama3_70b",
+        "v5p:4x8x8",
+        slices=2,
+        more={"mesh": {"data": 2}, "pretrain": {"batch_size": 1024}},
+    ),
+    Row(
+        "llama3_70b",
+        "v5p:4x8x8",
+        slices=2,
+        more={"mesh": {"pipeline": 2}, "pretrain": {"batch_size": 1024}},
+    ),
     Row("llama31_405b", "v5p:8x8x8"),
     Row("llama31_405b", "tpu7x:4x8x8"),
     Row("mixtral_8x7b", "v5p:4x4x4"),
@@ -47,12 +57,16 @@ def main() -> None:
     for row in ROWS:
         if not any(text in str(row) for text in wanted):
             continue
-        found = planned(row.config, row.more, row.topology, "--stage", row.stage, "--slices", str(row.slices))
+        found = planned(
+            row.config, row.more, row.topology, "--stage", row.stage, "--slices", str(row.slices)
+        )
         more = f", {json.dumps(row.more)}" if row.more else ""
         where = row.topology + (f" x {row.slices}" if row.slices > 1 else "")
         mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
         names = ("state", "temp", "hbm")
-        sizes = [found.get(f"{n}_bytes_per_device", found.get(f"{n}_bytes", 0)) / 1e9 for n in names]
+        sizes = [
+            found.get(f"{n}_bytes_per_device", found.get(f"{n}_bytes", 0)) / 1e9 for n in names
+        ]
         figures = " | ".join(f"{size:.2f}" for size in sizes)
         step = f"{found['predicted_step_seconds']:.2f} | {found['predicted_mfu']:.1%}"
         print(

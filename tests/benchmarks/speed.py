@@ -38,14 +38,20 @@ def training(model, mesh, args) -> float:
         del key
         hidden = transformer.apply(params, model, tokens)
         targets, mask = losses.next_token_targets(tokens, jnp.ones_like(tokens), tokens >= 0)
-        return losses.language_model(losses.token_logprobs(hidden, transformer.head(params), targets), mask)
+        return losses.language_model(
+            losses.token_logprobs(hidden, transformer.head(params), targets), mask
+        )
 
     tx = make_optimizer(OptimConfig(), 1000)
     placed = train.state_layout(mesh, transformer.abstract(model), transformer.axes(model), tx)
-    make = jax.jit(lambda: transformer.init(model, jax.random.key(0)), out_shardings=placed.shardings.params)
+    make = jax.jit(
+        lambda: transformer.init(model, jax.random.key(0)), out_shardings=placed.shardings.params
+    )
     state = placed.init(make())
     step = train.make_step(loss, tx, state_shardings=placed.shardings)
-    tokens = np.random.default_rng(0).integers(0, args.vocab, (args.batch, args.length)).astype(np.int32)
+    tokens = (
+        np.random.default_rng(0).integers(0, args.vocab, (args.batch, args.length)).astype(np.int32)
+    )
     batch = jax.device_put(tokens, activation(mesh, "batch", None))
 
     def one():
@@ -63,11 +69,17 @@ def generation(model, mesh, args, prompts: int = 64, new_tokens: int = 128) -> f
     tokens, mask = generate.left_pad([[1] * 32] * prompts, 32, 0)
     rows = [jax.device_put(x, activation(mesh, "batch", None)) for x in (tokens, mask)]
     index = np.arange(prompts, dtype=np.int32)
-    return per_second(lambda: run(params, *rows, jax.random.key(0), index), args.seconds) * prompts * new_tokens
+    return (
+        per_second(lambda: run(params, *rows, jax.random.key(0), index), args.seconds)
+        * prompts
+        * new_tokens
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="small-14m")
     for name, value in (("vocab", 8192), ("length", 256), ("batch", 16), ("seconds", 10)):
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -79,7 +91,9 @@ def main() -> None:
         peak = peak_flops(mesh)
         rate = training(model, mesh, args)
         used = rate * transformer.flops_per_token(model, args.length)
-        print(f"{args.preset}: {transformer.num_params(model):,} parameters, {mesh.size} devices, {jax.__version__}")
+        print(
+            f"{args.preset}: {transformer.num_params(model):,} parameters, {mesh.size} devices, {jax.__version__}"
+        )
         print(
             f"training    {rate:,.0f} tokens/s, {used / 1e9:,.0f} GFLOP/s, MFU {used / peak:.1%} of {peak / 1e9:,.0f}"
         )

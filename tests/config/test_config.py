@@ -60,7 +60,9 @@ def write(path, text):
 
 
 def test_file_overrides_and_json_round_trip(tmp_path):
-    path = write(tmp_path / "a.yaml", "name: run\ninner: {num_steps: 3, rate: 1e-4, items: [{path: p}]}\n")
+    path = write(
+        tmp_path / "a.yaml", "name: run\ninner: {num_steps: 3, rate: 1e-4, items: [{path: p}]}\n"
+    )
     config = c.load(Outer, path, {"inner": {"rate": 2}})
     assert config == Outer("run", Inner(3, 2.0, True, (Item("p"),)))
     assert c.build(Outer, c.to_tree(config)) == config
@@ -117,7 +119,9 @@ def test_command_line_takes_every_field_and_keeps_the_rest():
     assert "rate" not in tree["inner"] and "model" not in tree
 
 
-@pytest.mark.parametrize("flags", [["--inner.num-stepz", "3"], ["--inner.num-steps", "many"], ["--inner.num-steps"]])
+@pytest.mark.parametrize(
+    "flags", [["--inner.num-stepz", "3"], ["--inner.num-steps", "many"], ["--inner.num-steps"]]
+)
 def test_a_wrong_flag_is_one_line(flags):
     with pytest.raises(InputError, match="num-step") as error:
         c.parse_overrides(Outer, Outer(), flags, "prog")
@@ -125,25 +129,42 @@ def test_a_wrong_flag_is_one_line(flags):
 
 
 def test_differences_name_the_path():
-    assert c.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
+    assert c.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
+        "a.c: 2 -> 3",
+        "d: None -> 4",
+    ]
 
 
 def test_a_sections_own_defaults_stand_under_what_the_file_says(tmp_path):
     from jaxllm.run import Config
 
     path = tmp_path / "c.yaml"
-    path.write_text("model: {embed_dim: 256, num_heads: 4}\ngrpo: {num_steps: 3, actor: {learning_rate: 1.0e-3}}\n")
+    path.write_text(
+        "model: {embed_dim: 256, num_heads: 4}\ngrpo: {num_steps: 3, actor: {learning_rate: 1.0e-3}}\n"
+    )
     config = c.load(Config, path)
-    assert (config.model.head_dim, config.model.num_kv_heads) == (64, 4)  # derived anew, not from the default's
-    assert (config.grpo.advantages, config.grpo.num_responses, config.grpo.num_steps) == ("grpo", 8, 3)
+    assert (config.model.head_dim, config.model.num_kv_heads) == (
+        64,
+        4,
+    )  # derived anew, not from the default's
+    assert (config.grpo.advantages, config.grpo.num_responses, config.grpo.num_steps) == (
+        "grpo",
+        8,
+        3,
+    )
     assert (config.grpo.actor.schedule, config.grpo.actor.learning_rate) == ("constant", 1e-3)
     assert config.ppo.advantages == "gae" and config.rloo.num_responses == 4
 
 
 def test_what_an_earlier_version_recorded_is_completed_and_a_real_change_is_seen():
-    now = {"name": "x", "inner": {"num_steps": 3, "rate": 0.5, "on": True, "items": [{"path": "p", "weight": 1.0}]}}
+    now = {
+        "name": "x",
+        "inner": {"num_steps": 3, "rate": 0.5, "on": True, "items": [{"path": "p", "weight": 1.0}]},
+    }
     old = {"inner": {"num_steps": 3, "items": [{"path": "p"}]}}
     assert c.complete(Outer, old) == {"inner": now["inner"]}
-    assert c.differences(c.complete(Outer, old), {"inner": {**now["inner"], "rate": 0.7}}) == ["inner.rate: 0.5 -> 0.7"]
+    assert c.differences(c.complete(Outer, old), {"inner": {**now["inner"], "rate": 0.7}}) == [
+        "inner.rate: 0.5 -> 0.7"
+    ]
     gone = {"inner": {"num_steps": 3, "former": 1}}
     assert c.complete(Outer, gone) == gone

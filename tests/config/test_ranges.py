@@ -25,7 +25,16 @@ COMMANDS = {
     PlanArgs: ["config", "--topology", "v5p:2x2x1"],
 }
 # The fields for which a number below 0 means something.
-MAY_BE_NEGATIVE = {"data", "pipeline", "fsdp", "context", "expert", "tensor", "missing_end_score", "weight"}
+MAY_BE_NEGATIVE = {
+    "data",
+    "pipeline",
+    "fsdp",
+    "context",
+    "expert",
+    "tensor",
+    "missing_end_score",
+    "weight",
+}
 # What an item of a list needs besides the field that is tried.
 NEEDED = {"meshes": {"stage": "sft"}, "sources": {"path": "x"}}
 
@@ -107,18 +116,37 @@ def tried(path, value):
 @pytest.mark.parametrize("path", NUMERIC, ids=dotted)
 def test_numbers_that_make_no_sense_are_refused(path):
     listed = (lambda x: [x]) if typing.get_origin(ALL[path]) is tuple else (lambda x: x)
-    for wrong in (math.nan, math.inf, -math.inf, 1e30, -1e30, 10**400, True, "many", [], {}, "1e400"):
+    for wrong in (
+        math.nan,
+        math.inf,
+        -math.inf,
+        1e30,
+        -1e30,
+        10**400,
+        True,
+        "many",
+        [],
+        {},
+        "1e400",
+    ):
         assert isinstance(tried(path, listed(wrong)), str), f"{dotted(path)} takes {wrong!r}"
     if path[-1] not in MAY_BE_NEGATIVE or "sources" in path:
         assert isinstance(tried(path, listed(-1)), str), f"{dotted(path)} takes -1"
     for number in (0, 1, -1):
         taken = tried(path, listed(number))
-        assert isinstance(taken, str) or taken == (number,) or taken in (number, 0) or path[0] == "model", taken
+        assert (
+            isinstance(taken, str)
+            or taken == (number,)
+            or taken in (number, 0)
+            or path[0] == "model"
+        ), taken
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -131,10 +159,14 @@ def test_any_value_in_any_field_is_taken_or_refused_in_one_line(path, value):
 
 @given(path=st.sampled_from([*ALL]), value=JSON)
 @settings(max_examples=100, deadline=None)
-def test_any_value_in_any_section_of_a_file_is_taken_or_refused_in_one_line(tmp_path_factory, path, value):
+def test_any_value_in_any_section_of_a_file_is_taken_or_refused_in_one_line(
+    tmp_path_factory, path, value
+):
     """The value stands where a section, a list or an item is wanted."""
     file = tmp_path_factory.getbasetemp() / "any.yaml"
-    file.write_text(yaml.safe_dump(tree_with(path[:-1], value) if len(path) > 1 else {path[0]: value}))
+    file.write_text(
+        yaml.safe_dump(tree_with(path[:-1], value) if len(path) > 1 else {path[0]: value})
+    )
     try:
         load(Config, file)
     except InputError as error:
@@ -160,4 +192,6 @@ def test_the_field_types_of_this_test_are_those_of_the_configs():
     known = (str, bool, int, float, types.UnionType)
     for path, hint in ALL.items():
         origin = typing.get_origin(hint)
-        assert hint in known or origin in (tuple, typing.Literal, typing.Annotated), f"{dotted(path)}: {hint}"
+        assert hint in known or origin in (tuple, typing.Literal, typing.Annotated), (
+            f"{dotted(path)}: {hint}"
+        )

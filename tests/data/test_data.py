@@ -30,7 +30,9 @@ def test_units_of_plain_text(tmp_path):
     assert texts(Source(path)) == ["one", " two ", "three", "四"]
     assert texts(Source(path, record="paragraph")) == ["one\n two ", "three", "四"]
     assert texts(Source(path, record="file")) == ["one\n two \n\nthree\r\n\n\n四"]
-    assert [r.origin for r in read_records(Source(path, record="paragraph"))] == [f"{path}:{n}" for n in (1, 4, 7)]
+    assert [r.origin for r in read_records(Source(path, record="paragraph"))] == [
+        f"{path}:{n}" for n in (1, 4, 7)
+    ]
 
 
 def test_globs_jsonl_json_and_parquet(tmp_path):
@@ -74,7 +76,9 @@ def test_duplicates_and_excluded_texts_are_dropped(tmp_path):
 
 
 def review_file(tmp_path, n=400):
-    return write(tmp_path / "reviews.txt", "\n".join(f"review {i % 7} number {i} is fine" for i in range(n)))
+    return write(
+        tmp_path / "reviews.txt", "\n".join(f"review {i % 7} number {i} is fine" for i in range(n))
+    )
 
 
 TASKS = {"prompt": "{text}", "response": "good"}
@@ -92,15 +96,22 @@ def test_a_text_is_on_the_same_side_in_every_task(tmp_path):
 def test_prompts_and_replies_never_cross_the_split(tmp_path):
     """Prompts cut from texts, 7 texts to a prompt: held-out prompts are unknown to SFT, held-out replies too."""
     cut = Source(
-        review_file(tmp_path), match=r"(?P<start>review \d number \d)(?P<rest>.*)", prompt="{start}", response="{rest}"
+        review_file(tmp_path),
+        match=r"(?P<start>review \d number \d)(?P<rest>.*)",
+        prompt="{start}",
+        response="{rest}",
     )
     config = data(cut, held_out_fraction=0.5)
-    prompts = {s: {e.question() for e in examples(config, "prompt", s)} for s in ("train", "held_out")}
+    prompts = {
+        s: {e.question() for e in examples(config, "prompt", s)} for s in ("train", "held_out")
+    }
     chats = {s: list(examples(config, "chat", s)) for s in ("train", "held_out")}
     assert prompts["train"] and prompts["held_out"] and not prompts["train"] & prompts["held_out"]
     assert not {e.question() for e in chats["train"]} & prompts["held_out"]
     assert not {e.content() for e in chats["train"]} & {e.content() for e in chats["held_out"]}
-    raw = {e.text for e in examples(data(Source(cut.path), held_out_fraction=0.5), "document", "train")}
+    raw = {
+        e.text for e in examples(data(Source(cut.path), held_out_fraction=0.5), "document", "train")
+    }
     for e in chats["held_out"]:
         assert e.messages[0]["content"] + e.messages[1]["content"] not in raw
 
@@ -118,16 +129,19 @@ def test_the_split_is_a_function_of_the_content_and_the_salt(tmp_path):
 def test_conversations_rankings_and_given_splits(tmp_path):
     lines = [
         {"prompt": "hi", "response": "ho", "system": "be"},
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "split": "held_out"},
+        {
+            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "split": "held_out",
+        },
     ]
     path = write(tmp_path / "c.jsonl", "\n".join(map(json.dumps, lines)))
     config = data(Source(path), held_out_fraction=0.0)
     (train,), (held,) = (list(examples(config, "chat", s)) for s in ("train", "held_out"))
     assert [m["role"] for m in train.messages] == ["system", "user", "assistant"]
     assert held.messages[1]["content"] == "b"
-    assert [e.messages[-1]["role"] for s in ("train", "held_out") for e in examples(config, "prompt", s)] == [
-        "user"
-    ] * 2
+    assert [
+        e.messages[-1]["role"] for s in ("train", "held_out") for e in examples(config, "prompt", s)
+    ] == ["user"] * 2
     ranking = {"prompt": "q", "responses": ["x", "y", "z"], "ranks": [1, 2, 2]}
     path = write(tmp_path / "r.jsonl", json.dumps(ranking))
     (ranked,) = examples(data(Source(path), held_out_fraction=0.0), "ranked", "train")
@@ -141,20 +155,36 @@ def test_shuffled_is_fixed_and_mixes(tmp_path):
 
 def test_texts_of_documents_and_conversations(tmp_path):
     path = write(tmp_path / "a.txt", "good day\nbad day")
-    config = data(Source(path), Source(path, prompt="{text}?", response="yes"), held_out_fraction=0.0)
-    assert list(load_texts(config, "train")) == ["good day", "bad day", "good day?\nyes", "bad day?\nyes"]
+    config = data(
+        Source(path), Source(path, prompt="{text}?", response="yes"), held_out_fraction=0.0
+    )
+    assert list(load_texts(config, "train")) == [
+        "good day",
+        "bad day",
+        "good day?\nyes",
+        "bad day?\nyes",
+    ]
 
 
 def test_texts_are_those_of_the_examples(tmp_path):
     """Duplicates across files, given splits, a function among the sources, a curriculum: from the cache or not."""
-    lines = [json.dumps({"text": f"t{i % 50}", **({"split": "held_out"} if i == 77 else {})}) for i in range(120)]
+    lines = [
+        json.dumps({"text": f"t{i % 50}", **({"split": "held_out"} if i == 77 else {})})
+        for i in range(120)
+    ]
     own = [json.dumps({"text": f"own {i}"}) for i in range(9)]
-    one, two = (write(tmp_path / f"{n}.jsonl", "\n".join([*lines[n:], *own[: n // 4]])) for n in (0, 40))
+    one, two = (
+        write(tmp_path / f"{n}.jsonl", "\n".join([*lines[n:], *own[: n // 4]])) for n in (0, 40)
+    )
     sums = Source("py://jaxllm.demo.corpora:careless_additions", max_records=30)
     config = data(Source(one), Source(two), sums, curriculum=(Phase(3, (1.0, 0.0, 2.0)),))
     for split in ("train", "held_out"):
         expected = [e.text for e in examples(config, "document", split)]
-        assert list(load_texts(config, split)) == list(load_texts(config, split, tmp_path / "cache")) == expected
+        assert (
+            list(load_texts(config, split))
+            == list(load_texts(config, split, tmp_path / "cache"))
+            == expected
+        )
 
 
 BAD_LINES = {
@@ -215,7 +245,10 @@ def test_nothing_there_is_one_clear_line(tmp_path):
 
 
 def test_a_function_can_be_a_source(tmp_path, monkeypatch):
-    write(tmp_path / "my_records.py", "def rows():\n    yield {'text': 'a'}\n    yield {'text': 'b'}\n")
+    write(
+        tmp_path / "my_records.py",
+        "def rows():\n    yield {'text': 'a'}\n    yield {'text': 'b'}\n",
+    )
     monkeypatch.syspath_prepend(tmp_path)
     assert texts(Source("py://my_records:rows")) == ["a", "b"]
     sys.modules.pop("my_records")

@@ -27,7 +27,14 @@ def _all_lines_are_new():
 
 def record(i, **more):
     ranking = {"responses": ["a", "b"], "ranks": [1, 2]}
-    return {"text": f"text {i}", "prompt": f"prompt {i}", "response": "yes", **ranking, "split": "train", **more}
+    return {
+        "text": f"text {i}",
+        "prompt": f"prompt {i}",
+        "response": "yes",
+        **ranking,
+        "split": "train",
+        **more,
+    }
 
 
 def write(path, *records):
@@ -62,8 +69,14 @@ FILTERS = {
 
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("reason", FILTERS)
-def test_a_source_that_is_filtered_away_is_refused_with_the_reason(tmp_path, tokenizer, good, kind, reason):
-    bad = Source(write(tmp_path / "bad.jsonl", *(record(20 + i) for i in range(5))), weight=1.0, **FILTERS[reason])
+def test_a_source_that_is_filtered_away_is_refused_with_the_reason(
+    tmp_path, tokenizer, good, kind, reason
+):
+    bad = Source(
+        write(tmp_path / "bad.jsonl", *(record(20 + i) for i in range(5))),
+        weight=1.0,
+        **FILTERS[reason],
+    )
     with pytest.raises(InputError) as error:
         load(kind, tokenizer, tmp_path / "cache", good, bad)
     wanted = f"{bad.path}: not a single {kind} example in the train split (records: {reason}); mend the source"
@@ -72,20 +85,27 @@ def test_a_source_that_is_filtered_away_is_refused_with_the_reason(tmp_path, tok
 
 @pytest.mark.parametrize("kind", LOADERS)
 def test_other_reasons_are_counted(tmp_path, tokenizer, good, kind):
-    records = [record(i) for i in range(3)] + [record(50, text=""), record(8, text="text 8"), record(60)]
+    records = [record(i) for i in range(3)] + [
+        record(50, text=""),
+        record(8, text="text 8"),
+        record(60),
+    ]
     other = write(tmp_path / "other.jsonl", record(60))
     bad = Source(write(tmp_path / "bad.jsonl", *records), weight=1.0, exclude=(other,))
     with pytest.raises(InputError) as error:
         load(kind, tokenizer, tmp_path / "cache", good, bad)
-    assert "(records: 1 shorter than min_chars 1, 1 in a file of `exclude`, 4 in another source too)" in str(
-        error.value
+    assert (
+        "(records: 1 shorter than min_chars 1, 1 in a file of `exclude`, 4 in another source too)"
+        in str(error.value)
     )
     empty = Source(write(tmp_path / "empty.jsonl"), weight=1.0)
     with pytest.raises(InputError, match=r"empty.jsonl: not a single .* \(it has no records\)"):
         load(kind, tokenizer, tmp_path / "cache", good, empty)
 
 
-def test_all_held_out_by_chance_is_refused_and_by_their_own_word_is_named(tmp_path, tokenizer, good, capsys):
+def test_all_held_out_by_chance_is_refused_and_by_their_own_word_is_named(
+    tmp_path, tokenizer, good, capsys
+):
     by_chance = [record(i, split=None) for i in range(20, 22)]
     bad = Source(write(tmp_path / "bad.jsonl", *by_chance), weight=1.0)
     with pytest.raises(InputError, match="2 held out by the hash of their content"):
@@ -112,17 +132,24 @@ def test_without_held_out_examples_a_source_is_named_once(tmp_path, tokenizer, g
 
 @pytest.mark.parametrize("kind", ["chat", "prompt", "ranked"])
 def test_a_source_of_too_long_examples_is_refused_or_named(tmp_path, tokenizer, good, kind, capsys):
-    long = [record(i, prompt="word " * 90 + str(i), split=s) for i, s in ((50, "train"), (51, "held_out"))]
+    long = [
+        record(i, prompt="word " * 90 + str(i), split=s)
+        for i, s in ((50, "train"), (51, "held_out"))
+    ]
     source = Source(write(tmp_path / "long.jsonl", *long), weight=1.0)
     wanted = "every %s example of the %s split is longer than 64 tokens"
     with pytest.raises(InputError, match=r"long.jsonl: " + wanted % (kind, "train")):
         load(kind, tokenizer, tmp_path / "cache", good, source, too_long="drop")
-    assert load(kind, tokenizer, tmp_path / "cache", good, source, too_long="drop", split="held_out")
+    assert load(
+        kind, tokenizer, tmp_path / "cache", good, source, too_long="drop", split="held_out"
+    )
     assert wanted % (kind, "held_out") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["document", "chat", "prompt", "ranked"])
 def test_the_only_source_says_why_it_is_empty_too(tmp_path, tokenizer, good, kind):
     source = Source(good.path, match="nothing like it")
-    with pytest.raises(InputError, match=r"not a single .* in the train split \(records: 12 without a match\)"):
+    with pytest.raises(
+        InputError, match=r"not a single .* in the train split \(records: 12 without a match\)"
+    ):
         load(kind, tokenizer, tmp_path / "cache", source)

@@ -19,8 +19,19 @@ from jaxllm.data.sources import DataConfig, Source, read_records
 from jaxllm.data.store import load_texts, open_store
 from jaxllm.tokenizers.trained import train
 
-FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-TEXTS = ["plain", 'a "quoted" word', "comma, and\ttab", "文字 é 🙂", " spaces ", "1e3", "null", "{}"]
+FEW = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+TEXTS = [
+    "plain",
+    'a "quoted" word',
+    "comma, and\ttab",
+    "文字 é 🙂",
+    " spaces ",
+    "1e3",
+    "null",
+    "{}",
+]
 COMPRESS = {
     "": bytes,
     ".gz": gzip.compress,
@@ -60,7 +71,9 @@ def spell(kind, texts):
         return "".join(json.dumps(record) + "\n" for record in records)
     if kind == "json":
         return json.dumps(records, indent=1)
-    return table([["n", "text"], *([r["n"], r["text"]] for r in records)], "," if kind == "csv" else "\t")
+    return table(
+        [["n", "text"], *([r["n"], r["text"]] for r in records)], "," if kind == "csv" else "\t"
+    )
 
 
 def read(path, **fields):
@@ -85,14 +98,18 @@ def refused(path, **fields):
 @pytest.mark.parametrize("bom", [b"", BOM], ids=["", "bom"])
 @pytest.mark.parametrize("compression", COMPRESS)
 @pytest.mark.parametrize("kind", SUFFIXES)
-def test_every_format_by_name_compressed_or_not_gives_the_same_records(tmp_path, kind, compression, bom):
+def test_every_format_by_name_compressed_or_not_gives_the_same_records(
+    tmp_path, kind, compression, bom
+):
     first = 2 if kind in ("csv", "tsv") else 1
     content = COMPRESS[compression](bom + spell(kind, TEXTS).encode())
     for name in SUFFIXES[kind]:
         for end in (compression, compression.upper()):
             path = write(tmp_path / f"a{name}{end}", content)
             assert texts(path) == TEXTS
-            assert [r.origin for r in read(path)] == [f"{path}:{n}" for n, _ in enumerate(TEXTS, start=first)]
+            assert [r.origin for r in read(path)] == [
+                f"{path}:{n}" for n, _ in enumerate(TEXTS, start=first)
+            ]
     path = write(tmp_path / f"a.data{compression}", content)
     assert texts(path, format=kind) == TEXTS
 
@@ -118,13 +135,19 @@ def test_binary_formats_by_name_in_any_case_or_as_the_source_says(tmp_path, name
 
 @FEW
 @given(
-    rows=st.lists(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=2, max_size=2)),
+    rows=st.lists(
+        st.lists(
+            st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=2, max_size=2
+        )
+    ),
     ends=st.sampled_from(["\n", "\r\n"]),
     kind=st.sampled_from(["csv", "tsv"]),
 )
 def test_tables_hold_any_text_and_rows_are_named_by_their_first_line(tmp_path, rows, ends, kind):
     file = io.StringIO(newline="")
-    writer = csv.writer(file, delimiter="," if kind == "csv" else "\t", lineterminator=ends, quoting=csv.QUOTE_ALL)
+    writer = csv.writer(
+        file, delimiter="," if kind == "csv" else "\t", lineterminator=ends, quoting=csv.QUOTE_ALL
+    )
     lines = []
     for row in [["n", "text"], *rows]:
         lines.append(1 + file.getvalue().count("\n"))
@@ -167,18 +190,40 @@ def test_json_and_tables_under_an_unknown_suffix_are_refused_with_the_mend(tmp_p
     found = "jsonl" if kind == "json" else kind
     assert f'set the source\'s format to "{found}", or to "text"' in refused(path)
     assert texts(path, format=kind) == TEXTS
-    assert "".join(text + "\n" for text in texts(path, format="text")) == content.decode() + "\n" * (kind == "json")
+    assert "".join(
+        text + "\n" for text in texts(path, format="text")
+    ) == content.decode() + "\n" * (kind == "json")
     known = write(tmp_path / "known.txt", content)
     assert len(texts(known)) == len(content.decode().splitlines())
 
 
 WORDS = st.sampled_from(
-    ["the", "Sea", "is", "“deep”", "1,234", "[1]", "{x}", "a", "3.5", "(see", "below)", '"so"', "3,5"]
+    [
+        "the",
+        "Sea",
+        "is",
+        "“deep”",
+        "1,234",
+        "[1]",
+        "{x}",
+        "a",
+        "3.5",
+        "(see",
+        "below)",
+        '"so"',
+        "3,5",
+    ]
 )
 
 
 @settings(deadline=None)
-@given(st.lists(st.lists(WORDS, min_size=1).flatmap(lambda w: st.sampled_from([" ".join(w), ", ".join(w) + "."]))))
+@given(
+    st.lists(
+        st.lists(WORDS, min_size=1).flatmap(
+            lambda w: st.sampled_from([" ".join(w), ", ".join(w) + "."])
+        )
+    )
+)
 def test_prose_is_never_taken_for_records(lines):
     assert file_formats.guess("\n".join(lines)) == ""
 
@@ -191,7 +236,9 @@ def test_what_is_no_utf8_text_is_refused_whatever_its_name(tmp_path, name):
         message = refused(write(tmp_path / name, content))
         assert message.startswith(": holds ") and "; " in message
     for encoding in ("utf-16", "utf-16-be", "utf-16-le", "utf-32"):
-        message = refused(write(tmp_path / name, '{"text": "ab"}\n{"text": "cd"}\n'.encode(encoding)))
+        message = refused(
+            write(tmp_path / name, '{"text": "ab"}\n{"text": "cd"}\n'.encode(encoding))
+        )
         assert "UTF-16" in message or "NUL" in message
     good = {"a.json": "[", "a.csv": "text\n", "a.jsonl": '{"text": "a"}\n'}.get(name, "fine\n")
     line = 1 + good.count("\n")
@@ -254,7 +301,9 @@ def test_a_line_that_no_json_holds_is_refused_with_its_place(tmp_path, name):
     path = write(tmp_path / "a.jsonl", '{"text": "fine \\ud83d\\ude42"}\n' + BAD_JSON[name] + "\n")
     assert refused(path).startswith(":2: ")
     if name not in ("a NUL", "no object", "a cut line", "a byte order mark far inside"):
-        assert refused(write(tmp_path / "a.json", f'[{{"text": "fine"}},\n{BAD_JSON[name]}]')).startswith(": ")
+        assert refused(
+            write(tmp_path / "a.json", f'[{{"text": "fine"}},\n{BAD_JSON[name]}]')
+        ).startswith(": ")
 
 
 def test_infinite_numbers_and_pairs_are_read(tmp_path):
@@ -264,7 +313,10 @@ def test_infinite_numbers_and_pairs_are_read(tmp_path):
 
 def test_a_function_is_checked_as_a_file_is(tmp_path, monkeypatch):
     bad = ["{'text': '\\ud800'}", "{'text': 'a', 'n': 7 ** 9999}", "{'text': 'a', (1, 2): 3}"]
-    rows = "\n".join(f"def f{i}():\n    yield {{'text': 'fine'}}\n    yield {value}" for i, value in enumerate(bad))
+    rows = "\n".join(
+        f"def f{i}():\n    yield {{'text': 'fine'}}\n    yield {value}"
+        for i, value in enumerate(bad)
+    )
     write(tmp_path / "wrong_rows.py", rows)
     monkeypatch.syspath_prepend(tmp_path)
     for i in range(len(bad)):
@@ -277,7 +329,10 @@ def test_a_function_is_checked_as_a_file_is(tmp_path, monkeypatch):
 def test_a_byte_order_mark_is_skipped_once_and_parts_keep_their_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "PART_BYTES", 100)
     lines = [f"{'x' * (i % 37)} {i}" for i in range(60)]
-    for kind, spelled in (("jsonl", [json.dumps({"text": line}) for line in lines]), ("txt", lines)):
+    for kind, spelled in (
+        ("jsonl", [json.dumps({"text": line}) for line in lines]),
+        ("txt", lines),
+    ):
         path = write(tmp_path / f"a.{kind}", BOM + "\n".join(spelled).encode())
         found = cache.fingerprint_file(path, 100, tmp_path)
         parts = readers.split(path, "auto", "line", found["size"], found["lines"])
@@ -289,11 +344,15 @@ def test_a_byte_order_mark_is_skipped_once_and_parts_keep_their_lines(tmp_path, 
 @pytest.mark.parametrize("unit", ["line", "paragraph", "file"])
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, unit):
     path = write(tmp_path / "a.txt", "\ufeffone\n\ntwo")
-    assert texts(path, record=unit, min_chars=1) == {"file": ["one\n\ntwo"]}.get(unit, ["one", "two"])
+    assert texts(path, record=unit, min_chars=1) == {"file": ["one\n\ntwo"]}.get(
+        unit, ["one", "two"]
+    )
     assert texts(write(tmp_path / "b.txt", "one\n\ufefftwo"))[1] == "\ufefftwo"
 
 
-def test_tables_are_prepared_whole_and_a_format_that_is_said_is_the_same_store(tmp_path, monkeypatch):
+def test_tables_are_prepared_whole_and_a_format_that_is_said_is_the_same_store(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(readers, "PART_BYTES", 100)
     monkeypatch.setattr(store, "PART_BYTES", 100)
     settings = {"vocab_size": 300, "model_type": "bpe", "character_coverage": 1.0, "num_threads": 1}
@@ -320,7 +379,9 @@ def test_a_home_folder_is_expanded_and_a_folder_is_refused_with_a_glob(tmp_path,
     assert texts("~/corpus/a.txt") == texts("~/corpus/*.txt") == ["one", "two"]
     assert texts("~/corpus/a.txt", exclude=("~/corpus/*.txt",)) == []
     folder = str(tmp_path / "corpus")
-    assert f"is a folder; give a glob of the files in it, such as {folder}/*.jsonl" in refused(folder)
+    assert f"is a folder; give a glob of the files in it, such as {folder}/*.jsonl" in refused(
+        folder
+    )
     assert "is a folder" in refused(folder + "/")
     with pytest.raises(InputError, match="no such file"):
         read("~nobody_here/a.txt")

@@ -19,7 +19,9 @@ from jaxllm.tokenizers.trained import train
 @pytest.fixture(scope="module")
 def tokenizer():
     corpus = [f"line number {i} of some text" for i in range(200)]
-    return train(iter(corpus), vocab_size=320, model_type="bpe", character_coverage=1.0, num_threads=1)
+    return train(
+        iter(corpus), vocab_size=320, model_type="bpe", character_coverage=1.0, num_threads=1
+    )
 
 
 def lines(path, *records):
@@ -44,13 +46,18 @@ def test_a_held_out_prompt_is_in_no_training_ranking(tmp_path):
         {**ranking, "prompt": "both", "responses": ["c", "d"], "split": "held_out"},
         {**ranking, "prompt": "one", "split": "train"},
     )
-    asked = {s: [e.question() for e in examples(config(Source(path)), "ranked", s)] for s in ("train", "held_out")}
+    asked = {
+        s: [e.question() for e in examples(config(Source(path)), "ranked", s)]
+        for s in ("train", "held_out")
+    }
     assert asked == {"train": ["one"], "held_out": ["both"]}
 
 
 def test_an_unknown_split_is_refused_not_left_out(tmp_path):
     path = lines(tmp_path / "s.jsonl", {"text": "a"}, {"text": "b", "split": "validation"})
-    with pytest.raises(InputError, match=r"s.jsonl:2: split must be train or held_out, not 'validation'"):
+    with pytest.raises(
+        InputError, match=r"s.jsonl:2: split must be train or held_out, not 'validation'"
+    ):
         list(examples(config(Source(path)), "document", "train"))
 
 
@@ -73,7 +80,9 @@ def test_the_cache_goes_by_content_not_by_time(tmp_path, tokenizer):
     assert first_text(data, tokenizer, cache) == "hello two"
 
 
-def test_the_cache_sees_what_a_function_yields_beside_excluded_files(tmp_path, tokenizer, monkeypatch, capsys):
+def test_the_cache_sees_what_a_function_yields_beside_excluded_files(
+    tmp_path, tokenizer, monkeypatch, capsys
+):
     (tmp_path / "integrity_rows.py").write_text(
         "import os\ndef rows():\n    yield {'text': os.environ['ROW']}\ndef texts():\n    yield 'no dict'\n"
     )
@@ -84,22 +93,39 @@ def test_the_cache_sees_what_a_function_yields_beside_excluded_files(tmp_path, t
         monkeypatch.setenv("ROW", text)
         assert first_text(data, tokenizer, tmp_path / "cache") == text
     assert capsys.readouterr().err.count("running integrity_rows:rows") == 1
-    with pytest.raises(InputError, match=r"py://integrity_rows:texts:1: the function must yield dicts, not str"):
+    with pytest.raises(
+        InputError, match=r"py://integrity_rows:texts:1: the function must yield dicts, not str"
+    ):
         list(read_records(Source("py://integrity_rows:texts")))
 
 
 def test_bytes_of_a_truncated_reply_are_those_of_its_targets(tmp_path, tokenizer):
-    path = lines(tmp_path / "c.jsonl", {"prompt": "q", "response": "y" * 500}, {"prompt": "p", "response": "yes 好"})
+    path = lines(
+        tmp_path / "c.jsonl",
+        {"prompt": "q", "response": "y" * 500},
+        {"prompt": "p", "response": "yes 好"},
+    )
     ((rows, _),) = load_rows(
-        config(Source(path), too_long="truncate"), "chat", "train", tokenizer, 24, tmp_path / "cache"
+        config(Source(path), too_long="truncate"),
+        "chat",
+        "train",
+        tokenizer,
+        24,
+        tmp_path / "cache",
     )
     targets = [row["tokens"][row["loss_mask"]] for row in map(rows.row, range(rows.num_rows))]
     assert rows.num_tokens == sum(map(len, targets))
-    assert rows.num_bytes == sum(len(tokenizer.token_bytes(int(t))) for t in np.concatenate(targets)) < 100
+    assert (
+        rows.num_bytes
+        == sum(len(tokenizer.token_bytes(int(t))) for t in np.concatenate(targets))
+        < 100
+    )
 
 
 def test_responses_cut_away_are_refused_or_dropped(tmp_path, tokenizer):
-    long, short = ({"prompt": p, "responses": ["aa", "bb"], "ranks": [1, 2]} for p in ("q" * 200, "q"))
+    long, short = (
+        {"prompt": p, "responses": ["aa", "bb"], "ranks": [1, 2]} for p in ("q" * 200, "q")
+    )
     source = Source(lines(tmp_path / "r.jsonl", short, long))
     with pytest.raises(InputError, match=r"r.jsonl:2: no token of a response is left in 32 tokens"):
         load_ranked(config(source, too_long="truncate"), "train", tokenizer, 32)
@@ -110,7 +136,9 @@ def test_responses_cut_away_are_refused_or_dropped(tmp_path, tokenizer):
 def test_nothing_to_learn_from_is_refused(tmp_path, tokenizer, name):
     (tmp_path / name).write_text("\n\n")
     data = config(Source(str(tmp_path / name)))
-    with pytest.raises(InputError, match=rf"{name}: not a single document example in the train split"):
+    with pytest.raises(
+        InputError, match=rf"{name}: not a single document example in the train split"
+    ):
         load_rows(data, "document", "train", tokenizer, 32, tmp_path / "cache")
     with pytest.raises(InputError, match=rf"{name}: not a single text example in the train split"):
         list(load_texts(data, "train"))
@@ -121,7 +149,14 @@ def test_rows_without_room_for_a_target_are_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="hold no target"):
         next(packing.concat_and_split([np.array([3])], 1))
     with pytest.raises(InputError, match="length: rows of 1 tokens hold no target"):
-        load_rows(config(Source(str(tmp_path / "a.txt"))), "document", "train", tokenizer, 1, tmp_path / "cache")
+        load_rows(
+            config(Source(str(tmp_path / "a.txt"))),
+            "document",
+            "train",
+            tokenizer,
+            1,
+            tmp_path / "cache",
+        )
 
 
 def test_dates_of_parquet_do_not_stop_a_sample(tmp_path):

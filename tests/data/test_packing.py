@@ -72,7 +72,9 @@ def document_pieces(lengths, length, chunks=1):
 
 
 def whole_pieces(lengths, length):
-    return np.array([(row, e, 0, lengths[e]) for row, e in packing.best_fit(lengths, length)]).reshape(-1, 4)
+    return np.array(
+        [(row, e, 0, lengths[e]) for row, e in packing.best_fit(lengths, length)]
+    ).reshape(-1, 4)
 
 
 def rows_of(plan, lengths, length):
@@ -110,7 +112,9 @@ def slow_best_fit(lengths, length):
     """The row with the least room that suffices, found by looking at all; the longest-waiting of several."""
     free, since, placed = [], [], []
     for clock, example in enumerate(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))):
-        fitting = [(room, since[row], row) for row, room in enumerate(free) if room >= lengths[example]]
+        fitting = [
+            (room, since[row], row) for row, room in enumerate(free) if room >= lengths[example]
+        ]
         row = min(fitting)[2] if fitting else len(free)
         if not fitting:
             free, since = [*free, length], [*since, 0]
@@ -124,7 +128,9 @@ def slow_best_fit(lengths, length):
 def test_best_fit_keeps_examples_whole_and_in_one_row(lengths):
     plan = whole_pieces(lengths, 16)
     assert sorted(plan[:, 1]) == list(range(len(lengths)))
-    assert packing.best_fit(lengths, 16).tolist() == [list(pair) for pair in slow_best_fit(lengths, 16)]
+    assert packing.best_fit(lengths, 16).tolist() == [
+        list(pair) for pair in slow_best_fit(lengths, 16)
+    ]
     rows = rows_of(plan, lengths, 16)
     for row in rows:
         check_row(row, store(lengths)[0])
@@ -142,7 +148,9 @@ def check_row(row, tokens):
         np.testing.assert_array_equal(np.diff(row["tokens"][where]), 1)
         assert not row["loss_mask"][where[0]]
     padding = np.flatnonzero(segments == 0)
-    assert not row["loss_mask"][padding].any() and (len(padding) == 0 or padding[0] == len(segments) - len(padding))
+    assert not row["loss_mask"][padding].any() and (
+        len(padding) == 0 or padding[0] == len(segments) - len(padding)
+    )
 
 
 def test_best_fit_leaves_little_padding():
@@ -159,7 +167,9 @@ def test_best_fit_refuses_what_does_not_fit():
 @pytest.fixture(scope="module")
 def tokenizer():
     corpus = [f"line number {i} of some text 文字" for i in range(200)]
-    return train(iter(corpus), vocab_size=320, model_type="bpe", character_coverage=1.0, num_threads=1)
+    return train(
+        iter(corpus), vocab_size=320, model_type="bpe", character_coverage=1.0, num_threads=1
+    )
 
 
 @pytest.fixture
@@ -167,7 +177,10 @@ def text_data(tmp_path):
     for name, n in (("a", 90), ("b", 40)):
         lines = [f"{name} line number {i} of some text 文字 {name * (i % 50)}" for i in range(n)]
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
-    sources = (Source(str(tmp_path / "a.txt"), weight=3.0), Source(str(tmp_path / "b.txt"), weight=1.0))
+    sources = (
+        Source(str(tmp_path / "a.txt"), weight=3.0),
+        Source(str(tmp_path / "b.txt"), weight=1.0),
+    )
     return DataConfig(sources, held_out_fraction=0.2)
 
 
@@ -194,7 +207,9 @@ def test_batches_are_pure_and_the_same_on_any_sharding(text_data, tokenizer, tmp
 def test_an_epoch_is_a_permutation_and_the_next_another_one(text_data, tokenizer, tmp_path):
     (rows, _), _ = load_rows(text_data, "document", "train", tokenizer, 32, tmp_path / "cache")
     n = rows.num_rows
-    batch_at = make_batch_at([(rows, 1.0)], batch_size=1, seed=0, sharding=activation(one_device(), "batch", None))
+    batch_at = make_batch_at(
+        [(rows, 1.0)], batch_size=1, seed=0, sharding=activation(one_device(), "batch", None)
+    )
     drawn = [tuple(np.asarray(batch_at(i)["tokens"])[0]) for i in range(2 * n)]
     whole = {tuple(rows.row(i)["tokens"]) for i in range(n)}
     assert set(drawn[:n]) == set(drawn[n:]) == whole
@@ -207,14 +222,19 @@ def one_device():
 
 def test_a_mixture_keeps_its_proportions(text_data, tokenizer, tmp_path):
     mixture = load_rows(text_data, "document", "train", tokenizer, 32, tmp_path / "cache")
-    batch_at = make_batch_at(mixture, batch_size=100, seed=0, sharding=activation(one_device(), "batch", None))
+    batch_at = make_batch_at(
+        mixture, batch_size=100, seed=0, sharding=activation(one_device(), "batch", None)
+    )
     from_b = {tuple(mixture[1][0].row(i)["tokens"]) for i in range(mixture[1][0].num_rows)}
     share = np.mean([tuple(row) in from_b for row in np.asarray(batch_at(0)["tokens"])])
     assert abs(share - 0.25) < 0.02
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 50).map(lambda n: n / 10), min_size=1, max_size=5), st.integers(0, 10**12))
+@given(
+    st.lists(st.integers(1, 50).map(lambda n: n / 10), min_size=1, max_size=5),
+    st.integers(0, 10**12),
+)
 def test_the_shares_of_a_mixture_are_exact(weights, number):
     """Never off by more rows than there are sources, and by none after each round."""
     phase = loader._Stretch(0, loader._shares(weights), [0] * len(weights))
@@ -232,15 +252,27 @@ def test_an_epoch_by_size_sees_every_row_as_often_as_asked():
     order = loader._order([30, 20], [phase], seed=3)
     drawn = [order(i) for i in range(80)]
     assert sorted(row for source, row in drawn if source == 0) == [*range(30)]
-    assert sorted(np.bincount([row for source, row in drawn if source == 1]).tolist()) == [2] * 10 + [3] * 10
+    assert (
+        sorted(np.bincount([row for source, row in drawn if source == 1]).tolist())
+        == [2] * 10 + [3] * 10
+    )
 
 
 CURRICULUM = (Phase(3, (0.0, 1.0)), Phase(10, (1.0, 1.0)), Phase(11, (5.0, 2.0)))
 
 
-def test_a_curriculum_changes_the_shares_and_not_the_order_inside_a_source(text_data, tokenizer, tmp_path):
+def test_a_curriculum_changes_the_shares_and_not_the_order_inside_a_source(
+    text_data, tokenizer, tmp_path
+):
     mixtures = [
-        load_rows(dataclasses.replace(text_data, curriculum=c), "document", "train", tokenizer, 32, tmp_path / "cache")
+        load_rows(
+            dataclasses.replace(text_data, curriculum=c),
+            "document",
+            "train",
+            tokenizer,
+            32,
+            tmp_path / "cache",
+        )
         for c in ((), CURRICULUM)
     ]
     sizes = [rows.num_rows for rows, _ in mixtures[0]]
@@ -250,9 +282,13 @@ def test_a_curriculum_changes_the_shares_and_not_the_order_inside_a_source(text_
         one, two = ([row for s, row in each if s == source] for each in drawn)
         assert one[: len(two)] == two[: len(one)] and len(one) != len(two)
     assert drawn[0][:24] == drawn[1][:24]
-    shares = [np.mean([s for s, _ in drawn[1][8 * a : 8 * b]]) for a, b in ((3, 10), (10, 11), (11, 25))]
+    shares = [
+        np.mean([s for s, _ in drawn[1][8 * a : 8 * b]]) for a, b in ((3, 10), (10, 11), (11, 25))
+    ]
     assert shares == [1.0, 0.5, pytest.approx(2 / 7)]
-    assert epochs_of(mixtures[1], 40, 8) == [sum(s == k for s, _ in drawn[1]) / sizes[k] for k in (0, 1)]
+    assert epochs_of(mixtures[1], 40, 8) == [
+        sum(s == k for s, _ in drawn[1]) / sizes[k] for k in (0, 1)
+    ]
     began = time.monotonic()
     orders[1](10**15)
     assert time.monotonic() - began < 0.1
@@ -263,7 +299,9 @@ def test_a_curriculum_that_makes_no_sense_is_refused(text_data, tokenizer, tmp_p
         with pytest.raises(ValueError, match="curriculum: steps"):
             dataclasses.replace(text_data, curriculum=phases)
     for weights in [(1.0,), (0.0, 0.0), ()]:
-        with pytest.raises(ValueError, match="curriculum: step 5 needs a weight for each of 2 sources"):
+        with pytest.raises(
+            ValueError, match="curriculum: step 5 needs a weight for each of 2 sources"
+        ):
             dataclasses.replace(text_data, curriculum=(Phase(5, weights),))
     (tmp_path / "b.jsonl").write_text('{"text": "a b c d", "split": "held_out"}')
     sources = (text_data.sources[0], Source(str(tmp_path / "b.jsonl"), weight=1.0))
@@ -281,15 +319,23 @@ def whole_batches(mixture, steps, sharding, workers=0):
         return [{name: np.asarray(value) for name, value in batch.items()} for batch in made]
 
 
-def test_rows_are_the_same_for_any_hosts_workers_and_after_any_resume(text_data, tokenizer, tmp_path):
+def test_rows_are_the_same_for_any_hosts_workers_and_after_any_resume(
+    text_data, tokenizer, tmp_path
+):
     """Every host prepares its own cache, and makes only the rows of its own devices."""
     data, steps = dataclasses.replace(text_data, curriculum=CURRICULUM), [*range(14), 300]
     load = lambda name: load_rows(data, "document", "train", tokenizer, 32, tmp_path / name)
     one = activation(one_device(), "batch", None)
     expected = whole_batches(load("cache"), steps, one)
     for workers in (1, 3):
-        jax.tree.map(np.testing.assert_array_equal, whole_batches(load("cache"), steps, one, workers), expected)
-    jax.tree.map(np.testing.assert_array_equal, whole_batches(load("cache"), steps[6:], one), expected[6:])
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            whole_batches(load("cache"), steps, one, workers),
+            expected,
+        )
+    jax.tree.map(
+        np.testing.assert_array_equal, whole_batches(load("cache"), steps[6:], one), expected[6:]
+    )
     for hosts in (1, 2, 4):
         parts = []
         for host in range(hosts):
@@ -317,7 +363,9 @@ def test_only_the_rows_of_local_devices_are_made(monkeypatch):
     monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", local)
     rows = lambda i: made.append(i) or {"x": np.full(4, i)}
     monkeypatch.setattr(
-        jax, "make_array_from_callback", lambda shape, s, part: [part(i) for i in local(s, shape).values()]
+        jax,
+        "make_array_from_callback",
+        lambda shape, s, part: [part(i) for i in local(s, shape).values()],
     )
     batch = loader._place(rows, 8, sharding)
     assert sorted(made) == [2, 3, 4, 5] and [int(x[0, 0]) for x in batch["x"]] == [2, 3, 4, 5]
@@ -347,23 +395,34 @@ def test_the_store_is_reused_and_made_anew_for_other_data(text_data, tokenizer, 
 
 
 def chats(tmp_path, replies, too_long="error"):
-    lines = [json.dumps({"prompt": f"q{i}", "response": r, "split": "train"}) for i, r in enumerate(replies)]
+    lines = [
+        json.dumps({"prompt": f"q{i}", "response": r, "split": "train"})
+        for i, r in enumerate(replies)
+    ]
     (tmp_path / "c.jsonl").write_text("\n".join(lines))
     return DataConfig((Source(str(tmp_path / "c.jsonl")),), too_long=too_long)
 
 
 def test_long_conversations_are_refused_dropped_or_truncated(tokenizer, tmp_path):
     replies, cache = ["ok", "x" * 99, "fine"], tmp_path / "cache"
-    with pytest.raises(InputError, match=r"c.jsonl:2: this conversation takes \d+ tokens and a row holds 24"):
+    with pytest.raises(
+        InputError, match=r"c.jsonl:2: this conversation takes \d+ tokens and a row holds 24"
+    ):
         load_rows(chats(tmp_path, replies), "chat", "train", tokenizer, 24, cache)
-    ((rows, _),) = load_rows(chats(tmp_path, replies, "drop"), "chat", "train", tokenizer, 24, cache)
+    ((rows, _),) = load_rows(
+        chats(tmp_path, replies, "drop"), "chat", "train", tokenizer, 24, cache
+    )
     assert (rows.num_examples, rows.num_dropped) == (2, 1)
-    ((rows, _),) = load_rows(chats(tmp_path, replies, "truncate"), "chat", "train", tokenizer, 24, cache)
+    ((rows, _),) = load_rows(
+        chats(tmp_path, replies, "truncate"), "chat", "train", tokenizer, 24, cache
+    )
     assert (rows.num_examples, rows.num_dropped) == (3, 0)
 
 
 def test_only_the_assistant_is_a_target(tokenizer, tmp_path):
-    ((rows, _),) = load_rows(chats(tmp_path, ["ok", "yes"]), "chat", "train", tokenizer, 64, tmp_path / "cache")
+    ((rows, _),) = load_rows(
+        chats(tmp_path, ["ok", "yes"]), "chat", "train", tokenizer, 64, tmp_path / "cache"
+    )
     row = rows.row(0)
     said = [*tokenizer.encode("ok"), tokenizer.end_id, *tokenizer.encode("yes"), tokenizer.end_id]
     assert sorted(row["tokens"][row["loss_mask"]]) == sorted(said)
@@ -379,26 +438,44 @@ def test_an_example_without_a_target_is_refused(tokenizer, tmp_path):
 
 def test_prompts_are_left_padded_and_long_ones_refused(tokenizer, tmp_path):
     config = chats(tmp_path, ["a", "b", "c", "d"])
-    prompts = [p for s in ("train",) for p in load_prompts(chats_as_prompts(config, tmp_path), s, tokenizer, 16)]
+    prompts = [
+        p
+        for s in ("train",)
+        for p in load_prompts(chats_as_prompts(config, tmp_path), s, tokenizer, 16)
+    ]
     settings_ = {"batch_size": 8, "seed": 0, "length": 16, "pad_id": tokenizer.pad_id}
-    batch = make_prompt_batch_at(prompts, sharding=activation(make_mesh(MeshConfig()), "batch", None), **settings_)(3)
+    batch = make_prompt_batch_at(
+        prompts, sharding=activation(make_mesh(MeshConfig()), "batch", None), **settings_
+    )(3)
     tokens, mask = np.asarray(batch["tokens"]), np.asarray(batch["mask"])
-    assert tokens.shape == mask.shape == (8, 16) and np.asarray(batch["index"]).tolist() == list(range(8))
+    assert tokens.shape == mask.shape == (8, 16) and np.asarray(batch["index"]).tolist() == list(
+        range(8)
+    )
     for row, on in zip(tokens, mask, strict=True):
-        assert list(row[on]) in [p.ids for p in prompts] and on[-1] and (row[~on] == tokenizer.pad_id).all()
+        assert (
+            list(row[on]) in [p.ids for p in prompts]
+            and on[-1]
+            and (row[~on] == tokenizer.pad_id).all()
+        )
     with pytest.raises(InputError, match=r"the prompt takes \d+ tokens and 4 fit"):
         load_prompts(chats_as_prompts(config, tmp_path), "train", tokenizer, 4)
 
 
 def chats_as_prompts(config, tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": f"question {i}", "split": "train"}) for i in range(4)))
+    path.write_text(
+        "\n".join(json.dumps({"prompt": f"question {i}", "split": "train"}) for i in range(4))
+    )
     return DataConfig((Source(str(path)),), too_long=config.too_long)
 
 
 def test_rankings_keep_their_responses_together(tokenizer, tmp_path):
     lines = [
-        {"prompt": f"q{i}", "responses": ["a", "bb", "ccc"][: 2 + i % 2], "ranks": [2, 1, 1][: 2 + i % 2]}
+        {
+            "prompt": f"q{i}",
+            "responses": ["a", "bb", "ccc"][: 2 + i % 2],
+            "ranks": [2, 1, 1][: 2 + i % 2],
+        }
         for i in range(5)
     ]
     path = tmp_path / "r.jsonl"
@@ -409,13 +486,21 @@ def test_rankings_keep_their_responses_together(tokenizer, tmp_path):
     (batch, rest) = ranked_epoch(ranked, batch_size=4, sharding=sharding)
     assert np.asarray(batch["ranks"])[:2].tolist() == [[2, 1, 0], [2, 1, 1]]
     assert np.asarray(rest["ranks"]).sum(1).tolist() == [3, 0, 0, 0]
-    ids, _ = tokenizer.encode_chat([{"role": "user", "content": "q1"}, {"role": "assistant", "content": "bb"}])
+    ids, _ = tokenizer.encode_chat(
+        [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "bb"}]
+    )
     on = np.asarray(batch["segment_ids"])[1, 1] == 1
     assert np.asarray(batch["tokens"])[1, 1][on].tolist() == ids
-    with pytest.raises(InputError, match=r"r.jsonl:1: prompt and response take \d+ tokens and the limit is 5"):
+    with pytest.raises(
+        InputError, match=r"r.jsonl:1: prompt and response take \d+ tokens and the limit is 5"
+    ):
         load_ranked(config, "train", tokenizer, 5)
 
 
 def test_example_content_tells_examples_apart():
     one = Example("t", [], [], [], 0, "a:1")
-    assert one.content() == one._replace(origin="b:2", source=1).content() != one._replace(text="u").content()
+    assert (
+        one.content()
+        == one._replace(origin="b:2", source=1).content()
+        != one._replace(text="u").content()
+    )

@@ -20,7 +20,10 @@ from tests.tokenizers.test_published import CORPUS, write
 
 BOS = {
     "type": "TemplateProcessing",
-    "single": [{"SpecialToken": {"id": "BOS", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "single": [
+        {"SpecialToken": {"id": "BOS", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
     "special_tokens": {"BOS": {"id": "BOS", "ids": [1], "tokens": ["BOS"]}},
 }
@@ -37,12 +40,20 @@ def begun(path):
 def made(tmp_path_factory):
     """Tokenizers with and without BOS, with and without a space before every text."""
     root = tmp_path_factory.mktemp("tokenizers")
-    found = {"ours": train(iter(CORPUS), vocab_size=400, model_type="bpe", character_coverage=1.0, num_threads=1)}
+    found = {
+        "ours": train(
+            iter(CORPUS), vocab_size=400, model_type="bpe", character_coverage=1.0, num_threads=1
+        )
+    }
     for style in ("chatml", "llama2"):
         for name in ("bare", "begun"):
             write(folder := root / f"{style} {name}", style, CHATML if style == "chatml" else None)
             found[f"{style} {name}"] = begun(folder) if name == "begun" else load_tokenizer(folder)
-    assert {bool(t.begin_ids) for t in found.values()} == {t.dummy_prefix for t in found.values()} == {True, False}
+    assert (
+        {bool(t.begin_ids) for t in found.values()}
+        == {t.dummy_prefix for t in found.values()}
+        == {True, False}
+    )
     return found
 
 
@@ -63,17 +74,28 @@ def target_bytes(rows, tokenizer):
     return len(targets), sum(len(tokenizer.token_bytes(int(token))) for token in targets)
 
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), min_size=1, max_size=60)
-WORDS = st.lists(st.sampled_from(["the quick", " fox", "狐狸", "\n", "é", "hello", " "]), min_size=2).map("".join)
+TEXT = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), min_size=1, max_size=60
+)
+WORDS = st.lists(
+    st.sampled_from(["the quick", " fox", "狐狸", "\n", "é", "hello", " "]), min_size=2
+).map("".join)
 
 
 @settings(max_examples=15, deadline=None)
-@given(name=st.sampled_from(NAMES), texts=st.lists(TEXT | WORDS, min_size=2, max_size=6, unique=True))
+@given(
+    name=st.sampled_from(NAMES), texts=st.lists(TEXT | WORDS, min_size=2, max_size=6, unique=True)
+)
 def test_bytes_of_documents_are_those_of_their_targets(made, tmp_path_factory, name, texts):
     tokenizer, root = made[name], tmp_path_factory.mktemp("rows")
     records = [{"text": "the quick brown fox"}, *({"text": text} for text in texts)]
     rows = rows_of(root, tokenizer, "document", records)
-    kept = [e.text for e in examples(DataConfig((Source(str(root / "data.jsonl"), min_chars=0),)), "document", "train")]
+    kept = [
+        e.text
+        for e in examples(
+            DataConfig((Source(str(root / "data.jsonl"), min_chars=0),)), "document", "train"
+        )
+    ]
     count, size = target_bytes(rows, tokenizer)
     assert rows.num_tokens == count
     assert rows.num_bytes == size - sum(spaces_of_its_own(tokenizer, text) for text in kept)
@@ -96,9 +118,14 @@ def test_short_lines_without_bos_count_what_is_scored(made, tmp_path):
 
 
 @settings(max_examples=10, deadline=None)
-@given(name=st.sampled_from(["ours", "chatml bare"]), replies=st.lists(WORDS, min_size=1, max_size=4, unique=True))
+@given(
+    name=st.sampled_from(["ours", "chatml bare"]),
+    replies=st.lists(WORDS, min_size=1, max_size=4, unique=True),
+)
 @pytest.mark.parametrize("too_long", ["truncate", "drop"])
-def test_bytes_of_conversations_are_those_of_their_targets(made, tmp_path_factory, name, too_long, replies):
+def test_bytes_of_conversations_are_those_of_their_targets(
+    made, tmp_path_factory, name, too_long, replies
+):
     records = [{"prompt": "a", "response": reply} for reply in ("the fox", *replies)]
     tokenizer = made[name]
     rows = rows_of(tmp_path_factory.mktemp("rows"), tokenizer, "chat", records, too_long=too_long)
@@ -107,7 +134,9 @@ def test_bytes_of_conversations_are_those_of_their_targets(made, tmp_path_factor
 
 def test_texts_of_one_token_predict_nothing(made, tmp_path):
     tokenizer = made["chatml bare"]
-    with pytest.raises(InputError, match=r"data\.sources: no document example .* has a target that stands for text"):
+    with pytest.raises(
+        InputError, match=r"data\.sources: no document example .* has a target that stands for text"
+    ):
         rows_of(tmp_path, tokenizer, "document", [{"text": "t"}, {"text": "h"}])
 
 

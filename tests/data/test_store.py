@@ -29,31 +29,45 @@ from tests.conftest import ROOT
 @pytest.fixture(scope="module")
 def tokenizer():
     corpus = [f"line number {i} of some text 文字" for i in range(200)]
-    return train(iter(corpus), vocab_size=320, model_type="bpe", character_coverage=1.0, num_threads=1)
+    return train(
+        iter(corpus), vocab_size=320, model_type="bpe", character_coverage=1.0, num_threads=1
+    )
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Units, runs and chunks so small that a little text makes many."""
-    for module, name, value in ((readers, "PART_BYTES", 600), (store, "PART_BYTES", 600), (store, "_RUN", 16)):
+    for module, name, value in (
+        (readers, "PART_BYTES", 600),
+        (store, "PART_BYTES", 600),
+        (store, "_RUN", 16),
+    ):
         monkeypatch.setattr(module, name, value)
 
 
 def texts_of(each, tokenizer):
     table = each.table.read(0, len(each.table))
     return [
-        tokenizer.decode(each.tokens.read(row[None]["start"], row[None]["size"].astype(np.int64))[0]) for row in table
+        tokenizer.decode(
+            each.tokens.read(row[None]["start"], row[None]["size"].astype(np.int64))[0]
+        )
+        for row in table
     ]
 
 
 def write(path, records):
-    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n",
+        encoding="utf-8",
+    )
     return str(path)
 
 
 def reference(records, data, kind):
     """split -> the contents that stay, in order: a held-out content is held out everywhere, and the first one stays."""
-    assign_splits = [pair for i, rs in enumerate(records) for pair in format.assign_splits(data, kind, i, rs)]
+    assign_splits = [
+        pair for i, rs in enumerate(records) for pair in format.assign_splits(data, kind, i, rs)
+    ]
     held_out = {e.content() for e, side in assign_splits if side == "held_out"}
     split = {"train": [], "held_out": []}
     for e, side in assign_splits:
@@ -69,7 +83,11 @@ def test_duplicates_and_splits_are_those_of_the_reference(tmp_path, tokenizer, s
     rng = random.Random(seed)
     make = {
         "document": lambda n: {"text": f"text {n}"},
-        "chat": lambda n: {"prompt": f"p{n // 3}", "response": f"r{n}", **({"text": f"t{n}"} if n % 5 else {})},
+        "chat": lambda n: {
+            "prompt": f"p{n // 3}",
+            "response": f"r{n}",
+            **({"text": f"t{n}"} if n % 5 else {}),
+        },
     }[kind]
     names = []
     for first, name in enumerate("abc"):
@@ -86,7 +104,9 @@ def test_duplicates_and_splits_are_those_of_the_reference(tmp_path, tokenizer, s
         texts = [(i, t) for i, each in enumerate(found[split]) for t in texts_of(each, tokenizer)]
         as_text = lambda c: c[0] or "".join(m["content"] for m in c[1])
         assert texts == [(i, as_text(json.loads(content))) for i, content in wanted[split]]
-        assert [e.content() for e in examples(data, kind, split)] == [content for _, content in wanted[split]]
+        assert [e.content() for e in examples(data, kind, split)] == [
+            content for _, content in wanted[split]
+        ]
 
 
 def test_parts_of_a_file_are_its_lines_with_their_numbers(tmp_path, small):
@@ -115,16 +135,23 @@ def test_a_mistake_far_inside_has_its_line(tmp_path, tokenizer, small):
 def test_new_text_is_all_that_is_tokenized_again(tmp_path, tokenizer):
     for name in "ab":
         write(tmp_path / f"{name}.txt", [f"{name} {i}" for i in range(50)])
-    load = lambda path: open_store(DataConfig((Source(str(path)),)), "document", tokenizer, tmp_path / "cache")
+    load = lambda path: open_store(
+        DataConfig((Source(str(path)),)), "document", tokenizer, tmp_path / "cache"
+    )
     load(tmp_path / "a.txt")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("unit-*")}
     data = DataConfig((Source(str(tmp_path / "a.txt")), Source(str(tmp_path / "b.txt"))))
     open_store(data, "document", tokenizer, tmp_path / "cache")
-    assert before.items() < {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("unit-*")}.items()
+    assert (
+        before.items()
+        < {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("unit-*")}.items()
+    )
 
 
 def test_tokens_take_two_bytes_where_the_vocabulary_fits(tmp_path, tokenizer):
-    data = DataConfig((Source(write(tmp_path / "a.txt", ["one two three"] * 2)),), held_out_fraction=0.0)
+    data = DataConfig(
+        (Source(write(tmp_path / "a.txt", ["one two three"] * 2)),), held_out_fraction=0.0
+    )
     open_store(data, "document", tokenizer, tmp_path / "cache")
     (unit,) = (tmp_path / "cache").glob("unit-*")
     assert (unit / "tokens").stat().st_size == 2 * (len(tokenizer.encode("one two three")) + 2)
@@ -160,9 +187,19 @@ def corpus(tmp_path_factory, tokenizer):
 
 
 def prepare(corpus, to, in_process=1 << 30, number=0):
-    args = [sys.executable, corpus / "prepare.py", corpus / "a.txt", corpus / "tokenizer", to, in_process, number]
+    args = [
+        sys.executable,
+        corpus / "prepare.py",
+        corpus / "a.txt",
+        corpus / "tokenizer",
+        to,
+        in_process,
+        number,
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([*map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finished(process):
@@ -173,7 +210,11 @@ def finished(process):
 
 def contents(folder):
     """Every file but the times; nothing else may be left."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".times" and p.parent.name != "files"]
+    files = [
+        p
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != ".times" and p.parent.name != "files"
+    ]
     assert not [p for p in files if ".partial" in str(p) or ".new" in p.name]
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
@@ -185,7 +226,9 @@ def whole(corpus):
 
 
 @pytest.mark.parametrize("in_process", [1 << 30, 0], ids=["alone", "workers"])
-def test_killed_it_goes_on_where_it_was_and_ends_with_the_same_bytes(corpus, whole, tmp_path, in_process):
+def test_killed_it_goes_on_where_it_was_and_ends_with_the_same_bytes(
+    corpus, whole, tmp_path, in_process
+):
     process = prepare(corpus, tmp_path, in_process)
     units = lambda: {p: (p / "meta.json").stat().st_ino for p in tmp_path.glob("unit-*")}
     while len(units()) < 5:
@@ -194,17 +237,25 @@ def test_killed_it_goes_on_where_it_was_and_ends_with_the_same_bytes(corpus, who
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     deadline = time.monotonic() + 10  # workers end with their parent
-    while any(cache._is_alive(p) for p in tmp_path.glob(".partial~*")) and time.monotonic() < deadline:
+    while (
+        any(cache._is_alive(p) for p in tmp_path.glob(".partial~*")) and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     done = units()
-    assert 5 <= len(done) < sum(name.startswith("unit-") and name.endswith("meta.json") for name in whole)
+    assert (
+        5
+        <= len(done)
+        < sum(name.startswith("unit-") and name.endswith("meta.json") for name in whole)
+    )
     finished(prepare(corpus, tmp_path, in_process))
     assert done.items() <= units().items()
     assert contents(tmp_path) == whole
 
 
 def test_processes_that_prepare_the_same_cache_do_not_disturb_each_other(corpus, whole, tmp_path):
-    processes = [prepare(corpus, tmp_path, size, number) for number, size in enumerate((1 << 30, 1 << 30, 0))]
+    processes = [
+        prepare(corpus, tmp_path, size, number) for number, size in enumerate((1 << 30, 1 << 30, 0))
+    ]
     assert len({finished(p) for p in processes}) == 1
     assert contents(tmp_path) == whole
 
@@ -243,7 +294,9 @@ print(count)
 
 def test_killed_at_any_line_it_is_not_waited_for(tmp_path):
     args = [sys.executable, "-c", KILLED, str(tmp_path)]
-    done = subprocess.run(args, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        args, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done
     assert int(done.stdout) > 15  # lines
 
@@ -263,13 +316,16 @@ def test_what_dead_preparations_left_is_removed_and_what_others_write_is_not(tmp
         fcntl.flock(lock, fcntl.LOCK_EX)
         cache.clean(tmp_path)
         assert [name for name, path in paths.items() if path.exists()] == ["elsewhere", "alive"]
-        assert not cache.build_once(tmp_path / "unit-alive", lambda to: pytest.fail("somebody else makes it"))
+        assert not cache.build_once(
+            tmp_path / "unit-alive", lambda to: pytest.fail("somebody else makes it")
+        )
     cache.clean(tmp_path)
     assert [name for name, path in paths.items() if path.exists()] == ["elsewhere"]
 
 
 @pytest.mark.parametrize(
-    "where", ["unit-*/tokens", "unit-*/keys", "unit-*/meta.json", "document-*/train-0", "rows-*/begins"]
+    "where",
+    ["unit-*/tokens", "unit-*/keys", "unit-*/meta.json", "document-*/train-0", "rows-*/begins"],
 )
 @pytest.mark.parametrize("how", ["flipped", "cut"])
 def test_a_damaged_file_is_named_and_made_again(tmp_path, tokenizer, capsys, where, how):
@@ -293,7 +349,10 @@ def test_a_large_file_is_checked_again_only_when_its_times_change(tmp_path, monk
     monkeypatch.setattr(cache, "_ALWAYS_READ", 10)
     cache.get_or_build(tmp_path / "x", lambda to: {"n": (to / "big").write_bytes(b"0" * 100)})
     monkeypatch.setattr(cache, "sha256", lambda path: pytest.fail("read again"))
-    assert cache.open_valid(tmp_path / "x") == {"n": 100, "files": cache.open_valid(tmp_path / "x")["files"]}
+    assert cache.open_valid(tmp_path / "x") == {
+        "n": 100,
+        "files": cache.open_valid(tmp_path / "x")["files"],
+    }
     monkeypatch.undo()
     (tmp_path / "x" / "big").write_bytes(b"0" * 50 + b"1" + b"0" * 49)
     assert cache.open_valid(tmp_path / "x") is None
@@ -320,9 +379,20 @@ def test_memory_does_not_grow_with_the_corpus(corpus, tmp_path):
     peaks = []
     for count in (30_000, 120_000):
         path = tmp_path / f"{count}.txt"
-        path.write_text("\n".join(f"line number {i} of some text and its own {i * i}" for i in range(count)))
-        args = [sys.executable, "-c", MEMORY, path, corpus / "tokenizer", tmp_path / f"cache-{count}"]
-        out = subprocess.run(list(map(str, args)), env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+        path.write_text(
+            "\n".join(f"line number {i} of some text and its own {i * i}" for i in range(count))
+        )
+        args = [
+            sys.executable,
+            "-c",
+            MEMORY,
+            path,
+            corpus / "tokenizer",
+            tmp_path / f"cache-{count}",
+        ]
+        out = subprocess.run(
+            list(map(str, args)), env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+        )
         assert out.returncode == 0, out.stderr.decode()
         peaks.append(int(out.stdout) / 1024)
     assert peaks[1] < peaks[0] + 5, peaks
@@ -350,7 +420,12 @@ def formats(folder, n=200):
     plain = "".join(json.dumps(r) + "\n" for r in records).encode()
     frames = [zstandard.ZstdCompressor().compress(plain[a:b]) for a, b in ((0, 777), (777, None))]
     lines = "".join(r["text"] + "\n" for r in records).encode()
-    files = {"a.jsonl": plain, "a.jsonl.gz": gzip.compress(plain), "a.jsonl.zst": b"".join(frames), "a.txt": lines}
+    files = {
+        "a.jsonl": plain,
+        "a.jsonl.gz": gzip.compress(plain),
+        "a.jsonl.zst": b"".join(frames),
+        "a.txt": lines,
+    }
     for name, content in {**files, "a.txt.gz": gzip.compress(lines)}.items():
         (folder / name).write_bytes(content)
     table = pyarrow.table({"text": [r["text"] for r in records]})
@@ -436,9 +511,14 @@ def test_an_object_store_gives_the_same_texts(tmp_path, tokenizer, small, bucket
     texts, names = formats(tmp_path / "local")
     for name in names:
         bucket.put(str(tmp_path / "local" / name), f"corpus/texts/{name}")
-        assert every_text(f"s3://corpus/texts/{name}", tokenizer, tmp_path / f"cache-{name}") == texts, name
+        assert (
+            every_text(f"s3://corpus/texts/{name}", tokenizer, tmp_path / f"cache-{name}") == texts
+        ), name
     found = [r.origin for r in read_records(Source("s3://corpus/texts/a.jsonl*"))]
-    assert found[0] == "s3://corpus/texts/a.jsonl:1" and found[-1] == "s3://corpus/texts/a.jsonl.zst:200"
+    assert (
+        found[0] == "s3://corpus/texts/a.jsonl:1"
+        and found[-1] == "s3://corpus/texts/a.jsonl.zst:200"
+    )
     for path in ("s3://corpus/nothing.txt", "s3://corpus/*.nope", "s3://nobucket/x.txt"):
         with pytest.raises(InputError, match=r"no such file|cannot be read") as error:
             list(read_records(Source(path)))
@@ -466,7 +546,11 @@ def test_the_fingerprint_names_contents_not_places(tmp_path, tokenizer):
     shutil.copy(path, tmp_path / "b.txt")
     replaced = lambda **fields: dataclasses.replace(data, **fields)
     assert print_of(replaced(sources=(Source(str(tmp_path / "b.txt")),), workers=3)) == first
-    others = [print_of(data, 33), print_of(replaced(split_salt="x")), print_of(replaced(held_out_fraction=0.2))]
+    others = [
+        print_of(data, 33),
+        print_of(replaced(split_salt="x")),
+        print_of(replaced(held_out_fraction=0.2)),
+    ]
     others += [
         print_of(replaced(sources=(Source(path, epochs=2.0),))),
         print_of(replaced(sources=(Source(path, min_chars=14),))),
@@ -475,27 +559,48 @@ def test_the_fingerprint_names_contents_not_places(tmp_path, tokenizer):
         file.write("more\n")
     assert len({first, *others, print_of(data)}) == 7
     prompts = [PromptExample([{"role": "user", "content": "q"}], [1, 2])]
-    assert fingerprint(prompts) == fingerprint(list(prompts)) != fingerprint([prompts[0]._replace(answer="a")])
+    assert (
+        fingerprint(prompts)
+        == fingerprint(list(prompts))
+        != fingerprint([prompts[0]._replace(answer="a")])
+    )
 
 
-def test_contamination_is_the_share_of_ngrams_that_are_in_the_training_text(tmp_path, tokenizer, small, monkeypatch):
+def test_contamination_is_the_share_of_ngrams_that_are_in_the_training_text(
+    tmp_path, tokenizer, small, monkeypatch
+):
     from jaxllm.data import contamination
 
     monkeypatch.setattr(contamination, "_CHUNK", 50)
     rng, n = random.Random(0), 5
-    words = lambda k: " ".join(rng.choice(["line", "number", "some", "text", "of"]) for _ in range(k))
-    data = DataConfig((Source(write(tmp_path / "a.txt", [words(rng.randrange(1, 30)) for _ in range(150)])),))
+    words = lambda k: " ".join(
+        rng.choice(["line", "number", "some", "text", "of"]) for _ in range(k)
+    )
+    data = DataConfig(
+        (Source(write(tmp_path / "a.txt", [words(rng.randrange(1, 30)) for _ in range(150)])),)
+    )
     train_ids = [tokenizer.encode(e.text) for e in examples(data, "document", "train")]
-    asked = [tokenizer.encode(words(rng.randrange(1, 12))) for _ in range(60)] + [train_ids[3][1:9], [7] * 20]
+    asked = [tokenizer.encode(words(rng.randrange(1, 12))) for _ in range(60)] + [
+        train_ids[3][1:9],
+        [7] * 20,
+    ]
     grams = lambda ids: [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     known = {g for ids in train_ids for g in grams(ids)}
     hits = [[g in known for g in grams(ids)] for ids in asked if len(ids) >= n]
     training = open_store(data, "document", tokenizer, tmp_path / "cache")["train"]
     found = measure_contamination(asked, training, n)
-    assert found["ngrams"] == pytest.approx(np.mean([hit for each in hits for hit in each])) and 0 < found["ngrams"] < 1
-    assert found["examples"] == pytest.approx(np.mean([any(h) for h in hits])) and 0 < found["examples"] < 1
+    assert (
+        found["ngrams"] == pytest.approx(np.mean([hit for each in hits for hit in each]))
+        and 0 < found["ngrams"] < 1
+    )
+    assert (
+        found["examples"] == pytest.approx(np.mean([any(h) for h in hits]))
+        and 0 < found["examples"] < 1
+    )
     assert (found["counted"], found["shorter"]) == (len(hits), len(asked) - len(hits))
     assert measure_contamination([[1, 2]], training, n) == {"counted": 0.0, "shorter": 1.0}
     held_out = open_store(data, "document", tokenizer, tmp_path / "cache")["held_out"]
     some = some_documents(held_out, 10**9)
-    assert [tokenizer.decode(ids) for ids in some] == [e.text for e in examples(data, "document", "held_out")]
+    assert [tokenizer.decode(ids) for ids in some] == [
+        e.text for e in examples(data, "document", "held_out")
+    ]

@@ -33,7 +33,14 @@ def one(tmp_path, kind, fields, **source):
 
 def not_one(tmp_path, kind, fields, **source):
     """The line with which a record is refused, without the path; a good record stands before it, in line 1."""
-    good = {"prompt": "q", "response": "r", "responses": ["a", "b"], "ranks": [1, 2], "text": "t", "body": "b"}
+    good = {
+        "prompt": "q",
+        "response": "r",
+        "responses": ["a", "b"],
+        "ranks": [1, 2],
+        "text": "t",
+        "body": "b",
+    }
     good |= {"instruction": "q", "input": "i", "output": "r"}
     path = write(tmp_path / "a.jsonl", json.dumps(good) + "\n" + json.dumps(fields))
     with pytest.raises(InputError) as error:
@@ -58,10 +65,14 @@ def test_a_null_field_of_a_template_is_empty_text(tmp_path, null):
 
 @pytest.mark.parametrize("null", [None, float("nan")], ids=str)
 def test_null_is_absent_beside_what_is_there(tmp_path, null):
-    absent = dict.fromkeys(("system", "messages", "tools", "split", "text", "scores", "answer", "annotator"), null)
+    absent = dict.fromkeys(
+        ("system", "messages", "tools", "split", "text", "scores", "answer", "annotator"), null
+    )
     spoken = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
     assert one(tmp_path, "chat", {"prompt": "q", "response": "r", **absent}).messages == spoken
-    with_nulls = [{**m, "tool_calls": null, "name": null, "reasoning_content": null} for m in spoken]
+    with_nulls = [
+        {**m, "tool_calls": null, "name": null, "reasoning_content": null} for m in spoken
+    ]
     nulls = {"prompt": null, "response": null, "system": null, "tools": null}
     assert one(tmp_path, "chat", {"messages": with_nulls, **nulls}).messages == spoken
     assert one(tmp_path, "prompt", {"prompt": "q", "response": null, "answer": null}).answer == ""
@@ -104,7 +115,12 @@ def test_nulls_in_the_arguments_of_a_call_stay(tmp_path):
 
 REFUSED = [
     ("document", {"text": None}, {}, "a document needs the field 'text'"),
-    ("document", {"text": "a", "body": None}, {"text_field": "body"}, "a document needs the field 'body'"),
+    (
+        "document",
+        {"text": "a", "body": None},
+        {"text_field": "body"},
+        "a document needs the field 'body'",
+    ),
     ("prompt", {"body": None}, {"text_field": "body", "prompt": "{text}"}, "the prompt is empty"),
     ("chat", {"prompt": None, "response": "r"}, {}, 'has a "response" without a "prompt"'),
     ("chat", {"prompt": "q", "response": None}, {}, "must end with the assistant"),
@@ -114,38 +130,78 @@ REFUSED = [
     ("prompt", {"messages": None}, {}, "must end with the user"),
     ("chat", {"messages": [{"role": "user", "content": None}]}, {}, "a message needs a role"),
     ("chat", {"messages": [None]}, {}, '"messages" must be a list of objects'),
-    ("chat", {"instruction": "a", "input": None, "output": None}, ALPACA, "the last reply is empty"),
+    (
+        "chat",
+        {"instruction": "a", "input": None, "output": None},
+        ALPACA,
+        "the last reply is empty",
+    ),
     ("chat", {"instruction": None, "input": None, "output": "a"}, ALPACA, "the prompt is empty"),
     ("chat", {"instruction": None, "input": "", "output": "a"}, ALPACA, "the prompt is empty"),
-    ("chat", {"instruction": "a", "output": "a"}, ALPACA, "{input} is not a field; known: instruction, output"),
+    (
+        "chat",
+        {"instruction": "a", "output": "a"},
+        ALPACA,
+        "{input} is not a field; known: instruction, output",
+    ),
     ("ranked", {"prompt": "q", "responses": ["a", None], "ranks": [1, 2]}, {}, 'needs "responses"'),
     ("ranked", {"prompt": "q", "responses": None, "ranks": [1, 2]}, {}, 'needs "responses"'),
     ("ranked", {"prompt": "q", "responses": ["a", "b"], "ranks": None}, {}, 'needs "ranks"'),
     ("ranked", {"prompt": "q", "responses": ["a", "b"], "ranks": [1, None]}, {}, 'needs "ranks"'),
     ("ranked", {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2**40]}, {}, 'needs "ranks"'),
-    ("ranked", {"prompt": "q", "responses": ["a", "b"], "scores": [1, None]}, {}, '"scores" must be one finite'),
-    ("ranked", {"prompt": "q", "responses": ["a", "b"], "scores": [1, 10**400]}, {}, '"scores" must be one finite'),
-    ("ranked", {"prompt": "q", "responses": ["a", "b"], "scores": [1, 1e300]}, {}, '"scores" must be one finite'),
-    ("ranked", {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2], "scores": 5}, {}, '"scores" must be'),
+    (
+        "ranked",
+        {"prompt": "q", "responses": ["a", "b"], "scores": [1, None]},
+        {},
+        '"scores" must be one finite',
+    ),
+    (
+        "ranked",
+        {"prompt": "q", "responses": ["a", "b"], "scores": [1, 10**400]},
+        {},
+        '"scores" must be one finite',
+    ),
+    (
+        "ranked",
+        {"prompt": "q", "responses": ["a", "b"], "scores": [1, 1e300]},
+        {},
+        '"scores" must be one finite',
+    ),
+    (
+        "ranked",
+        {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2], "scores": 5},
+        {},
+        '"scores" must be',
+    ),
 ]
 
 
-@pytest.mark.parametrize(("kind", "fields", "source", "message"), REFUSED, ids=lambda x: str(x)[:60])
-def test_absent_where_it_is_required_is_refused_with_its_line(tmp_path, kind, fields, source, message):
+@pytest.mark.parametrize(
+    ("kind", "fields", "source", "message"), REFUSED, ids=lambda x: str(x)[:60]
+)
+def test_absent_where_it_is_required_is_refused_with_its_line(
+    tmp_path, kind, fields, source, message
+):
     assert message in not_one(tmp_path, kind, fields, **source)
 
 
 @given(
     st.recursive(
         st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
-        lambda inner: st.lists(inner | LETTERS | st.none()) | st.dictionaries(LETTERS, inner | st.none()),
+        lambda inner: (
+            st.lists(inner | LETTERS | st.none()) | st.dictionaries(LETTERS, inner | st.none())
+        ),
     )
 )
 @FEW
 def test_values_stand_in_templates_as_json_spells_them(tmp_path, value):
     example = one(tmp_path, "prompt", {"value": value, "answer": value}, prompt="x {value} {")
     assert contents(example) == [f"x {example.answer} {{"]
-    assert json.loads(example.answer) == value and "None" not in example.answer and "True" not in example.answer
+    assert (
+        json.loads(example.answer) == value
+        and "None" not in example.answer
+        and "True" not in example.answer
+    )
 
 
 def test_bytes_and_infinite_numbers_are_no_text(tmp_path):
@@ -168,7 +224,9 @@ USER, CALL = {"role": "user", "content": "how warm?"}, {"role": "assistant", "to
 RESULT, REPLY = {"role": "tool", "content": "21"}, {"role": "assistant", "content": "21 degrees"}
 
 
-@pytest.mark.parametrize("call", [CALL, {**CALL, "content": None}, {**CALL, "content": ""}], ids=str)
+@pytest.mark.parametrize(
+    "call", [CALL, {**CALL, "content": None}, {**CALL, "content": ""}], ids=str
+)
 def test_calls_without_content_are_said(tmp_path, call):
     prompt = one(tmp_path, "prompt", {"messages": [USER, call]})
     assert (prompt.question(), prompt.answer) == ("how warm?", SPELLED)
@@ -176,7 +234,11 @@ def test_calls_without_content_are_said(tmp_path, call):
     assert (chat.question(), chat.learnt()) == (SPELLED, SPELLED + "21 degrees")
     assert prompt_text([USER, call]) == SPELLED and prompt_text([USER, call, RESULT]) == "21"
     chat = one(tmp_path, "chat", {"messages": [USER, call, RESULT, REPLY]})
-    assert json.loads(chat.question()) == [USER, {k: v for k, v in call.items() if v is not None}, RESULT]
+    assert json.loads(chat.question()) == [
+        USER,
+        {k: v for k, v in call.items() if v is not None},
+        RESULT,
+    ]
     assert chat.whole() == f"how warm?\n{SPELLED}\n21\n21 degrees"
     for kind, more in (("prompt", {}), ("ranked", {"responses": ["a", "b"], "ranks": [1, 2]})):
         asked = one(tmp_path, kind, {"messages": [USER, call, RESULT], **more})
@@ -186,7 +248,10 @@ def test_calls_without_content_are_said(tmp_path, call):
 @pytest.mark.parametrize(
     ("message", "wrong"),
     [
-        ({"role": "assistant", "content": "a", "tool_calls": "call"}, '"tool_calls" must be a list of objects'),
+        (
+            {"role": "assistant", "content": "a", "tool_calls": "call"},
+            '"tool_calls" must be a list of objects',
+        ),
         ({"role": "assistant", "tool_calls": [3]}, '"tool_calls" must be a list of objects'),
         ({"role": "assistant", "tool_calls": []}, "a message needs a role"),
         ({"role": "user", "tool_calls": CALLS}, "a message needs a role"),
@@ -214,8 +279,12 @@ def test_a_malformed_call_is_refused_with_its_line(tmp_path, message, wrong):
     ids=str,
 )
 def test_null_is_absent_in_tasks_and_required_where_it_is(tmp_path, line):
-    nulls = dict.fromkeys({"prompt", "messages", "question", "choices", "answer", "text"} - set(line))
-    read_all = lambda value: tasks.read_tasks([write(tmp_path / "t.jsonl", json.dumps(value))], tasks.ScoringConfig())
+    nulls = dict.fromkeys(
+        {"prompt", "messages", "question", "choices", "answer", "text"} - set(line)
+    )
+    read_all = lambda value: tasks.read_tasks(
+        [write(tmp_path / "t.jsonl", json.dumps(value))], tasks.ScoringConfig()
+    )
     (plain,), (with_nulls,) = read_all(line), read_all({**nulls, **line})
     assert plain.items == with_nulls.items and plain.kind == with_nulls.kind
     for name in line:
@@ -224,7 +293,9 @@ def test_null_is_absent_in_tasks_and_required_where_it_is(tmp_path, line):
         assert "None" not in str(error.value)
 
 
-@pytest.mark.parametrize(("answer", "text"), [("3", "3"), ("1e3", "1000.0"), ('"None"', "None"), ("0.50", "0.5")])
+@pytest.mark.parametrize(
+    ("answer", "text"), [("3", "3"), ("1e3", "1000.0"), ('"None"', "None"), ("0.50", "0.5")]
+)
 def test_answers_of_tasks_are_spelled_as_json_does(tmp_path, answer, text):
     path = write(tmp_path / "t.jsonl", f'\ufeff{{"prompt": "q", "answer": {answer}}}')
     assert tasks.read_tasks([path], tasks.ScoringConfig())[0].items[0].answer == text
@@ -245,17 +316,26 @@ def test_damaged_samples_of_a_killed_run_are_drawn_again_from_there(tmp_path, co
     path = epath.Path(write(tmp_path / "samples.jsonl", whole + content + whole))
     assert sample._keep_whole_batches(path, 1) == 1
     assert path.read_bytes() == whole
-    assert "samples.jsonl:2: is no JSON object; that line and what follows it is left out" in capsys.readouterr().err
+    assert (
+        "samples.jsonl:2: is no JSON object; that line and what follows it is left out"
+        in capsys.readouterr().err
+    )
 
 
 # --- any value in any field
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "train", "user", "assistant"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "a", "train", "user", "assistant"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "tool_calls", "name", "function", "a"]), inner, max_size=3
+            st.sampled_from(["role", "content", "tool_calls", "name", "function", "a"]),
+            inner,
+            max_size=3,
         )
     ),
     max_leaves=8,
@@ -263,7 +343,11 @@ VALUES = st.recursive(
 MESSAGES = st.lists(
     st.fixed_dictionaries(
         {"role": st.sampled_from(["user", "assistant", "tool"])},
-        optional={"content": st.just("hi") | VALUES, "tool_calls": st.just(CALLS) | VALUES, "name": VALUES},
+        optional={
+            "content": st.just("hi") | VALUES,
+            "tool_calls": st.just(CALLS) | VALUES,
+            "name": VALUES,
+        },
     ),
     max_size=4,
 )
@@ -314,6 +398,12 @@ def test_any_value_in_any_field_gives_an_example_or_one_line(tmp_path, kind, cha
         assert "\n" not in str(error) and str(error).startswith(path)
         return
     for example in found:
-        words = [example.answer, example.annotator, example.text, *contents(example), *example.responses]
+        words = [
+            example.answer,
+            example.annotator,
+            example.text,
+            *contents(example),
+            *example.responses,
+        ]
         assert all(isinstance(word, str) and "None" not in word for word in words)
         assert (example.digest() and len(example.ranks) == len(example.responses)) or kind == "task"

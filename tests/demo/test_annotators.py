@@ -70,7 +70,9 @@ def test_resolve_says_how_to_mend(spec, word):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "package"), [("snownlp_sentiment", "snownlp"), ("vader_sentiment", "vaderSentiment")])
+@pytest.mark.parametrize(
+    ("name", "package"), [("snownlp_sentiment", "snownlp"), ("vader_sentiment", "vaderSentiment")]
+)
 def test_missing_package_names_the_extra(monkeypatch, name, package):
     for module in (package, f"{package}.{package}"):
         monkeypatch.setitem(sys.modules, module, None)

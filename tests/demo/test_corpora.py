@@ -55,7 +55,9 @@ def test_a_conversation_nobody_answered_gives_nothing(package):
 
 def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"chitchat_dataset.*pip install 'jaxllm\[demo\]'") as caught:
+    with pytest.raises(
+        InputError, match=r"chitchat_dataset.*pip install 'jaxllm\[demo\]'"
+    ) as caught:
         next(iter(corpora.chitchat()))
     assert "\n" not in str(caught.value)
 

@@ -48,7 +48,9 @@ def test_annotators_agree_on_pairs_whatever_order_the_responses_are_listed_in():
 
     same = [ranked([[1], [2], [3]], [1, 2, 3]), ranked([[3], [1], [2]], [3, 1, 2])]
     assert e.annotator_agreement(same) == (1.0, 3)
-    other = ranked([[2], [1], [3]], [1, 2, 2])  # 2 before 1: against; 1 and 3 tied: left out; 2 before 3: alike
+    other = ranked(
+        [[2], [1], [3]], [1, 2, 2]
+    )  # 2 before 1: against; 1 and 3 tied: left out; 2 before 3: alike
     assert e.annotator_agreement([same[0], other]) == (0.5, 2)
     assert e.annotator_agreement([same[0], ranked([[1], [2]], [1, 2])]) is None
 
@@ -58,4 +60,6 @@ def test_calibration_error_is_zero_when_confidence_is_the_truth():
     size = rng.uniform(0, 4, 200_000)
     right = rng.random(200_000) < 1 / (1 + np.exp(-size))
     assert e.calibration_error(np.where(right, size, -size)) < 0.01
-    assert e.calibration_error(np.where(rng.random(200_000) < 0.5, 4.0, -4.0)) == pytest.approx(0.482, abs=0.01)
+    assert e.calibration_error(np.where(rng.random(200_000) < 0.5, 4.0, -4.0)) == pytest.approx(
+        0.482, abs=0.01
+    )

@@ -56,16 +56,25 @@ class Life:
             env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": self.cache}
             env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
             if many:
-                env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(self.processes)}
+                env |= {
+                    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                    "JAX_NUM_PROCESSES": str(self.processes),
+                }
                 env |= {"JAX_PROCESS_ID": str(number)}
             if self.clock:
-                env |= {"LD_PRELOAD": str(FAKETIME), "FAKETIME": self.clock, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+                env |= {
+                    "LD_PRELOAD": str(FAKETIME),
+                    "FAKETIME": self.clock,
+                    "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+                }
             # Anew at each start: what a process that ended long ago wrote says nothing about this one.
             log = open(f"{self.directory}.{number}.log", "wb")  # noqa: SIM115 - the process keeps it
             arguments = [*command, *many, "--cpu-devices", str(self.devices)]
             # What the others make the world may not read: a file tells whether process 0 has written it.
             umask = 0o026 if number else 0o022
-            self.alive.append(subprocess.Popen(arguments, env=env, cwd=ROOT, stdout=log, stderr=log, umask=umask))
+            self.alive.append(
+                subprocess.Popen(arguments, env=env, cwd=ROOT, stdout=log, stderr=log, umask=umask)
+            )
             log.close()
 
     def wait(self, seconds: float) -> bool:
@@ -91,7 +100,8 @@ class Life:
 
     def log(self) -> str:
         return "".join(
-            p.read_text(errors="replace") for p in self.directory.parent.glob(f"{self.directory.name}.*.log")
+            p.read_text(errors="replace")
+            for p in self.directory.parent.glob(f"{self.directory.name}.*.log")
         )
 
 
@@ -120,7 +130,11 @@ def terminate(life: Life, rng: random.Random) -> str:
     if not life.wait(PATIENCE):
         return "SIGTERM did not end it"
     codes = [p.returncode for p in life.alive]
-    return "" if not listening or set(codes) <= {0, -signal.SIGTERM} else f"exit codes {codes} after SIGTERM"
+    return (
+        ""
+        if not listening or set(codes) <= {0, -signal.SIGTERM}
+        else f"exit codes {codes} after SIGTERM"
+    )
 
 
 def interrupt(life: Life, rng: random.Random) -> str:
@@ -138,7 +152,9 @@ def freeze(life: Life, rng: random.Random) -> str:
 
 
 def kill_in_save(life: Life, rng: random.Random) -> str:
-    return _kill_when(life, rng, lambda: any(life.directory.glob("*/checkpoints/*.orbax-checkpoint-tmp*")))
+    return _kill_when(
+        life, rng, lambda: any(life.directory.glob("*/checkpoints/*.orbax-checkpoint-tmp*"))
+    )
 
 
 def kill_before_seal(life: Life, rng: random.Random) -> str:
@@ -194,7 +210,9 @@ def read_only(life: Life, rng: random.Random) -> str:
     disk = life.directory.parent
     if not os.path.ismount(disk):
         return "not on a disk of its own"
-    flags = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", disk], capture_output=True).returncode
+    flags = lambda how: (
+        subprocess.run(["mount", "-o", f"remount,{how}", disk], capture_output=True).returncode
+    )
     deadline = time.monotonic() + 5.0
     while flags("ro") and time.monotonic() < deadline:  # busy while a file is open for writing
         time.sleep(0.05)
@@ -223,7 +241,9 @@ def _checkpoint_files(life: Life) -> list[Path]:
     """Of the stages that somebody still reads."""
     done = lambda stage: (life.directory / stage / "result.json").exists()
     stages = [s for s in TRAINED if not (s == "reward" and done("ppo"))]
-    return [p for s in stages for p in (life.directory / s / "checkpoints").rglob("*") if p.is_file()]
+    return [
+        p for s in stages for p in (life.directory / s / "checkpoints").rglob("*") if p.is_file()
+    ]
 
 
 def flip_checkpoint(life: Life, rng: random.Random) -> str:
@@ -239,7 +259,9 @@ def delete_checkpoint_file(life: Life, rng: random.Random) -> str:
 
 
 def flip_data_shard(life: Life, rng: random.Random) -> str:
-    return _spoil(life, rng, [p for p in (life.directory / "cache").rglob("*") if p.is_file()], "flip")
+    return _spoil(
+        life, rng, [p for p in (life.directory / "cache").rglob("*") if p.is_file()], "flip"
+    )
 
 
 def jump_clock(life: Life, rng: random.Random) -> str:
@@ -269,7 +291,9 @@ FAULTS: dict[str, Fault] = {
 ONE_OF_SEVERAL: dict[str, Fault] = {"SIGKILL of one process": kill_one}
 
 
-def live_through(life: Life, faults: Iterator[tuple[str, Fault]], rng: random.Random, quiet_after: int):
+def live_through(
+    life: Life, faults: Iterator[tuple[str, Fault]], rng: random.Random, quiet_after: int
+):
     """Start the life again after each fault until it is finished; yields (kind, complaint) of each.
 
     quiet_after: so many starts, then nothing more happens to it.
@@ -282,7 +306,9 @@ def live_through(life: Life, faults: Iterator[tuple[str, Fault]], rng: random.Ra
             if ended and not any(codes) and life.finished():
                 return
             if starts > quiet_after + 3:
-                raise RuntimeError(f"the life does not end: exit codes {codes}\n{life.log()[-3000:]}")
+                raise RuntimeError(
+                    f"the life does not end: exit codes {codes}\n{life.log()[-3000:]}"
+                )
             continue
         if life.wait(rng.uniform(0.3, 14.0)) and life.finished():
             life.clear()
@@ -303,16 +329,28 @@ def outcome(directory: Path, stages: Sequence[str] = STAGES) -> dict[str, object
     """Everything that must not depend on what happened: a value for each thing that is compared."""
     found: dict[str, object] = {}
     for stage in (s for s in TRAINED if s in stages):
-        steps = sorted(int(p.name) for p in (directory / stage / "checkpoints").iterdir() if p.name.isdigit())
-        seal = json.loads((directory / stage / "checkpoints" / str(steps[-1]) / "seal.json").read_text())
+        steps = sorted(
+            int(p.name) for p in (directory / stage / "checkpoints").iterdir() if p.name.isdigit()
+        )
+        seal = json.loads(
+            (directory / stage / "checkpoints" / str(steps[-1]) / "seal.json").read_text()
+        )
         found |= {f"{stage} {name}": words for name, words in seal["digests"].items()}
         found[f"{stage} step"] = steps[-1]
-        found[f"{stage} metrics"] = [_without_times(line) for line in _lines(directory / stage / "metrics.jsonl")]
-    for stage, file in (("sample", "samples.jsonl"), ("rank", "rankings.jsonl"), ("ppo", "rollouts.jsonl")):
+        found[f"{stage} metrics"] = [
+            _without_times(line) for line in _lines(directory / stage / "metrics.jsonl")
+        ]
+    for stage, file in (
+        ("sample", "samples.jsonl"),
+        ("rank", "rankings.jsonl"),
+        ("ppo", "rollouts.jsonl"),
+    ):
         if stage in stages:
             found[file] = [_without_times(line) for line in _lines(directory / stage / file)]
     for stage in stages:
-        found[f"{stage} result"] = _without_times(json.loads((directory / stage / "result.json").read_text()))
+        found[f"{stage} result"] = _without_times(
+            json.loads((directory / stage / "result.json").read_text())
+        )
     found["tokenizer"] = (directory / "tokenizer" / "tokenizer" / "tokenizer.model").read_bytes()
     return found
 
@@ -372,7 +410,9 @@ def soak(minutes: float, seed: int, topologies: list[int], most: int) -> int:
             processes = topologies[lives % len(topologies)]
             disk = base / f"disk{lives}"
             disk.mkdir()
-            mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", disk]).returncode
+            mounted = not subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", disk]
+            ).returncode
             life = Life(disk / "life", processes, cache=str(base / "compiled"))
             try:
                 for kind, complaint in live_through(life, streams[processes], rng, quiet_after=18):
@@ -381,11 +421,15 @@ def soak(minutes: float, seed: int, topologies: list[int], most: int) -> int:
                         print(life.log()[-3000:], flush=True)
                     complaints[kind] += bool(complaint)
                     print(
-                        f"life {lives}, {processes} process(es): {kind}{f': {complaint}' * bool(complaint)}", flush=True
+                        f"life {lives}, {processes} process(es): {kind}{f': {complaint}' * bool(complaint)}",
+                        flush=True,
                     )
                 wrong = differences(whole[processes], outcome(life.directory))
                 lost += lost_steps(life.directory)
-                print(f"life {lives}: {f'CORRUPTED: {wrong[:5]}' if wrong else 'the same bits'}", flush=True)
+                print(
+                    f"life {lives}: {f'CORRUPTED: {wrong[:5]}' if wrong else 'the same bits'}",
+                    flush=True,
+                )
                 corrupted += bool(wrong)
             finally:
                 life.clear()
@@ -413,7 +457,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="topologies, taken in turn")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], help="topologies, taken in turn"
+    )
     parser.add_argument("--faults", type=int, default=10**9, help="stop after so many")
     args = parser.parse_args()
     sys.exit(1 if soak(args.minutes, args.seed, args.processes, args.faults) else 0)

@@ -30,7 +30,9 @@ def test_a_life_ends_with_the_same_bits_whatever_happens_to_it(tmp_path, process
     whole, life = (Life(tmp_path / name, processes, cache=cache) for name in ("whole", "life"))
     whole.start()
     assert whole.wait(600.0) and not any(whole.clear()), whole.log()[-2000:]
-    happened = [*harness.live_through(life, chosen(*names), random.Random(3), quiet_after=len(names))]
+    happened = [
+        *harness.live_through(life, chosen(*names), random.Random(3), quiet_after=len(names))
+    ]
     assert len(happened) > 0 and not any(complaint for _, complaint in happened), happened
     ends = [harness.outcome(each.directory) for each in (whole, life)]
     assert harness.differences(*ends) == []
@@ -41,6 +43,6 @@ def test_the_verdict_sees_a_single_changed_bit(tmp_path):
     one = {"pretrain params.a": [1, 2], "pretrain metrics": [{"step": 1, "train/loss": 0.5}]}
     assert harness.differences(one, dict(one)) == []
     assert harness.differences(one, {**one, "pretrain params.a": [1, 3]}) == ["pretrain params.a"]
-    assert harness.differences(one, {**one, "pretrain metrics": [{"step": 1, "train/loss": 0.25}]}) == [
-        "pretrain metrics"
-    ]
+    assert harness.differences(
+        one, {**one, "pretrain metrics": [{"step": 1, "train/loss": 0.25}]}
+    ) == ["pretrain metrics"]

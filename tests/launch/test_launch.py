@@ -26,12 +26,15 @@ def read_lines(path):
 
 def restart(tmp_path, script, **kwargs):
     command = ["bash", str(ROOT / "launch" / "restart.sh"), str(tmp_path), "bash", "-c", script]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "MAX_STUCK": "2"}, **kwargs)
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "MAX_STUCK": "2"}, **kwargs
+    )
 
 
 def test_it_restarts_until_it_is_done(tmp_path):
     process = restart(
-        tmp_path, f"cd {tmp_path}; d=$(ls | wc -l); mkdir $d; touch $d/result.json; [ $(ls | wc -l) = 4 ] || kill -9 $$"
+        tmp_path,
+        f"cd {tmp_path}; d=$(ls | wc -l); mkdir $d; touch $d/result.json; [ $(ls | wc -l) = 4 ] || kill -9 $$",
     )
     _, log = process.communicate(timeout=60)
     assert process.returncode == 0 and log.count("ended with status 137; again in 1 s") == 3
@@ -48,7 +51,8 @@ def test_it_gives_up_without_progress_and_at_once_on_bad_input(tmp_path):
 
 def test_a_signal_reaches_the_command_and_ends_the_loop(tmp_path):
     process = restart(
-        tmp_path, f"trap 'touch {tmp_path}/told; exit 3' TERM; touch {tmp_path}/ready; while :; do sleep 0.05; done"
+        tmp_path,
+        f"trap 'touch {tmp_path}/told; exit 3' TERM; touch {tmp_path}/ready; while :; do sleep 0.05; done",
     )
     wait_until((tmp_path / "ready").exists)
     process.send_signal(signal.SIGTERM)
@@ -56,7 +60,9 @@ def test_a_signal_reaches_the_command_and_ends_the_loop(tmp_path):
 
 
 def test_local_starts_n_processes_and_stops_all_of_them(tmp_path):
-    stub = tmp_path / "python"  # for a process that waits: it ends as jaxllm does, some seconds after the signal
+    stub = (
+        tmp_path / "python"
+    )  # for a process that waits: it ends as jaxllm does, some seconds after the signal
     stub.write_text(
         f'#!/bin/bash\n[ "$1" = -c ] && exec {sys.executable} "$@"\ntrap "echo told >> {tmp_path}/told; exit 0" TERM\n'
         f'echo "$JAX_PROCESS_ID/$JAX_NUM_PROCESSES $*" >> {tmp_path}/started\nwhile :; do sleep 0.05; done\n'
@@ -75,7 +81,15 @@ def test_local_starts_n_processes_and_stops_all_of_them(tmp_path):
 @pytest.mark.slow
 def test_local_runs_two_real_processes_that_stop_and_go_on(tmp_path):
     """Half a minute: python -m pytest tests/launch/test_launch.py -m slow -n 0"""
-    arguments = [CONFIG, "--run-dir", str(tmp_path / "run"), "--cpu-devices", "1", "--stages", *STAGES[:2]]
+    arguments = [
+        CONFIG,
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--cpu-devices",
+        "1",
+        "--stages",
+        *STAGES[:2],
+    ]
     command = ["bash", str(ROOT / "launch" / "local.sh"), "2", *arguments]
     env = {**os.environ, "PYTHON": sys.executable}
     process = subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -108,24 +122,41 @@ def slurm_job(tmp_path, srun, **stand_ins):
         (tmp_path / name).chmod(0o755)
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "worker.py").touch()
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+    }
     command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "CONFIG"]
-    done = subprocess.run(command, env={**env, "SLURM_JOB_NODELIST": "n[1-2]"}, capture_output=True, timeout=30)
+    done = subprocess.run(
+        command, env={**env, "SLURM_JOB_NODELIST": "n[1-2]"}, capture_output=True, timeout=30
+    )
     return done.returncode, read_lines(tmp_path / "told")
 
 
 @pytest.mark.parametrize(
     ("status", "earlier", "ends", "requeued"),
-    [(0, 0, 0, False), (2, 0, 2, False), (75, 0, 0, True), (1, 0, 0, True), (1, 5, 1, False), (75, 9, 0, True)],
+    [
+        (0, 0, 0, False),
+        (2, 0, 2, False),
+        (75, 0, 0, True),
+        (1, 0, 0, True),
+        (1, 5, 1, False),
+        (75, 9, 0, True),
+    ],
 )
-def test_a_slurm_job_goes_back_into_the_queue_where_that_helps(tmp_path, status, earlier, ends, requeued):
+def test_a_slurm_job_goes_back_into_the_queue_where_that_helps(
+    tmp_path, status, earlier, ends, requeued
+):
     if earlier:
         (tmp_path / "slurm-7.failures").write_text("1\n" * earlier)
     code, told = slurm_job(tmp_path, f"exit {status}")
     assert code == ends and told == ["scontrol requeue 7"] * requeued
 
 
-def test_near_its_time_limit_a_slurm_job_goes_back_into_the_queue_even_where_nothing_stops(tmp_path):
+def test_near_its_time_limit_a_slurm_job_goes_back_into_the_queue_even_where_nothing_stops(
+    tmp_path,
+):
     srun = "kill -USR1 $PPID; for i in {1..10}; do read -t 0.05 <> <(:) || true; done; exit 0"
     code, told = slurm_job(tmp_path, srun)
     assert code == 0 and told == ["scancel --signal=TERM 7", "scontrol requeue 7"]

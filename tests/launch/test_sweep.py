@@ -47,7 +47,9 @@ def run(tmp_path, *more):
     return sweep.main(arguments)
 
 
-def test_a_failed_point_is_named_and_the_next_start_runs_only_what_is_left(tmp_path, monkeypatch, capsys):
+def test_a_failed_point_is_named_and_the_next_start_runs_only_what_is_left(
+    tmp_path, monkeypatch, capsys
+):
     (tmp_path / "python").write_text(STUB)
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
@@ -55,16 +57,25 @@ def test_a_failed_point_is_named_and_the_next_start_runs_only_what_is_left(tmp_p
     assert run(tmp_path) == 1
     out, err = capsys.readouterr()
     assert (
-        err.count("failed with status 1: ") == 2 and "out of memory" in next(tmp_path.glob("out/*=3.log")).read_text()
+        err.count("failed with status 1: ") == 2
+        and "out of memory" in next(tmp_path.glob("out/*=3.log")).read_text()
     )
     assert "L = 2.0" in out and "3 sizes: nothing is left to check it with" in out
 
     (tmp_path / "out" / "mended").touch()
     assert run(tmp_path) == 0
     out, _ = capsys.readouterr()
-    assert "8 points, 6 of them finished" in out and "L = 2.001 + " in out and "/ N^0.5 (4 sizes, off by " in out
+    assert (
+        "8 points, 6 of them finished" in out
+        and "L = 2.001 + " in out
+        and "/ N^0.5 (4 sizes, off by " in out
+    )
     ran = (tmp_path / "out" / "ran").read_text().splitlines()
-    assert len(ran) == 10 and len({*ran}) == 8 and (tmp_path / "out" / "plot.png").stat().st_size > 10_000
+    assert (
+        len(ran) == 10
+        and len({*ran}) == 8
+        and (tmp_path / "out" / "plot.png").stat().st_size > 10_000
+    )
     rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
     assert [row["parameters"] for row in rows[:4]] == ["1000", "2000", "3000", "4000"]
     assert (tmp_path / "out" / "table.md").read_text().count("| finished |") == 8
@@ -76,7 +87,10 @@ def test_a_failed_point_is_named_and_the_next_start_runs_only_what_is_left(tmp_p
     ("arguments", "message"),
     [
         (["--grid", "pretrain.optim.learning-rate"], "must be FIELD=VALUE,VALUE"),
-        (["--grid", "model.num-layer=1,2"], "sweep: model.num_layer: unknown key; did you mean num_layers?"),
+        (
+            ["--grid", "model.num-layer=1,2"],
+            "sweep: model.num_layer: unknown key; did you mean num_layers?",
+        ),
         (["--grid", "model.num-layers=1,two"], "two"),
         (["--grid", "model.num-layers=2,0"], "num_layers"),
         (["--grid", "seed=1,2", "--stages", "pretrian"], "pretrian"),
@@ -100,14 +114,27 @@ def test_a_law_is_recovered():
 @pytest.mark.slow
 def test_a_real_sweep_of_six_points(tmp_path):
     """Two minutes: python -m pytest tests/launch/test_sweep.py -m slow -n 0 -s"""
-    command = [sys.executable, "launch/sweep.py", "tests/faults/life.yaml", "--out", str(tmp_path / "out")]
-    command += ["--grid", "pretrain.optim.learning-rate=3e-3,1e-2", "--grid", "model.embed-dim=16,32,64"]
+    command = [
+        sys.executable,
+        "launch/sweep.py",
+        "tests/faults/life.yaml",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command += [
+        "--grid",
+        "pretrain.optim.learning-rate=3e-3,1e-2",
+        "--grid",
+        "model.embed-dim=16,32,64",
+    ]
     command += ["--jobs", "2", "--options=--cpu-devices 1"]
     cut = subprocess.Popen(command, cwd=ROOT)
     while not any("pretrain 5/60" in log.read_text() for log in tmp_path.glob("out/*.log")):
         time.sleep(0.2)
     cut.send_signal(signal.SIGTERM)
-    assert cut.wait(timeout=60) == 130 and any("SIGTERM: pretrain" in p.read_text() for p in tmp_path.glob("out/*.log"))
+    assert cut.wait(timeout=60) == 130 and any(
+        "SIGTERM: pretrain" in p.read_text() for p in tmp_path.glob("out/*.log")
+    )
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr)
     assert done.returncode == 0 and "L = " in done.stdout

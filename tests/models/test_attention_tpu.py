@@ -37,16 +37,27 @@ def test_shards_of_a_row_attend_to_as_many_keys(shards):
 @pytest.mark.parametrize(("window", "softcap"), [(None, 0.0), (64, 20.0)])
 def test_queries_may_come_in_a_balanced_order(window, softcap):
     keys = jax.random.split(jax.random.key(0), 3)
-    arrays = [jax.random.normal(key, (B, 2 * T, n, H)) for key, n in zip(keys, (2 * K, K, K), strict=True)]
+    arrays = [
+        jax.random.normal(key, (B, 2 * T, n, H)) for key, n in zip(keys, (2 * K, K, K), strict=True)
+    ]
     segments = jnp.concatenate([SEGMENTS, SEGMENTS + 3], 1)
     how = {"window": window, "scale": 0.2, "softcap": softcap}
     weigh = lambda y: jnp.square(y).sum()
-    plain = lambda q, k, v: weigh(attention(q, k, v, q_segment_ids=segments, kv_segment_ids=segments, **how))
+    plain = lambda q, k, v: weigh(
+        attention(q, k, v, q_segment_ids=segments, kv_segment_ids=segments, **how)
+    )
     want, wanted = jax.jit(jax.value_and_grad(plain, argnums=(0, 1, 2)))(*arrays)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2, context=2))):
         order = zigzag_order(2 * T)
-        more = {"q_segment_ids": segments[:, order], "kv_segment_ids": segments, "q_order": order, **how}
-        kernel = lambda q, k, v: weigh(attention_tpu.tpu_attention(q[:, order], k, v, interpret=True, **more))
+        more = {
+            "q_segment_ids": segments[:, order],
+            "kv_segment_ids": segments,
+            "q_order": order,
+            **how,
+        }
+        kernel = lambda q, k, v: weigh(
+            attention_tpu.tpu_attention(q[:, order], k, v, interpret=True, **more)
+        )
         reference = lambda q, k, v: weigh(attention(q[:, order], k, v, **more))
         for ordered in (kernel, reference):
             got, grads = jax.jit(jax.value_and_grad(ordered, argnums=(0, 1, 2)))(*arrays)
@@ -59,16 +70,30 @@ KERNELS = {
     "tpu": lambda *a, **how: attention_tpu.tpu_attention(*a, interpret=True, **how),
     "gpu": lambda *a, **how: gpu.gpu_attention(*a, implementation="xla", **how),
 }
-CASES = [("tpu", None, 0.0, 2), ("tpu", 64, 20.0, 2), ("tpu", 1000, 0.0, 1), ("gpu", None, 0.0, 2), ("gpu", 64, 0.0, 1)]
+CASES = [
+    ("tpu", None, 0.0, 2),
+    ("tpu", 64, 20.0, 2),
+    ("tpu", 1000, 0.0, 1),
+    ("gpu", None, 0.0, 2),
+    ("gpu", 64, 0.0, 1),
+]
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, tensor=2, context=2)], ids=["one", "data-tensor-context"])
+@pytest.mark.parametrize(
+    "mesh", [None, MeshConfig(data=2, tensor=2, context=2)], ids=["one", "data-tensor-context"]
+)
 @pytest.mark.parametrize(("kernel", "window", "softcap", "groups"), CASES)
 def test_the_kernel_is_the_reference(kernel, window, softcap, groups, mesh):
     keys = jax.random.split(jax.random.key(0), 3)
     heads = (K * groups, K, K)
     arrays = [jax.random.normal(key, (B, T, n, H)) for key, n in zip(keys, heads, strict=True)]
-    how = {"q_segment_ids": SEGMENTS, "kv_segment_ids": SEGMENTS, "window": window, "scale": 0.2, "softcap": softcap}
+    how = {
+        "q_segment_ids": SEGMENTS,
+        "kv_segment_ids": SEGMENTS,
+        "window": window,
+        "scale": 0.2,
+        "softcap": softcap,
+    }
     want, wanted = value_and_gradients(lambda *a: attention(*a, **how), arrays)
     with jax.set_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext():
         got, grads = value_and_gradients(lambda *a: KERNELS[kernel](*a, **how), arrays)
@@ -78,7 +103,9 @@ def test_the_kernel_is_the_reference(kernel, window, softcap, groups, mesh):
 
 
 def test_values_may_be_narrower_than_keys():
-    q, k, v = (jax.random.normal(key, (B, T, K, H)) for key in jax.random.split(jax.random.key(0), 3))
+    q, k, v = (
+        jax.random.normal(key, (B, T, K, H)) for key in jax.random.split(jax.random.key(0), 3)
+    )
     how = {"q_segment_ids": SEGMENTS, "kv_segment_ids": SEGMENTS, "window": None, "scale": 0.2}
     got = gpu.gpu_attention(q, k, v[..., :40], implementation="xla", **how)
     np.testing.assert_allclose(got, attention(q, k, v[..., :40], **how), atol=1e-5)
@@ -99,7 +126,9 @@ PACKED = {name: jnp.concatenate([SEGMENTS] * 2) for name in ("q_segment_ids", "k
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
 def test_where_cudnn_refuses_it_is_said_once_and_xla_takes_over(monkeypatch, capsys):
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", None)  # CUDA may be installed
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.cuda_versions", None
+    )  # CUDA may be installed
     arrays = [jnp.full(x.shape, 0.5, x.dtype) for x in HALF]
     run = lambda *a: jax.jit(lambda *a: attention(*a, **PACKED))(*a)
     with monkeypatch.context() as on_a_cpu:
@@ -109,30 +138,48 @@ def test_where_cudnn_refuses_it_is_said_once_and_xla_takes_over(monkeypatch, cap
         for _ in range(2):
             np.testing.assert_array_equal(np.asarray(run(*arrays)), want)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "cuDNN does not take (1, 256, 2, 64): cuDNN is not detected" in said
+    assert (
+        said.count("\n") == 1
+        and "cuDNN does not take (1, 256, 2, 64): cuDNN is not detected" in said
+    )
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(data=4, tensor=2), MeshConfig(data=2, tensor=2, context=2)])
+@pytest.mark.parametrize(
+    "mesh", [None, MeshConfig(data=4, tensor=2), MeshConfig(data=2, tensor=2, context=2)]
+)
 def test_a_gpu_program_calls_cudnn_forward_and_backward(monkeypatch, as_if_on_a_gpu, mesh):
     """Lowered, not compiled: that takes the GPU."""
     monkeypatch.setattr(gpu, "_refusal", lambda *shapes: None)
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91300
+    )
     loss = lambda *a: jnp.square(attention(*a, window=64, **PACKED).astype(jnp.float32)).sum()
     with jax.set_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext():
         lowered = jax.jit(jax.grad(loss)).trace(*HALF).lower(lowering_platforms=("cuda",)).as_text()
     for call in ("__cudnn$fmhaScaleBiasSoftmax(", "__cudnn$fmhaScaleBiasSoftmaxBackward("):
         assert lowered.count("custom_call @" + call) == 1, call
-    assert ('"mask_type": "CAUSAL"' in lowered.replace("\\22", '"')) == (mesh is None or mesh.context == 1)
+    assert ('"mask_type": "CAUSAL"' in lowered.replace("\\22", '"')) == (
+        mesh is None or mesh.context == 1
+    )
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"softcap": 20.0}, {"q": (4, T, 3, H)}, {"q": (3, T, 4, H)}, {"q": (4, T + 1, 4, H)}, {"dtype": "float32"}],
+    [
+        {"softcap": 20.0},
+        {"q": (4, T, 3, H)},
+        {"q": (3, T, 4, H)},
+        {"q": (4, T + 1, 4, H)},
+        {"dtype": "float32"},
+    ],
 )
 def test_what_cudnn_is_not_asked_for(monkeypatch, change):
     monkeypatch.setattr(gpu, "_refusal", lambda *shapes: None)
     dtype = change.get("dtype", jnp.bfloat16)
-    q, k = jax.ShapeDtypeStruct(change.get("q", HALF[0].shape), dtype), jax.ShapeDtypeStruct(HALF[1].shape, dtype)
+    q, k = (
+        jax.ShapeDtypeStruct(change.get("q", HALF[0].shape), dtype),
+        jax.ShapeDtypeStruct(HALF[1].shape, dtype),
+    )
     with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
         assert gpu.cudnn_takes(*HALF, 0.0)
         assert not gpu.cudnn_takes(q, k, k, change.get("softcap", 0.0))
@@ -148,7 +195,9 @@ def test_cudnn_is_the_reference(window, width):
     assert gpu.cudnn_takes(q, k, v, 0.0)
     real = (PACKED["q_segment_ids"] > 0)[:, :, None, None]
     weigh = lambda y: (jnp.square(y.astype(jnp.float32)) * real).sum()
-    run = lambda *a: jax.jit(jax.value_and_grad(lambda *a: weigh(attention(*a, **how)), argnums=(0, 1, 2)))(*a)
+    run = lambda *a: jax.jit(
+        jax.value_and_grad(lambda *a: weigh(attention(*a, **how)), argnums=(0, 1, 2))
+    )(*a)
     want, wanted = run(*(x.astype(jnp.float32) for x in (q, k, v)))  # 32-bit numbers: XLA's
     got, grads = run(q, k, v)
     np.testing.assert_allclose(got, want, rtol=1e-2)

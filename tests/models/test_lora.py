@@ -12,7 +12,14 @@ from jaxllm.models.lora import LoRAConfig
 from jaxllm.sharding import MeshConfig, make_mesh, param_shardings
 
 MODEL = ModelConfig(
-    vocab_size=24, max_length=16, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48, dtype="float32"
+    vocab_size=24,
+    max_length=16,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=48,
+    dtype="float32",
 )
 LORA = LoRAConfig(rank=4, alpha=8.0)
 TOKENS = jnp.arange(20, dtype=jnp.int32).reshape(2, 10)
@@ -26,7 +33,11 @@ def parts(config=LORA):
 def trained():
     """Adapters whose second factor is no longer zero."""
     params, base, own = parts()
-    return params, base, jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), own)
+    return (
+        params,
+        base,
+        jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), own),
+    )
 
 
 def test_at_first_nothing_changes():
@@ -43,7 +54,9 @@ def test_merged_equals_unmerged_and_cached():
     got, want = transformer.apply(whole, MODEL, TOKENS), transformer.apply(merged, MODEL, TOKENS)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(want - transformer.apply(params, MODEL, TOKENS))).max() > 1e-2
-    for a, b in zip(*(jax.tree.leaves(transformer.unstack(p, MODEL)) for p in (whole, merged)), strict=True):
+    for a, b in zip(
+        *(jax.tree.leaves(transformer.unstack(p, MODEL)) for p in (whole, merged)), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -55,12 +68,17 @@ def test_the_product_is_scaled_by_alpha_over_rank():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     out, adapter = params["layers"]["attention"]["out"], own["lora"]["layers"]["attention"]["out"]
     want = out + 2.0 * jnp.einsum("lnhr,lrd->lnhd", adapter["a"], adapter["b"])
-    np.testing.assert_allclose(lora.merge(lora.join(base, own))["layers"]["attention"]["out"], want, atol=1e-5)
+    np.testing.assert_allclose(
+        lora.merge(lora.join(base, own))["layers"]["attention"]["out"], want, atol=1e-5
+    )
 
 
 def test_rank_zero_trains_everything():
     params = transformer.init(MODEL, jax.random.key(0))
-    assert lora.frozen(LoRAConfig(), params) == {} and lora.init(LoRAConfig(), params, jax.random.key(0)) is params
+    assert (
+        lora.frozen(LoRAConfig(), params) == {}
+        and lora.init(LoRAConfig(), params, jax.random.key(0)) is params
+    )
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, lora.join({}, params), params))
 
 
@@ -77,7 +95,11 @@ def test_only_the_targets_have_adapters_and_they_shard_as_their_matrix():
     config = LoRAConfig(rank=2, targets=("q", "down"))
     shapes, axes = lora.trained(config, transformer.abstract(MODEL), transformer.axes(MODEL))
     layers = shapes["lora"]["layers"]
-    assert set(layers) == {"attention", "mlp"} and set(layers["attention"]) == {"q"} and set(layers["mlp"]) == {"down"}
+    assert (
+        set(layers) == {"attention", "mlp"}
+        and set(layers["attention"]) == {"q"}
+        and set(layers["mlp"]) == {"down"}
+    )
     shardings = param_shardings(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)), shapes, axes)
     spec = lambda x: tuple(x.spec)
     assert spec(shardings["lora"]["layers"]["attention"]["q"]["a"])[1] == ("fsdp", "expert")

@@ -19,7 +19,15 @@ from tests.oracles.families import BATCH, LENGTH, STEPS, TRAINED, tokens
 from tests.pretrained.test_families import RECORD, load
 
 E, D, F = 8, 16, 24
-CONFIG = MoEConfig(num_experts=E, per_token=3, mlp_dim=F, router="sigmoid", num_groups=4, groups_per_token=2, scale=1.5)
+CONFIG = MoEConfig(
+    num_experts=E,
+    per_token=3,
+    mlp_dim=F,
+    router="sigmoid",
+    num_groups=4,
+    groups_per_token=2,
+    scale=1.5,
+)
 
 
 def weights(seed=0):
@@ -68,7 +76,11 @@ MESHES = {
 @pytest.mark.parametrize("mesh", MESHES)
 def test_experts_equal_a_plain_loop_on_any_mesh(mesh, capacity):
     """With room for all tokens the capacity variant is the dropless one."""
-    config, w, (x, mask) = dataclasses.replace(CONFIG, capacity_factor=capacity), weights(), inputs()
+    config, w, (x, mask) = (
+        dataclasses.replace(CONFIG, capacity_factor=capacity),
+        weights(),
+        inputs(),
+    )
     run = jax.jit(functools.partial(moe, config=config))
     if MESHES[mesh] is None:
         y, load = run(x, mask, w)
@@ -94,10 +106,15 @@ def test_gradients_on_a_mesh_equal_those_on_one_device():
 def test_a_full_expert_drops_the_tokens_that_come_last():
     config = MoEConfig(num_experts=2, per_token=1, mlp_dim=F, capacity_factor=0.5)
     w = weights()
-    w = {"router": jnp.zeros((D, 2)).at[0, 0].set(9.0), "experts": {k: v[:2] for k, v in w["experts"].items()}}
+    w = {
+        "router": jnp.zeros((D, 2)).at[0, 0].set(9.0),
+        "experts": {k: v[:2] for k, v in w["experts"].items()},
+    }
     x = jnp.ones((1, 8, D))
     y, load = jax.jit(functools.partial(moe, config=config))(x, jnp.ones((1, 8), bool), w)
-    assert float(load.dropped) == 6 and (np.abs(y[0]).sum(-1) > 0).tolist() == [True] * 2 + [False] * 6
+    assert (
+        float(load.dropped) == 6 and (np.abs(y[0]).sum(-1) > 0).tolist() == [True] * 2 + [False] * 6
+    )
 
 
 def test_the_one_token_of_a_decoding_step_is_on_every_shard_of_the_sequence():
@@ -120,9 +137,13 @@ def test_the_bias_moves_towards_balance_and_weighs_nothing():
     tx = make_optimizer(OptimConfig(schedule="constant"), 10, 0.01)
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes whole numbers and floats
         updates, _ = tx.update(grads, tx.init(params), params)
-    np.testing.assert_allclose(updates["layers"]["mlp"]["router_bias"], [[-0.01, 0.01, 0.01]], rtol=1e-6)
+    np.testing.assert_allclose(
+        updates["layers"]["mlp"]["router_bias"], [[-0.01, 0.01, 0.01]], rtol=1e-6
+    )
     one = jax.random.normal(jax.random.key(0), (4, D))
-    plain, biased = (route(one, weights()["router"], b, CONFIG) for b in (jnp.zeros(E), jnp.full(E, 0.3)))
+    plain, biased = (
+        route(one, weights()["router"], b, CONFIG) for b in (jnp.zeros(E), jnp.full(E, 0.3))
+    )
     np.testing.assert_array_equal(plain[1], biased[1])
     np.testing.assert_allclose(plain[0], biased[0], rtol=1e-6)
 
@@ -135,17 +156,27 @@ MODEL = ModelConfig(
 
 def two_updates(mesh_config, num_micro=1):
     """(losses, parameters) after two updates of packed, padded rows."""
-    mesh = make_mesh(mesh_config, jax.devices()[: 1 if mesh_config.data == 1 and mesh_config.expert == 1 else 8])
+    mesh = make_mesh(
+        mesh_config, jax.devices()[: 1 if mesh_config.data == 1 and mesh_config.expert == 1 else 8]
+    )
     tx = make_optimizer(OptimConfig(learning_rate=1e-2, eps=1e-3), 10, MODEL.moe.bias_rate)
     whole, axes = transformer.abstract(MODEL), transformer.axes(MODEL)
     placed = train.state_layout(mesh, whole, axes, tx)
     ids = jax.random.randint(jax.random.key(3), (8, 16), 3, 40)
     segments = jnp.array([[1] * 6 + [2] * 7 + [0] * 3] * 8, jnp.int32)
     positions = jnp.array([[*range(6), *range(7), 0, 0, 0]] * 8, jnp.int32)
-    batch = {"tokens": ids, "segment_ids": segments, "positions": positions, "loss_mask": segments > 0}
+    batch = {
+        "tokens": ids,
+        "segment_ids": segments,
+        "positions": positions,
+        "loss_mask": segments > 0,
+    }
     batch = {k: jax.device_put(v, activation(mesh, "batch", None)) for k, v in batch.items()}
     with jax.set_mesh(mesh):
-        init = jax.jit(functools.partial(transformer.init, MODEL), out_shardings=param_shardings(mesh, whole, axes))
+        init = jax.jit(
+            functools.partial(transformer.init, MODEL),
+            out_shardings=param_shardings(mesh, whole, axes),
+        )
         state = placed.init(init(jax.random.key(0)))
         run = functools.partial(loss, model=MODEL, mtp_coef=0.3)
         step = train.make_step(run, tx, num_micro=num_micro, state_shardings=placed.shardings)
@@ -164,7 +195,8 @@ def test_training_on_a_mesh_equals_one_device():
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     bias = params["layers"]["mlp"]["router_bias"]
     assert (
-        set(np.round(np.unique(np.abs(bias)), 4)) <= {np.float32(0.0), np.float32(0.01), np.float32(0.02)}
+        set(np.round(np.unique(np.abs(bias)), 4))
+        <= {np.float32(0.0), np.float32(0.01), np.float32(0.02)}
         and bias.any()
     )
     for a, b in zip(*map(jax.tree.leaves, (sharded, params)), strict=True):
@@ -181,7 +213,10 @@ def test_fifty_steps_equal_a_plain_pytorch_loop(case):
         state = placed.init(jax.tree.map(jnp.copy, params))
         run = functools.partial(loss, model=model)
         step = train.make_step(run, tx, state_shardings=placed.shardings)
-        ones, places = np.ones((BATCH, LENGTH), np.int32), np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
+        ones, places = (
+            np.ones((BATCH, LENGTH), np.int32),
+            np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1)),
+        )
         for number, want in enumerate(RECORD[case]["curve"]):
             batch = {
                 "tokens": tokens(100 + number, BATCH),

@@ -31,16 +31,24 @@ LEARNT = [[0, 0, 1, 1, 1], [0, 1, 1], [0, 1, 1, 0, 1]]
 
 
 def rms(x, scale, eps):
-    return np.asarray(x) / np.sqrt(np.square(np.asarray(x)).mean(-1, keepdims=True) + eps) * np.asarray(scale)
+    return (
+        np.asarray(x)
+        / np.sqrt(np.square(np.asarray(x)).mean(-1, keepdims=True) + eps)
+        * np.asarray(scale)
+    )
 
 
 def one_block(model, weights, x, places):
-    return transformer._merge(transformer.Block, model, weights)(x, places, jnp.ones_like(places), False)[0][0]
+    return transformer._merge(transformer.Block, model, weights)(
+        x, places, jnp.ones_like(places), False
+    )[0][0]
 
 
 def in_the_papers_words(params, model, ids, learnt):
     """(sum of -log p over all modules, number of targets): module k runs over places 1 .. n - k (section 2.2)."""
-    states = np.asarray(jax.jit(transformer.apply, static_argnums=1)(params, model, jnp.array([ids], jnp.int32))[0])
+    states = np.asarray(
+        jax.jit(transformer.apply, static_argnums=1)(params, model, jnp.array([ids], jnp.int32))[0]
+    )
     table, nats, count = np.asarray(params["embed"]["tokens"]), 0.0, 0
     for k in range(1, model.mtp_modules + 1):
         module = jax.tree.map(lambda w, k=k: w[k - 1], params["mtp"])
@@ -48,7 +56,9 @@ def in_the_papers_words(params, model, ids, learnt):
             break
         embedded = rms(table[ids[k:]], module["embed_norm"]["scale"], model.norm_eps)
         hidden = rms(states[: len(ids) - k], module["hidden_norm"]["scale"], model.norm_eps)
-        x = jnp.array(np.concatenate([embedded, hidden], -1) @ np.asarray(module["project"]), jnp.float32)[None]
+        x = jnp.array(
+            np.concatenate([embedded, hidden], -1) @ np.asarray(module["project"]), jnp.float32
+        )[None]
         places = jnp.arange(len(ids) - k, dtype=jnp.int32)[None]
         x = jax.jit(one_block, static_argnums=0)(model, module["block"], x, places)
         states = rms(x, module["norm"]["scale"], model.norm_eps)
@@ -60,20 +70,33 @@ def in_the_papers_words(params, model, ids, learnt):
     return nats, count
 
 
-@pytest.mark.parametrize("model", [pytest.param(DENSE, marks=pytest.mark.slow), SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "model", [pytest.param(DENSE, marks=pytest.mark.slow), SPARSE], ids=["dense", "sparse"]
+)
 def test_a_packed_row_has_the_papers_loss(model):
     params = transformer.init(model, jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.1 if x.ndim == 2 and x.shape[0] == 2 else x, params)  # scales other than 1
-    row = lambda parts, rest: jnp.array([[x for part in parts for x in part] + [rest] * 3] * 2, jnp.int32)
+    params = jax.tree.map(
+        lambda x: x + 0.1 if x.ndim == 2 and x.shape[0] == 2 else x, params
+    )  # scales other than 1
+    row = lambda parts, rest: jnp.array(
+        [[x for part in parts for x in part] + [rest] * 3] * 2, jnp.int32
+    )
     batch = {
         "tokens": row(DOCUMENTS, 0),
         "segment_ids": row([[i + 1] * len(d) for i, d in enumerate(DOCUMENTS)], 0),
         "positions": row([range(len(d)) for d in DOCUMENTS], 0),
         "loss_mask": row(LEARNT, 0) > 0,
     }
-    run = jax.jit(lambda *args: (loss(*args, None, {}, model=model), loss(*args, None, {}, model=model, mtp_coef=0.5)))
+    run = jax.jit(
+        lambda *args: (
+            loss(*args, None, {}, model=model),
+            loss(*args, None, {}, model=model, mtp_coef=0.5),
+        )
+    )
     (plain, weight, _), (whole, same, metrics) = run(params, batch)
-    pairs = [in_the_papers_words(params, model, *pair) for pair in zip(DOCUMENTS, LEARNT, strict=True)]
+    pairs = [
+        in_the_papers_words(params, model, *pair) for pair in zip(DOCUMENTS, LEARNT, strict=True)
+    ]
     nats, count = 2 * sum(n for n, _ in pairs), 2 * sum(c for _, c in pairs)
     np.testing.assert_allclose(metrics["mtp_loss"], (nats, count), rtol=2e-5)
     np.testing.assert_allclose(whole - plain, 0.5 / 2 * nats, rtol=1e-4)
@@ -99,7 +122,13 @@ def published(path, change=lambda values: None):
 def test_import_and_export_keep_the_module(tmp_path):
     folder, values, at = published(tmp_path / "in")
     assert {n.removeprefix(at) for n in values if n.startswith(at)} >= {
-        *("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight", "mlp.gate.weight"),
+        *(
+            "enorm.weight",
+            "hnorm.weight",
+            "eh_proj.weight",
+            "shared_head.norm.weight",
+            "mlp.gate.weight",
+        ),
         *("self_attn.q_a_proj.weight", "embed_tokens.weight", "shared_head.head.weight"),
     }
     import_model(str(folder), str(tmp_path / "stage"))
@@ -110,12 +139,18 @@ def test_import_and_export_keep_the_module(tmp_path):
     assert params["mtp"]["project"].shape == (1, 2 * width, width)
     export_model(str(tmp_path / "stage"), str(tmp_path / "out"), "float32")
     found = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
-    assert found.keys() == values.keys() and all(found[n].tobytes() == v.tobytes() for n, v in values.items())
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    assert found.keys() == values.keys() and all(
+        found[n].tobytes() == v.tobytes() for n, v in values.items()
+    )
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    )
 
 
 def test_a_file_without_the_module_is_a_model_without_it(tmp_path):
-    drop = lambda values: [values.pop(name) for name in [*values] if name.startswith("model.layers.3.")]
+    drop = lambda values: [
+        values.pop(name) for name in [*values] if name.startswith("model.layers.3.")
+    ]
     folder, _, _ = published(tmp_path / "in", drop)
     import_model(str(folder), str(tmp_path / "stage"))
     assert load_model(tmp_path / "stage", make_mesh(MeshConfig()))[1].mtp_modules == 0
@@ -125,11 +160,15 @@ def test_a_copy_that_is_none_is_refused(tmp_path):
     def other(values):
         values["model.layers.3.shared_head.head.weight"] = values["lm_head.weight"] + 1
 
-    with pytest.raises(InputError, match=r"1 not the copies they should be: model\.layers\.3\.shared_head\.head"):
+    with pytest.raises(
+        InputError, match=r"1 not the copies they should be: model\.layers\.3\.shared_head\.head"
+    ):
         import_model(str(published(tmp_path / "in", other)[0]), str(tmp_path / "stage"))
 
 
 def test_deepseek_v3s_module_has_the_published_size():
     """11.5 billion parameters besides the embedding and the head that it shares (the model's card)."""
-    one = transformer.num_params(preset("deepseek-v3", mtp_modules=1)) - transformer.num_params(preset("deepseek-v3"))
+    one = transformer.num_params(preset("deepseek-v3", mtp_modules=1)) - transformer.num_params(
+        preset("deepseek-v3")
+    )
     assert abs(one / 11.5e9 - 1) < 0.01

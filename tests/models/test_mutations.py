@@ -24,7 +24,10 @@ def of_moe(**fields):
 
 def leaves(change):
     """A mistake in the parameters of the layers: change(layers) -> the entries that differ."""
-    return lambda model, params, patch: (model, {**params, "layers": {**params["layers"], **change(params["layers"])}})
+    return lambda model, params, patch: (
+        model,
+        {**params, "layers": {**params["layers"], **change(params["layers"])}},
+    )
 
 
 def interleaved_rotary(model, params, patch):
@@ -34,7 +37,9 @@ def interleaved_rotary(model, params, patch):
     def rope(x, **how):
         apart = jnp.concatenate([x[..., 0::2], x[..., 1::2]], -1)
         y = half_split(apart, **how)
-        return jnp.stack([y[..., : y.shape[-1] // 2], y[..., y.shape[-1] // 2 :]], -1).reshape(x.shape)
+        return jnp.stack([y[..., : y.shape[-1] // 2], y[..., y.shape[-1] // 2 :]], -1).reshape(
+            x.shape
+        )
 
     patch.setattr(layers, "rope", rope)
     return model, params
@@ -56,7 +61,8 @@ def swapped_experts(stack):
 def transposed_kv_heads(stack):
     """[K, H] of keys and values read as [H, K]."""
     turned = {
-        name: stack["attention"][name].swapaxes(-1, -2).reshape(stack["attention"][name].shape) for name in ("k", "v")
+        name: stack["attention"][name].swapaxes(-1, -2).reshape(stack["attention"][name].shape)
+        for name in ("k", "v")
     }
     return {"attention": {**stack["attention"], **turned}}
 

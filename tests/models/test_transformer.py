@@ -19,7 +19,13 @@ LLAMA = ModelConfig(
     init_std=0.2,
 )  # fmt: skip
 GPT = dataclasses.replace(
-    LLAMA, norm="layernorm", position="learned", mlp="gelu", bias=True, tie_embeddings=False, num_kv_heads=4
+    LLAMA,
+    norm="layernorm",
+    position="learned",
+    mlp="gelu",
+    bias=True,
+    tie_embeddings=False,
+    num_kv_heads=4,
 )
 BOTH = pytest.mark.parametrize("model", [LLAMA, GPT], ids=["llama", "gpt"])
 
@@ -29,9 +35,15 @@ def attention_oracle(q, k, v, q_segments, kv_segments, offset):
     group = q.shape[2] // k.shape[2]
     for b in range(q.shape[0]):
         for t in range(q.shape[1]):
-            seen = [s for s in range(min(offset + t + 1, k.shape[1])) if kv_segments[b, s] == q_segments[b, t]]
+            seen = [
+                s
+                for s in range(min(offset + t + 1, k.shape[1]))
+                if kv_segments[b, s] == q_segments[b, t]
+            ]
             for n in range(q.shape[2]):
-                scores = np.array([q[b, t, n] @ k[b, s, n // group] for s in seen]) / np.sqrt(q.shape[-1])
+                scores = np.array([q[b, t, n] @ k[b, s, n // group] for s in seen]) / np.sqrt(
+                    q.shape[-1]
+                )
                 weights = np.exp(scores - scores.max())
                 values = np.stack([v[b, s, n // group] for s in seen])
                 out[b, t, n] = weights @ values / weights.sum()
@@ -48,14 +60,18 @@ def test_attention_equals_a_plain_loop(offset):
     arrays = [jnp.array(x, jnp.float32) for x in (q, k, v)]
     segments = {"q_segment_ids": jnp.array(q_segments), "kv_segment_ids": jnp.array(kv_segments)}
     got = attention(*arrays, **segments, q_offset=offset)
-    np.testing.assert_allclose(got, attention_oracle(q, k, v, q_segments, kv_segments, offset), atol=1e-5)
+    np.testing.assert_allclose(
+        got, attention_oracle(q, k, v, q_segments, kv_segments, offset), atol=1e-5
+    )
 
 
 def test_rope_keeps_lengths_and_depends_on_distance_alone():
     x, y = (jax.random.normal(jax.random.key(i), (1, 1, 1, 16)) for i in range(2))
     at = lambda z, p: rope(z, jnp.array([[p]], jnp.int32), frequencies(16, 10_000.0, RopeScaling()))
     np.testing.assert_allclose(jnp.linalg.norm(at(x, 7)), jnp.linalg.norm(x), rtol=1e-5)
-    np.testing.assert_allclose((at(x, 9) * at(y, 4)).sum(), (at(x, 25) * at(y, 20)).sum(), rtol=1e-4)
+    np.testing.assert_allclose(
+        (at(x, 9) * at(y, 4)).sum(), (at(x, 25) * at(y, 20)).sum(), rtol=1e-4
+    )
     assert abs(float((at(x, 9) * at(y, 4)).sum() - (at(x, 9) * at(y, 5)).sum())) > 1e-3
 
 
@@ -71,11 +87,15 @@ def test_packed_rows_equal_single_documents_forward_and_gradient(model):
         return transformer.apply(p, model, row, segments, positions)[0, :12]
 
     def single(p):
-        return jnp.concatenate([transformer.apply(p, model, jnp.array([d], jnp.int32))[0] for d in documents])
+        return jnp.concatenate(
+            [transformer.apply(p, model, jnp.array([d], jnp.int32))[0] for d in documents]
+        )
 
     np.testing.assert_allclose(jax.jit(packed)(params), jax.jit(single)(params), atol=2e-5)
     weight = jax.random.normal(jax.random.key(1), (12, 32))
-    grads = [jax.jit(jax.grad(lambda p, f=f: (f(p) * weight).sum()))(params) for f in (packed, single)]
+    grads = [
+        jax.jit(jax.grad(lambda p, f=f: (f(p) * weight).sum()))(params) for f in (packed, single)
+    ]
     for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max() + 1))
 
@@ -84,7 +104,10 @@ def test_packed_rows_equal_single_documents_forward_and_gradient(model):
 def test_the_future_and_other_segments_do_not_leak(model):
     params = transformer.init(model, jax.random.key(0))
     row = jnp.array([[5, 6, 7, 8, 9, 10]], jnp.int32)
-    segments, positions = jnp.array([[1, 1, 1, 2, 2, 2]], jnp.int32), jnp.array([[0, 1, 2, 0, 1, 2]], jnp.int32)
+    segments, positions = (
+        jnp.array([[1, 1, 1, 2, 2, 2]], jnp.int32),
+        jnp.array([[0, 1, 2, 0, 1, 2]], jnp.int32),
+    )
     before = transformer.apply(params, model, row, segments, positions)
     other_first = transformer.apply(params, model, row.at[0, 1].set(30), segments, positions)
     np.testing.assert_array_equal(before[0, 3:], other_first[0, 3:])
@@ -109,7 +132,9 @@ def test_remat_and_unrolling_change_nothing(change):
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(model):
     params = transformer.init(model, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    low = transformer.apply(params, dataclasses.replace(model, dtype="bfloat16"), jnp.array([[5, 6, 7]], jnp.int32))
+    low = transformer.apply(
+        params, dataclasses.replace(model, dtype="bfloat16"), jnp.array([[5, 6, 7]], jnp.int32)
+    )
     high = transformer.apply(params, model, jnp.array([[5, 6, 7]], jnp.int32))
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(jnp.float32), high, atol=0.15)

@@ -89,8 +89,18 @@ BASES = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
-    "deepseek_v2": {**LATENT, "topk_method": "group_limited_greedy", "norm_topk_prob": False, "mlp_bias": False},
-    "deepseek_v3": {**LATENT, "norm_topk_prob": False, "rope_interleave": True, "num_nextn_predict_layers": 2},
+    "deepseek_v2": {
+        **LATENT,
+        "topk_method": "group_limited_greedy",
+        "norm_topk_prob": False,
+        "mlp_bias": False,
+    },
+    "deepseek_v3": {
+        **LATENT,
+        "norm_topk_prob": False,
+        "rope_interleave": True,
+        "num_nextn_predict_layers": 2,
+    },
 }
 
 
@@ -120,7 +130,11 @@ def record(family: str, given: dict) -> dict:
     without = {name: {k: v for k, v in given.items() if k != name} for name in given}
     return {
         "given": given,
-        "read": {name: whole[name] for name in whole if whole[name] is not None and name != "transformers_version"},
+        "read": {
+            name: whole[name]
+            for name in whole
+            if whole[name] is not None and name != "transformers_version"
+        },
         "left_out": {name: changes(whole, read(family, rest)) for name, rest in without.items()},
         "null": {name: changes(whole, read(family, {**given, name: None})) for name in given},
     }

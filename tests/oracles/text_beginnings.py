@@ -19,7 +19,13 @@ from tokenizers import decoders, models, pre_tokenizers
 HERE = Path(__file__).parent
 SPECIAL = ["<s>", "</s>", "<x>", "<unk>"]
 CHAT = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-CLASSES = ["PreTrainedTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "GemmaTokenizer"]
+CLASSES = [
+    "PreTrainedTokenizerFast",
+    "LlamaTokenizer",
+    "GPT2Tokenizer",
+    "Qwen2Tokenizer",
+    "GemmaTokenizer",
+]
 
 
 def byte_level() -> tokenizers.Tokenizer:
@@ -32,10 +38,17 @@ def byte_level() -> tokenizers.Tokenizer:
 
 def byte_fallback() -> tokenizers.Tokenizer:
     vocabulary = [*SPECIAL, "\u2581", "a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
-    model = models.BPE({text: i for i, text in enumerate(vocabulary)}, [], unk_token="<unk>", byte_fallback=True)
+    model = models.BPE(
+        {text: i for i, text in enumerate(vocabulary)}, [], unk_token="<unk>", byte_fallback=True
+    )
     made = tokenizers.Tokenizer(model)
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    parts = [
+        decoders.Replace("\u2581", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     made.decoder = decoders.Sequence(parts)
     return made
 
@@ -97,7 +110,9 @@ def read(folder: Path, tokenizer_class: str) -> list:
     from transformers import AutoTokenizer
 
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": tokenizer_class}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "tokenizer_class": tokenizer_class})
+    )
     (folder / "config.json").write_text('{"model_type": "llama"}')
     made = AutoTokenizer.from_pretrained(str(folder))
     chat = made.apply_chat_template([{"role": "user", "content": "ab"}], return_dict=False)

@@ -17,7 +17,14 @@ from jaxllm.stages import language_model
 from jaxllm.stages.language_model import LanguageModelConfig
 from tests.conftest import jaxllm
 
-SHAPE = {"num_layers": 3, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 128, "dtype": "float32"}
+SHAPE = {
+    "num_layers": 3,
+    "embed_dim": 64,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_dim": 128,
+    "dtype": "float32",
+}
 MODEL = ModelConfig(vocab_size=256, max_length=64, **SHAPE)
 SECTION = LanguageModelConfig(batch_size=16, num_steps=10)
 
@@ -28,13 +35,17 @@ def traced(model, mesh, section=SECTION):
         return program.run.trace(*program.arguments, **program.keywords)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)], ids=["data", "mixed"])
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)], ids=["data", "mixed"]
+)
 def test_state_bytes_are_those_of_the_real_state(mesh):
     mesh = make_mesh(mesh)
     _, placed = language_model.program(mesh, SECTION, MODEL, 10, 0)
     with jax.set_mesh(mesh):
         state = placed.init(transformer.init(MODEL, jax.random.key(0)))
-    held = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+    held = lambda tree: sum(
+        leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree)
+    )
     for part in ("params", "opt_state"):
         assert planning.bytes_of(getattr(placed.abstract, part)) == held(getattr(state, part)) > 0
 
@@ -48,7 +59,9 @@ def test_flops_are_six_per_parameter_and_attention_and_a_third_more_with_remat()
     full = ModelConfig(vocab_size=256, max_length=64, remat="full", **SHAPE)
     head = 6 * MODEL.vocab_size * MODEL.embed_dim * tokens
     again = planning.count_flops(traced(full, mesh).jaxpr.jaxpr)
-    unneeded = 2 * MODEL.num_layers * MODEL.embed_dim * MODEL.mlp_dim * tokens  # a layer's last product
+    unneeded = (
+        2 * MODEL.num_layers * MODEL.embed_dim * MODEL.mlp_dim * tokens
+    )  # a layer's last product
     assert again == pytest.approx(head + (want - head) * 4 / 3 - unneeded, rel=0.02)
 
 
@@ -58,8 +71,13 @@ def test_collectives_are_counted_through_loops_and_named_by_their_axes():
     found = {(c["kind"], *c["axes"]): c for c in planning.collectives(compiled.as_text(), mesh)}
     gathered = found["all-gather", "fsdp"]
     # Every layer's matrices are gathered at least forward and backward.
-    layer = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(transformer.abstract(MODEL)["layers"]))
-    assert gathered["count"] >= 2 * MODEL.num_layers and gathered["bytes"] > 1.2 * MODEL.num_layers * layer * 4 * 3 / 4
+    layer = sum(
+        math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(transformer.abstract(MODEL)["layers"])
+    )
+    assert (
+        gathered["count"] >= 2 * MODEL.num_layers
+        and gathered["bytes"] > 1.2 * MODEL.num_layers * layer * 4 * 3 / 4
+    )
     assert all({*c["axes"]} <= {"data", "fsdp"} and c["bytes"] > 0 for c in found.values())
 
 
@@ -78,7 +96,10 @@ def test_groups_of_devices_are_read_in_every_spelling():
 
 def test_no_array_of_all_logits_ever_lives():
     B, T, D, V = 2, 8192, 32, 128_256
-    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((B, T, D), "float32"), ((V, D), "float32"))]
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((B, T, D), "float32"), ((V, D), "float32"))
+    ]
     targets = jax.ShapeDtypeStruct((B, T), "int32")
     loss = lambda hidden, head, targets: losses.token_logprobs(hidden, head, targets).logprob.sum()
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes, targets).compile()
@@ -95,9 +116,13 @@ def test_a_program_does_not_grow_with_depth():
 def test_an_estimate_for_gpus_falls_with_more_of_them_and_says_what_it_is():
     config = lambda mesh: Config(model=preset("llama3-8b", remat="full"), mesh=mesh)
     args = lambda topology: planning.PlanArgs("x", topology)
-    few, many = (planning.plan(config(MeshConfig(data=1, fsdp=-1)), args(f"h100:{n}")) for n in (8, 16))
+    few, many = (
+        planning.plan(config(MeshConfig(data=1, fsdp=-1)), args(f"h100:{n}")) for n in (8, 16)
+    )
     assert few["estimated"] and many["estimated"]
-    assert many["state_bytes_per_device"] == pytest.approx(few["state_bytes_per_device"] / 2, rel=1e-3)
+    assert many["state_bytes_per_device"] == pytest.approx(
+        few["state_bytes_per_device"] / 2, rel=1e-3
+    )
     assert many["predicted_tokens_per_second"] > few["predicted_tokens_per_second"]
     assert not planning.plan(config(MeshConfig()), args("h100:8"))["fits"]
 
@@ -110,7 +135,12 @@ def run(tmp_path, model, topology, *more, batch_size=16, mesh=None):
         **{"name": "p", "model": model, "mesh": mesh or {"data": 1, "fsdp": -1}},
         "pretrain": {"batch_size": batch_size, "num_steps": 10},
         "reward": {"batch_size": batch_size},
-        "ppo": {"batch_size": 32, "num_minibatches": 2, "sampling": {"max_new_tokens": 64}, "meshes": [CRITIC]},
+        "ppo": {
+            "batch_size": 32,
+            "num_minibatches": 2,
+            "sampling": {"max_new_tokens": 64},
+            "meshes": [CRITIC],
+        },
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -119,7 +149,14 @@ def run(tmp_path, model, topology, *more, batch_size=16, mesh=None):
     return process.returncode, out, log
 
 
-SMALL = {"vocab_size": 512, "max_length": 256, "num_layers": 3, "embed_dim": 256, "num_heads": 2, "mlp_dim": 512}
+SMALL = {
+    "vocab_size": 512,
+    "max_length": 256,
+    "num_layers": 3,
+    "embed_dim": 256,
+    "num_heads": 2,
+    "mlp_dim": 512,
+}
 
 
 def test_a_step_is_compiled_for_a_tpu(tmp_path):
@@ -131,31 +168,52 @@ def test_a_step_is_compiled_for_a_tpu(tmp_path):
     assert {"all-gather", "all-reduce"} & {c["kind"] for c in report["collectives"]}
     assert 0 < report["predicted_mfu"] < 1 and report["predicted_step_seconds"] > 0
     # The attention kernel's products are counted: backward five for the four that the gradient needs.
-    attention = 6 * SMALL["num_layers"] * SMALL["embed_dim"] * SMALL["max_length"] * report["tokens_per_step"] / 8
+    attention = (
+        6
+        * SMALL["num_layers"]
+        * SMALL["embed_dim"]
+        * SMALL["max_length"]
+        * report["tokens_per_step"]
+        / 8
+    )
     want = report["model_flops_per_device"] + attention / 6
     assert report["flops_per_device"] == pytest.approx(want, rel=0.003)
 
 
 def test_weights_are_gathered_once_a_pass_and_nothing_is_rematerialised(tmp_path):
     model = {**SMALL, "remat": "full", "num_layers": 4}
-    code, out, log = run(tmp_path, model, "v5e:2x4", "--json", mesh={"data": 1, "fsdp": 4, "tensor": 2})
+    code, out, log = run(
+        tmp_path, model, "v5e:2x4", "--json", mesh={"data": 1, "fsdp": 4, "tensor": 2}
+    )
     assert code == 0 and "nvoluntary full remat" not in log, log
     report = json.loads(out)
-    moved = sum(c["bytes"] for c in report["collectives"] if c["kind"] == "all-gather" and "fsdp" in c["axes"])
+    moved = sum(
+        c["bytes"]
+        for c in report["collectives"]
+        if c["kind"] == "all-gather" and "fsdp" in c["axes"]
+    )
     # Forward, and backward, where the layer is made again: in bfloat16, of what is one tensor shard's.
     assert 0 < moved < 3 * 2 * report["parameters"] / 2
 
 
 def test_slices_are_joined_by_the_data_axis(tmp_path):
-    code, out, log = run(tmp_path, SMALL, "v5e:2x2", "--json", "--slices", "2", mesh={"data": 2, "fsdp": -1})
+    code, out, log = run(
+        tmp_path, SMALL, "v5e:2x2", "--json", "--slices", "2", mesh={"data": 2, "fsdp": -1}
+    )
     assert code == 0, log
     report = json.loads(out)
-    assert report["devices"] == 8 and report["mesh"] == {"data": 2, "fsdp": 4} and report["dcn_seconds"] > 0
+    assert (
+        report["devices"] == 8
+        and report["mesh"] == {"data": 2, "fsdp": 4}
+        and report["dcn_seconds"] > 0
+    )
     code, _, log = run(tmp_path, SMALL, "v5e:2x2", "--slices", "2")
     assert code == 2 and "mesh.data: 1 is not a multiple of the 2 slices" in log
 
 
-@pytest.mark.parametrize(("stage", "programs"), [pytest.param("reward", 0, marks=pytest.mark.slow), ("ppo", 7)])
+@pytest.mark.parametrize(
+    ("stage", "programs"), [pytest.param("reward", 0, marks=pytest.mark.slow), ("ppo", 7)]
+)
 def test_other_stages_are_compiled_for_a_tpu(tmp_path, stage, programs):
     code, out, log = run(tmp_path, SMALL, "v5e:2x4", "--json", "--stage", stage)
     assert code == 0, log
@@ -164,15 +222,21 @@ def test_other_stages_are_compiled_for_a_tpu(tmp_path, stage, programs):
     assert len(report.get("programs", ())) == programs
     if stage == "ppo":  # policy and critic with Adam's moments, reference and reward model without
         each, copies = report["programs"].values(), (3 + 1 + 1) / 8 + 3 / CRITIC["fsdp"]
-        assert report["state_bytes_per_device"] == pytest.approx(copies * report["parameters"] * 4, rel=0.02)
-        assert report["flops_per_device"] == pytest.approx(sum(p["flops_per_device"] * p["times"] for p in each))
+        assert report["state_bytes_per_device"] == pytest.approx(
+            copies * report["parameters"] * 4, rel=0.02
+        )
+        assert report["flops_per_device"] == pytest.approx(
+            sum(p["flops_per_device"] * p["times"] for p in each)
+        )
 
 
 def test_a_kept_plan_stands_beside_what_is_measured(tmp_path):
     shown = beside_plan(None, [])
     assert shown == {}
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "model": SMALL, "mesh": {"data": 8}}))
+    config.write_text(
+        yaml.safe_dump({"run_dir": str(tmp_path / "run"), "model": SMALL, "mesh": {"data": 8}})
+    )
     process = jaxllm("plan", str(config), "--topology", "h100:8", "--keep")
     _, log = process.communicate(timeout=100)
     assert process.returncode == 0, log
@@ -188,7 +252,9 @@ def test_a_search_among_gpus_ranks_what_fits():
     ranked = planning.search(config, planning.PlanArgs("x", "h100:32", tries=20))
     rates = [each["predicted_tokens_per_second"] for each in ranked if each["fits"]]
     assert len(rates) > 5 and rates == sorted(rates, reverse=True)
-    assert len({repr((each["mesh"], each["remat"], each["batch_size"])) for each in ranked}) == len(ranked)
+    assert len({repr((each["mesh"], each["remat"], each["batch_size"])) for each in ranked}) == len(
+        ranked
+    )
 
 
 @pytest.mark.slow

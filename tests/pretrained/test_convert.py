@@ -34,7 +34,9 @@ def hf_folder(path, case, dtype=BF16, shards=1, **config):
     values = {name: weight(name, tuple(shape)).astype(dtype) for name, shape in names.items()}
     for i in range(shards):
         part = dict([*values.items()][i::shards])
-        safetensors.numpy.save_file(part, path / f"model-{i}.safetensors", metadata={"format": "pt"})
+        safetensors.numpy.save_file(
+            part, path / f"model-{i}.safetensors", metadata={"format": "pt"}
+        )
     stored = {**RECORD[case]["config"], "dtype": str(dtype), **config}
     (path / "config.json").write_text(json.dumps(stored))
     vocabulary = {"<bos>": 1, "<eos>": 2, "<pad>": 0} | {chr(97 + i): i + 3 for i in range(26)}
@@ -49,7 +51,11 @@ def hf_folder(path, case, dtype=BF16, shards=1, **config):
 
 
 def tensors_in(folder):
-    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in safetensors.numpy.load_file(f).items()}
+    return {
+        k: v
+        for f in sorted(folder.glob("*.safetensors"))
+        for k, v in safetensors.numpy.load_file(f).items()
+    }
 
 
 @CASES
@@ -63,14 +69,19 @@ def test_export_of_import_is_the_same_bytes(tmp_path, case):
         assert found[name].dtype == BF16 and found[name].tobytes() == value.tobytes(), name
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == values.keys()
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        folder / "tokenizer.json"
+    ).read_bytes()
     # The config that the export would write without the imported one says the same model.
     model = load(case)[0]
-    assert families.from_hf(families.to_hf(model)[0] | {"dtype": "float32"}, "x")[0].moe == model.moe
+    assert (
+        families.from_hf(families.to_hf(model)[0] | {"dtype": "float32"}, "x")[0].moe == model.moe
+    )
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(data=-1, tensor=2, fsdp=2)]
+    "mesh",
+    [MeshConfig(), MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(data=-1, tensor=2, fsdp=2)],
 )
 @pytest.mark.parametrize("case", ["gpt2", "mixtral", "deepseek_v3"])
 def test_import_lands_on_any_mesh(tmp_path, case, mesh):
@@ -79,7 +90,9 @@ def test_import_lands_on_any_mesh(tmp_path, case, mesh):
     mesh = make_mesh(mesh)
     params, model = load_model(tmp_path / "stage", mesh)
     shardings = param_shardings(mesh, transformer.abstract(model), transformer.axes(model))
-    for got, want, sharding in zip(*map(jax.tree.leaves, (params, load(case)[2], shardings)), strict=True):
+    for got, want, sharding in zip(
+        *map(jax.tree.leaves, (params, load(case)[2], shardings)), strict=True
+    ):
         assert got.sharding == sharding
         np.testing.assert_array_equal(got, want)
 
@@ -97,7 +110,9 @@ def test_a_flipped_bit_is_found(tmp_path):
 
 def test_what_does_not_fit_is_one_line(tmp_path):
     folder, values = hf_folder(tmp_path / "a", "llama3")
-    left = {k: v for k, v in values.items() if "k_proj" not in k} | {"model.extra": np.ones(3, np.float32)}
+    left = {k: v for k, v in values.items() if "k_proj" not in k} | {
+        "model.extra": np.ones(3, np.float32)
+    }
     safetensors.numpy.save_file(left, folder / "model-0.safetensors")
     with pytest.raises(InputError, match=r"3 missing: .*k_proj.*; 1 not known: model\.extra"):
         import_model(str(folder), str(tmp_path / "out"))
@@ -140,7 +155,9 @@ def mistral(path):
     """As Mistral's folders are: shards with an index; beside them the same model in other names, and an adapter."""
     folder, values = hf_folder(path, "mistral", shards=2)
     index = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(values)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     others = {"layers.0.attention.wk.weight": np.ones((2, 2), np.float32)}
     for name in ("consolidated.safetensors", "adapter_model.safetensors", "other.safetensors"):
         safetensors.numpy.save_file(others, folder / name)
@@ -152,10 +169,15 @@ def test_the_index_decides_which_files_are_the_model(tmp_path):
     folder, values, _ = mistral(tmp_path / "in")
     import_model(str(folder), str(tmp_path / "stage"))
     step = tmp_path / "stage" / "checkpoints" / "0"
-    assert {p.name for p in step.glob("*.safetensors")} == {"model-0.safetensors", "model-1.safetensors"}
+    assert {p.name for p in step.glob("*.safetensors")} == {
+        "model-0.safetensors",
+        "model-1.safetensors",
+    }
     export_model(str(tmp_path / "stage"), str(tmp_path / "out"))
     found = tensors_in(tmp_path / "out")
-    assert found.keys() == values.keys() and all(found[n].tobytes() == v.tobytes() for n, v in values.items())
+    assert found.keys() == values.keys() and all(
+        found[n].tobytes() == v.tobytes() for n, v in values.items()
+    )
 
 
 def test_an_index_that_does_not_fit_is_one_line(tmp_path):
@@ -167,9 +189,18 @@ def test_an_index_that_does_not_fit_is_one_line(tmp_path):
             {"weight_map": index | {"x": "model-7.safetensors"}},
             r"model-7\.safetensors: is missing, .*index\.json names",
         ),
-        ({"weight_map": index | {"x": "model-0.safetensors"}}, r"model-0\.safetensors: has no x, which .*puts there"),
-        ({"weight_map": index | {name: "model-1.safetensors"}}, rf"model-1\.safetensors: has no {name}"),
-        ({"weight_map": index | {"x": "../model-0.safetensors"}}, r"index\.json: names '\.\./model-0.* beside it"),
+        (
+            {"weight_map": index | {"x": "model-0.safetensors"}},
+            r"model-0\.safetensors: has no x, which .*puts there",
+        ),
+        (
+            {"weight_map": index | {name: "model-1.safetensors"}},
+            rf"model-1\.safetensors: has no {name}",
+        ),
+        (
+            {"weight_map": index | {"x": "../model-0.safetensors"}},
+            r"index\.json: names '\.\./model-0.* beside it",
+        ),
         ({"weight_map": index | {"x": "/a.safetensors"}}, r"index\.json: names '/a\.safetensors'"),
         ({"weight_map": index | {"x": 3}}, r"index\.json: has no weight_map"),
         ({"weight_map": {}}, r"index\.json: has no weight_map"),
@@ -194,7 +225,9 @@ def test_without_an_index_model_safetensors_is_the_model_else_all_files(tmp_path
         path.rename(folder / f"part-0000{int(path.stem[-1]) + 1}-of-00002.safetensors")
     import_model(str(folder), str(tmp_path / "parts"))
     (folder / "part-00001-of-00002.safetensors").unlink()
-    with pytest.raises(InputError, match=r"part-00001-of-00002\.safetensors: is missing, one of the 2 parts"):
+    with pytest.raises(
+        InputError, match=r"part-00001-of-00002\.safetensors: is missing, one of the 2 parts"
+    ):
         import_model(str(folder), str(tmp_path / "out"))
     safetensors.numpy.save_file(values, folder / "model.safetensors")
     import_model(str(folder), str(tmp_path / "one"))
@@ -214,7 +247,9 @@ def test_quantized_models_are_refused_by_their_method(tmp_path, config, error):
     with pytest.raises(InputError, match=rf"config\.json: .*{error}.*dequantize"):
         import_model(str(folder), str(tmp_path / "out"))
     without = {
-        name: value for name, value in json.loads((folder / "config.json").read_text()).items() if name not in config
+        name: value
+        for name, value in json.loads((folder / "config.json").read_text()).items()
+        if name not in config
     }
     (folder / "config.json").write_text(json.dumps({**without, "quantization_config": None}))
     with pytest.raises(InputError, match=r"in: tensors of type U8 \(.*weight\); known: F32"):
@@ -230,7 +265,8 @@ def test_another_head_than_the_config_says_is_one_line(tmp_path, case, tied):
     safetensors.numpy.save_file(values, folder / "model-0.safetensors")
     error = rf"true, and lm_head\.weight is another matrix than {table}; set it to false"
     with pytest.raises(
-        InputError, match=error if tied else r"false, and the files have no lm_head\.weight; set it to true"
+        InputError,
+        match=error if tied else r"false, and the files have no lm_head\.weight; set it to true",
     ):
         import_model(str(folder), str(tmp_path / "out"))
     config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": not tied}
@@ -241,7 +277,9 @@ def test_another_head_than_the_config_says_is_one_line(tmp_path, case, tied):
 def test_buffers_and_a_copy_of_the_table_are_not_needed(tmp_path, capsys):
     folder, values = hf_folder(tmp_path / "in", "smollm2")
     at = "model.layers.0.self_attn.rotary_emb"
-    buffers = {f"{at}.{name}": np.ones(4, np.int64) for name in ("inv_freq", "cos_cached", "sin_cached")}
+    buffers = {
+        f"{at}.{name}": np.ones(4, np.int64) for name in ("inv_freq", "cos_cached", "sin_cached")
+    }
     copy = {"lm_head.weight": values["model.embed_tokens.weight"]}
     safetensors.numpy.save_file(values | buffers | copy, folder / "model-0.safetensors")
     import_model(str(folder), str(tmp_path / "out"))
@@ -252,7 +290,9 @@ def test_buffers_and_a_copy_of_the_table_are_not_needed(tmp_path, capsys):
 def test_a_source_that_is_no_models_folder_is_one_line(tmp_path, monkeypatch):
     folder, _ = hf_folder(tmp_path / "in", "llama3")
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "meta/base"}')
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "meta/base"}'
+    )
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
     (tmp_path / "ggufs").mkdir()
     (tmp_path / "ggufs" / "a.gguf").write_bytes(b"")
@@ -291,8 +331,13 @@ def test_a_trained_model_exports_and_comes_back(tmp_path):
         save_stage(tmp_path / name, params, model, "policy")
         export_model(str(tmp_path / name), str(tmp_path / f"{name}-out"), "float32")
         import_model(str(tmp_path / f"{name}-out"), str(tmp_path / f"{name}-back"))
-        back, again = load_model(tmp_path / f"{name}-back", make_mesh(MeshConfig(data=1), jax.devices()[:1]))
-        assert dataclasses.replace(again, dtype="bfloat16", init_std=model.init_std, moe=model.moe) == model
+        back, again = load_model(
+            tmp_path / f"{name}-back", make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        )
+        assert (
+            dataclasses.replace(again, dtype="bfloat16", init_std=model.init_std, moe=model.moe)
+            == model
+        )
         jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
@@ -317,7 +362,9 @@ def test_adapters_export_as_peft(tmp_path):
         (tmp_path / name).mkdir()
     save_stage(tmp_path / "base", base, model, "policy")
     adapters = LoRAConfig(rank=4, targets=("q", "out", "up"))
-    save_stage(tmp_path / "tuned", own, model, "policy", adapters=adapters, base=str(tmp_path / "base"))
+    save_stage(
+        tmp_path / "tuned", own, model, "policy", adapters=adapters, base=str(tmp_path / "base")
+    )
     export_model(str(tmp_path / "tuned"), str(tmp_path / "peft"), adapters=True)
     export_model(str(tmp_path / "tuned"), str(tmp_path / "whole"), "float32")
     export_model(str(tmp_path / "base"), str(tmp_path / "plain"), "float32")
@@ -325,7 +372,11 @@ def test_adapters_export_as_peft(tmp_path):
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["o_proj", "q_proj", "up_proj"]
     for name in {n.rsplit(".lora_", 1)[0] for n in found}:
-        product = found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"] * (config["lora_alpha"] / config["r"])
+        product = (
+            found[f"{name}.lora_B.weight"]
+            @ found[f"{name}.lora_A.weight"]
+            * (config["lora_alpha"] / config["r"])
+        )
         name = name.removeprefix("base_model.model.") + ".weight"
         np.testing.assert_allclose(plain[name] + product, whole[name], atol=1e-5)
 
@@ -336,11 +387,16 @@ def test_grown_rows_are_the_mean():
     for name in ("embed", "head"):
         np.testing.assert_array_equal(grown[name]["tokens"][:-3], params[name]["tokens"])
         np.testing.assert_allclose(
-            grown[name]["tokens"][-1], np.asarray(params[name]["tokens"]).mean(0), rtol=1e-5, atol=1e-6
+            grown[name]["tokens"][-1],
+            np.asarray(params[name]["tokens"]).mean(0),
+            rtol=1e-5,
+            atol=1e-6,
         )
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith(("tiny", "small"))])
+@pytest.mark.parametrize(
+    "name", [name for name in PRESETS if not name.startswith(("tiny", "small"))]
+)
 def test_every_preset_is_a_model_of_a_family(name):
     model = preset(name)
     again, _ = families.from_hf(families.to_hf(model)[0], name)

@@ -22,7 +22,9 @@ ARRAYS = np.load(Path(HERE) / "families.npz")
 CASES = pytest.mark.parametrize("case", RECORD)
 # Decoding and padding of every part once; of the other families by the documented command (-m "slow or not slow").
 _PARTS = ("gpt2", "llama3", "gemma3", "deepseek_v3")
-MOST = pytest.mark.parametrize("case", [c if c in _PARTS else pytest.param(c, marks=pytest.mark.slow) for c in RECORD])
+MOST = pytest.mark.parametrize(
+    "case", [c if c in _PARTS else pytest.param(c, marks=pytest.mark.slow) for c in RECORD]
+)
 
 
 @functools.cache
@@ -31,7 +33,11 @@ def load(case: str):
     model, family = families.from_hf(RECORD[case]["config"], case)
     sizes = {name: tuple(shape) for name, shape in RECORD[case]["tensors"].items()}
     model = families.present(model, sizes)
-    return model, family, put_together(model, family, {name: weight(name, shape) for name, shape in sizes.items()})
+    return (
+        model,
+        family,
+        put_together(model, family, {name: weight(name, shape) for name, shape in sizes.items()}),
+    )
 
 
 def put_together(model, family, file):
@@ -53,7 +59,9 @@ def relative(got, want):
 
 def logits_of(params, model, ids, **more):
     hidden = transformer.apply(params, model, ids, **more)
-    return losses.softcap(jnp.einsum("btd,vd->btv", hidden, transformer.head(params)), model.logit_softcap)
+    return losses.softcap(
+        jnp.einsum("btd,vd->btv", hidden, transformer.head(params)), model.logit_softcap
+    )
 
 
 @CASES
@@ -68,7 +76,10 @@ def test_logits_and_every_layers_hidden_state(case):
     model, _, params = load(case)
     ids = jnp.array(tokens(0, 1))
     assert (
-        relative(jax.jit(functools.partial(logits_of, model=model))(params, ids=ids)[0], ARRAYS[f"{case}/logits"])
+        relative(
+            jax.jit(functools.partial(logits_of, model=model))(params, ids=ids)[0],
+            ARRAYS[f"{case}/logits"],
+        )
         < 2e-4
     )
     mix = np.random.default_rng(7).normal(size=(32, 6)).astype(np.float32)
@@ -83,7 +94,9 @@ def residual_stream(params, ids, *, model):
     states = [transformer._embed(params, model, ids, positions)]
     for name, block, numbers in transformer.stacks(model):
         for i, number in enumerate(numbers):
-            layer = transformer._merge(transformer.Block, block, jax.tree.map(lambda w, i=i: w[i], params[name]))
+            layer = transformer._merge(
+                transformer.Block, block, jax.tree.map(lambda w, i=i: w[i], params[name])
+            )
             states.append(layer(states[-1], positions, segments, model.windowed(number))[0])
     return [*states[:-1], transformer.apply(params, model, ids)]
 
@@ -104,9 +117,10 @@ def test_loss_and_gradients(case):
     for tensor in families.tensors(model, family):
         found = families.file_value(tensor, shapes[tensor.name], leaf)
         noise, size = probe(tensor.name, shapes[tensor.name]), float(np.linalg.norm(found)) + 1e-6
-        assert abs(float((found * noise).sum()) - RECORD[case]["gradients"][tensor.name]) < 1e-3 * size + 1e-5, (
-            tensor.name
-        )
+        assert (
+            abs(float((found * noise).sum()) - RECORD[case]["gradients"][tensor.name])
+            < 1e-3 * size + 1e-5
+        ), tensor.name
 
 
 @MOST
@@ -115,9 +129,17 @@ def test_prefill_and_decode_equal_the_full_forward(case):
     model, _, params = load(case)
     prompt, want = tokens(0, 1)[0, :12].tolist(), ARRAYS[f"{case}/greedy"].tolist()
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    settings = {"sampling": SamplingConfig(20, 0.0), "stop_ids": (VOCAB,), "pad_id": 0, "mesh": mesh, "seed": 0}
+    settings = {
+        "sampling": SamplingConfig(20, 0.0),
+        "stop_ids": (VOCAB,),
+        "pad_id": 0,
+        "mesh": mesh,
+        "seed": 0,
+    }
     with jax.set_mesh(mesh):
-        drawn = list(complete(params, model, [prompt, prompt[:5], [*prompt, *want[:9]]], **settings))
+        drawn = list(
+            complete(params, model, [prompt, prompt[:5], [*prompt, *want[:9]]], **settings)
+        )
     assert drawn[0][0].ids == want
     assert drawn[2][0].ids[:11] == want[9:]
 
@@ -132,7 +154,9 @@ def test_left_padded_rows_equal_single_rows(case):
     forward = jax.jit(functools.partial(logits_of, model=model))
     padded = forward(params, ids=jnp.array(ids), segment_ids=segments, positions=positions)
     for i, row in enumerate(rows):
-        whole = np.pad(np.array([row], np.int32), ((0, 0), (0, 40 - len(row))))  # causal: what follows is not seen
+        whole = np.pad(
+            np.array([row], np.int32), ((0, 0), (0, 40 - len(row)))
+        )  # causal: what follows is not seen
         alone = forward(params, ids=jnp.array(whole))[0, : len(row)]
         assert relative(padded[i, 40 - len(row) :], np.asarray(alone)) < 2e-5
 
@@ -149,16 +173,29 @@ def test_to_file_is_the_inverse_of_to_ours(case):
 
 # From the published files' index, the model cards and, rounded to 2.5%, GPT-3's paper (table 2.1).
 PUBLISHED = {
-    **{"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200},
+    **{
+        "gpt2": 124_439_808,
+        "gpt2-medium": 354_823_168,
+        "gpt2-large": 774_030_080,
+        "gpt2-xl": 1_557_611_200,
+    },
     **{"smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384},
     **{"llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320, "llama2-70b": 68_976_648_192},
     **{"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496},
-    **{"llama3.1-8b": 8_030_261_248, "llama3.1-70b": 70_553_706_496, "llama3.1-405b": 405_853_388_800},
+    **{
+        "llama3.1-8b": 8_030_261_248,
+        "llama3.1-70b": 70_553_706_496,
+        "llama3.1-405b": 405_853_388_800,
+    },
     **{"llama3.2-1b": 1_235_814_400, "llama3.2-3b": 3_212_749_824, "mistral-7b": 7_241_732_096},
     **{"qwen2.5-0.5b": 494_032_768, "qwen2.5-7b": 7_615_616_512, "qwen3-0.6b": 596_049_920},
     **{"qwen3-8b": 8_190_735_360, "qwen3-30b-a3b": 30_532_122_624, "gemma2-2b": 2_614_341_888},
     **{"gemma2-9b": 9_241_705_984, "gemma3-1b": 999_885_952, "olmo2-7b": 7_298_617_344},
-    **{"mixtral-8x7b": 46_702_792_704, "deepseek-v2-lite": 15_706_484_224, "deepseek-v2": 235_741_434_880},
+    **{
+        "mixtral-8x7b": 46_702_792_704,
+        "deepseek-v2-lite": 15_706_484_224,
+        "deepseek-v2": 235_741_434_880,
+    },
     **{"deepseek-v3": 671_026_419_200},
 }
 

@@ -15,7 +15,11 @@ from tests.oracles.config_defaults import HERE
 RECORD = json.loads((HERE / "config_defaults.json").read_text())["families"]
 FIELDS = [(family, field) for family, record in RECORD.items() for field in record["given"]]
 # Not read: of no model's value, or by no class of the family.
-UNREAD = {"gpt2": {"initializer_range"}, "mistral": {"attention_bias"}, "mixtral": {"attention_bias"}}
+UNREAD = {
+    "gpt2": {"initializer_range"},
+    "mistral": {"attention_bias"},
+    "mixtral": {"attention_bias"},
+}
 UNREAD |= {"qwen2": {"attention_bias"}, "gemma2": {"hidden_act"}, "gemma3_text": {"hidden_act"}}
 UNREAD |= {"qwen3_moe": {"max_window_layers"}}
 READ = [(family, field) for family, field in FIELDS if field not in UNREAD.get(family, ())]
@@ -31,7 +35,11 @@ def ours(family, config):
 
 def theirs(family, changed):
     """The model of what the class's own `to_dict` says, with these changes."""
-    read = {name: value for name, value in RECORD[family]["read"].items() if name not in changed.get("gone", ())}
+    read = {
+        name: value
+        for name, value in RECORD[family]["read"].items()
+        if name not in changed.get("gone", ())
+    }
     return ours(family, {**read, **changed})
 
 
@@ -50,7 +58,11 @@ def test_a_field_left_out_is_the_published_default(family, field):
     rest = {name: value for name, value in RECORD[family]["given"].items() if name != field}
     found, wanted = ours(family, rest), theirs(family, RECORD[family]["left_out"][field])
     assert found == wanted
-    if family == "deepseek_v2" and field in ("num_experts_per_tok", "n_group", "topk_group"):  # null in the class
+    if family == "deepseek_v2" and field in (
+        "num_experts_per_tok",
+        "n_group",
+        "topk_group",
+    ):  # null in the class
         assert f"has no {field!r}" in found
     else:
         assert not isinstance(found, str)
@@ -89,17 +101,32 @@ def test_a_wrong_value_is_one_line_that_names_file_and_field(family, field):
         assert found.startswith("config.json: ") and field in found and "\n" not in found
 
 
-NAMES = sorted({name for record in RECORD.values() for name in record["given"]} | {"rope_scaling", "rope_parameters"})
-NAMES += ["layer_types", "dtype", "torch_dtype", "original_max_position_embeddings", "use_bidirectional_attention"]
+NAMES = sorted(
+    {name for record in RECORD.values() for name in record["given"]}
+    | {"rope_scaling", "rope_parameters"}
+)
+NAMES += [
+    "layer_types",
+    "dtype",
+    "torch_dtype",
+    "original_max_position_embeddings",
+    "use_bidirectional_attention",
+]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*NAMES, "type", "factor"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([*NAMES, "type", "factor"]), inner)
+    ),
     max_leaves=6,
 )
 
 
 @settings(max_examples=200, deadline=None)
-@given(family=st.sampled_from([*RECORD]), changed=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=4))
+@given(
+    family=st.sampled_from([*RECORD]),
+    changed=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=4),
+)
 def test_whatever_a_config_holds_it_is_a_model_or_one_line(family, changed):
     found = ours(family, {**RECORD[family]["given"], **changed})
     assert not isinstance(found, str) or (found.startswith("config.json: ") and "\n" not in found)
@@ -117,14 +144,19 @@ def test_an_unknown_family_is_one_line(model_type):
 def test_wrong_rotary_settings_are_one_line(kind, given):
     found = ours("llama", {"rope_scaling": {"rope_type": kind, **given}})
     assert isinstance(found, str) and "config.json: " in found
-    assert any(word in found for word in ("factor", "original_max_position_embeddings", "rope type"))
+    assert any(
+        word in found for word in ("factor", "original_max_position_embeddings", "rope type")
+    )
 
 
 def test_old_and_new_rotary_settings_together_are_read_as_the_class_does():
     linear = {"rope_type": "linear", "factor": 2.0}
     found = ours("llama", {"rope_scaling": linear, "rope_parameters": {"rope_theta": 5.0}})
     assert (found.rope_scaling.kind, found.rope_theta) == ("linear", 10_000.0)
-    found = ours("gemma3_text", {"rope_scaling": linear, "rope_parameters": {"full_attention": {"rope_theta": 5.0}}})
+    found = ours(
+        "gemma3_text",
+        {"rope_scaling": linear, "rope_parameters": {"full_attention": {"rope_theta": 5.0}}},
+    )
     assert (found.rope_scaling.kind, found.rope_theta) == ("linear", 5.0)
 
 
@@ -132,5 +164,7 @@ def test_the_length_before_stretching_is_that_of_the_rotary_settings_else_the_co
     """As the class reads it: a field of this name beside the rotary settings is not read."""
     beside = {"original_max_position_embeddings": 32, "max_position_embeddings": 64}
     for own, wanted in (({"original_max_position_embeddings": 16}, 16), ({}, 64)):
-        found = ours("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, **own}, **beside})
+        found = ours(
+            "llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, **own}, **beside}
+        )
         assert found.rope_scaling.original_length == wanted

@@ -19,8 +19,20 @@ from jaxllm.workspace import load_model
 from tests.oracles.families import weight
 from tests.pretrained.test_families import RECORD
 
-ARCH = {"llama2": "llama", "llama3": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2"}
-ARCH |= {"gemma3": "gemma3", "mixtral": "llama", "qwen3_moe": "qwen3moe", "mistral": "llama", "olmo2": "olmo2"}
+ARCH = {
+    "llama2": "llama",
+    "llama3": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+}
+ARCH |= {
+    "gemma3": "gemma3",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "mistral": "llama",
+    "olmo2": "olmo2",
+}
 F32 = gguf.GGMLQuantizationType.F32
 TEXTS = [
     "In spring the 12 birds sing, don't they?",
@@ -31,7 +43,11 @@ TEXTS = [
 
 def turned(rows, heads):
     """What the converter of llama.cpp does to the queries and keys of llama models."""
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return (
+        rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(rows.shape)
+    )
 
 
 def config_of(case):
@@ -78,14 +94,18 @@ def write_gguf(path, case, kind=F32, tokens=lambda writer: None):
         plain = 5e5 ** (-np.arange(0, model.head_dim, 2) / model.head_dim)
         waves, low, high = 2 * np.pi / plain, 8192 / 1.0, 8192 / 4.0
         smooth = (8192 / waves - 1.0) / (4.0 - 1.0)
-        factors = np.where(waves < high, 1.0, np.where(waves > low, 8.0, 1 / ((1 - smooth) / 8.0 + smooth)))
+        factors = np.where(
+            waves < high, 1.0, np.where(waves > low, 8.0, 1 / ((1 - smooth) / 8.0 + smooth))
+        )
         writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
     if model.moe.num_experts:
         writer.add_expert_count(model.moe.num_experts)
         writer.add_expert_used_count(model.moe.per_token)
         writer.add_expert_feed_forward_length(model.moe.mlp_dim or model.mlp_dim)
     tokens(writer)
-    names = gguf.get_tensor_name_map({n: k for k, n in gguf.MODEL_ARCH_NAMES.items()}[arch], model.num_layers)
+    names = gguf.get_tensor_name_map(
+        {n: k for k, n in gguf.MODEL_ARCH_NAMES.items()}[arch], model.num_layers
+    )
     experts = {}
     for name, value in values.items():
         if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
@@ -109,7 +129,9 @@ def write_gguf(path, case, kind=F32, tokens=lambda writer: None):
 def add(writer, names, name, value, kind):
     stem, suffix = name.rsplit(".", 1)
     kind = kind if value.ndim > 1 and value.shape[-1] % 32 == 0 else F32
-    writer.add_tensor(f"{names.get_name(stem)}.{suffix}", gguf.quants.quantize(value, kind), raw_dtype=kind)
+    writer.add_tensor(
+        f"{names.get_name(stem)}.{suffix}", gguf.quants.quantize(value, kind), raw_dtype=kind
+    )
 
 
 @pytest.mark.parametrize("case", ARCH)
@@ -119,13 +141,18 @@ def test_tensors_and_config_come_out_as_they_went_in(tmp_path, case):
     found = {tensor.name: tensor.make() for tensor in stored}
     assert found.keys() == values.keys()
     for name, value in values.items():
-        np.testing.assert_allclose(found[name], value, atol=2e-7 if "norm" in name else 0, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], value, atol=2e-7 if "norm" in name else 0, err_msg=name
+        )
     model = families.from_hf(config, "x")[0]
     want = families.from_hf(config_of(case), "y")[0]
     assert {k: v for k, v in vars(model).items() if k not in ("dtype", "init_std", "moe")} == {
         k: v for k, v in vars(want).items() if k not in ("dtype", "init_std", "moe")
     }
-    assert (model.moe.num_experts, model.moe.normalise) == (want.moe.num_experts, want.moe.normalise)
+    assert (model.moe.num_experts, model.moe.normalise) == (
+        want.moe.num_experts,
+        want.moe.normalise,
+    )
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
@@ -150,7 +177,10 @@ def test_byte_level_tokenizers_give_the_same_ids(tmp_path):
         spec.decoder = tokenizers.decoders.ByteLevel()
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|end|>", "<|im_end|>"], show_progress=False
+            vocab_size=400,
+            initial_alphabet=alphabet,
+            special_tokens=["<|end|>", "<|im_end|>"],
+            show_progress=False,
         )
         spec.train_from_iterator(TEXTS, trainer)
         made = json.loads(spec.to_str())["model"]
@@ -163,7 +193,9 @@ def test_byte_level_tokenizers_give_the_same_ids(tmp_path):
             writer.add_token_types([3, 3] + [1] * (len(vocabulary) - 2))
             writer.add_token_merges([" ".join(pair) for pair in made["merges"]])
             writer.add_eos_token_id(0)
-            writer.add_chat_template("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+            writer.add_chat_template(
+                "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+            )
 
         write_gguf(tmp_path / f"{pre}.gguf", "qwen2", tokens=tokens)
         for name, content in gguf_files.read(tmp_path / f"{pre}.gguf")[2].items():
@@ -171,14 +203,20 @@ def test_byte_level_tokenizers_give_the_same_ids(tmp_path):
             (tmp_path / pre / name).write_bytes(content)
         ours = load_tokenizer(tmp_path / pre)
         for text in TEXTS[:3]:
-            assert ours.encode(text) == spec.encode(text).ids and ours.decode(ours.encode(text)) == text
+            assert (
+                ours.encode(text) == spec.encode(text).ids
+                and ours.decode(ours.encode(text)) == text
+            )
         assert ours.encode("<|im_end|>", parse_special=True) == [1] and ours.stop_ids == (1, 0)
 
 
 def test_sentencepiece_tokenizers_give_the_same_ids(tmp_path):
-    sp = train(iter(TEXTS * 9), vocab_size=340, model_type="bpe", character_coverage=1.0, num_threads=1)._sp
+    sp = train(
+        iter(TEXTS * 9), vocab_size=340, model_type="bpe", character_coverage=1.0, num_threads=1
+    )._sp
     kinds = [
-        6 if sp.is_byte(i) else 3 if sp.is_control(i) else 2 if sp.is_unknown(i) else 1 for i in range(sp.vocab_size())
+        6 if sp.is_byte(i) else 3 if sp.is_control(i) else 2 if sp.is_unknown(i) else 1
+        for i in range(sp.vocab_size())
     ]
 
     def tokens(writer):
@@ -211,7 +249,9 @@ def test_what_is_not_known_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="architecture 'mamba' is not known"):
         import_model(str(tmp_path / "b.gguf"), str(tmp_path / "out"))
     write_gguf(
-        tmp_path / "c.gguf", "qwen2", tokens=lambda w: w.add_tensor("blk.0.strange.weight", np.ones(3, np.float32))
+        tmp_path / "c.gguf",
+        "qwen2",
+        tokens=lambda w: w.add_tensor("blk.0.strange.weight", np.ones(3, np.float32)),
     )
     with pytest.raises(InputError, match=r"unknown: .*strange"):
         import_model(str(tmp_path / "c.gguf"), str(tmp_path / "out"))
@@ -251,13 +291,18 @@ def fits(value, wrong):
 @pytest.mark.parametrize("case", ["mixtral", "gemma2", "gemma3"])
 def test_metadata_of_a_wrong_type_is_one_line_that_names_the_key(tmp_path, case):
     values, held = metadata(tmp_path / "m.gguf", case)
-    read = lambda values: (gguf_files._config(about := gguf_files.Metadata(values), held), gguf_files._tokenizer(about))
+    read = lambda values: (
+        gguf_files._config(about := gguf_files.Metadata(values), held),
+        gguf_files._tokenizer(about),
+    )
     read(values)
     for key in values:
         for wrong in (w for w in WRONG if not fits(values[key], w)):
             if isinstance(values[key], list) and isinstance(wrong, list):
                 wrong = [*wrong, None]
-            with pytest.raises(ValueError, match=key if key != "general.architecture" else "architecture"):
+            with pytest.raises(
+                ValueError, match=key if key != "general.architecture" else "architecture"
+            ):
                 read({**values, key: wrong})
 
 
@@ -293,8 +338,14 @@ BEGUN = {
 
 @pytest.mark.parametrize("kind, pre, flag", BEGUN)
 def test_a_text_begins_as_llama_cpp_begins_it(tmp_path, kind, pre, flag):
-    values = {"tokenizer.ggml.model": kind, "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *BYTES]}
-    values |= {"tokenizer.ggml.token_type": [2, 3, 3, *[1] * len(BYTES)], "tokenizer.ggml.bos_token_id": 1}
+    values = {
+        "tokenizer.ggml.model": kind,
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *BYTES],
+    }
+    values |= {
+        "tokenizer.ggml.token_type": [2, 3, 3, *[1] * len(BYTES)],
+        "tokenizer.ggml.bos_token_id": 1,
+    }
     values |= {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.add_space_prefix": False}
     values |= {"tokenizer.ggml.pre": pre} if pre else {}
     values |= {"tokenizer.ggml.add_bos_token": flag} if flag is not None else {}
@@ -308,7 +359,9 @@ def test_a_text_begins_as_llama_cpp_begins_it(tmp_path, kind, pre, flag):
 
 def test_pieces_without_special_ids_have_those_of_llama_cpp(tmp_path):
     values, _ = metadata(tmp_path / "m.gguf")
-    values = {name: value for name, value in values.items() if "_token" not in name or "type" in name}
+    values = {
+        name: value for name, value in values.items() if "_token" not in name or "type" in name
+    }
     for name, content in gguf_files._tokenizer(gguf_files.Metadata(values)).items():
         (tmp_path / name).write_bytes(content)
     tokenizer = load_tokenizer(tmp_path)
@@ -333,7 +386,9 @@ def split(path, count):
         for key, field in reader.fields.items() if number == 0 else ():
             if not key.startswith("GGUF.") and key != "general.architecture":
                 kinds = field.types
-                writer.add_key_value(key, field.contents(), kinds[0], kinds[1] if len(kinds) > 1 else None)
+                writer.add_key_value(
+                    key, field.contents(), kinds[0], kinds[1] if len(kinds) > 1 else None
+                )
         writer.add_uint16("split.count", count)
         for tensor in reader.tensors[number::count]:
             writer.add_tensor(tensor.name, tensor.data)
@@ -349,7 +404,9 @@ def test_a_file_in_parts_is_read_whole_from_any_of_them(tmp_path):
     parts = split(tmp_path / "m.gguf", 3)
     for part in parts:
         config, stored, _ = gguf_files.read(part)
-        assert {t.name for t in stored} == values.keys() and config == gguf_files.read(tmp_path / "m.gguf")[0]
+        assert {t.name for t in stored} == values.keys() and config == gguf_files.read(
+            tmp_path / "m.gguf"
+        )[0]
     parts[0].rename(tmp_path / "renamed.gguf")
     with pytest.raises(InputError, match=r"renamed\.gguf: is one of 3 parts"):
         gguf_files.read(tmp_path / "renamed.gguf")

@@ -22,36 +22,71 @@ def make_stage(run_dir, stage, result=None, lines=(), tail=""):
     provenance = {"time": "2026-11-23T13:00:00+00:00", "devices": "8 x cpu", "code": "abc123"}
     (directory / "provenance.json").write_text(json.dumps(provenance))
     if result is not None:
-        (directory / "result.json").write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
+        (directory / "result.json").write_text(
+            json.dumps(result, ensure_ascii=False), encoding="utf-8"
+        )
     if lines or tail:
-        (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+        (directory / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines) + tail
+        )
 
 
 def make_run(run_dir, simulated=True):
     curve = [
-        {"step": 10 * i, "time": 1.5 * i, "train/loss": 5.0 / i, "train/learning_rate": 1e-3 / i} for i in range(1, 40)
+        {"step": 10 * i, "time": 1.5 * i, "train/loss": 5.0 / i, "train/learning_rate": 1e-3 / i}
+        for i in range(1, 40)
     ]
-    points = [{"step": 100 * i, "time": i, "eval/loss": 4.5 / i, "eval/bits_per_byte": 2.5 / i} for i in range(1, 4)]
+    points = [
+        {"step": 100 * i, "time": i, "eval/loss": 4.5 / i, "eval/bits_per_byte": 2.5 / i}
+        for i in range(1, 4)
+    ]
     make_stage(
         run_dir,
         "tokenizer",
-        {"vocab_size": 4096, "compression": {"bytes_per_token": 3.21, "none": None}, "wall_seconds": 4.25},
+        {
+            "vocab_size": 4096,
+            "compression": {"bytes_per_token": 3.21, "none": None},
+            "wall_seconds": 4.25,
+        },
     )
-    pretrain = {"bits_per_byte": 1.2345, "parameters": 12_345_678, "train_loss": math.nan, "wall_seconds": 3725}
+    pretrain = {
+        "bits_per_byte": 1.2345,
+        "parameters": 12_345_678,
+        "train_loss": math.nan,
+        "wall_seconds": 3725,
+    }
     make_stage(run_dir, "pretrain", pretrain, curve + points, '{"step": 400, "train/lo')
     make_stage(run_dir, "sft", None, curve)
     make_stage(
         run_dir,
         "rank",
-        {"prompts": 64, "tie_fraction": 0.125, "simulated": simulated, "annotator": "m:f", "wall_seconds": 2},
+        {
+            "prompts": 64,
+            "tie_fraction": 0.125,
+            "simulated": simulated,
+            "annotator": "m:f",
+            "wall_seconds": 2,
+        },
     )
     reward = [
-        {"step": i, "time": i, "train/accuracy": 0.5 + i / 100, "eval/accuracy": 0.6, "train/loss": 0.7}
+        {
+            "step": i,
+            "time": i,
+            "train/accuracy": 0.5 + i / 100,
+            "eval/accuracy": 0.6,
+            "train/loss": 0.7,
+        }
         for i in range(1, 30)
     ]
     make_stage(run_dir, "reward", {"accuracy": 0.7654, "wall_seconds": 12}, reward)
     ppo = [
-        {"step": i, "time": i, "ppo/score": i / 9, "ppo/kl": math.nan if i == 3 else i, "ppo/entropy": 2.0}
+        {
+            "step": i,
+            "time": i,
+            "ppo/score": i / 9,
+            "ppo/kl": math.nan if i == 3 else i,
+            "ppo/entropy": 2.0,
+        }
         for i in range(1, 9)
     ]
     make_stage(run_dir, "ppo", {"score": 1.5, "wall_seconds": 70}, ppo)
@@ -62,7 +97,9 @@ def make_run(run_dir, simulated=True):
     }
     samples = [{"prompt": EVIL, "answers": {"pretrain": "pre " + EVIL, "sft": "", "ppo": "答案"}}]
     evaluate = {"stages": stages, "samples": samples, "win_rate": 0.625, "wall_seconds": 9}
-    make_stage(run_dir, "evaluate", {**evaluate, **({"annotator_simulated": True} if simulated else {})})
+    make_stage(
+        run_dir, "evaluate", {**evaluate, **({"annotator_simulated": True} if simulated else {})}
+    )
 
 
 class Page(html.parser.HTMLParser):
@@ -102,8 +139,14 @@ def test_json_holds_every_number_and_is_strict(run_dir):
     data = json.loads((run_dir / "report.json").read_text(), parse_constant=pytest.fail)
     assert data["stages"]["pretrain"]["result"]["parameters"] == 12_345_678
     assert data["stages"]["pretrain"]["result"]["train_loss"] is None
-    assert data["stages"]["pretrain"]["series"]["eval/bits_per_byte"] == [[100, 2.5], [200, 1.25], [300, 2.5 / 3]]
-    assert len(data["stages"]["pretrain"]["series"]["train/loss"]) == 39  # the half line is left out
+    assert data["stages"]["pretrain"]["series"]["eval/bits_per_byte"] == [
+        [100, 2.5],
+        [200, 1.25],
+        [300, 2.5 / 3],
+    ]
+    assert (
+        len(data["stages"]["pretrain"]["series"]["train/loss"]) == 39
+    )  # the half line is left out
     assert data["stages"]["ppo"]["series"]["ppo/kl"][2] == [3, None]
     assert data["wall_seconds"] == 4.25 + 3725 + 2 + 12 + 70 + 9
     assert data["absent"] == ["sample"]
@@ -144,19 +187,32 @@ def test_html_is_well_formed_escaped_and_self_contained(run_dir):
 def test_a_picture_for_each_kind_of_metric(run_dir):
     source = (run_dir / "report.html").read_text()
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", source)
-    assert captions[:3] == ["Loss", "Bits per byte", "Learning rate"]  # train/loss and eval/loss share one picture
-    assert {"Pairwise accuracy (simulated annotator)", "Score", "Entropy, nats per token"} <= set(captions)
+    assert captions[:3] == [
+        "Loss",
+        "Bits per byte",
+        "Learning rate",
+    ]  # train/loss and eval/loss share one picture
+    assert {"Pairwise accuracy (simulated annotator)", "Score", "Entropy, nats per token"} <= set(
+        captions
+    )
     assert source.count("<img") == len(captions) == source.count("<source")
 
 
 def test_markdown_tables_are_whole(run_dir):
     text = (run_dir / "report.md").read_text(encoding="utf-8")
-    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")]
+    widths = [
+        len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")
+    ]
     blocks = re.findall(r"(?:^\|.*\n)+", text, re.M)
     assert len(blocks) > 5
-    assert all(len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1 for block in blocks)
+    assert all(
+        len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+        for block in blocks
+    )
     assert min(widths) >= 3
-    assert not [line for line in text.splitlines() if "<script" in line and not line.startswith("    ")]
+    assert not [
+        line for line in text.splitlines() if "<script" in line and not line.startswith("    ")
+    ]
 
 
 @pytest.mark.parametrize(("simulated", "expected"), [(True, True), (False, False)])
@@ -167,13 +223,22 @@ def test_simulated_annotator_stands_by_each_of_its_numbers(tmp_path, simulated, 
         text = (tmp_path / "run" / name).read_text(encoding="utf-8")
         assert (report.SIMULATED in text) is expected
         plain = re.sub(r"<[^>]*>", " ", text)
-        for number, label in (("0.125", "tie fraction"), ("0.7654", "accuracy"), ("0.625", "win rate")):
-            assert (re.search(rf"{label} \({report.SIMULATED}\)\s+{re.escape(number)}", plain) is not None) is expected
+        for number, label in (
+            ("0.125", "tie fraction"),
+            ("0.7654", "accuracy"),
+            ("0.625", "win rate"),
+        ):
+            assert (
+                re.search(rf"{label} \({report.SIMULATED}\)\s+{re.escape(number)}", plain)
+                is not None
+            ) is expected
         assert (f"annotator score ({report.SIMULATED})" in text) is expected
 
 
 def test_a_person_ranks_but_a_program_evaluates(tmp_path):
-    make_stage(tmp_path / "run", "rank", {"tie_fraction": 0.5, "simulated": False, "annotator": "person"})
+    make_stage(
+        tmp_path / "run", "rank", {"tie_fraction": 0.5, "simulated": False, "annotator": "person"}
+    )
     make_stage(tmp_path / "run", "evaluate", {"annotator_score": 0.25, "annotator_simulated": True})
     report.write_report(tmp_path / "run", LIFE)
     text = (tmp_path / "run" / "report.md").read_text()
@@ -206,7 +271,17 @@ def test_no_stage_at_all_and_odd_values_do_not_crash(tmp_path):
         tmp_path / "odd",
         "sft",
         odd,
-        [{"step": 1, "time": 0, "$x_$/_y$^": 1.0, "名/字": 2, "flag": True, "word": "w", "nan": math.nan}],
+        [
+            {
+                "step": 1,
+                "time": 0,
+                "$x_$/_y$^": 1.0,
+                "名/字": 2,
+                "flag": True,
+                "word": "w",
+                "nan": math.nan,
+            }
+        ],
     )
     make_stage(tmp_path / "odd", "ppo", None, [], "{")
     report.write_report(tmp_path / "odd", LIFE)
@@ -215,7 +290,12 @@ def test_no_stage_at_all_and_odd_values_do_not_crash(tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "text"),
-    [("result.json", "{"), ("result.json", "[1]"), ("metrics.jsonl", "{\n"), ("metrics.jsonl", "{}\n[]\n")],
+    [
+        ("result.json", "{"),
+        ("result.json", "[1]"),
+        ("metrics.jsonl", "{\n"),
+        ("metrics.jsonl", "{}\n[]\n"),
+    ],
 )
 def test_damaged_files_are_named(tmp_path, file, text):
     make_stage(tmp_path / "run", "sft")

@@ -47,7 +47,10 @@ def test_arithmetic_computes_the_answer_itself(prompt, response, reward):
 
 def test_exact_match_last_number_and_format():
     assert rewards.exact_match("", " 46 ", "46") == 1 and rewards.exact_match("", "46.", "46") == 0
-    assert rewards.last_number("", "so 12+34 is 46.0", "46") == 1 and rewards.last_number("", "none", "46") == 0
+    assert (
+        rewards.last_number("", "so 12+34 is 46.0", "46") == 1
+        and rewards.last_number("", "none", "46") == 0
+    )
     assert rewards.one_number("", " -3.5 ", "") == 1 and rewards.one_number("", "3 or 4", "") == 0
 
 
@@ -74,10 +77,20 @@ SAME = [
     (".5", "0.5"),
     ("#### 12", "12."),
 ]
-OTHER = [("5,000", "70,000"), ("1,000", "1"), ("5", "-5"), ("50%", "5"), ("1/4", "4"), ("5e3", "3"), ("10-12", "-12")]
+OTHER = [
+    ("5,000", "70,000"),
+    ("1,000", "1"),
+    ("5", "-5"),
+    ("50%", "5"),
+    ("1/4", "4"),
+    ("5e3", "3"),
+    ("10-12", "-12"),
+]
 
 
-@pytest.mark.parametrize(("response", "answer", "reward"), [(*p, 1.0) for p in SAME] + [(*p, 0.0) for p in OTHER])
+@pytest.mark.parametrize(
+    ("response", "answer", "reward"), [(*p, 1.0) for p in SAME] + [(*p, 0.0) for p in OTHER]
+)
 def test_last_number_reads_numbers_as_they_are_written(response, answer, reward):
     assert rewards.last_number("", f"the answer is {response}", answer) == reward
     assert rewards.last_number("", answer, f"the answer is {response}") == reward
@@ -86,15 +99,29 @@ def test_last_number_reads_numbers_as_they_are_written(response, answer, reward)
 @given(st.fractions().map(lambda x: x.limit_denominator(1000)), st.text(max_size=5))
 def test_every_number_equals_itself_in_every_spelling(value, noise):
     whole = round(value * 10**6)
-    spellings = [str(whole), f"{whole:,}", f"{whole}.000", f"{'-' if whole < 0 else ''}000{abs(whole)}", f"{whole}e0"]
+    spellings = [
+        str(whole),
+        f"{whole:,}",
+        f"{whole}.000",
+        f"{'-' if whole < 0 else ''}000{abs(whole)}",
+        f"{whole}e0",
+    ]
     numbers = [numerals.last(f"x {text}") for text in spellings]
-    assert all(numerals.equal(number, numbers[0]) for number in numbers) and numbers[0].value == whole
+    assert (
+        all(numerals.equal(number, numbers[0]) for number in numbers) and numbers[0].value == whole
+    )
     assert numerals.last(noise) is None or isinstance(numerals.last(noise).value, Fraction)
 
 
 def test_long_digits_are_read_in_time():
     assert numerals.last("9" * 10_000).value == Fraction(10) ** 10_000 - 1
-    assert [number.value for number in numerals.read("28/11/2026 and 1e999999")] == [28, 11, 2026, 1, 999999]
+    assert [number.value for number in numerals.read("28/11/2026 and 1e999999")] == [
+        28,
+        11,
+        2026,
+        1,
+        999999,
+    ]
     numerals.last("1," * 50_000 + "$ " * 50_000 + "1/" * 50_000)
 
 
@@ -137,7 +164,10 @@ WRONG_SCORES = [float("nan"), "0.5", None, {"score": 1}, [1, 2], 10**400, 1e300,
 
 @pytest.mark.parametrize("wrong", WRONG_SCORES, ids=repr)
 def test_a_reward_that_is_no_finite_number_is_refused_with_its_function(monkeypatch, wrong):
-    for name, function in (("three", lambda prompt, response, answer: wrong), ("two", lambda prompt, response: wrong)):
+    for name, function in (
+        ("three", lambda prompt, response, answer: wrong),
+        ("two", lambda prompt, response: wrong),
+    ):
         monkeypatch.setitem(globals(), name, function)
         terms = rewards.resolve(RewardSource(f"tests.rl.test_rewards:{name}"), "ppo.rewards")
         with pytest.raises(InputError, match=f"{name}|lambda.*must be a finite number") as error:
@@ -145,7 +175,9 @@ def test_a_reward_that_is_no_finite_number_is_refused_with_its_function(monkeypa
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("wrong", [1.0, {"a": 1, "b": 2}, [1.0], [[1.0], [1.0, 2.0]], "ab", None], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [1.0, {"a": 1, "b": 2}, [1.0], [[1.0], [1.0, 2.0]], "ab", None], ids=repr
+)
 def test_a_batch_of_scores_must_have_a_number_for_each_response(wrong):
     with pytest.raises(InputError, match="annotator f") as error:
         check_scores(wrong, ["x", "y"], "annotator f")
@@ -158,23 +190,42 @@ def test_scores_of_any_number_type_will_do():
 
 
 def test_terms_that_would_share_a_metric_get_names_of_their_own():
-    sources = [RewardSource(s) for s in ("regex:a", "m:length", "length", "regex:b", "n:length", "model")]
-    assert rewards.metric_names(sources) == ["regex", "length", "length_2", "regex_2", "length_3", "model"]
+    sources = [
+        RewardSource(s) for s in ("regex:a", "m:length", "length", "regex:b", "n:length", "model")
+    ]
+    assert rewards.metric_names(sources) == [
+        "regex",
+        "length",
+        "length_2",
+        "regex_2",
+        "length_3",
+        "model",
+    ]
 
 
 def test_a_function_that_gets_no_answer_is_named(capsys):
-    sources = [RewardSource("jaxllm.rl.rewards:arithmetic"), RewardSource("tests.rl.test_rewards:two_parameters")]
+    sources = [
+        RewardSource("jaxllm.rl.rewards:arithmetic"),
+        RewardSource("tests.rl.test_rewards:two_parameters"),
+    ]
     rewards.check_answers(sources, ["", ""], "ppo.rewards")
     assert "note" not in capsys.readouterr().err
-    rewards.check_answers([*sources, RewardSource("tests.rl.test_rewards:half_right")], ["", ""], "ppo.rewards")
-    assert "no prompt has an answer; tests.rl.test_rewards:half_right gets an empty one" in capsys.readouterr().err
+    rewards.check_answers(
+        [*sources, RewardSource("tests.rl.test_rewards:half_right")], ["", ""], "ppo.rewards"
+    )
+    assert (
+        "no prompt has an answer; tests.rl.test_rewards:half_right gets an empty one"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_reward_that_compares_needs_answers():
     sources = [RewardSource("model"), RewardSource("jaxllm.rl.rewards:exact_match")]
     rewards.check_answers(sources, ["46", "12"], "ppo.rewards")
     rewards.check_answers(sources[:1], ["", ""], "ppo.rewards")
-    with pytest.raises(InputError, match=r"ppo.rewards: .*exact_match compares .* 1 of 2 prompts have none"):
+    with pytest.raises(
+        InputError, match=r"ppo.rewards: .*exact_match compares .* 1 of 2 prompts have none"
+    ):
         rewards.check_answers(sources, ["46", " "], "ppo.rewards")
 
 

@@ -31,7 +31,10 @@ def placed_on(config, model=MODEL):
 
 def fresh(placed, model=MODEL):
     return placed.init(
-        jax.jit(lambda: transformer.init(model, jax.random.key(0)), out_shardings=placed.shardings.params)()
+        jax.jit(
+            lambda: transformer.init(model, jax.random.key(0)),
+            out_shardings=placed.shardings.params,
+        )()
     )
 
 
@@ -46,7 +49,9 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str
+    "mesh",
+    [MeshConfig(), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)],
+    ids=str,
 )
 def test_restored_on_another_mesh_it_is_the_same_state(saved, mesh):
     directory, state = saved
@@ -54,7 +59,9 @@ def test_restored_on_another_mesh_it_is_the_same_state(saved, mesh):
     saves = c.Checkpoints(directory / "checkpoints", c.CheckpointConfig())
     restored, _ = saves.restore_or_init(placed.abstract, lambda: pytest.fail("must not start anew"))
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, restored), state)
-    for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(placed.shardings), strict=True):
+    for leaf, sharding in zip(
+        jax.tree.leaves(restored), jax.tree.leaves(placed.shardings), strict=True
+    ):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     params = c.load_params(directory, placed.abstract.params)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params), state.params)
@@ -63,17 +70,33 @@ def test_restored_on_another_mesh_it_is_the_same_state(saved, mesh):
 def save_all(directory, config, values, lower_is_better=True):
     saves = c.Checkpoints(directory, config, "eval/loss", lower_is_better)
     for step, value in enumerate(values, start=1):
-        saves.save(step, {"x": jnp.full(3, float(step))}, {"metrics": {} if value is None else {"eval/loss": value}})
+        saves.save(
+            step,
+            {"x": jnp.full(3, float(step))},
+            {"metrics": {} if value is None else {"eval/loss": value}},
+        )
     saves.close()
     return c.committed_steps(saves.directory)
 
 
 def test_last_best_and_every_so_many_are_kept(tmp_path):
     values = [3.0, 1.0, 4.0, 2.0, 2.5, None, None]
-    assert save_all(tmp_path / "a", c.CheckpointConfig(keep_last=2, keep_best=1), values) == [2, 6, 7]
-    assert save_all(tmp_path / "b", c.CheckpointConfig(keep_last=2, keep_best=1), values, False) == [3, 6, 7]
-    assert save_all(tmp_path / "c", c.CheckpointConfig(keep_last=1, keep_best=2), values) == [2, 4, 7]
-    assert save_all(tmp_path / "d", c.CheckpointConfig(keep_last=1, keep_best=0, keep_every=3), values) == [3, 6, 7]
+    assert save_all(tmp_path / "a", c.CheckpointConfig(keep_last=2, keep_best=1), values) == [
+        2,
+        6,
+        7,
+    ]
+    assert save_all(
+        tmp_path / "b", c.CheckpointConfig(keep_last=2, keep_best=1), values, False
+    ) == [3, 6, 7]
+    assert save_all(tmp_path / "c", c.CheckpointConfig(keep_last=1, keep_best=2), values) == [
+        2,
+        4,
+        7,
+    ]
+    assert save_all(
+        tmp_path / "d", c.CheckpointConfig(keep_last=1, keep_best=0, keep_every=3), values
+    ) == [3, 6, 7]
 
 
 def test_an_empty_directory_starts_anew(tmp_path):
@@ -83,11 +106,17 @@ def test_an_empty_directory_starts_anew(tmp_path):
 
 def test_another_models_checkpoint_lists_both_sides(saved):
     directory, _ = saved
-    other = ModelConfig(vocab_size=64, num_layers=2, embed_dim=16, num_heads=4, mlp_dim=64, mlp="gelu")
+    other = ModelConfig(
+        vocab_size=64, num_layers=2, embed_dim=16, num_heads=4, mlp_dim=64, mlp="gelu"
+    )
     with pytest.raises(InputError, match="the checkpoint is of another model") as error:
         c.load_params(directory, placed_on(MeshConfig(), other).abstract.params)
     text = str(error.value)
-    assert "differ: " in text and "only in the checkpoint: layers.mlp.gate" in text and "\n" not in text
+    assert (
+        "differ: " in text
+        and "only in the checkpoint: layers.mlp.gate" in text
+        and "\n" not in text
+    )
 
 
 def test_what_a_killed_save_left_is_cleaned_and_the_last_whole_one_used(saved):
@@ -150,13 +179,17 @@ def test_values_that_are_not_those_saved_are_found_without_the_files_hashes(save
         c.restore(directory / "twin" / "3", placed.abstract)
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used_or_the_run_stops(tmp_path, capsys):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used_or_the_run_stops(
+    tmp_path, capsys
+):
     save_all(tmp_path / "checkpoints", c.CheckpointConfig(), [None, None])
     flip(next((tmp_path / "checkpoints" / "2" / "d").iterdir()), 0.5)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {"x": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=one)}
     stopping = c.Checkpoints(tmp_path / "checkpoints", c.CheckpointConfig(damaged="stop"))
-    with pytest.raises(c.Damaged, match=r"checkpoints/2: this checkpoint is damaged or half-written") as error:
+    with pytest.raises(
+        c.Damaged, match=r"checkpoints/2: this checkpoint is damaged or half-written"
+    ) as error:
         stopping.restore_or_init(abstract, dict)
     assert "\n" not in str(error.value)
     saves = c.Checkpoints(tmp_path / "checkpoints", c.CheckpointConfig())
@@ -168,13 +201,18 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used_or_the_run_st
 
 def mount(path, *options):
     path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", path], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", path], capture_output=True
+    ).returncode:
         pytest.skip("cannot mount a small file system here")
 
 
 @pytest.mark.parametrize("room", ["none at first", "less than it seems"])
 def test_a_full_disk_ends_the_save_not_the_run(tmp_path, capsys, monkeypatch, room):
-    disk, state = tmp_path / "disk", {"x": jax.random.normal(jax.random.key(0), (1 << 18,))}  # 1 MiB
+    disk, state = (
+        tmp_path / "disk",
+        {"x": jax.random.normal(jax.random.key(0), (1 << 18,))},
+    )  # 1 MiB
     mount(disk, "size=3m")
     try:
         ballast = disk / "ballast"
@@ -234,11 +272,15 @@ NAMES = st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=20
 @example(name="percent%20#fragment {a,b}")
 @example(name="\udcff")
 @example(name="模型 é\n'\"$")
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_name_of_a_directory_keeps_checkpoints_or_is_refused_at_once(tmp_path_factory, name):
     directory = tmp_path_factory.mktemp("named") / name
     state = {"x": jnp.arange(3.0), "y": {"z": jnp.ones((2, 2))}}
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=ONE_DEVICE), state)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=ONE_DEVICE), state
+    )
     try:
         saves = c.Checkpoints(directory, c.CheckpointConfig())
     except InputError as error:

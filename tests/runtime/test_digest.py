@@ -21,7 +21,9 @@ def placed(values, spec=EVERYWHERE):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "uint8"])
-@pytest.mark.parametrize("spec", [P("data"), P(None, "fsdp"), P("fsdp", "data"), P(("data", "fsdp"))], ids=str)
+@pytest.mark.parametrize(
+    "spec", [P("data"), P(None, "fsdp"), P("fsdp", "data"), P(("data", "fsdp"))], ids=str
+)
 def test_it_does_not_depend_on_the_sharding(dtype, spec):
     values = (VALUES * 10).astype(jnp.dtype(dtype))
     alone = digests({"x": jnp.array(values)})
@@ -38,7 +40,9 @@ def test_every_changed_bit_and_every_exchange_changes_it():
     swapped = VALUES.copy()
     swapped[[2, 5]] = swapped[[5, 2]]
     assert differing(whole, digests({"x": jnp.array(swapped)})) == ["x"]
-    assert digests({"x": jnp.array(VALUES.reshape(24, 16))}) == whole  # a checkpoint compares shapes besides
+    assert (
+        digests({"x": jnp.array(VALUES.reshape(24, 16))}) == whole
+    )  # a checkpoint compares shapes besides
 
 
 def test_differing_names_what_is_on_one_side_only():

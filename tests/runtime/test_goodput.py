@@ -9,7 +9,14 @@ from jaxllm.runtime.goodput import Ledger, read, summary, totals
 
 
 def line(attempt, at, stage, step, seconds, **more):
-    return {"attempt": attempt, "time": at, "stage": stage, "step": step, "seconds": seconds, **more}
+    return {
+        "attempt": attempt,
+        "time": at,
+        "stage": stage,
+        "step": step,
+        "seconds": seconds,
+        **more,
+    }
 
 
 def test_a_ledger_partitions_the_wall_time(tmp_path):
@@ -30,16 +37,22 @@ def test_what_a_killed_attempt_did_past_the_checkpoint_is_lost():
     lines = [
         line(1, 10.0, "pretrain", 0, {"start": 4.0, "restore": 1.0}, restored=0),
         line(1, 20.0, "pretrain", 10, {"compile": 2.0, "step": 8.0}),
-        line(1, 30.0, "pretrain", 20, {"step": 10.0}),  # killed some time after this; step 12 had been saved
+        line(
+            1, 30.0, "pretrain", 20, {"step": 10.0}
+        ),  # killed some time after this; step 12 had been saved
         line(2, 50.0, "pretrain", 12, {"start": 5.0, "restore": 2.0}, restored=12),
         line(2, 58.0, "pretrain", 20, {"compile": 1.0, "step": 7.0}),
     ]
     seconds = totals(lines)
     assert seconds["lost"] == 10.0 and seconds["step"] == 15.0 and seconds["compile"] == 3.0
     assert seconds["down"] == 50.0 - 7.0 - 30.0 and seconds["start"] == 9.0
-    assert sum(seconds.values()) == 58.0 - 10.0 + 5.0  # from the first process's start to the last line
+    assert (
+        sum(seconds.values()) == 58.0 - 10.0 + 5.0
+    )  # from the first process's start to the last line
     text = summary(lines)
-    assert text.startswith(f"goodput: {15 / 53:.1%} of 53 s productive in 2 attempts; down 24.5%, lost 18.9%")
+    assert text.startswith(
+        f"goodput: {15 / 53:.1%} of 53 s productive in 2 attempts; down 24.5%, lost 18.9%"
+    )
 
 
 def test_a_line_cut_by_a_kill_is_left_out_and_the_next_one_is_whole(tmp_path):

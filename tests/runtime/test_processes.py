@@ -31,7 +31,9 @@ with signals:
 
 def loop(watchdog, kind):
     command = [sys.executable, "-c", LOOP, str(watchdog), kind]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert process.stdout and process.stdout.readline() == "ready\n"
     return process
 
@@ -39,7 +41,11 @@ def loop(watchdog, kind):
 def test_a_loop_that_does_not_move_dumps_every_stack_and_ends():
     process = loop(1, "stuck")
     _, log = process.communicate(timeout=30)
-    assert process.returncode == 1 and "Timeout (0:00:01)!" in log and 'File "<string>", line 10' in log
+    assert (
+        process.returncode == 1
+        and "Timeout (0:00:01)!" in log
+        and 'File "<string>", line 10' in log
+    )
 
 
 def test_a_loop_that_moves_is_left_alone_and_stops_after_its_step():
@@ -71,7 +77,9 @@ def test_outside_a_loop_a_signal_ends_it_at_once(monkeypatch):
 
 
 def test_it_ends_even_where_the_exception_is_swallowed():
-    script = "import os, time; from jaxllm import process; process._end_soon(7, 0.2); time.sleep(60)"
+    script = (
+        "import os, time; from jaxllm import process; process._end_soon(7, 0.2); time.sleep(60)"
+    )
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=30).returncode == 7
 
 
@@ -134,5 +142,7 @@ def test_sigterm_in_a_stage_saves_and_exits_0_and_goes_on(tmp_path, stages):
     changed = ("--pretrain.num-steps", "61", "--pretrain.log-every", "4")
     code, log = run_life(cut, *only, *changed)
     assert code == 2 and "pretrain.num_steps: 60 -> 61; pretrain.log_every: 5 -> 4" in log, log
-    code, log = run_life(cut, *only, *changed, "--allow-change", "pretrain.num_steps", "pretrain.log_every")
+    code, log = run_life(
+        cut, *only, *changed, "--allow-change", "pretrain.num_steps", "pretrain.log_every"
+    )
     assert code == 0 and "pretrain 61/61" in log, log

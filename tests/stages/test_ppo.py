@@ -30,12 +30,21 @@ from jaxllm.stages import ppo
 from tests.stages import worlds
 
 MODEL = ModelConfig(
-    vocab_size=24, max_length=32, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=48, dtype="float32", init_std=0.3
+    vocab_size=24,
+    max_length=32,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=4,
+    mlp_dim=48,
+    dtype="float32",
+    init_std=0.3,
 )
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12], [14, 15]] * 4
 LETTERS: Any = worlds.LETTERS
 SAMPLING = g.SamplingConfig(10, 0.7)
-CONFIG = ppo.PPOConfig(batch_size=16, num_epochs=2, num_minibatches=2, sampling=SAMPLING, kl_coef=0.1)
+CONFIG = ppo.PPOConfig(
+    batch_size=16, num_epochs=2, num_minibatches=2, sampling=SAMPLING, kl_coef=0.1
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +55,9 @@ def world():
     critic, reward = (scalar.init(transformer.init(MODEL, k), MODEL, k) for k in keys[2:])
     tokens, mask = g.left_pad(PROMPTS, 6, 0)
     run = g.jitted(MODEL, SAMPLING, (2,), 0, 1)
-    rollout = run(actor, jnp.array(tokens), jnp.array(mask), jax.random.key(3), np.arange(16, dtype=np.int32))
+    rollout = run(
+        actor, jnp.array(tokens), jnp.array(mask), jax.random.key(3), np.arange(16, dtype=np.int32)
+    )
     return {"actor": actor, "other": other, "critic": critic, "reward": reward, "rollout": rollout}
 
 
@@ -77,7 +88,9 @@ def test_first_minibatch_has_ratio_one_and_no_clipping(world):
     np.testing.assert_allclose(first["ratio"][0] / weight, 1.0, atol=1e-5)
     assert float(first["clip_fraction"][0]) == 0 and abs(float(first["approx_kl"][0])) < 1e-5
     assert float(metrics["sampler_drift"][0] / metrics["sampler_drift"][1]) < 1e-4
-    hot = setup(dataclasses.replace(CONFIG, sampling=dataclasses.replace(SAMPLING, temperature=1.0)))
+    hot = setup(
+        dataclasses.replace(CONFIG, sampling=dataclasses.replace(SAMPLING, temperature=1.0))
+    )
     wrong = ppo.actor_loss(world["actor"], batch, None, {}, setup=hot)[2]
     assert float(wrong["clip_fraction"][0]) > 0  # another temperature would show
 
@@ -92,7 +105,10 @@ def test_the_reward_model_reads_a_row_as_if_it_were_alone(world):
     rollout = world["rollout"]
     scores = ppo.reward_scores(world["reward"], rollout, model=MODEL)
     for i in range(4):
-        ids = [*PROMPTS[i], *np.asarray(rollout.tokens)[i, 6:][np.asarray(rollout.mask)[i]].tolist()]
+        ids = [
+            *PROMPTS[i],
+            *np.asarray(rollout.tokens)[i, 6:][np.asarray(rollout.mask)[i]].tolist(),
+        ]
         row = jnp.array([ids], jnp.int32)
         alone = scalar.apply(world["reward"], MODEL, row, jnp.ones_like(row))[0, -1]
         np.testing.assert_allclose(scores[i], alone, atol=1e-4)
@@ -116,7 +132,9 @@ def test_scores_are_normalised_by_all_that_were_seen():
     for _ in range(5):
         raw, finished = rng.normal(3.0, 2.0, 16).astype(np.float32), rng.random(16) < 0.8
         seen += raw[finished].tolist()
-        scores, moments, _ = ppo.shape_scores(jnp.array(raw), jnp.array(finished), moments, config=config)
+        scores, moments, _ = ppo.shape_scores(
+            jnp.array(raw), jnp.array(finished), moments, config=config
+        )
         want = (raw - np.mean(seen)) / np.std(seen)
         np.testing.assert_allclose(scores, np.where(finished, want, -1.0), rtol=1e-4, atol=1e-4)
 
@@ -136,26 +154,37 @@ def test_gradients_do_not_depend_on_padding_or_microbatches(world):
     batch, _ = experience(world, world["other"], config)
     loss = functools.partial(ppo.actor_loss, setup=setup(config))
     gradient = jax.jit(
-        lambda params, batch, n: train.accumulate(loss, params, batch, jax.random.key(0), n, {"base": {}}),
+        lambda params, batch, n: train.accumulate(
+            loss, params, batch, jax.random.key(0), n, {"base": {}}
+        ),
         static_argnums=2,
     )
     whole, weight, _ = gradient(world["actor"], batch, 1)
     parts, part_weight, _ = gradient(world["actor"], batch, 4)
     pad = lambda x, n, value: jnp.pad(x, ((0, 0), (n, 0)), constant_values=value)
-    wider = batch._replace(tokens=pad(batch.tokens, 5, 0), prompt_mask=pad(batch.prompt_mask, 5, False))
+    wider = batch._replace(
+        tokens=pad(batch.tokens, 5, 0), prompt_mask=pad(batch.prompt_mask, 5, False)
+    )
     padded, _, _ = gradient(world["actor"], wider, 1)
     assert float(weight) == float(part_weight)
     for a, b, c in zip(*map(jax.tree.leaves, (whole, parts, padded)), strict=True):
         scale = float(jnp.abs(a).max()) + 1e-9
-        assert float(jnp.abs(a - b).max()) / scale < 1e-5 and float(jnp.abs(a - c).max()) / scale < 1e-5
+        assert (
+            float(jnp.abs(a - b).max()) / scale < 1e-5
+            and float(jnp.abs(a - c).max()) / scale < 1e-5
+        )
 
 
 def test_a_fully_masked_microbatch_contributes_nothing(world):
     batch, _ = experience(world, world["other"])
-    off = batch._replace(mask=jnp.zeros_like(batch.mask), advantages=jnp.full_like(batch.advantages, jnp.nan))
+    off = batch._replace(
+        mask=jnp.zeros_like(batch.mask), advantages=jnp.full_like(batch.advantages, jnp.nan)
+    )
     config = dataclasses.replace(CONFIG, entropy_coef=0.01, kl_loss_coef=0.1)
     loss = functools.partial(ppo.actor_loss, setup=setup(config))
-    grads, weight, _ = train.accumulate(loss, world["actor"], off, jax.random.key(0), 1, {"base": {}})
+    grads, weight, _ = train.accumulate(
+        loss, world["actor"], off, jax.random.key(0), 1, {"base": {}}
+    )
     assert float(weight) == 0 and all(
         not jnp.abs(g).max() > 0 and jnp.isfinite(g).all() for g in jax.tree.leaves(grads)
     )
@@ -163,7 +192,9 @@ def test_a_fully_masked_microbatch_contributes_nothing(world):
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_without_a_critic_every_token_has_its_responses_advantage(world, kind):
-    config = dataclasses.replace(CONFIG, advantages=kind, num_responses=4, kl_coef=0.2, whiten_advantages=False)
+    config = dataclasses.replace(
+        CONFIG, advantages=kind, num_responses=4, kl_coef=0.2, whiten_advantages=False
+    )
     batch, metrics = experience(world, world["other"], config)
     mask = np.asarray(batch.mask)
     log_ratio = np.where(mask, np.asarray(batch.old_logprobs - batch.ref_logprobs), 0.0).sum(1)
@@ -214,7 +245,9 @@ VARIANTS = {
     "every switch": EVERYTHING,
     "shared trunk": dataclasses.replace(SMALL, critic_trunk="shared", value_coef=0.5),
     "adapters": dataclasses.replace(SMALL, lora=LoRAConfig(rank=4)),
-    "rloo": dataclasses.replace(SMALL, advantages="rloo", num_responses=4, num_epochs=1, num_minibatches=1),
+    "rloo": dataclasses.replace(
+        SMALL, advantages="rloo", num_responses=4, num_epochs=1, num_minibatches=1
+    ),
     "grpo": dataclasses.replace(
         SMALL,
         advantages="grpo",
@@ -228,20 +261,30 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "adapters")) for n in VARIANTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "adapters")) for n in VARIANTS]
+)
 def test_the_reward_rises_and_a_resumed_run_has_the_same_bits(name):
     world = worlds.World(VARIANTS[name], seed=1, vocab=4, length=3, devices=2, layers=1)
     states = {}
 
     def watch(number, metrics, state):
         assert all(np.isfinite(v) for v in metrics.values())
-        assert {"ppo/kl", "ppo/kl_k3", "ppo/entropy", "ppo/clip_fraction", "ppo/sampler_drift"} <= metrics.keys()
+        assert {
+            "ppo/kl",
+            "ppo/kl_k3",
+            "ppo/entropy",
+            "ppo/clip_fraction",
+            "ppo/sampler_drift",
+        } <= metrics.keys()
         assert metrics["ppo/sampler_drift"] < 1e-4
         states[number] = jax.device_get(state)
 
     assert world.expected_reward(world.train(24, watch)) > world.expected_reward(world.ref) + 0.1
     world.train(
-        24, lambda number, metrics, state: states.update({f"again {number}": jax.device_get(state)}), states[11]
+        24,
+        lambda number, metrics, state: states.update({f"again {number}": jax.device_get(state)}),
+        states[11],
     )
     for a, b in zip(jax.tree.leaves(states[23]), jax.tree.leaves(states["again 23"]), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -249,7 +292,9 @@ def test_the_reward_rises_and_a_resumed_run_has_the_same_bits(name):
         assert float(states[23].kl_coef) != 0.3 and float(states[23].moments.count) > 0
         moved = [
             np.abs(a - b).max()
-            for a, b in zip(*map(jax.tree.leaves, (states[23].ema, states[23].actor.params)), strict=True)
+            for a, b in zip(
+                *map(jax.tree.leaves, (states[23].ema, states[23].actor.params)), strict=True
+            )
         ]
         assert max(moved) > 0
 
@@ -257,7 +302,9 @@ def test_the_reward_rises_and_a_resumed_run_has_the_same_bits(name):
 @pytest.fixture
 def as_on_a_tpu(monkeypatch):
     """Layouts of their own have the devices in another order."""
-    monkeypatch.setattr(ppo, "planned_mesh", lambda layout, devices: make_mesh(layout, devices[::-1]))
+    monkeypatch.setattr(
+        ppo, "planned_mesh", lambda layout, devices: make_mesh(layout, devices[::-1])
+    )
 
 
 @pytest.mark.usefixtures("as_on_a_tpu")
@@ -268,11 +315,19 @@ def test_one_device_and_eight_with_a_critic_laid_out_otherwise_make_the_same_upd
         config = dataclasses.replace(SMALL, meshes=meshes)
         world = worlds.World(config, seed=2, vocab=4, length=3, devices=devices, layers=1)
         after.append({})
-        world.train(2, lambda number, metrics, state, to=after[-1]: to.update(state=state, metrics=metrics))
+        world.train(
+            2, lambda number, metrics, state, to=after[-1]: to.update(state=state, metrics=metrics)
+        )
         state = after[-1]["state"]
-        assert digest.digests(state) == digest.digests(jax.device_get(state)) and not digest.unequal_replicas(state)
-        assert bool(meshes) == (state.critic.params["head"]["kernel"].sharding.mesh.shape["fsdp"] == 2)
-    moments = lambda seen: jax.tree.leaves((seen["state"].actor.opt_state, seen["state"].critic.opt_state))
+        assert digest.digests(state) == digest.digests(
+            jax.device_get(state)
+        ) and not digest.unequal_replicas(state)
+        assert bool(meshes) == (
+            state.critic.params["head"]["kernel"].sharding.mesh.shape["fsdp"] == 2
+        )
+    moments = lambda seen: jax.tree.leaves(
+        (seen["state"].actor.opt_state, seen["state"].critic.opt_state)
+    )
     for a, b in zip(*map(moments, after), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(*(seen["metrics"]["ppo/score"] for seen in after), rtol=1e-6)
@@ -282,7 +337,11 @@ def test_one_device_and_eight_with_a_critic_laid_out_otherwise_make_the_same_upd
 
 
 def test_permutations_are_fresh_in_every_epoch_and_update():
-    orders = [tuple(ppo.minibatches(setup(), n).reshape(2, -1)[e].tolist()) for n in range(3) for e in range(2)]
+    orders = [
+        tuple(ppo.minibatches(setup(), n).reshape(2, -1)[e].tolist())
+        for n in range(3)
+        for e in range(2)
+    ]
     assert len(set(orders)) == 6 and all(sorted(o) == list(range(16)) for o in orders)
 
 
@@ -295,7 +354,9 @@ def test_the_adaptive_coefficient_follows_its_target():
 def test_a_response_is_cut_at_a_stop_string():
     mask = np.array([[True] * 4, [True] * 3 + [False]])
     tokens = np.array([[9, 2, 0, 3, 4], [9, 4, 4, 1, 0]], np.int32)
-    rollout = g.Rollout(tokens, np.ones((2, 1), bool), mask, np.zeros((2, 4)), np.array([False, True]))
+    rollout = g.Rollout(
+        tokens, np.ones((2, 1), bool), mask, np.zeros((2, 4)), np.array([False, True])
+    )
     cut = g.cut_at_strings(rollout, ["cad", "zz"], worlds.LETTERS.decode)
     assert cut.mask.tolist() == [[True, True, True, False], [True, True, True, False]]
     assert cut.finished.tolist() == [True, True]
@@ -313,19 +374,26 @@ def test_at_the_optimum_with_the_true_value_every_advantage_is_zero():
     ref = np.array([sum(step[row[:n]][row[n]] for n in range(len(row))) for row in space.rows])
     tilted = ref + reward / beta
 
-    def log_z(prefix):  # log sum over responses that begin with it, given the prefix under the reference
+    def log_z(
+        prefix,
+    ):  # log sum over responses that begin with it, given the prefix under the reference
         inside = np.array([row[: len(prefix)] == prefix for row in space.rows])
         before = sum(step[prefix[:n]][prefix[n]] for n in range(len(prefix)))
         return np.log(np.exp(tilted[inside]).sum()) - before
 
     R = 3
-    mask, rewards, values = np.zeros((len(space.rows), R), bool), *(np.full((len(space.rows), R), np.nan) for _ in "rv")
+    mask, rewards, values = (
+        np.zeros((len(space.rows), R), bool),
+        *(np.full((len(space.rows), R), np.nan) for _ in "rv"),
+    )
     for i, row in enumerate(space.rows):
         for n in range(len(row)):
             mask[i, n], values[i, n] = True, beta * log_z(row[:n])
             after = reward[i] / beta if n == len(row) - 1 else log_z(row[: n + 1])
             optimal = step[row[:n]][row[n]] + after - log_z(row[:n])  # log pi* of the token
-            rewards[i, n] = -beta * (optimal - step[row[:n]][row[n]]) + (reward[i] if n == len(row) - 1 else 0.0)
+            rewards[i, n] = -beta * (optimal - step[row[:n]][row[n]]) + (
+                reward[i] if n == len(row) - 1 else 0.0
+            )
     for lam in (0.0, 0.5, 0.95, 1.0):
         arrays = (jnp.array(rewards, jnp.float32), jnp.array(values, jnp.float32), jnp.array(mask))
         advantages, returns = losses.gae(*arrays, discount=1.0, lam=lam)
@@ -334,7 +402,9 @@ def test_at_the_optimum_with_the_true_value_every_advantage_is_zero():
 
 
 @pytest.mark.usefixtures("as_on_a_tpu")
-@pytest.mark.parametrize("more", [{}, {"critic_trunk": "shared"}, {"lora": LoRAConfig(rank=2)}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"critic_trunk": "shared"}, {"lora": LoRAConfig(rank=2)}], ids=str
+)
 def test_responses_drawn_in_another_layout_are_the_same(more):
     drawn, mesh = [], make_mesh(MeshConfig(data=2, fsdp=4))
     for tensor in (0, 4):
@@ -347,7 +417,11 @@ def test_responses_drawn_in_another_layout_are_the_same(more):
             whole = ppo.first_scalar(policy, MODEL, {}, config) if made.shares_trunk else policy
             params, base = ppo.split(config.lora, whole)
             tokens, mask = g.left_pad(PROMPTS, 6, 0)
-            batch = {"tokens": jnp.array(tokens), "mask": jnp.array(mask), "index": jnp.arange(16, dtype=jnp.int32)}
+            batch = {
+                "tokens": jnp.array(tokens),
+                "mask": jnp.array(mask),
+                "index": jnp.arange(16, dtype=jnp.int32),
+            }
             drawn.append(jax.device_get(parts.rollout(params, base, batch, jax.random.key(3))))
     for field in ("tokens", "mask", "prompt_mask", "finished"):
         np.testing.assert_array_equal(getattr(drawn[0], field), getattr(drawn[1], field))
@@ -357,17 +431,29 @@ def test_responses_drawn_in_another_layout_are_the_same(more):
 
 @pytest.mark.usefixtures("as_on_a_tpu")
 def test_a_reference_and_a_reward_model_in_other_layouts_judge_the_same(world):
-    meshes = (ppo.RoleMesh(role="reference", fsdp=2, tensor=4), ppo.RoleMesh(role="reward", data=1, fsdp=8))
+    meshes = (
+        ppo.RoleMesh(role="reference", fsdp=2, tensor=4),
+        ppo.RoleMesh(role="reward", data=1, fsdp=8),
+    )
     mesh, rollout = make_mesh(MeshConfig(data=2, fsdp=4)), world["rollout"]
     made = setup(dataclasses.replace(CONFIG, meshes=meshes))
-    plain = (made.logprobs(world["other"], rollout).logprob, ppo.reward_scores(world["reward"], rollout, model=MODEL))
+    plain = (
+        made.logprobs(world["other"], rollout).logprob,
+        ppo.reward_scores(world["reward"], rollout, model=MODEL),
+    )
     with jax.set_mesh(mesh):
         parts = ppo.build(made, mesh)
         rows = jax.device_put(rollout, activation(mesh, "batch"))
-        roles = ((parts.reference, world["other"], transformer), (parts.reward, world["reward"], scalar))
+        roles = (
+            (parts.reference, world["other"], transformer),
+            (parts.reward, world["reward"], scalar),
+        )
         for (judge, params, family), want in zip(roles, plain, strict=True):
             found = judge(
-                reshard_across_meshes(params, judge.mesh, param_shardings(judge.mesh, params, family.axes(MODEL))), rows
+                reshard_across_meshes(
+                    params, judge.mesh, param_shardings(judge.mesh, params, family.axes(MODEL))
+                ),
+                rows,
             )
             assert judge.mesh is not mesh and found.sharding.mesh == mesh
             np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
@@ -380,7 +466,9 @@ def test_evaluation_in_other_layouts_finds_the_same(world):
     """Six prompts: of rollouts on two shards, of the stage on four, of the reference on eight."""
     mesh, found = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), []
     other = (ppo.RoleMesh(tensor=4), ppo.RoleMesh(role="reference"))
-    prompts = [PromptExample([{"role": "user", "content": ""}], ids) for ids in [*PROMPTS[:4], [3], [4, 5]]]
+    prompts = [
+        PromptExample([{"role": "user", "content": ""}], ids) for ids in [*PROMPTS[:4], [3], [4, 5]]
+    ]
     for meshes in ((), other):
         made = setup(dataclasses.replace(CONFIG, meshes=meshes, rewards=(RewardSource("length"),)))
         with jax.set_mesh(mesh):
@@ -403,7 +491,9 @@ def test_evaluation_in_other_layouts_finds_the_same(world):
 
 
 def test_a_rollout_layout_that_does_not_divide_the_prompts_is_refused():
-    config = dataclasses.replace(CONFIG, batch_size=4, meshes=(ppo.RoleMesh(role="rollout"),), num_minibatches=1)
+    config = dataclasses.replace(
+        CONFIG, batch_size=4, meshes=(ppo.RoleMesh(role="rollout"),), num_minibatches=1
+    )
     mesh = make_mesh(MeshConfig(data=1, tensor=-1), jax.devices()[:8])
     with pytest.raises(InputError, match=r"4 does not divide over the 8 shards"):
         ppo.build(setup(config), mesh)

@@ -23,7 +23,9 @@ from tests.stages import worlds
 
 pytestmark = pytest.mark.usefixtures("compiled_well")
 
-_ADAM = OptimConfig(learning_rate=3e-3, schedule="linear", final_fraction=0.0, weight_decay=0.0, eps=1e-5, b2=0.99)
+_ADAM = OptimConfig(
+    learning_rate=3e-3, schedule="linear", final_fraction=0.0, weight_decay=0.0, eps=1e-5, b2=0.99
+)
 PPO = ppo.PPOConfig(
     rewards=(RewardSource("tests.stages.worlds:reward_of"),),
     num_steps=300,
@@ -92,14 +94,24 @@ def test_grpo_as_published_converges_to_another_policy(seed):
     """With two responses to a prompt the normalised advantage is the sign of the difference, so that GRPO maximises
     A(y) = P(r' < r(y)) - P(r' > r(y)) against itself; and the gradient of k3 is that of the forward KL(ref || pi) of
     each token. Where their sum is zero, pi(a | s) = beta ref(a | s) / (lambda(s) - A(s, a))."""
-    actor = dataclasses.replace(_ADAM, b2=0.999)  # a sign for an advantage: noise that no convergence stills
+    actor = dataclasses.replace(
+        _ADAM, b2=0.999
+    )  # a sign for an advantage: noise that no convergence stills
     config = dataclasses.replace(
-        GRPO, num_steps=800, batch_size=1024, num_responses=2, kl_coef=0.0, kl_loss_coef=0.5, actor=actor
+        GRPO,
+        num_steps=800,
+        batch_size=1024,
+        num_responses=2,
+        kl_coef=0.0,
+        kl_loss_coef=0.5,
+        actor=actor,
     )
     world = worlds.World(config, seed, vocab=4, length=3, layers=2, reward_scale=0.7)
     params = world.train()
     for prompt, reward in zip(worlds.PROMPTS, world.reward_rows, strict=True):
-        ref, policy = (np.exp(world.space.logprobs(p, world.model, prompt, 0.7)) for p in (world.ref, params))
+        ref, policy = (
+            np.exp(world.space.logprobs(p, world.model, prompt, 0.7)) for p in (world.ref, params)
+        )
         best = ref * np.exp(reward / 0.5) / (ref * np.exp(reward / 0.5)).sum()
         fixed = _grpo_fixed_point(world.space, ref, reward, 0.5)
         to_fixed, to_best = (0.5 * np.abs(policy - other).sum() for other in (fixed, best))
@@ -121,14 +133,26 @@ def _grpo_fixed_point(space, ref, reward, beta):
         for state in sorted(children, key=len):
             if not children[state]:
                 continue
-            prior = np.array([ref[under[c]].sum() for c in children[state]]) / ref[under[state]].sum()
-            gain = np.array([(policy * advantage)[under[c]].sum() / policy[under[c]].sum() for c in children[state]])
+            prior = (
+                np.array([ref[under[c]].sum() for c in children[state]]) / ref[under[state]].sum()
+            )
+            gain = np.array(
+                [
+                    (policy * advantage)[under[c]].sum() / policy[under[c]].sum()
+                    for c in children[state]
+                ]
+            )
             low, high = gain.max() + beta * prior[gain.argmax()] * 0.5, gain.max() + 2 * beta
             for _ in range(60):  # the root of a falling function, bisected
                 middle = 0.5 * (low + high)
-                low, high = (middle, high) if (beta * prior / (middle - gain)).sum() > 1 else (low, middle)
+                low, high = (
+                    (middle, high) if (beta * prior / (middle - gain)).sum() > 1 else (low, middle)
+                )
             chosen = beta * prior / (low - gain)
-            share |= {c: share[state] * p for c, p in zip(children[state], chosen / chosen.sum(), strict=True)}
+            share |= {
+                c: share[state] * p
+                for c, p in zip(children[state], chosen / chosen.sum(), strict=True)
+            }
         policy = 0.5 * policy + 0.5 * np.array([share[row] for row in space.rows])
     return policy
 
@@ -175,15 +199,23 @@ MISTAKES = {
     "integer scores": {"shape_scores": _integer_scores},
     "score one slot late": {"token_rewards": _rewards(score_at=_late)},
     "score on the last column": {
-        "token_rewards": _rewards(score_at=lambda m: (jnp.arange(m.shape[1]) == m.shape[1] - 1)[None] | (m & False))
+        "token_rewards": _rewards(
+            score_at=lambda m: (jnp.arange(m.shape[1]) == m.shape[1] - 1)[None] | (m & False)
+        )
     },
     "KL halved": {"token_rewards": _rewards(lambda kl, m: 0.5 * kl)},
-    "KL of the last token dropped": {"token_rewards": _rewards(lambda kl, m: jnp.where(_last(m), 0.0, kl))},
-    "mean KL": {"token_rewards": _rewards(lambda kl, m: kl / m.sum(1, keepdims=True).astype(jnp.float32))},
+    "KL of the last token dropped": {
+        "token_rewards": _rewards(lambda kl, m: jnp.where(_last(m), 0.0, kl))
+    },
+    "mean KL": {
+        "token_rewards": _rewards(lambda kl, m: kl / m.sum(1, keepdims=True).astype(jnp.float32))
+    },
     "k3 in the reward": {"token_rewards": _rewards(lambda kl, m: losses.kl_k3(kl))},
     "KL sign flipped": {"token_rewards": _rewards(lambda kl, m: -kl)},
     "temperature mismatch": {
-        "token_logprobs": lambda hidden, head, targets, temperature=1.0, cap=0.0: _right_logprobs(hidden, head, targets)
+        "token_logprobs": lambda hidden, head, targets, temperature=1.0, cap=0.0: _right_logprobs(
+            hidden, head, targets
+        )
     },
     "values leaking past the end": {"gae": _leaking_gae},
 }

@@ -51,7 +51,9 @@ def make_workspace(run_dir, count=6):
         }
         for i in range(count)
     ]
-    (directory / "samples.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    (directory / "samples.jsonl").write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    )
     workspace.finish("sample", {})
     return workspace
 
@@ -72,7 +74,10 @@ def rankings(workspace) -> list[dict[str, Any]]:
 
 
 def samples(workspace) -> list[dict[str, Any]]:
-    return [json.loads(x) for x in (workspace.stage_dir("sample") / "samples.jsonl").read_text().split("\n")[:-1]]
+    return [
+        json.loads(x)
+        for x in (workspace.stage_dir("sample") / "samples.jsonl").read_text().split("\n")[:-1]
+    ]
 
 
 def without_time(lines):
@@ -126,7 +131,9 @@ def test_person_ranks_what_was_shown_and_sees_no_source(workspace, capsys):
     assert "SIMULATED" not in shown
     assert "[b]x[/b]" in shown  # a response is text, never markup
     orders = set()
-    for index, (line, sample) in enumerate(zip(rankings(workspace), samples(workspace), strict=True)):
+    for index, (line, sample) in enumerate(
+        zip(rankings(workspace), samples(workspace), strict=True)
+    ):
         assert (line["messages"], line["responses"], line["split"]) == (
             sample["messages"],
             sample["responses"],
@@ -135,11 +142,19 @@ def test_person_ranks_what_was_shown_and_sees_no_source(workspace, capsys):
         shuffle = np.random.default_rng([workspace.seed, index]).permutation(4)
         orders.add(tuple(shuffle))
         assert [line["ranks"][i] for i in shuffle] == [1, 2, 3, 3]
-        first, second = (shown.index(sample["responses"][i], shown.index(f"prompt {index}")) for i in shuffle[:2])
+        first, second = (
+            shown.index(sample["responses"][i], shown.index(f"prompt {index}")) for i in shuffle[:2]
+        )
         assert first < second
     assert len(orders) > 1  # shuffled, each prompt in its own way
     assert result == {
-        **{"prompts": 6, "train_prompts": 5, "held_out_prompts": 1, "skipped": 0, "responses_per_prompt": 4.0},
+        **{
+            "prompts": 6,
+            "train_prompts": 5,
+            "held_out_prompts": 1,
+            "skipped": 0,
+            "responses_per_prompt": 4.0,
+        },
         **{"tie_fraction": pytest.approx(1 / 6), "simulated": False, "annotator": "person"},
     }
 
@@ -150,7 +165,9 @@ def test_commands_skip_undo_quit_help(workspace, capsys):
         rank.run(
             workspace,
             quick,
-            answers_from("?", "u", "A>B>C>D", "s", "D>C>B>A", "u", "u", "nonsense", "ｓ", "A=B=C=D", "Q"),
+            answers_from(
+                "?", "u", "A>B>C>D", "s", "D>C>B>A", "u", "u", "nonsense", "ｓ", "A=B=C=D", "Q"
+            ),
         )
     out = capsys.readouterr().err
     assert "nothing to undo" in out
@@ -167,7 +184,11 @@ def test_end_of_input_and_interrupt_quit_without_loss(workspace):
     def interrupted():
         raise KeyboardInterrupt
 
-    for ask, count in ((answers_from("A>B>C>D"), 1), (interrupted, 1), (answers_from("A>B>C>D"), 2)):
+    for ask, count in (
+        (answers_from("A>B>C>D"), 1),
+        (interrupted, 1),
+        (answers_from("A>B>C>D"), 2),
+    ):
         with pytest.raises(StageCut):
             rank.run(workspace, RankConfig(), ask)
         assert len(rankings(workspace)) == count
@@ -203,7 +224,9 @@ def test_half_written_line_is_noticed(workspace, capsys):
     with pytest.raises(StageCut):
         rank.run(workspace, RankConfig(), answers_from("A>B>C>D"))
     path = workspace.stage_dir("rank") / "rankings.jsonl"
-    path.write_bytes(path.read_bytes() + '{"messages": [{"role": "user", "content": "说'.encode()[:-1])
+    path.write_bytes(
+        path.read_bytes() + '{"messages": [{"role": "user", "content": "说'.encode()[:-1]
+    )
     with pytest.raises(StageCut):
         rank.run(workspace, RankConfig(), answers_from("A>B>C>D"))
     assert "cut in the middle" in capsys.readouterr().err
@@ -259,7 +282,9 @@ def test_on_a_real_terminal_and_killed(tmp_path):
         leader, follower = os.openpty()
         command = [sys.executable, "-c", PERSON, str(workspace.run_dir)]
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUTF8": "1"}
-        process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, close_fds=True, env=env)
+        process = subprocess.Popen(
+            command, stdin=follower, stdout=follower, stderr=follower, close_fds=True, env=env
+        )
         os.close(follower)
         return process, leader
 
@@ -268,7 +293,10 @@ def test_on_a_real_terminal_and_killed(tmp_path):
     def wait_for(leader, text):
         nonlocal seen
         until = time.monotonic() + 60
-        while text not in seen and select.select([leader], [], [], max(0.0, until - time.monotonic()))[0]:
+        while (
+            text not in seen
+            and select.select([leader], [], [], max(0.0, until - time.monotonic()))[0]
+        ):
             seen += os.read(leader, 4096)
         assert text in seen, seen.decode(errors="replace")
         seen = seen.split(text, 1)[1]
@@ -337,7 +365,12 @@ def test_scores_within_the_margin_of_the_best_of_their_group_tie(scores, margin)
 
 
 @pytest.mark.parametrize(
-    "spec", ["no_such_module_here:score", "jaxllm.demo.annotators:nothing", "jaxllm.demo.annotators:score_all.x"]
+    "spec",
+    [
+        "no_such_module_here:score",
+        "jaxllm.demo.annotators:nothing",
+        "jaxllm.demo.annotators:score_all.x",
+    ],
 )
 def test_missing_annotator_is_refused(workspace, spec):
     with pytest.raises((InputError, ValueError), match="annotator"):
@@ -345,7 +378,9 @@ def test_missing_annotator_is_refused(workspace, spec):
 
 
 def test_score_that_is_not_finite_is_refused(workspace, tmp_path, monkeypatch):
-    (tmp_path / "odd_annotator.py").write_text("def score(prompt, response):\n    return float('nan')\n")
+    (tmp_path / "odd_annotator.py").write_text(
+        "def score(prompt, response):\n    return float('nan')\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InputError, match="finite"):
         rank.run(workspace, RankConfig(annotator="odd_annotator:score"))
@@ -353,7 +388,14 @@ def test_score_that_is_not_finite_is_refused(workspace, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"annotator": "nobody"}, {"annotator": "file:"}, {"noise": -1.0}, {"tie_margin": -0.1}, {"held_out": 1.0}]
+    "bad",
+    [
+        {"annotator": "nobody"},
+        {"annotator": "file:"},
+        {"noise": -1.0},
+        {"tie_margin": -0.1},
+        {"held_out": 1.0},
+    ],
 )
 def test_config_names_the_bad_field(bad):
     with pytest.raises(InputError, match=f"^config: {next(iter(bad))}: "):
@@ -362,12 +404,20 @@ def test_config_names_the_bad_field(bad):
 
 # a file
 
-LINE = {"prompt": "问题", "responses": ["a", "b", "c"], "order": "B>A=C", "annotator": "Wang", "simulated": False}
+LINE = {
+    "prompt": "问题",
+    "responses": ["a", "b", "c"],
+    "order": "B>A=C",
+    "annotator": "Wang",
+    "simulated": False,
+}
 
 
 def write(path, *lines):
     path.write_text(
-        "".join((x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)) + "\n" for x in lines),
+        "".join(
+            (x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)) + "\n" for x in lines
+        ),
         encoding="utf-8",
     )
     return RankConfig(annotator=f"file:{path}")
@@ -438,7 +488,9 @@ def test_prompts_without_a_split_are_held_out_by_their_content(workspace, tmp_pa
         ({**LINE, "split": "test"}, "split"),
     ],
 )
-def test_malformed_line_is_refused_by_number_and_nothing_is_written(workspace, tmp_path, line, word):
+def test_malformed_line_is_refused_by_number_and_nothing_is_written(
+    workspace, tmp_path, line, word
+):
     config = write(tmp_path / "in.jsonl", LINE, line)
     with pytest.raises(InputError, match=word) as caught:
         rank.run(workspace, config)
@@ -461,14 +513,19 @@ def test_missing_empty_and_binary_files_are_refused(workspace, tmp_path):
 
 TOOL_CHAT = [
     {"role": "user", "content": "how warm?"},
-    {"role": "assistant", "tool_calls": [{"function": {"name": "warm", "arguments": {"place": None}}}]},
+    {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "warm", "arguments": {"place": None}}}],
+    },
     {"role": "tool", "content": "21"},
 ]
 
 
 def test_null_is_absent(workspace, tmp_path):
     nulls = {"messages": None, "ranks": None, "time": None, "split": None}
-    result = rank.run(workspace, write(tmp_path / "in.jsonl", {**LINE, **nulls}, {**LINE, "finished": None}))
+    result = rank.run(
+        workspace, write(tmp_path / "in.jsonl", {**LINE, **nulls}, {**LINE, "finished": None})
+    )
     first, second = rankings(workspace)
     assert {**first, "time": 0} == {**second, "time": 0}
     assert first["messages"] == [{"role": "user", "content": "问题"}] and result["prompts"] == 2
@@ -478,7 +535,10 @@ def test_rankings_are_read_from_other_formats_with_a_byte_order_mark_too(workspa
     import pyarrow
     import pyarrow.parquet
 
-    lines = [{**LINE, "messages": None}, {**LINE, "prompt": None, "messages": [{"role": "user", "content": "q"}]}]
+    lines = [
+        {**LINE, "messages": None},
+        {**LINE, "prompt": None, "messages": [{"role": "user", "content": "q"}]},
+    ]
     text = "\ufeff" + "".join(json.dumps(line) + "\n" for line in lines)
     wanted = None
     for name in ("a.jsonl", "a.txt", "a.rankings", "a.json", "a.parquet"):
@@ -533,11 +593,28 @@ def test_a_damaged_file_of_the_run_is_one_line_and_nothing_is_written(workspace,
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "train", "A>B=C", "user"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "a", "train", "A>B=C", "user"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner)
+    ),
     max_leaves=5,
 )
-NAMES = ("prompt", "messages", "responses", "order", "ranks", "annotator", "simulated", "time", "split", "other")
+NAMES = (
+    "prompt",
+    "messages",
+    "responses",
+    "order",
+    "ranks",
+    "annotator",
+    "simulated",
+    "time",
+    "split",
+    "other",
+)
 
 
 @given(changes=st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3))
@@ -547,7 +624,11 @@ def test_any_value_in_any_field_of_a_ranking_is_taken_over_or_one_line(tmp_path_
     try:
         rank._import_file(folder / "in.jsonl", epath.Path(folder), config)
     except InputError as error:
-        assert str(error).startswith(f"{folder}/in.jsonl:1: ") and "\n" not in str(error) and not written.exists()
+        assert (
+            str(error).startswith(f"{folder}/in.jsonl:1: ")
+            and "\n" not in str(error)
+            and not written.exists()
+        )
     else:
         (line,) = read_rankings(written)
         assert all(isinstance(response, str) for response in line["responses"])

@@ -60,7 +60,10 @@ def test_it_is_run_and_resumed_with_the_same_bits(table, directory, tmp_path, ca
         patch.setattr(run, "run_training", cut_after_20)
         with pytest.raises(Cut):
             do(other)
-    assert not (other / "toy" / "result.json").exists() and (other / "toy" / "checkpoints" / "10").exists()
+    assert (
+        not (other / "toy" / "result.json").exists()
+        and (other / "toy" / "checkpoints" / "10").exists()
+    )
     resumed = do(other)
     assert resumed["at"] == whole["at"] and resumed["distance"] == whole["distance"]
     capsys.readouterr()
@@ -96,7 +99,9 @@ def test_it_is_in_the_report_the_help_and_the_config(table, directory, capsys):
 def test_only_run_trains():
     """No stage calls the loop: a stage is a record, and jaxllm.run runs it."""
     for file in (ROOT / "jaxllm" / "stages").glob("*.py"):
-        assert "run_training" not in file.read_text() and "train.fit" not in file.read_text(), file.name
+        assert "run_training" not in file.read_text() and "train.fit" not in file.read_text(), (
+            file.name
+        )
 
 
 def test_every_row_names_what_is_there():
@@ -121,4 +126,7 @@ def test_the_readme_says_how_many_calls_it_is_to_the_forward_pass(directory, mon
     with pytest.raises(Reached) as reached:
         cli.main(["pretrain", "configs/tiny.yaml", "--run-dir", str(directory)])
     depth = reached.value.args[0]
-    assert f"From `main` to the model's forward pass it is {depth} calls." in (ROOT / "README.md").read_text(), depth
+    assert (
+        f"From `main` to the model's forward pass it is {depth} calls."
+        in (ROOT / "README.md").read_text()
+    ), depth

@@ -30,17 +30,25 @@ TIMES = "morning", "night"
 def utilities(prompt: str, responses: list[str], weights: np.ndarray) -> np.ndarray:
     """A sum over the words, and another one in another prompt: not a function of the response alone."""
     of = weights[TIMES.index(prompt.split()[-1])]
-    return np.array([sum(of[WORDS.index(word)] for word in response.split()) for response in responses])
+    return np.array(
+        [sum(of[WORDS.index(word)] for word in response.split()) for response in responses]
+    )
 
 
 def records(rng: np.random.Generator, count: int, weights: np.ndarray):
     """Rankings of K = 2 to 9 responses of 1 to 4 words, in the order of utility plus Gumbel noise."""
     for i in range(count):
         prompt = f"{i} {rng.choice(TIMES)}"
-        texts = {" ".join(rng.choice(WORDS, rng.integers(1, 5))): 0 for _ in range(rng.integers(2, 10))}
+        texts = {
+            " ".join(rng.choice(WORDS, rng.integers(1, 5))): 0 for _ in range(rng.integers(2, 10))
+        }
         responses = [*texts, "door lamp soup rain"][: max(2, len(texts))]
         noisy = utilities(prompt, responses, weights) + rng.gumbel(size=len(responses))
-        yield {"prompt": prompt, "responses": responses, "ranks": (1 + np.argsort(np.argsort(-noisy))).tolist()}
+        yield {
+            "prompt": prompt,
+            "responses": responses,
+            "ranks": (1 + np.argsort(np.argsort(-noisy))).tolist(),
+        }
 
 
 @pytest.mark.slow

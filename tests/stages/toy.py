@@ -65,7 +65,9 @@ def _program(mesh: Any, config: ToyConfig) -> tuple[Any, train.StateLayout]:
     tx = make_optimizer(config.optim, config.num_steps)
     shapes = {"scale": jax.ShapeDtypeStruct((3,), jnp.float32)}
     placed = train.state_layout(mesh, shapes, {"scale": (None,)}, tx)
-    return train.make_step(_loss, tx, state_shardings=placed.shardings, num_micro=config.num_micro), placed
+    return train.make_step(
+        _loss, tx, state_shardings=placed.shardings, num_micro=config.num_micro
+    ), placed
 
 
 def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
@@ -90,7 +92,10 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         work=Work(config.batch_size),
         evaluate=evaluate,
         best="eval/distance",
-        result=lambda state, metrics: {"distance": metrics["eval/distance"], "at": state.params["scale"].tolist()},
+        result=lambda state, metrics: {
+            "distance": metrics["eval/distance"],
+            "at": state.params["scale"].tolist(),
+        },
     )
 
 
@@ -98,6 +103,6 @@ def plan(mesh: Any, life: Any, stage: str) -> tuple[list[train.Program], dict[st
     config = getattr(life, stage)
     step, placed = _program(mesh, config)
     batch = jax.ShapeDtypeStruct((config.batch_size, 3), jnp.float32, sharding=replicated(mesh))
-    return [train.Program("step", step, (placed.abstract, batch), {}, 6.0 * 3 * config.batch_size)], {
-        "policy": placed.abstract
-    }
+    return [
+        train.Program("step", step, (placed.abstract, batch), {}, 6.0 * 3 * config.batch_size)
+    ], {"policy": placed.abstract}

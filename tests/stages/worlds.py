@@ -15,7 +15,9 @@ from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
 from jaxllm.stages import ppo
 
 PROMPTS = [[2], [0, 0, 2]]  # of two lengths: one is padded; neither goes on as the other begins
-REWARDS: dict[tuple[str, str], float] = {}  # (prompt, response without its end) -> reward, for `reward_of`
+REWARDS: dict[
+    tuple[str, str], float
+] = {}  # (prompt, response without its end) -> reward, for `reward_of`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +59,14 @@ class Responses:
         """log pi(response | prompt) float64[N] by a plain forward pass, without cache or padding before it."""
         rows = np.tile(np.array(prompt, np.int32), (len(self.rows), 1))
         tokens = np.concatenate([rows, self.tokens], axis=1)
-        tokens = jnp.array(np.pad(tokens, ((0, -len(tokens) % 8), (0, 0))))  # to what 8 devices can share
+        tokens = jnp.array(
+            np.pad(tokens, ((0, -len(tokens) % 8), (0, 0)))
+        )  # to what 8 devices can share
         hidden = transformer.apply(params, model, tokens)[: len(rows), len(prompt) - 1 : -1]
-        logits = np.asarray(jnp.einsum("btd,vd->btv", hidden, transformer.head(params)), np.float64) / temperature
+        logits = (
+            np.asarray(jnp.einsum("btd,vd->btv", hidden, transformer.head(params)), np.float64)
+            / temperature
+        )
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         each = np.take_along_axis(logp, self.tokens[..., None], -1)[..., 0]
         return np.where(self.mask, each, 0.0).sum(1)
@@ -95,29 +102,47 @@ class World:
         self.space = Responses(vocab, length)
         self.reward_rows = [
             np.where(
-                self.space.finished, reward_scale * rng.normal(size=len(self.space.rows)), config.missing_end_score
+                self.space.finished,
+                reward_scale * rng.normal(size=len(self.space.rows)),
+                config.missing_end_score,
             )
             for _ in PROMPTS
         ]
         for prompt, values in zip(PROMPTS, self.reward_rows, strict=True):
             name = LETTERS.decode(prompt)
-            REWARDS.update({(name, t): float(v) for t, v in zip(self.space.texts, values, strict=True)})
-        shardings = param_shardings(self.mesh, transformer.abstract(self.model), transformer.axes(self.model))
+            REWARDS.update(
+                {(name, t): float(v) for t, v in zip(self.space.texts, values, strict=True)}
+            )
+        shardings = param_shardings(
+            self.mesh, transformer.abstract(self.model), transformer.axes(self.model)
+        )
         self.ref = jax.device_put(transformer.init(self.model, jax.random.key(seed)), shardings)
         self.setup = ppo.Setup(config, self.model, self.model, LETTERS, seed)  # pyright: ignore[reportArgumentType]
         with jax.set_mesh(self.mesh):
             self.parts = ppo.build(self.setup, self.mesh)
         self.examples = [
-            PromptExample([{"role": "user", "content": LETTERS.decode(p)}], p) for p in PROMPTS for _ in range(4096)
+            PromptExample([{"role": "user", "content": LETTERS.decode(p)}], p)
+            for p in PROMPTS
+            for _ in range(4096)
         ]
 
     def train(self, num_steps: int | None = None, watch=None, resume=None):
         """The stage's loop; returns the final policy's parameters. watch(step, metrics, state) sees every update."""
         setup, config, copy = self.setup, self.config, functools.partial(jax.tree.map, jnp.copy)
         with jax.set_mesh(self.mesh):
-            first = {} if not setup.has_critic else ppo.first_scalar(copy(self.ref), self.model, {}, config)
-            whole = ppo.first_scalar(copy(self.ref), self.model, {}, config) if setup.shares_trunk else copy(self.ref)
-            (actor, actor_base), (critic, critic_base) = (ppo.split(config.lora, p) for p in (whole, first))
+            first = (
+                {}
+                if not setup.has_critic
+                else ppo.first_scalar(copy(self.ref), self.model, {}, config)
+            )
+            whole = (
+                ppo.first_scalar(copy(self.ref), self.model, {}, config)
+                if setup.shares_trunk
+                else copy(self.ref)
+            )
+            (actor, actor_base), (critic, critic_base) = (
+                ppo.split(config.lora, p) for p in (whole, first)
+            )
             roles, parts = ppo.Roles(self.ref, actor_base, critic_base, {}), self.parts
             state = ppo.first_state(parts, config, self.mesh, copy(actor), copy(critic))
             if resume is not None:
@@ -129,21 +154,34 @@ class World:
                 self.examples, batch_size=config.batch_size // config.num_responses, seed=self.seed, length=4,
                 pad_id=0, sharding=activation(self.mesh, "batch", None),
             )  # fmt: skip
-            for number in range(int(state.step), config.num_steps if num_steps is None else num_steps):
+            for number in range(
+                int(state.step), config.num_steps if num_steps is None else num_steps
+            ):
                 state, metrics = step(state, batch_at(number))
                 if watch:
-                    watch(number, {name: float(s) / float(w) for name, (s, w) in metrics.items()}, state)
+                    watch(
+                        number,
+                        {name: float(s) / float(w) for name, (s, w) in metrics.items()},
+                        state,
+                    )
             return jax.device_get(setup.policy(state.actor.params, roles.actor_base))
 
     def expected_reward(self, params) -> float:
-        pi = [np.exp(self.space.logprobs(params, self.model, p, self.config.sampling.temperature)) for p in PROMPTS]
-        return float(np.mean([(p * reward).sum() for p, reward in zip(pi, self.reward_rows, strict=True)]))
+        pi = [
+            np.exp(self.space.logprobs(params, self.model, p, self.config.sampling.temperature))
+            for p in PROMPTS
+        ]
+        return float(
+            np.mean([(p * reward).sum() for p, reward in zip(pi, self.reward_rows, strict=True)])
+        )
 
     def distances(self, params):
         """(total variation to the optimum, share of J* - J(ref) that is missing), the worse of the prompts."""
         temperature, beta, worst = self.config.sampling.temperature, self.config.kl_coef, []
         for prompt, reward in zip(PROMPTS, self.reward_rows, strict=True):
-            ref, policy = (self.space.logprobs(p, self.model, prompt, temperature) for p in (self.ref, params))
+            ref, policy = (
+                self.space.logprobs(p, self.model, prompt, temperature) for p in (self.ref, params)
+            )
             best = ref + reward / beta
             best -= np.log(np.exp(best - best.max()).sum()) + best.max()
             pi = np.exp(policy)

@@ -71,7 +71,9 @@ NAMING = {  # file: (what it holds, the ids that it names)
 }
 
 
-@pytest.mark.parametrize("names", [names for n in (1, 2, 4) for names in itertools.combinations(NAMING, n)])
+@pytest.mark.parametrize(
+    "names", [names for n in (1, 2, 4) for names in itertools.combinations(NAMING, n)]
+)
 def test_every_file_that_names_an_end_is_heard(tmp_path, names):
     files = {"tokenizer_config": {}} | {name: NAMING[name][0] for name in names}
     found = load_tokenizer(folder_of(tmp_path, **files)).stop_ids
@@ -93,7 +95,11 @@ def test_one_of_them_ends_documents(tmp_path, files, eos):
 
 
 def test_roles_and_special_tokens_of_the_map_are_known(tmp_path):
-    given = {"bos_token": "<s>", "pad_token": "<x>", "additional_special_tokens": ["a", {"content": "!"}]}
+    given = {
+        "bos_token": "<s>",
+        "pad_token": "<x>",
+        "additional_special_tokens": ["a", {"content": "!"}],
+    }
     folder = folder_of(tmp_path, tokenizer_config={"eos_token": "</s>"}, special_tokens_map=given)
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id) == (0, 2, 1)
@@ -104,7 +110,9 @@ def test_roles_and_special_tokens_of_the_map_are_known(tmp_path):
 @pytest.mark.parametrize("wrong", ["2", ["2"], [[2]], 2.0, True, {}, [None]])
 def test_ids_that_are_none_are_one_line(tmp_path, place, wrong):
     folder = folder_of(tmp_path, **{place: {"eos_token_id": wrong}})
-    with pytest.raises(InputError, match=rf"/{place}\.json: eos_token_id must be a token's id or a list of ids"):
+    with pytest.raises(
+        InputError, match=rf"/{place}\.json: eos_token_id must be a token's id or a list of ids"
+    ):
         load_tokenizer(folder)
 
 
@@ -141,7 +149,10 @@ NAMED = {"eos_token": "</s>"}
 ])  # fmt: skip
 def test_the_template_is_found_where_it_is(tmp_path, files):
     tokenizer = load_tokenizer(folder_of(tmp_path, **files))
-    assert tokenizer.encode_chat(CHAT)[0] == [*tokenizer.encode("ab"), 1] and not tokenizer.chat_refusal
+    assert (
+        tokenizer.encode_chat(CHAT)[0] == [*tokenizer.encode("ab"), 1]
+        and not tokenizer.chat_refusal
+    )
 
 
 BROKEN = {
@@ -149,7 +160,9 @@ BROKEN = {
     "not valid Jinja": {"tokenizer_config": {**NAMED, "chat_template": "{% for %}"}},
     'none is called "default"': {"tokenizer_config": {**NAMED, "chat_template": [OTHER, 3]}},
     "must be a text, not 3": {"tokenizer_config": {**NAMED, "chat_template": 3}},
-    "must be a text, not {}": {"tokenizer_config": {**NAMED, "chat_template": [{"name": "default", "template": {}}]}},
+    "must be a text, not {}": {
+        "tokenizer_config": {**NAMED, "chat_template": [{"name": "default", "template": {}}]}
+    },
     "is empty": {"tokenizer_config": {**NAMED, "chat_template": ""}},
     "chat_template.jinja: the chat template is empty": {
         "tokenizer_config": {**NAMED, "chat_template": GOOD},
@@ -173,7 +186,9 @@ def test_without_a_template_only_chats_are_refused(tmp_path, reason):
 @settings(max_examples=100, deadline=None)
 @given(source=st.text() | st.text("{}%#- abforendifmessages=.|()[]'", max_size=30))
 def test_any_text_as_template_is_a_chat_or_one_line(tmp_path_factory, source):
-    folder = folder_of(tmp_path_factory.mktemp("t"), tokenizer_config={**NAMED, "chat_template": source})
+    folder = folder_of(
+        tmp_path_factory.mktemp("t"), tokenizer_config={**NAMED, "chat_template": source}
+    )
     tokenizer = load_tokenizer(folder)
     try:
         assert tokenizer.encode_chat(CHAT)[0]
@@ -184,7 +199,9 @@ def test_any_text_as_template_is_a_chat_or_one_line(tmp_path_factory, source):
 @pytest.mark.parametrize("command", [["chat"], ["generate", "--prompt", "a", "--chat"]])
 def test_commands_that_chat_refuse_with_the_reason(tmp_path, capsys, command):
     folder, _ = hf_folder(tmp_path / "in", "llama3")
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>", "chat_template": [{"name": "x"}]}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"eos_token": "<eos>", "chat_template": [{"name": "x"}]}'
+    )
     import_model(str(folder), str(tmp_path / "stage"))
     capsys.readouterr()
     line = refused(capsys, command[0], tmp_path / "stage", *command[1:])
@@ -199,7 +216,9 @@ def test_training_on_chats_refuses_with_the_reason_and_the_place(tmp_path):
         lambda tokenizer: load_rows(data, "chat", "train", tokenizer, 16, tmp_path / "cache"),
         lambda tokenizer: load_prompts(data, "train", tokenizer, 16),
     ):
-        with pytest.raises(InputError, match=r"chats\.jsonl:1: .*no chat template; give a chat_template\.jinja"):
+        with pytest.raises(
+            InputError, match=r"chats\.jsonl:1: .*no chat template; give a chat_template\.jinja"
+        ):
             ask(load_tokenizer(folder))
 
 
@@ -222,9 +241,16 @@ def test_generation_from_nothing_starts_from_what_begins_a_text(tmp_path, bos):
     sampling = SamplingConfig(max_new_tokens=4, temperature=0.0)
     params, model, tokenizer, mesh = load(str(tmp_path / "stage"))
     assert tokenizer.begin_ids == () and tokenizer.prompt("") == [1 if bos else 2]
-    more = {"sampling": sampling, "stop_ids": tokenizer.stop_ids, "pad_id": tokenizer.pad_id, "seed": 0}
+    more = {
+        "sampling": sampling,
+        "stop_ids": tokenizer.stop_ids,
+        "pad_id": tokenizer.pad_id,
+        "seed": 0,
+    }
     ((wanted,),) = complete(params, model, [[tokenizer.start_id]], mesh=mesh, **more)
-    assert [*answer_once(str(tmp_path / "stage"), "", False, sampling, 1, 0)] == [tokenizer.decode(wanted.ids)]
+    assert [*answer_once(str(tmp_path / "stage"), "", False, sampling, 1, 0)] == [
+        tokenizer.decode(wanted.ids)
+    ]
     with pytest.raises(InputError, match="prompt: has no tokens"):
         next(complete(params, model, [[1], []], mesh=mesh, **more))
     with pytest.raises(InputError, match="prompt: has no tokens"):

@@ -26,17 +26,33 @@ from tests.tokenizers.test_trained import CORPUS, NASTY
 
 SPECIALS = {
     "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "llama3": [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    ],
     "deepseek": ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"],
 }
 CONFIGS = {
-    "chatml": {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}, "bos_token": None},
+    "chatml": {
+        "eos_token": "<|im_end|>",
+        "pad_token": {"content": "<|endoftext|>"},
+        "bos_token": None,
+    },
     "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
     "deepseek": {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"},
     "gemma": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
     "llama2": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
 }
-TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "deepseek": DEEPSEEK, "gemma": GEMMA, "llama2": LLAMA2}
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama3": LLAMA3,
+    "deepseek": DEEPSEEK,
+    "gemma": GEMMA,
+    "llama2": LLAMA2,
+}
 PLAIN_ADDED = {
     "chatml": ["<think>", "</think>", "<tool_call>"],
     "llama3": ["<|eom_id|>"],
@@ -50,10 +66,15 @@ def byte_level(style):
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIALS[style], initial_alphabet=alphabet, show_progress=False
+        vocab_size=400,
+        special_tokens=SPECIALS[style],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_tokens([tokenizers.AddedToken(t, normalized=style == "deepseek") for t in PLAIN_ADDED[style]])
+    tokenizer.add_tokens(
+        [tokenizers.AddedToken(t, normalized=style == "deepseek") for t in PLAIN_ADDED[style]]
+    )
     return tokenizer
 
 
@@ -62,11 +83,28 @@ def byte_fallback(style):
     special = ["<pad>", "<eos>", "<bos>"] if style == "gemma" else ["<unk>", "<s>", "</s>"]
     turns = ["<start_of_turn>", "<end_of_turn>"] if style == "gemma" else []
     letters = sorted(set("".join(CORPUS).replace(" ", "")) | {"▁"})
-    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "q"), ("▁", "h"), ("e", "l"), ("▁h", "el"), ("狐", "狸")]
-    pieces = [*special, *turns, *(f"<0x{b:02X}>" for b in range(256)), *letters, *("".join(m) for m in merges)]
+    merges = [
+        ("t", "h"),
+        ("th", "e"),
+        ("▁", "the"),
+        ("▁", "q"),
+        ("▁", "h"),
+        ("e", "l"),
+        ("▁h", "el"),
+        ("狐", "狸"),
+    ]
+    pieces = [
+        *special,
+        *turns,
+        *(f"<0x{b:02X}>" for b in range(256)),
+        *letters,
+        *("".join(m) for m in merges),
+    ]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, unk_token=special[0], fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocab=vocab, merges=merges, unk_token=special[0], fuse_unk=True, byte_fallback=True
+        )
     )
     strip = []
     if style == "gemma":
@@ -78,7 +116,9 @@ def byte_fallback(style):
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     tokenizer.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in special])
-    tokenizer.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in turns])  # not special, as in Gemma 2
+    tokenizer.add_tokens(
+        [tokenizers.AddedToken(t, normalized=False) for t in turns]
+    )  # not special, as in Gemma 2
     return tokenizer
 
 
@@ -86,7 +126,9 @@ def write(folder, style, template=None, config=None):
     folder.mkdir(parents=True, exist_ok=True)
     reference = (byte_level if style in SPECIALS else byte_fallback)(style)
     reference.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(CONFIGS[style] if config is None else config))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(CONFIGS[style] if config is None else config)
+    )
     if template:
         (folder / "chat_template.jinja").write_text(template)
     return reference
@@ -137,12 +179,18 @@ def test_no_text_becomes_a_control_token_unless_asked(made, text, rest):
     if "▁" not in spelled:
         assert tokenizer.decode(ids) == shown(tokenizer, spelled)
     reference.encode_special_tokens = False
-    assert tokenizer.encode(spelled, parse_special=True) == reference.encode(spelled, add_special_tokens=False).ids
+    assert (
+        tokenizer.encode(spelled, parse_special=True)
+        == reference.encode(spelled, add_special_tokens=False).ids
+    )
 
 
 def test_control_tokens_are_those_that_the_template_writes_as_well(made, style):
     tokenizer, _ = made
-    not_special = {"gemma": {"<start_of_turn>", "<end_of_turn>"}, "deepseek": {"<｜User｜>", "<｜Assistant｜>"}}
+    not_special = {
+        "gemma": {"<start_of_turn>", "<end_of_turn>"},
+        "deepseek": {"<｜User｜>", "<｜Assistant｜>"},
+    }
     assert not_special.get(style, set()) <= set(tokenizer.controls)
     assert "<think>" not in tokenizer.controls  # a message may hold it
 
@@ -154,7 +202,12 @@ def test_control_tokens_that_take_the_spaces_around_them(tmp_path):
     reference.add_special_tokens([taking, word])
     reference.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
-    for text in ("a  <|taking|> \n b", "<|taking|><|im_end|> c", " word words <|taking|> word", "<|taking|>word"):
+    for text in (
+        "a  <|taking|> \n b",
+        "<|taking|><|im_end|> c",
+        " word words <|taking|> word",
+        "<|taking|>word",
+    ):
         for parsed in (True, False):
             reference.encode_special_tokens = not parsed
             expected = reference.encode(text, add_special_tokens=False).ids
@@ -166,7 +219,12 @@ CHATS = [
     [("user", " a "), ("assistant", "b"), ("user", "c\n"), ("assistant", "  狐狸😀 \n")],
     [("system", "be brief"), ("user", "the"), ("assistant", "h")],
     [("user", "x"), ("assistant", "y"), ("user", "y")],
-    [("user", "x"), ("assistant", "<think>\nwhy\n</think>\n\nz"), ("user", "y"), ("assistant", "<think>t</think>w")],
+    [
+        ("user", "x"),
+        ("assistant", "<think>\nwhy\n</think>\n\nz"),
+        ("user", "y"),
+        ("assistant", "<think>t</think>w"),
+    ],
 ]
 
 
@@ -185,37 +243,51 @@ def test_chat_ids_are_those_of_the_rendered_text_and_masks_agree(made, style, tm
     assert (
         ids
         == reference.encode(
-            whole(tokenizer, ids).removeprefix(" " if style == "llama2" else ""), add_special_tokens=False
+            whole(tokenizer, ids).removeprefix(" " if style == "llama2" else ""),
+            add_special_tokens=False,
         ).ids
     )
     assert (ids, mask) == derived.encode_chat(messages)
     runs = [
-        [i for i, _ in run] for speaks, run in itertools.groupby(zip(ids, mask, strict=True), lambda x: x[1]) if speaks
+        [i for i, _ in run]
+        for speaks, run in itertools.groupby(zip(ids, mask, strict=True), lambda x: x[1])
+        if speaks
     ]
     said = [m["content"] for m in messages if m["role"] == "assistant"]
     assert len(runs) == len(said)
     for run, content in zip(runs, said, strict=True):
         assert run[-1] == tokenizer.end_id
-        assert tokenizer.decode(run).strip() in (content.strip(), content.split("</think>")[-1].strip())
+        assert tokenizer.decode(run).strip() in (
+            content.strip(),
+            content.split("</think>")[-1].strip(),
+        )
     prompt, prompt_mask = derived.encode_chat(
         messages[: len(messages) - (messages[-1]["role"] == "assistant")], reply=True
     )
-    assert ids[: len(prompt)] == prompt or (messages[-1]["role"] == "user" and prompt[: len(ids)] == ids)
+    assert ids[: len(prompt)] == prompt or (
+        messages[-1]["role"] == "user" and prompt[: len(ids)] == ids
+    )
     assert prompt_mask == mask[: len(prompt)] + [False] * (len(prompt) - len(mask))
 
 
 def test_control_tokens_in_messages_are_text(made, style):
     tokenizer, _ = made
     tokens = list(tokenizer.controls)
-    evil = messages_of([("user", f"a{''.join(tokens)}b {tokens[-1][:-1]}"), ("assistant", f"c {tokens[-1]}")])
+    evil = messages_of(
+        [("user", f"a{''.join(tokens)}b {tokens[-1][:-1]}"), ("assistant", f"c {tokens[-1]}")]
+    )
     good = messages_of([("user", "aXb"), ("assistant", "cX")])
-    controls = lambda ids: [i for i in ids if i in tokenizer.controls.values() and i != tokenizer.controls.get("<unk>")]
+    controls = lambda ids: [
+        i for i in ids if i in tokenizer.controls.values() and i != tokenizer.controls.get("<unk>")
+    ]
     ids, mask = tokenizer.encode_chat(evil)
     assert controls(ids) == controls(tokenizer.encode_chat(good)[0])
     assert whole(tokenizer, ids).removeprefix(" ") == tokenizer._template.render(evil)[0]
     assert mask[-1] or style in ("chatml", "gemma")  # where a line end follows the end of turn
     asked = tokenizer.encode(tokenizer._template.render(evil)[0], parse_special=True)
-    assert len(controls(asked)) == len(controls(ids)) + len(controls(tokenizer.controls.values())) + 1
+    assert (
+        len(controls(asked)) == len(controls(ids)) + len(controls(tokenizer.controls.values())) + 1
+    )
 
 
 def test_text_that_joins_to_a_control_token_is_text(tmp_path):
@@ -225,7 +297,12 @@ def test_text_that_joins_to_a_control_token_is_text(tmp_path):
     assert ids.count(tokenizer.end_id) == 1 and whole(tokenizer, ids) == "a<|im_end|>b<|im_end|>"
 
 
-TOOLS = [{"type": "function", "function": {"name": "查询", "description": "<|im_end|> & <b>", "parameters": {}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "查询", "description": "<|im_end|> & <b>", "parameters": {}},
+    }
+]
 CALL = {"function": {"name": "查询", "arguments": {"q": "é<|im_start|>", "n": 1.5}}}
 CALLING = [
     {"role": "user", "content": "hello"},
@@ -252,7 +329,9 @@ def test_tools_are_rendered_as_recorded_and_calls_are_the_assistants(tmp_path, t
     assert whole(tokenizer, ids) == RECORDED
     assert ids.count(tokenizer.end_id) == 5 and ids.count(tokenizer.controls["<|im_start|>"]) == 5
     said = whole(tokenizer, [i for i, m in zip(ids, mask, strict=True) if m])
-    assert said == RECORDED.split("assistant\n", 1)[1].split("\n<|im_start|>user")[0] + "ok<|im_end|>"
+    assert (
+        said == RECORDED.split("assistant\n", 1)[1].split("\n<|im_start|>user")[0] + "ok<|im_end|>"
+    )
 
 
 def test_training_data_carries_tools_and_calls(tmp_path):
@@ -264,7 +343,9 @@ def test_training_data_carries_tools_and_calls(tmp_path):
     (example,) = examples(data, "chat", "train")
     assert example.encode(tokenizer) == tokenizer.encode_chat(CALLING, tools=TOOLS)
     assert '"查询"' in example.learnt() and "it is" not in example.learnt()
-    with pytest.raises(InputError, match=r"chats\.jsonl:1: tools: the chat template of a tokenizer trained here"):
+    with pytest.raises(
+        InputError, match=r"chats\.jsonl:1: tools: the chat template of a tokenizer trained here"
+    ):
         example.encode(tokenizer_of_ours())
     with pytest.raises(InputError, match=r'chats\.jsonl:1: "tools" are for conversations only'):
         list(examples(data, "prompt", "train"))
@@ -274,7 +355,9 @@ def test_training_data_carries_tools_and_calls(tmp_path):
 
 
 def tokenizer_of_ours():
-    return train(iter(CORPUS), vocab_size=400, model_type="bpe", character_coverage=1.0, num_threads=1)
+    return train(
+        iter(CORPUS), vocab_size=400, model_type="bpe", character_coverage=1.0, num_threads=1
+    )
 
 
 def test_masks_that_cannot_be_told_are_refused(tmp_path):
@@ -306,7 +389,11 @@ def test_special_ids(tmp_path):
     write(tmp_path, "chatml", CHATML)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.bos_id is None and (tokenizer.pad_id, tokenizer.eos_id, tokenizer.end_id) == (0, 2, 2)
+    assert tokenizer.bos_id is None and (tokenizer.pad_id, tokenizer.eos_id, tokenizer.end_id) == (
+        0,
+        2,
+        2,
+    )
     assert tokenizer.stop_ids == (2, 0)
     assert tokenizer.encode_document("a") == [*tokenizer.encode("a"), 2]
     write(tmp_path / "llama3", "llama3", LLAMA3)
@@ -327,12 +414,17 @@ def test_sentencepiece_models_of_others(tmp_path):
     )  # fmt: skip
     (tmp_path / "tokenizer.model").write_bytes(out.getvalue())
     (tmp_path / "chat_template.jinja").write_text(LLAMA2)
-    tokenizer, sp = load_tokenizer(tmp_path), sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
+    tokenizer, sp = (
+        load_tokenizer(tmp_path),
+        sentencepiece.SentencePieceProcessor(model_proto=out.getvalue()),
+    )
     for text in (*NASTY, "<s>a</s>", "the quick"):
         assert tokenizer.encode(text) == sp.encode(text)
         assert tokenizer.decode(sp.encode(text)) == sp.decode(sp.encode(text))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
-    ids, mask = tokenizer.encode_chat(messages_of([("user", "the </s>龘"), ("assistant", "quick 龘")]))
+    ids, mask = tokenizer.encode_chat(
+        messages_of([("user", "the </s>龘"), ("assistant", "quick 龘")])
+    )
     assert ids[0] == 1 and ids.count(2) == 1
     assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]).strip() == "quick 龘"
 
@@ -341,7 +433,9 @@ def test_sentencepiece_models_of_others(tmp_path):
 def ranks(tmp_path_factory):
     """GPT-2's number of ranks: every byte, pairs of bytes."""
     folder = tmp_path_factory.mktemp("ranks")
-    tokens = [bytes([b]) for b in range(256)] + [bytes(p) for p in itertools.product(range(256), repeat=2)]
+    tokens = [bytes([b]) for b in range(256)] + [
+        bytes(p) for p in itertools.product(range(256), repeat=2)
+    ]
     lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens[:50_256])]
     (folder / "gpt2.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
     return folder
@@ -350,12 +444,18 @@ def ranks(tmp_path_factory):
 def test_tiktoken_ranks(ranks, tmp_path):
     tokenizer = load_tokenizer(ranks)
     assert (
-        tokenizer.vocab_size == 50_257 and tokenizer.eos_id == tokenizer.pad_id == 50_256 and tokenizer.bos_id is None
+        tokenizer.vocab_size == 50_257
+        and tokenizer.eos_id == tokenizer.pad_id == 50_256
+        and tokenizer.bos_id is None
     )
     for text in (*NASTY, "<|endoftext|>"):
-        assert tokenizer.decode(tokenizer.encode(text)) == text and 50_256 not in tokenizer.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text and 50_256 not in tokenizer.encode(
+            text
+        )
     assert tokenizer.encode("a<|endoftext|>", parse_special=True) == [97, 50_256]
-    assert tokenizer.encode_batch(NASTY, num_threads=2) == [tokenizer.encode(text) for text in NASTY]
+    assert tokenizer.encode_batch(NASTY, num_threads=2) == [
+        tokenizer.encode(text) for text in NASTY
+    ]
     lines = (ranks / "gpt2.tiktoken").read_bytes()
     for name, content, error in (
         ("gpt2.tiktoken", lines[:1000], "damaged, or not the 50,256 ranks"),
@@ -369,7 +469,9 @@ def test_tiktoken_ranks(ranks, tmp_path):
 
 def test_ranks_with_a_chat_template_and_added_tokens(ranks, tmp_path):
     (tmp_path / "gpt2.tiktoken").write_bytes((ranks / "gpt2.tiktoken").read_bytes())
-    added = {str(50_257 + i): {"content": text} for i, text in enumerate(("<|im_start|>", "<|im_end|>"))}
+    added = {
+        str(50_257 + i): {"content": text} for i, text in enumerate(("<|im_start|>", "<|im_end|>"))
+    }
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"added_tokens_decoder": added, "chat_template": CHATML})
     )
@@ -390,11 +492,13 @@ def test_stream_equals_decode(made):
 def test_files_are_carried_byte_by_byte(made, style, tmp_path):
     tokenizer, _ = made
     tokenizer.save(tmp_path / "copy", {"from": "test"})
-    assert {p.name: p.read_bytes() for p in (tmp_path / "copy").iterdir() if p.name != "jaxllm.json"} == dict(
-        tokenizer.model
-    )
+    assert {
+        p.name: p.read_bytes() for p in (tmp_path / "copy").iterdir() if p.name != "jaxllm.json"
+    } == dict(tokenizer.model)
     assert (
-        load_tokenizer(tmp_path / "copy").fingerprint == tokenizer.fingerprint == restore(tokenizer.model).fingerprint
+        load_tokenizer(tmp_path / "copy").fingerprint
+        == tokenizer.fingerprint
+        == restore(tokenizer.model).fingerprint
     )
     (tmp_path / "copy" / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(InputError, match="not the files that were saved"):
@@ -402,9 +506,9 @@ def test_files_are_carried_byte_by_byte(made, style, tmp_path):
 
 
 def test_the_right_kind_is_chosen_or_one_line_says_why_not(tmp_path):
-    ours.train(iter(CORPUS), vocab_size=400, model_type="bpe", character_coverage=1.0, num_threads=1).save(
-        tmp_path / "ours"
-    )
+    ours.train(
+        iter(CORPUS), vocab_size=400, model_type="bpe", character_coverage=1.0, num_threads=1
+    ).save(tmp_path / "ours")
     assert type(load_tokenizer(tmp_path / "ours")) is ours.Tokenizer
     with pytest.raises(InputError, match="no such tokenizer"):
         load_tokenizer(tmp_path / "nowhere")
@@ -446,7 +550,9 @@ def test_lone_surrogates_are_one_clear_line(made):
 @pytest.mark.parametrize("kind", ["document", "chat"])
 def test_data_is_tokenized_with_it(made, tmp_path, kind):
     tokenizer, _ = made
-    record = {"text": "the quick"} if kind == "document" else {"prompt": "the quick", "response": "fox"}
+    record = (
+        {"text": "the quick"} if kind == "document" else {"prompt": "the quick", "response": "fox"}
+    )
     lines = [json.dumps({**record, next(iter(record)): f"the quick {i}"}) for i in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     data = DataConfig((Source(str(tmp_path / "a.jsonl")),), held_out_fraction=0.3)
@@ -457,7 +563,14 @@ def test_data_is_tokenized_with_it(made, tmp_path, kind):
 def test_a_ranked_response_ends_with_its_turn_as_a_rollout_does(made, tmp_path):
     tokenizer, _ = made
     record = {"prompt": "the quick", "responses": ["fox", "dog is"], "ranks": [1, 2]}
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({**record, "prompt": f"the {i}"}) for i in range(20)))
-    for example in load_ranked(DataConfig((Source(str(tmp_path / "a.jsonl")),)), "train", tokenizer, 512):
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({**record, "prompt": f"the {i}"}) for i in range(20))
+    )
+    for example in load_ranked(
+        DataConfig((Source(str(tmp_path / "a.jsonl")),)), "train", tokenizer, 512
+    ):
         assert all(row[-1] == tokenizer.end_id for row in example.rows)
-        assert all(tokenizer.decode(row[example.prompt_length :]).strip() in ("fox", "dog is") for row in example.rows)
+        assert all(
+            tokenizer.decode(row[example.prompt_length :]).strip() in ("fox", "dog is")
+            for row in example.rows
+        )

@@ -18,7 +18,13 @@ CORPUS = [
 
 
 def make(vocab_size=400, model_type="bpe", corpus=CORPUS):
-    return t.train(iter(corpus), vocab_size=vocab_size, model_type=model_type, character_coverage=1.0, num_threads=1)
+    return t.train(
+        iter(corpus),
+        vocab_size=vocab_size,
+        model_type=model_type,
+        character_coverage=1.0,
+        num_threads=1,
+    )
 
 
 @pytest.fixture(scope="module", params=[("bpe", 400), ("unigram", 304)], ids=lambda p: p[0])
@@ -46,13 +52,21 @@ def test_round_trip_of_any_string_without_special_tokens(tokenizer, text):
 
 
 def test_special_ids_are_distinct_and_pad_is_not_eos(tokenizer):
-    ids = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, *tokenizer.role_ids.values(), tokenizer.end_id]
+    ids = [
+        tokenizer.pad_id,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        *tokenizer.role_ids.values(),
+        tokenizer.end_id,
+    ]
     assert len(set(ids)) == len(ids)
     assert tokenizer.decode(ids) == ""
 
 
 def test_batch_equals_one_by_one(tokenizer):
-    assert tokenizer.encode_batch(NASTY, num_threads=2) == [tokenizer.encode(text) for text in NASTY]
+    assert tokenizer.encode_batch(NASTY, num_threads=2) == [
+        tokenizer.encode(text) for text in NASTY
+    ]
 
 
 def test_lone_surrogate_is_one_clear_line(tokenizer):
@@ -62,7 +76,8 @@ def test_lone_surrogate_is_one_clear_line(tokenizer):
 
 def test_chat_mask_covers_the_assistant_and_its_end(tokenizer):
     messages = [
-        {"role": r, "content": c} for r, c in (("system", "be brief"), ("user", "hi"), ("assistant", "ok <|end|>"))
+        {"role": r, "content": c}
+        for r, c in (("system", "be brief"), ("user", "hi"), ("assistant", "ok <|end|>"))
     ]
     ids, mask = tokenizer.encode_chat(messages)
     answer = tokenizer.encode("ok <|end|>")
@@ -73,7 +88,13 @@ def test_chat_mask_covers_the_assistant_and_its_end(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "message", [{"role": "robot", "content": "x"}, {"role": "user"}, {"content": "x"}, {"role": "user", "content": 3}]
+    "message",
+    [
+        {"role": "robot", "content": "x"},
+        {"role": "user"},
+        {"content": "x"},
+        {"role": "user", "content": 3},
+    ],
 )
 def test_malformed_message_is_refused(tokenizer, message):
     with pytest.raises(InputError, match="message 1: needs a role"):
@@ -120,7 +141,8 @@ def test_damaged_or_missing_file_is_one_clear_line(tokenizer, tmp_path):
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_vocabulary_larger_than_the_corpus_supports(model_type):
     with pytest.raises(
-        InputError, match=r"tokenizer.vocab_size: 50000 is larger than the corpus supports; set it to at most \d+"
+        InputError,
+        match=r"tokenizer.vocab_size: 50000 is larger than the corpus supports; set it to at most \d+",
     ) as error:
         make(50000, model_type)
     limit = int(str(error.value).split("at most ")[1].split()[0])
