@@ -107,7 +107,7 @@ def loss(params, batch, key):
     targets, mask = losses.next_token_targets(batch, jnp.ones_like(batch), batch >= 0)
     return losses.language_model(losses.token_logprobs(hidden, transformer.head(params), targets), mask)
 tx = make_optimizer(OptimConfig(), 10)
-placed = train.place_state(mesh, transformer.abstract(model), transformer.axes(model), tx)
+placed = train.state_layout(mesh, transformer.abstract(model), transformer.axes(model), tx)
 with jax.set_mesh(mesh):
     batch = jax.ShapeDtypeStruct((16, 32), jnp.int32, sharding=activation(mesh, "batch", None))
     train.make_step(loss, tx, state_shardings=placed.shardings).lower(placed.abstract, batch).compile()

@@ -26,7 +26,8 @@ CHILD = """
 import re, sys, time
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-from jaxllm import pretrained, workspace
+from jaxllm import workspace
+from jaxllm.pretrained import convert
 from jaxllm.sharding import MeshConfig, make_mesh
 kb = lambda name: int(re.search(name + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
 jax.block_until_ready(jax.numpy.zeros(8))
@@ -34,9 +35,9 @@ open("/proc/self/clear_refs", "w").write("5")  # the most so far is forgotten
 before, began = kb("VmRSS"), time.monotonic()
 what, source, out = sys.argv[1:]
 if what == "import":
-    pretrained.import_model(source, out)
+    convert.import_model(source, out)
 elif what == "export":
-    pretrained.export_model(source, out, shard_gb=float("inf"))
+    convert.export_model(source, out, shard_gb=float("inf"))
 else:
     params, _ = workspace.load_model(source, make_mesh(MeshConfig(data=1, fsdp=8)))
     jax.block_until_ready(params)

@@ -28,15 +28,16 @@ LENGTH, BATCH, STEPS = 1024, 16, 200
 COMMON = """
 import json, resource, sys, time
 from pathlib import Path
-from jaxllm import data as d
-from jaxllm.tokenizer import Tokenizer
+from jaxllm.data import loader, store
+from jaxllm.data.sources import DataConfig, Source
+from jaxllm.tokenizers.trained import Tokenizer
 peak = lambda who: resource.getrusage(who).ru_maxrss / 1024
 if __name__ == "__main__":
     folder, began = Path(sys.argv[1]), time.monotonic()
-    data, tokenizer = d.DataConfig((d.Source(str(folder / "corpus.txt")),)), Tokenizer.load(folder / "tokenizer")
+    data, tokenizer = DataConfig((Source(str(folder / "corpus.txt")),)), Tokenizer.load(folder / "tokenizer")
 """
 PREPARE = """
-    found = d.open_store(data, "document", tokenizer, folder / "cache")
+    found = store.open_store(data, "document", tokenizer, folder / "cache")
     print(json.dumps({
         "seconds": time.monotonic() - began,
         "parent_mb": peak(resource.RUSAGE_SELF),
@@ -47,10 +48,10 @@ PREPARE = """
 DRAW = """
     import jax, numpy as np
     start = peak(resource.RUSAGE_SELF)
-    mixture = d.load_rows(data, "document", "train", tokenizer, LENGTH, folder / "cache")
+    mixture = loader.load_rows(data, "document", "train", tokenizer, LENGTH, folder / "cache")
     planned = time.monotonic() - began
     sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("x",), devices=jax.devices()[:1]), jax.P("x"))
-    batch_at = d.make_batch_at(mixture, batch_size=BATCH, seed=0, sharding=sharding)
+    batch_at = loader.make_batch_at(mixture, batch_size=BATCH, seed=0, sharding=sharding)
     batch_at(0)
     began = time.monotonic()
     for step in range(STEPS):

@@ -162,14 +162,14 @@ def test_tokens_take_two_bytes_where_the_vocabulary_fits(tmp_path, tokenizer):
 PREPARE = """
 import sys
 from pathlib import Path
-from jaxllm import data as d
-from jaxllm.data import readers, store
-from jaxllm.tokenizer import Tokenizer
+from jaxllm.data import readers, splits, store
+from jaxllm.data.sources import DataConfig, Source
+from jaxllm.tokenizers.trained import Tokenizer
 readers.PART_BYTES = store.PART_BYTES = 20_000
 store._IN_PROCESS = int(sys.argv[4])
-data = d.DataConfig((d.Source(sys.argv[1]),), held_out_fraction=0.1)
+data = DataConfig((Source(sys.argv[1]),), held_out_fraction=0.1)
 share = (int(sys.argv[5]), 3)
-found = d.open_store(data, "document", Tokenizer.load(sys.argv[2]), Path(sys.argv[3]), share)
+found = store.open_store(data, "document", Tokenizer.load(sys.argv[2]), Path(sys.argv[3]), share)
 assert store._IN_PROCESS == 0 or "jax" not in sys.modules  # what a worker imports; the progress line needs it
 print(found["train"][0].key)
 """
@@ -361,14 +361,14 @@ def test_a_large_file_is_checked_again_only_when_its_times_change(tmp_path, monk
 MEMORY = """
 import sys
 from pathlib import Path
-from jaxllm import data as d
-from jaxllm.data import readers, store
-from jaxllm.tokenizer import Tokenizer
+from jaxllm.data import readers, splits, store
+from jaxllm.data.sources import DataConfig, Source
+from jaxllm.tokenizers.trained import Tokenizer
 readers.PART_BYTES = store.PART_BYTES = 200_000
 store._RUN = 2048
-data = d.DataConfig((d.Source(sys.argv[1]),))
-found = d.open_store(data, "document", Tokenizer.load(sys.argv[2]), Path(sys.argv[3]))
-assert sum(map(len, d.load_texts(data, "train", Path(sys.argv[3])))) > 1e6
+data = DataConfig((Source(sys.argv[1]),))
+found = store.open_store(data, "document", Tokenizer.load(sys.argv[2]), Path(sys.argv[3]))
+assert sum(map(len, splits.load_texts(data, "train", Path(sys.argv[3])))) > 1e6
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """
 

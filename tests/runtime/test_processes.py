@@ -16,7 +16,7 @@ from tests.faults.harness import CONFIG, STAGES, outcome
 
 LOOP = """
 import sys, time
-from jaxllm.process import Signals
+from jaxllm.runtime.processes import Signals
 signals = Signals(watchdog_seconds=int(sys.argv[1]))
 signals.install()
 with signals:
@@ -78,7 +78,7 @@ def test_outside_a_loop_a_signal_ends_it_at_once(monkeypatch):
 
 def test_it_ends_even_where_the_exception_is_swallowed():
     script = (
-        "import os, time; from jaxllm import process; process._end_soon(7, 0.2); time.sleep(60)"
+        "import os, time; from jaxllm.runtime import processes; processes._end_soon(7, 0.2); time.sleep(60)"
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=30).returncode == 7
 
