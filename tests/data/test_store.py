@@ -162,7 +162,7 @@ def test_tokens_take_two_bytes_where_the_vocabulary_fits(tmp_path, tokenizer):
 PREPARE = """
 import sys
 from pathlib import Path
-from jaxllm.data import readers, splits, store
+from jaxllm.data import readers, store
 from jaxllm.data.sources import DataConfig, Source
 from jaxllm.tokenizers.trained import Tokenizer
 readers.PART_BYTES = store.PART_BYTES = 20_000
@@ -278,8 +278,8 @@ for count in itertools.count():
             if event == "line" and next(left, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return kill
-        sys.settrace(lambda frame, *_: kill if frame.f_code is cache.make_once.__code__ else None)
-        cache.make_once(folder, make)
+        sys.settrace(lambda frame, *_: kill if frame.f_code is cache.build_once.__code__ else None)
+        cache.build_once(folder, make)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     meta = cache.get_or_build(folder, make)
@@ -361,14 +361,14 @@ def test_a_large_file_is_checked_again_only_when_its_times_change(tmp_path, monk
 MEMORY = """
 import sys
 from pathlib import Path
-from jaxllm.data import readers, splits, store
+from jaxllm.data import readers, store
 from jaxllm.data.sources import DataConfig, Source
 from jaxllm.tokenizers.trained import Tokenizer
 readers.PART_BYTES = store.PART_BYTES = 200_000
 store._RUN = 2048
 data = DataConfig((Source(sys.argv[1]),))
 found = store.open_store(data, "document", Tokenizer.load(sys.argv[2]), Path(sys.argv[3]))
-assert sum(map(len, splits.load_texts(data, "train", Path(sys.argv[3])))) > 1e6
+assert sum(map(len, store.load_texts(data, "train", Path(sys.argv[3])))) > 1e6
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """
 
