@@ -18,6 +18,7 @@ LAYERS = [
     {"metrics", "models"},
     {"data", "generate", "pretrained"},
     {"train", "evaluation.measures"},
+    {"loop"},
     {"workspace"},
     {"rl", "demo"},
     {"evaluation"},
