@@ -114,22 +114,22 @@ def make_step(
       spike_factor: skip updates whose gradient norm exceeds this many times the running mean; 0: never.
     """
 
-    def gradient(state: TrainState, batch: Batch, frozen: dict[str, Any]) -> tuple[Any, Metrics]:
+    def add_mixed(grads: Any, state: TrainState, batch: Batch, key: jax.Array, frozen: Any) -> Any:
+        """(gradient, metrics) with those of the other loss added."""
+        assert mixed
+        other_loss, coef = mixed
+        sums, weight, metrics = accumulate(other_loss, state.params, batch, key, num_micro, frozen)
+        grads = jax.tree.map(lambda g, m: g + coef * m, grads, _mean(sums, weight))
+        return grads, {f"mixed_{name}": pair for name, pair in metrics.items()}
+
+    def step(state: TrainState, batch: Batch, **frozen: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         batch, other_batch = batch if mixed is not None else (batch, None)
         sums, weight, metrics = accumulate(loss, state.params, batch, key, num_micro, frozen)
         grads = _mean(sums, weight)
-        if mixed is None:
-            return grads, metrics
-        other_loss, coef = mixed
-        sums, weight, other_metrics = accumulate(
-            other_loss, state.params, other_batch, key, num_micro, frozen
-        )
-        grads = jax.tree.map(lambda g, m: g + coef * m, grads, _mean(sums, weight))
-        return grads, metrics | {f"mixed_{name}": pair for name, pair in other_metrics.items()}
-
-    def step(state: TrainState, batch: Batch, **frozen: Any) -> tuple[TrainState, Metrics]:
-        grads, metrics = gradient(state, batch, frozen)
+        if mixed is not None:
+            grads, other_metrics = add_mixed(grads, state, other_batch, key, frozen)
+            metrics |= other_metrics
         if state_shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
         norm = optax.tree.norm(grads)
@@ -171,12 +171,13 @@ def accumulate(
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
 
+    if num_micro == 1:
+        (_, (weight, metrics)), grads = gradient(params, batch, key)
+        return grads, weight, metrics
+
     def of_microbatch(micro: Batch, key: jax.Array) -> tuple[Any, jax.Array, Metrics]:
         (_, (weight, metrics)), grads = gradient(params, micro, key)
         return grads, weight, metrics
-
-    if num_micro == 1:
-        return of_microbatch(batch, key)
 
     def split(x: jax.Array) -> jax.Array:
         # [B, ...] -> [num_micro, B / num_micro, ...]

@@ -24,8 +24,9 @@ LAYERS = [
     {"evaluation"},
     {"stages"},
     {"life", "report"},
+    {"plan"},
     {"run"},
-    {"chat", "plan", "pretrained.convert"},
+    {"chat", "pretrained.convert"},
     {"api"},
     {"__main__"},
 ]
