@@ -26,7 +26,7 @@ from jaxllm.losses import Metrics
 from jaxllm.runtime import hardware
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_metrics, write_whole
-from jaxllm.sharding import fetch
+from jaxllm.runtime.transfer import fetch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,8 @@ from jaxllm.metrics import require_finite
 from jaxllm.runtime import checkpoint, goodput
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, read_metrics
-from jaxllm.runtime.processes import Signals, join
-from jaxllm.sharding import barrier, make_mesh
+from jaxllm.runtime.mesh import make_mesh
+from jaxllm.runtime.processes import Signals, barrier, join
 from jaxllm.stages import Stage
 from jaxllm.train import Training, run_training
 from jaxllm.workspace import Workspace

@@ -33,8 +33,8 @@ from jaxllm.pretrained.safetensors_files import read_imported
 from jaxllm.runtime import checkpoint
 from jaxllm.runtime.files import read_json, write_json
 from jaxllm.runtime.goodput import Ledger
-from jaxllm.runtime.processes import Signals
-from jaxllm.sharding import barrier, place_params
+from jaxllm.runtime.processes import Signals, barrier
+from jaxllm.sharding import place_params
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import Tokenizer
 from jaxllm.train import Supervision

@@ -14,7 +14,8 @@ from jaxllm import sharding
 from jaxllm.config import InputError
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.sharding import ACT_RULES, PARAM_RULES, MeshConfig, make_mesh, spec
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import ACT_RULES, PARAM_RULES, spec
 
 
 def test_every_rule_names_mesh_axes():
@@ -99,7 +100,8 @@ from jaxllm import losses, train
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig, make_optimizer
-from jaxllm.sharding import MeshConfig, activation, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import activation
 model = ModelConfig(vocab_size=512, max_length=32, num_layers=2, embed_dim=64, num_heads=4, mlp_dim=128, tie_embeddings={tied})
 mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 def loss(params, batch, key):

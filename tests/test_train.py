@@ -23,8 +23,9 @@ from jaxllm.optim import DECAYED, OptimConfig, decay_mask, learning_rate, make_o
 from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.runtime.digest import unequal_replicas
 from jaxllm.runtime.goodput import Ledger
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.runtime.processes import Signals, Stopped
-from jaxllm.sharding import MeshConfig, activation, make_mesh
+from jaxllm.sharding import activation
 
 MODEL = ModelConfig(
     vocab_size=64,

@@ -38,7 +38,7 @@ from jaxllm.rl import numerals, rewards
 from jaxllm.runtime.checkpoint import committed_steps
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, write_json
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.workspace import load_policy, provenance
 
 Numbers = dict[str, float | None]

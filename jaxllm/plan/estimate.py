@@ -15,7 +15,8 @@ from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.pipeline import MICRO
 from jaxllm.runtime.hardware import EFFICIENCY, Chip
-from jaxllm.sharding import MESH_AXES, MeshConfig
+from jaxllm.runtime.mesh import MeshConfig
+from jaxllm.sharding import MESH_AXES
 from jaxllm.stages.preference import PreferenceConfig
 
 _RECOMPUTED = {

@@ -31,7 +31,8 @@ from jaxllm.plan import estimate
 from jaxllm.run import plan_path
 from jaxllm.runtime.files import write_json
 from jaxllm.runtime.hardware import CHIPS, EFFICIENCY, Chip
-from jaxllm.sharding import check_batch, num_slices, planned_mesh, slow_axis
+from jaxllm.runtime.mesh import num_slices, planned_mesh, slow_axis
+from jaxllm.sharding import check_batch
 from jaxllm.train import Program, TrainState
 
 

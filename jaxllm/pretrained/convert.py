@@ -36,7 +36,8 @@ from jaxllm.pretrained.safetensors_files import KINDS, Files, Planned, read_impo
 from jaxllm.runtime import checkpoint
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, write_json
-from jaxllm.sharding import MeshConfig, make_mesh, replicated
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import replicated
 from jaxllm.tokenizers.files import IDS
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.workspace import load_model, read_model_card, write_model_card

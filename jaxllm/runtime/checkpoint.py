@@ -29,7 +29,7 @@ from jaxllm.config import Ending, InputError
 from jaxllm.config.ranges import NonNegativeInt, PositiveInt
 from jaxllm.runtime import digest, tree_shapes
 from jaxllm.runtime.console import console
-from jaxllm.sharding import any_process, barrier
+from jaxllm.runtime.processes import any_process, barrier
 
 Record = dict[str, Any]
 SEAL = "seal.json"

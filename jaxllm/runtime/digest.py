@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.sharding import fetch
+from jaxllm.runtime.transfer import fetch
 
 Digests = dict[str, list[int]]  # dotted path of a leaf -> two 32-bit words
 

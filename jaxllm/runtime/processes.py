@@ -11,6 +11,7 @@ import time
 from types import FrameType
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxllm.config import Ending, InputError
@@ -59,6 +60,21 @@ def join(config: ProcessConfig) -> None:
             f"distributed: cannot join the job ({error}); set process.coordinator, and JAX_NUM_PROCESSES and "
             "JAX_PROCESS_ID in each process's environment"
         ) from None
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process; all processes must call it together."""
+    return (
+        flag
+        if jax.process_count() == 1
+        else bool(multihost_utils.process_allgather(np.array(flag)).any())
+    )
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def _end_soon(code: int, seconds: float = 10.0) -> None:

@@ -23,7 +23,7 @@ from jaxllm.generate import SamplingConfig, complete, completions, response_logp
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.score_functions import score_all
 from jaxllm.runtime.console import console
-from jaxllm.sharding import fetch
+from jaxllm.runtime.transfer import fetch
 from jaxllm.stages import names
 from jaxllm.tokenizers.trained import Tokenizer
 from jaxllm.workspace import Workspace, load_model

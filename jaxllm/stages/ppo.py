@@ -48,18 +48,16 @@ from jaxllm.rl.rewards import RewardSource
 from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, read_metrics, write_whole
+from jaxllm.runtime.mesh import MeshConfig, planned_mesh
+from jaxllm.runtime.transfer import fetch, reshard_across_meshes
 from jaxllm.sharding import (
-    MeshConfig,
     activation,
     batch_shards,
     check_batch,
     constrain,
-    fetch,
     param_shardings,
     place_params,
-    planned_mesh,
     replicated,
-    reshard_across_meshes,
     rows_like,
 )
 from jaxllm.tokenizers.trained import Tokenizer

@@ -42,7 +42,8 @@ from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
 from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, write_json
-from jaxllm.sharding import activation, check_batch, fetch, place_params, replicated, rows_like
+from jaxllm.runtime.transfer import fetch
+from jaxllm.sharding import activation, check_batch, place_params, replicated, rows_like
 from jaxllm.workspace import Workspace, load_model, write_model_card
 
 

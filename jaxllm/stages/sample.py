@@ -14,7 +14,7 @@ from jaxllm.data.sources import DataConfig
 from jaxllm.generate import SamplingConfig, complete, whole_batch
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, read_metrics, write_whole
-from jaxllm.sharding import barrier
+from jaxllm.runtime.processes import barrier
 from jaxllm.workspace import Workspace, load_model
 
 

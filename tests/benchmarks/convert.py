@@ -28,7 +28,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from jaxllm import workspace
 from jaxllm.pretrained import convert
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 kb = lambda name: int(re.search(name + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
 jax.block_until_ready(jax.numpy.zeros(8))
 open("/proc/self/clear_refs", "w").write("5")  # the most so far is forgotten

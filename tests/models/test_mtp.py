@@ -15,7 +15,7 @@ from jaxllm.models.config import ModelConfig, preset
 from jaxllm.models.next_token import loss
 from jaxllm.pretrained import families
 from jaxllm.pretrained.convert import export_model, import_model
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.workspace import load_model
 from tests.models.test_moe import CONFIG
 from tests.oracles.families import weight

@@ -12,7 +12,7 @@ from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig, preset
 from jaxllm.plan import planning
 from jaxllm.run import Config, beside_plan
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.stages import language_model
 from jaxllm.stages.language_model import LanguageModelConfig
 from tests.conftest import jaxllm

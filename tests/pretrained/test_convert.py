@@ -18,7 +18,8 @@ from jaxllm.pretrained import families
 from jaxllm.pretrained.convert import export_model, import_model
 from jaxllm.runtime import checkpoint
 from jaxllm.runtime.files import write_json
-from jaxllm.sharding import MeshConfig, make_mesh, param_shardings
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import param_shardings
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.workspace import load_model, write_model_card
 from tests.oracles.families import weight

@@ -14,7 +14,7 @@ from jaxllm.generate import SamplingConfig, complete, left_pad
 from jaxllm.models import transformer
 from jaxllm.models.config import PRESETS, preset
 from jaxllm.pretrained import families
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from tests.oracles.families import HERE, VOCAB, probe, tokens, weight
 
 RECORD = json.loads((Path(HERE) / "families.json").read_text())["cases"]

@@ -12,7 +12,7 @@ import tokenizers
 from jaxllm.config import InputError
 from jaxllm.pretrained import families, gguf_files
 from jaxllm.pretrained.convert import import_model
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import train
 from jaxllm.workspace import load_model

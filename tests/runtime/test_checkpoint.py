@@ -17,7 +17,7 @@ from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.runtime import checkpoint as c
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.train import state_layout
 
 MODEL = ModelConfig(vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64)

@@ -19,13 +19,9 @@ from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.rl.rewards import RewardSource
 from jaxllm.runtime import digest
-from jaxllm.sharding import (
-    MeshConfig,
-    activation,
-    make_mesh,
-    param_shardings,
-    reshard_across_meshes,
-)
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.transfer import reshard_across_meshes
+from jaxllm.sharding import activation, param_shardings
 from jaxllm.stages import ppo
 from tests.stages import worlds
 

@@ -11,7 +11,8 @@ import numpy as np
 from jaxllm.data.loader import PromptExample, make_prompt_batch_at
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import activation, param_shardings
 from jaxllm.stages import ppo
 
 PROMPTS = [[2], [0, 0, 2]]  # of two lengths: one is padded; neither goes on as the other begins
