@@ -23,7 +23,7 @@ from jaxllm.evaluation import scoring
 from jaxllm.generate import SamplingConfig, complete
 from jaxllm.models import transformer
 from jaxllm.run import Config
-from jaxllm.runtime.files import read_metrics
+from jaxllm.runtime.files import read_jsonl as read_metrics
 from jaxllm.stages import named
 
 __all__ = ["LoadedModel", "load", "read_config", "read_metrics", "run_stages"]

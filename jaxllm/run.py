@@ -19,7 +19,7 @@ from jaxllm.life import Config, with_defaults
 from jaxllm.metrics import require_finite
 from jaxllm.runtime import checkpoint, goodput
 from jaxllm.runtime.console import console
-from jaxllm.runtime.files import read_json, read_metrics
+from jaxllm.runtime.files import read_json, read_jsonl
 from jaxllm.runtime.mesh import make_mesh
 from jaxllm.runtime.processes import Signals, barrier, join
 from jaxllm.stages import Stage
@@ -48,6 +48,7 @@ def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
         mesh,
         config.seed,
         to_tree(config),
+        goodput.Ledger(run_dir / "goodput.jsonl", goodput.process_began()),
         command,
         signals,
         config.allow_change,
@@ -247,7 +248,7 @@ def _finish(
     }
     kept = read_json(plan_path(config, stage))
     result |= beside_plan(
-        kept, read_metrics(workspace.stage_dir(stage) / "metrics.jsonl") if kept else ()
+        kept, read_jsonl(workspace.stage_dir(stage) / "metrics.jsonl") if kept else ()
     )
     barrier(f"end of {stage}")
     if jax.process_index() == 0:

@@ -17,7 +17,7 @@ LAYERS = [
     {"losses", "optim", "tokenizers"},
     {"metrics", "models"},
     {"data", "generate", "pretrained"},
-    {"train", "evaluation.measures"},
+    {"train", "evaluation.measures", "model_store"},
     {"workspace"},
     {"rl", "demo"},
     {"evaluation"},

@@ -8,7 +8,7 @@ import pytest
 
 from jaxllm import metrics as m
 from jaxllm.config import InputError
-from jaxllm.runtime.files import read_metrics
+from jaxllm.runtime.files import read_jsonl
 
 
 def make(directory, start=0, num_steps=10, **more):
@@ -93,11 +93,11 @@ def test_the_peak_of_a_cpu_is_measured():
 def test_a_damaged_line_is_named_and_costs_no_other(tmp_path, capsys, damage):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n{"no": 3}\n')
-    with pytest.raises(InputError, match=r"metrics.jsonl:2: is no JSON object; remove that line"):
-        read_metrics(path)
-    assert read_metrics(path, "stop") == [{"step": 1}]
-    assert read_metrics(path, "skip") == [{"step": 1}, {"step": 2}, {"no": 3}]
-    assert "metrics.jsonl:2: is no JSON object" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"metrics.jsonl:2: not a JSON object; remove that line"):
+        read_jsonl(path)
+    assert read_jsonl(path, "stop") == [{"step": 1}]
+    assert read_jsonl(path, "skip") == [{"step": 1}, {"step": 2}, {"no": 3}]
+    assert "metrics.jsonl:2: not a JSON object" in capsys.readouterr().err
     log = make(tmp_path, start=2)
     log.close()
     assert lines(tmp_path) == [{"step": 1}, {"step": 2}]

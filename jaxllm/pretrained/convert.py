@@ -18,6 +18,7 @@ import safetensors.numpy
 from etils import epath
 
 from jaxllm.config import InputError, to_tree
+from jaxllm.model_store import load_model, read_model_card, write_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.pretrained import downloads
@@ -40,7 +41,6 @@ from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.sharding import replicated
 from jaxllm.tokenizers.files import IDS
 from jaxllm.tokenizers.published import load_tokenizer
-from jaxllm.workspace import load_model, read_model_card, write_model_card
 
 _KINDS = {str(dtype): kind for kind, dtype in KINDS.items()}  # bfloat16 -> BF16, ...
 

@@ -1,12 +1,12 @@
-"""The mesh of a run: sizes of its axes, and devices in an order that fits the network."""
+"""The mesh of a run: the sizes of its axes, and an order of the devices that suits the network."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
@@ -14,15 +14,18 @@ from jaxllm.config import InputError, require
 from jaxllm.config.ranges import AxisSize
 from jaxllm.sharding import MESH_AXES
 
+# XLA's partitioner propagates shardings between the constraints; no axis is sharded explicitly.
+_AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; their product is the number of devices. One of them may be -1: what is left."""
+    """Sizes of the mesh axes; their product is the number of devices. One axis may be -1: the remaining devices."""
 
     data: AxisSize = -1
     """Replicas of the parameters, each with its share of the batch."""
     pipeline: AxisSize = 1
-    """Stages that layers are shared out over; rows go through them in microbatches."""
+    """Pipeline stages, each with its share of the layers; rows pass through them in microbatches."""
     fsdp: AxisSize = 1
     """Shards of parameters and optimizer state, each with its share of the batch (ZeRO-3)."""
     context: AxisSize = 1
@@ -38,59 +41,65 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over all devices, with Auto axes. Raises InputError where the sizes do not fit their number."""
+    """The mesh over `devices`, by default all of them. Raises InputError if the sizes do not fit their number."""
     devices = jax.devices() if devices is None else devices
-    sizes, types = mesh_sizes(config, len(devices)), (AxisType.Auto,) * len(MESH_AXES)
+    sizes = mesh_sizes(config, len(devices))
     if devices[0].platform != "tpu":
-        return jax.make_mesh(sizes, MESH_AXES, types, devices=devices)
-    # jax.make_mesh would not split a side of the torus between two axes, and knows no slices.
+        return jax.make_mesh(sizes, MESH_AXES, _AXIS_TYPES, devices=devices)
+    return Mesh(_arrange_tpus(sizes, devices), MESH_AXES, axis_types=_AXIS_TYPES)
+
+
+def _arrange_tpus(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """TPU devices in an array of these sizes, in which neighbors are near each other in the network.
+
+    jax.make_mesh would not split a side of the torus between two axes, and does not know slices.
+    """
     slices = num_slices(devices)
-    slow = slow_axis(sizes, slices)
-    between = [slices if axis == slow else 1 for axis in MESH_AXES]
-    inside = [size // times for size, times in zip(sizes, between, strict=True)]
-    place = functools.partial(mesh_utils.create_hybrid_device_mesh, inside, between)
     if slices == 1:
-        place = functools.partial(mesh_utils.create_device_mesh, inside)
-    return Mesh(place(devices=devices, allow_split_physical_axes=True), MESH_AXES, axis_types=types)
+        return mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
+    # sizes = inside * across: (8, 1, 4, ...) on 2 slices is (4, 1, 4, ...) in each, times (2, 1, 1, ...).
+    slow = MESH_AXES.index(slow_axis(sizes, slices))
+    across = [1] * len(sizes)
+    across[slow] = slices
+    inside = list(sizes)
+    inside[slow] //= slices
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices=devices, allow_split_physical_axes=True
+    )
 
 
 def num_slices(devices: Sequence[Any]) -> int:
-    """Slices that the devices lie in, joined by the data-centre network."""
+    """Number of TPU slices that hold the devices; the data-center network joins slices."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def slow_axis(sizes: Sequence[int], slices: int) -> str:
-    """The mesh axis that goes over slices: data, or pipeline where data does not divide. Raises InputError."""
-    found = next(
-        (axis for axis, size in zip(MESH_AXES[:2], sizes[:2], strict=True) if size % slices == 0),
-        None,
+    """The mesh axis that crosses slices: data, or pipeline if data is not divisible. Raises InputError."""
+    for axis, size in zip(("data", "pipeline"), sizes, strict=False):
+        if size % slices == 0:
+            return axis
+    raise InputError(
+        f"mesh.data: {sizes[0]} is not a multiple of the {slices} slices that it crosses, nor is "
+        "mesh.pipeline; make one of them a multiple"
     )
-    if found is None:
-        raise InputError(
-            f"mesh.data: {sizes[0]} is not a multiple of the {slices} slices it goes over, nor is pipeline"
-        )
-    return found
 
 
 def planned_mesh(config: MeshConfig, devices: Sequence[Any] | int) -> Any:
-    """`make_mesh`; of a number of devices, a mesh without devices, for shapes and shardings."""
+    """`make_mesh`; for a number of devices, a mesh without devices, of which shapes and shardings can be made."""
     if not isinstance(devices, int):
         return make_mesh(config, devices)
-    return AbstractMesh(
-        mesh_sizes(config, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-    )
+    return AbstractMesh(mesh_sizes(config, devices), MESH_AXES, axis_types=_AXIS_TYPES)
 
 
 def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
-    """Sizes of the axes over so many devices. Raises InputError where they do not fit."""
+    """Sizes of the axes on `count` devices, in the order of MESH_AXES. Raises InputError if they do not fit."""
     sizes = [getattr(config, axis) for axis in MESH_AXES]
-    given = math.prod(size for size in sizes if size != -1)
-    if count % given or (-1 not in sizes and given != count):
-        shape = ", ".join(
-            f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size != 1
-        )
+    fixed = math.prod(size for size in sizes if size != -1)
+    if count % fixed or (-1 not in sizes and fixed != count):
+        named = zip(MESH_AXES, sizes, strict=True)
+        shape = ", ".join(f"{axis} {size}" for axis, size in named if size != 1)
         raise InputError(
             f"mesh: {shape} does not divide the {count} devices; "
             "set one axis to -1 or make the product equal to the number of devices"
         )
-    return tuple(count // given if size == -1 else size for size in sizes)
+    return tuple(count // fixed if size == -1 else size for size in sizes)

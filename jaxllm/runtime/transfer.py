@@ -1,4 +1,4 @@
-"""Moves arrays between meshes, and from devices to the host."""
+"""Moves arrays from devices to the host, and from one mesh to another."""
 
 from typing import Any
 
@@ -9,20 +9,18 @@ from jax.sharding import Mesh
 
 
 def fetch(tree: Any) -> Any:
-    """A tree of global arrays as whole NumPy arrays, on every process; all processes must call it together."""
+    """The leaves of a tree as complete NumPy arrays, on every process; all processes must call it together."""
+    return jax.tree.map(_fetch_leaf, tree)
 
-    def one(x: Any) -> Any:
-        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-            return np.asarray(x)
+
+def _fetch_leaf(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return multihost_utils.process_allgather(x, tiled=True)
-
-    return jax.tree.map(one, tree)
+    return np.asarray(x)
 
 
 def reshard_across_meshes(tree: Any, mesh: Mesh, shardings: Any) -> Any:
-    """Reshard arrays onto a mesh that may order the same devices differently.
-
-    JAX accepts another order of devices only under the mesh that the arrays go to.
-    """
+    """Reshard arrays onto a mesh that may order the same devices differently."""
+    # JAX accepts another order of devices only while the target mesh is the current one.
     with jax.set_mesh(mesh):
         return jax.device_put(tree, shardings)

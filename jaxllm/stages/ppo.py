@@ -39,6 +39,7 @@ from jaxllm.evaluation import measures
 from jaxllm.generate import Rollout, SamplingConfig
 from jaxllm.losses import Metrics, Moments
 from jaxllm.metrics import Work, held_out
+from jaxllm.model_store import load_model, write_model_card
 from jaxllm.models import lora, next_token, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
@@ -47,7 +48,7 @@ from jaxllm.rl import rewards
 from jaxllm.rl.rewards import RewardSource
 from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.runtime.console import console
-from jaxllm.runtime.files import json_line, read_metrics, write_whole
+from jaxllm.runtime.files import json_line, read_jsonl, write_whole
 from jaxllm.runtime.mesh import MeshConfig, planned_mesh
 from jaxllm.runtime.transfer import fetch, reshard_across_meshes
 from jaxllm.sharding import (
@@ -62,7 +63,7 @@ from jaxllm.sharding import (
 )
 from jaxllm.tokenizers.trained import Tokenizer
 from jaxllm.train import TrainState
-from jaxllm.workspace import Workspace, load_model, write_model_card
+from jaxllm.workspace import Workspace
 
 # Adam's b2 0.95: InstructGPT; its eps: Huang, detail 21.
 _OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0, eps=1e-5)
@@ -1218,9 +1219,7 @@ class SampleTable:
             return
         if self._file is None or step <= self._last:  # a run that goes on, or that has gone back
             kept = (
-                line
-                for line in read_metrics(self.path, "skip")
-                if line.get("step", math.inf) < step
+                line for line in read_jsonl(self.path, "skip") if line.get("step", math.inf) < step
             )
             write_whole(self.path, "".join(map(json_line, kept)))
             self._file = self.path.open("a", encoding="utf-8")

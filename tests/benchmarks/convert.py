@@ -26,7 +26,7 @@ CHILD = """
 import re, sys, time
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-from jaxllm import workspace
+from jaxllm import model_store
 from jaxllm.pretrained import convert
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
 kb = lambda name: int(re.search(name + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
@@ -39,7 +39,7 @@ if what == "import":
 elif what == "export":
     convert.export_model(source, out, shard_gb=float("inf"))
 else:
-    params, _ = workspace.load_model(source, make_mesh(MeshConfig(data=1, fsdp=8)))
+    params, _ = model_store.load_model(source, make_mesh(MeshConfig(data=1, fsdp=8)))
     jax.block_until_ready(params)
 print(1024 * (kb("VmHWM") - before), time.monotonic() - began)
 """

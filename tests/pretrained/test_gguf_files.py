@@ -10,12 +10,12 @@ import pytest
 import tokenizers
 
 from jaxllm.config import InputError
+from jaxllm.model_store import load_model
 from jaxllm.pretrained import families, gguf_files
 from jaxllm.pretrained.convert import import_model
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import train
-from jaxllm.workspace import load_model
 from tests.oracles.families import weight
 from tests.pretrained.test_families import RECORD
 

@@ -223,7 +223,7 @@ def test_a_full_disk_ends_the_save_not_the_run(tmp_path, capsys, monkeypatch, ro
         saves.save(1, state, {})
         saves.wait()
         said = " ".join(capsys.readouterr().err.split())
-        assert "saving step 1 into" in said and "the run goes on" in said
+        assert "saving step 1 into" in said and "training continues" in said
         with pytest.raises(c.SaveFailed, match="make room"):
             saves.save_surely(2, state, {}, attempts=2, pause=0.0)
         ballast.unlink()
