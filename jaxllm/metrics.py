@@ -168,11 +168,13 @@ class MetricLog:
         if self._steps:
             jax.block_until_ready(self._steps[-1])
         self._steps.append(metrics)
-        if step == self._start + 1:  # which includes compilation
+        if step == self._start + 1:
             jax.block_until_ready(metrics)
+            # Compilation is not throughput.
             self._uncounted += 1
             self._interval_began = time.monotonic()
             self.waited = 0.0
+        # The last step ends an interval wherever it is.
         ends = any(step % every == 0 for every in self.every) or step == self.num_steps
         if ends:
             self._end_interval(step)
@@ -195,8 +197,10 @@ class MetricLog:
 
         Raises TrainingDiverged if a value is not finite.
         """
+        # The lines of the file are in the order of their steps.
         self.flush()
         self._emit(step, dict(values))
+        # Written before it raises: the value that ended the run is in the log.
         require_finite(self.title, values, f" at step {step}")
         self._interval_began = time.monotonic()
 
@@ -220,8 +224,10 @@ class MetricLog:
         step, pending, seconds, waited = self._pending
         self._pending = None
         steps = fetch(pending)
+        # Before anything is written: after a rewind these steps are done again.
         self._check_streak(step, steps)
         values = reduce(steps)
+        # Only the steps that this process ran after compilation took `seconds`.
         counted = len(steps) - self._uncounted
         self._uncounted = 0
         if counted > 0 and seconds > 0:
@@ -251,12 +257,13 @@ class MetricLog:
             for name, (streak, _) in metrics.items():
                 if name.endswith("skip_streak"):
                     self._streak = max(self._streak, int(float(streak)))
+            # Step `done` is the last bad one: with a streak of 3 at step 12, updates 10 to 12 were skipped.
             if self._rewind_after and self._streak >= self._rewind_after:
                 raise Rewind(max(0, done - self._streak), done)
 
     def _check_end(self, steps: list[Any]) -> None:
         """Raise TrainingDiverged if the stage ends in a long streak of skipped updates."""
-        # A stage may have fewer updates than a long streak.
+        # A stage may have fewer updates than a long streak, for example a PPO of one step and 16 minibatches.
         most = self.num_steps * max(map(_num_updates, steps))
         if self._streak >= min(_LONG_STREAK, most):
             raise TrainingDiverged(
@@ -333,11 +340,13 @@ def _measure_matmul(mesh: jax.sharding.Mesh, size: int = 1024) -> float:
     x = jax.device_put(jnp.ones((mesh.size, size, size), jnp.bfloat16), sharding)
     product = jax.jit(lambda a: jnp.einsum("nij,njk->nik", a, a))
     product(x).block_until_ready()  # compiles
+    # The fastest, because other processes on the machine only make it slower.
     best = math.inf
     for _ in range(20):
         began = time.perf_counter()
         product(x).block_until_ready()
         best = min(best, time.perf_counter() - began)
+    # A product of two n x n matrices is n^3 multiplications and as many additions.
     return 2.0 * mesh.size * size**3 / best
 
 
@@ -397,6 +406,7 @@ def _jsonl(directory: epath.Path, kept: list[dict[str, Any]]) -> Writer:
     """Appends to metrics.jsonl, which is first rewritten with the lines to keep."""
     path = directory / "metrics.jsonl"
     write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+    # Held open for the whole stage, and flushed after each line so that others can follow it.
     file = path.open("a", encoding="utf-8")
 
     def write(step: int, values: Mapping[str, float]) -> None:
@@ -407,7 +417,7 @@ def _jsonl(directory: epath.Path, kept: list[dict[str, Any]]) -> Writer:
 
 
 def _tensorboard(directory: epath.Path, start: int) -> Writer:
-    # purge_step hides the points that a killed run wrote past its newest checkpoint.
+    # TensorBoard files cannot be cut like metrics.jsonl; purge_step hides the points that a killed run wrote past its newest checkpoint.
     writer = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
 
     def write(step: int, values: Mapping[str, float]) -> None:
@@ -420,6 +430,7 @@ def _tensorboard(directory: epath.Path, start: int) -> Writer:
 
 
 def _wandb(directory: epath.Path, project: str) -> Writer:
+    # Imported here because it is an optional dependency, and slow to import.
     try:
         import wandb  # pyright: ignore[reportMissingImports] - an extra
     except ImportError:

@@ -24,6 +24,7 @@ from jaxllm.sharding import place_params
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import Tokenizer
 
+# Modules that describe their parameters with the same functions, `abstract` and `axes`.
 _FAMILIES = {"policy": transformer, "reward": scalar}
 
 
@@ -50,6 +51,7 @@ def write_model_card(
         record["adapters"] = to_tree(adapters)
         # Relative, because the run directory may be moved.
         record["base"] = base if is_remote(base) else os.path.relpath(base, stage_dir)
+    # One writer, since all processes see the same folder.
     if jax.process_index() == 0:
         write_json(stage_dir / "model.json", record)
 
@@ -93,6 +95,7 @@ def load_model(
         )
     adapters = build(LoRAConfig, record.get("adapters", {}), name=f"{stage_dir}/model.json")
     family = _FAMILIES[kind]
+    # With adapters, the checkpoint holds them and nothing of the base.
     shapes, axes = lora.trained(adapters, family.abstract(model), family.axes(model))
     # A finished stage names the checkpoint that is its result; an unfinished one has a newest checkpoint.
     finished = read_json(stage_dir / "result.json") or {}
@@ -116,9 +119,11 @@ def _load_base(
 ) -> Any:
     """Parameters of the policy that adapters belong to, its own adapters merged."""
     source = base if is_remote(base) else os.path.normpath(stage_dir / base)
+    # PPO's reward model is loaded after the reference model, often its base: one copy serves both.
     for path, params in loaded.items():
         if os.path.normpath(path) == source:
             return params
+    # The base may have been trained as adapters itself.
     return lora.merge(load_model(source, mesh)[0])
 
 

@@ -177,6 +177,7 @@ def in_blocks(weights: jax.Array, dim: int, count: int) -> jax.Array:
     """
     before = weights.shape[:dim]
     after = weights.shape[dim + 1 :]
+    # [..., device, block, position in the block, ...]
     cut = weights.reshape(*before, mesh_size("tensor"), count, -1, *after)
     return jnp.moveaxis(cut, dim + 1, 0).reshape(count, *before, -1, *after)
 

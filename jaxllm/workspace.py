@@ -129,15 +129,19 @@ class Workspace:
             InputError: fields differ from the recorded ones and are not in `allow_change`; it lists them.
         """
         directory = self.stage_dir(stage)
+        # Process 0 alone writes; the others read what it wrote after a barrier.
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
+        # A stage that has only failed so far may be begun with another config.
         recorded = read_json(directory / "config.json") if _has_progress(directory) else None
         if recorded is not None:
+            # Recorded by an older version, it may lack fields; their defaults are what was used.
             old = self.complete({name: recorded.get(name) for name in sections})
             new = self._sections(sections)
             check_unchanged(
                 _outcome(old), _outcome(new), self.allow_change, directory, "another config"
             )
+            # A finished stage would be skipped.
             if extends and _length_changed(stage, old, new):
                 self.reopen(stage)
         if jax.process_index() == 0:
@@ -155,6 +159,7 @@ class Workspace:
             sections: sections of the config that decide the outcome.
             data: fingerprint of the data.
         """
+        # A checkpoint records these; a run that differs in one of them does not resume from it.
         fingerprints = {
             **_outcome(self._sections(sections)),
             "code": code_version(),
@@ -174,6 +179,7 @@ class Workspace:
         record = dict(result)
         directory = self.stage_dir(stage) / "checkpoints"
         steps = checkpoint.committed_steps(directory) if directory.exists() else []
+        # Later stages load this step, not the newest: the stage may be training further meanwhile.
         if steps:
             record["checkpoint"] = steps[-1]
         write_json(self.stage_dir(stage) / "result.json", record)
@@ -202,6 +208,7 @@ class Workspace:
         """The stage directory `given`; if empty, that of `stage`, which must be finished."""
         if given:
             return os.path.expanduser(given)
+        # A directory that the user gave may be an imported model, which no stage here has made.
         self.require(stage, needed_by)
         return str(self.stage_dir(stage))
 
@@ -238,5 +245,6 @@ def _has_progress(directory: epath.Path) -> bool:
     """Whether a stage has produced anything that a changed config would be mixed into."""
     if any((directory / name).exists() for name in _PROGRESS_FILES):
         return True
+    # Also a step without a seal counts: a save in progress when the process was killed.
     checkpoints = directory / "checkpoints"
     return checkpoints.exists() and any(entry.name.isdigit() for entry in checkpoints.iterdir())

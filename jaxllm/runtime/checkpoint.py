@@ -18,7 +18,6 @@ does not match the model is an error that lists both sides; nothing is overlaid 
 """
 
 import dataclasses
-import re
 import shutil
 import threading
 import time
@@ -35,7 +34,7 @@ from jaxllm.config import Ending, InputError
 from jaxllm.config.ranges import NonNegativeInt, PositiveInt
 from jaxllm.runtime import digest, tree_shapes
 from jaxllm.runtime.console import console
-from jaxllm.runtime.files import is_remote
+from jaxllm.runtime.files import absolute, check_path, is_remote
 from jaxllm.runtime.processes import any_process, barrier
 from jaxllm.runtime.seal import (
     IO_ERRORS,
@@ -76,7 +75,7 @@ class CheckpointConfig:
     rewind_skip: NonNegativeInt = 100
     """Batches to skip beyond the last bad one after a rewind (PaLM: 200 to 500)."""
     max_rewinds: NonNegativeInt = 3
-    """Training fails when it would have to rewind once more than this."""
+    """Number of rewinds after which training fails instead of rewinding again."""
     compare_replicas_every: NonNegativeInt = 0
     """Steps between comparisons of replicated arrays across devices, to find silent data corruption; 0: never."""
 
@@ -106,9 +105,10 @@ class Checkpoints:
         lower_is_better: bool = True,
     ):
         check_path(directory)
-        self.directory = _absolute(directory)
+        self.directory = absolute(directory)
         self.config = config
         self.metric = metric
+        # Times the metric, it makes higher values better.
         self.sign = -1.0 if lower_is_better else 1.0
         self._writer: ocp.AsyncCheckpointer | None = None
         # The save in progress: the thread that will commit it, its step, and why it failed ("": it has not).
@@ -141,7 +141,7 @@ class Checkpoints:
         A failure (a full disk, a folder that cannot be written) ends the save and not the run: it is reported, and the
         next save tries again.
         """
-        self.wait()
+        self.wait()  # one save at a time: the host has memory for one copy of the state
         self._saving = step
         self._error = self._no_room(state)
         # Orbax's save has barriers: all processes start it, or none does.
@@ -162,6 +162,7 @@ class Checkpoints:
         except IO_ERRORS as error:
             self._error = short_text(error)
         else:
+            # Sealing waits for Orbax's threads on all processes; training does not wait for it.
             self._commit = threading.Thread(
                 target=self._finish_save, args=(self._writer, step, seal, shapes)
             )
@@ -175,6 +176,7 @@ class Checkpoints:
         try:
             writer.wait_until_finished()  # on all processes
             if jax.process_index() == 0:
+                # Not every failed write is reported, and this checkpoint replaces an older one.
                 self._error = _read_back_error(step_dir, shapes)
                 if not self._error:
                     write_seal(step_dir, seal)
@@ -187,6 +189,7 @@ class Checkpoints:
         if self._commit:
             self._commit.join()
             self._commit = None
+            # Every process must know: it may have failed on one of them only.
             if any_process(bool(self._error)):
                 self._give_up()
 
@@ -196,6 +199,7 @@ class Checkpoints:
         """Save and wait until it is on disk. Raises SaveFailed after `attempts`, which are `pause` seconds apart."""
         self.wait()
         for attempt in range(attempts):
+            # The step may be one that `save_every` has saved before.
             if step in committed_steps(self.directory):
                 return
             if attempt:
@@ -212,6 +216,7 @@ class Checkpoints:
     def go_back(self, step: int) -> None:
         """Remove the checkpoints after `step`."""
         self.wait()
+        # Without this, a restart would resume from beyond the rewind.
         if jax.process_index() == 0:
             for later in committed_steps(self.directory):
                 if later > step:
@@ -234,6 +239,7 @@ class Checkpoints:
         )
         self._writer = None  # a writer that has failed once is not trusted again
         self._error = ""
+        # It takes up space that the next save needs.
         if jax.process_index() == 0:
             _remove(self.directory / str(self._saving))
         barrier("save failed")
@@ -256,6 +262,7 @@ class Checkpoints:
         steps = committed_steps(self.directory)
         kept = set(steps[-self.config.keep_last :])
         if self.metric and self.config.keep_best:
+            # Of equal ones the newer is better.
             best_last = sorted(steps, key=lambda step: (self._quality(step), step))
             kept.update(best_last[-self.config.keep_best :])
         for step in steps:
@@ -272,37 +279,13 @@ class Checkpoints:
         return self.sign * metrics[self.metric] if self.metric in metrics else -np.inf
 
 
-def check_path(directory: epath.PathLike) -> None:
-    """Raise InputError if Orbax could not read back what it writes into this directory.
-
-    Orbax finds its own files with a glob that contains the directory's name unescaped: for `r[1]` it would look into
-    `r1`. TensorStore accepts only names that are valid Unicode.
-    """
-    if "\0" in str(directory):
-        raise InputError(
-            f"{directory}: a directory's name cannot hold a NUL character; choose another --run-dir"
-        )
-    path = str(_absolute(directory))
-    pattern = re.search(r"[*?[\\]", path)
-    if pattern:
-        raise InputError(
-            f"{directory}: the checkpoint library reads {pattern[0]!r} in a directory's name as a "
-            f"pattern and would lose checkpoints; choose another --run-dir, or rename {path}"
-        )
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{path!a}: this directory's name is not valid UTF-8; choose another --run-dir"
-        ) from None
-
-
 def _read_back_error(step_dir: epath.Path, shapes: Mapping[str, str]) -> str:
     """Why a checkpoint that was just written cannot be read back; "" if it can.
 
     This opens every array; the values are checked against their digests when they are restored.
     """
     try:
+        # The metadata of arrays is read from the arrays' own files.
         saved = ocp.PyTreeCheckpointHandler().metadata(step_dir).tree
     except READ_ERRORS as error:
         return f"it cannot be read back: {short_text(error)}"
@@ -311,7 +294,7 @@ def _read_back_error(step_dir: epath.Path, shapes: Mapping[str, str]) -> str:
 
 
 def _new_writer(state: Any) -> ocp.AsyncCheckpointer:
-    # Otherwise a folder that cannot be created is no error at first, and Orbax's threads wait for it for minutes.
+    # Without this, a folder that cannot be created is not an error at first: Orbax's threads wait for it for minutes.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     # Host memory: the copy off the devices takes one state. Compression takes the size of a leaf again for each leaf
     # in progress; this limit, in GB, admits the largest leaf, and several small ones at a time.
@@ -323,7 +306,7 @@ def _new_writer(state: Any) -> ocp.AsyncCheckpointer:
 
 def newest(stage_dir: epath.PathLike, step: int | None = None) -> epath.Path:
     """The folder of a stage's newest checkpoint, or of that of `step`. Raises InputError if there is none."""
-    directory = _absolute(epath.Path(stage_dir) / "checkpoints")
+    directory = absolute(epath.Path(stage_dir) / "checkpoints")
     if not directory.exists():
         raise InputError(
             f"{stage_dir}: has no checkpoints; give the directory of a stage that trains a model"
@@ -377,6 +360,7 @@ def restore(
                 "give it as init_from"
             )
         return read_imported(Path(step_dir), record, abstract, path), record
+    # Digests do not depend on the sharding: those taken on another mesh must be equal.
     state = _read_arrays(step_dir, abstract, path)
     wrong = digest.differing(_digests_below(seal["digests"], path), digest.digests(state))
     if wrong:
@@ -393,9 +377,11 @@ def _read_arrays(step_dir: epath.Path, abstract: Any, path: Sequence[str]) -> An
             metadata: Any = reader.metadata(step_dir).item_metadata
             saved = _subtree(tree_shapes.as_dicts(metadata.tree), path)
             tree_shapes.compare(saved, abstract, str(step_dir))
+            # Orbax wants the path from the root: {"params": abstract}.
             item = abstract
             for key in reversed(path):
                 item = {key: item}
+            # partial_restore: without it, Orbax refuses a tree that lacks the rest of the saved one.
             args = ocp.args.PyTreeRestore(
                 item, restore_args=jax.tree.map(_restore_arg, item), partial_restore=bool(path)
             )
@@ -445,8 +431,3 @@ def _remove(step_dir: epath.Path) -> None:
     # The seal first: if this is interrupted, the rest of the folder is not a checkpoint.
     (step_dir / SEAL).unlink(missing_ok=True)
     step_dir.rmtree(missing_ok=True)
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-    path = epath.Path(path)
-    return path if is_remote(path) else path.resolve()  # Orbax takes absolute paths only

@@ -31,6 +31,7 @@ def digests(tree: Any) -> Digests:
     found: Digests = {}
     for mesh, leaves in _by_mesh(named_leaves(tree)).items():
         shardings = tuple((name, _spread(leaf)) for name, leaf in leaves.items())
+        # Leaves that are on a single device or on the host have no mesh.
         with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
             words = _digest_all(leaves, shardings)
         for name, pair in fetch(words).items():
@@ -128,6 +129,7 @@ def _words(x: jax.Array) -> jax.Array:
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:  # which cannot be bitcast
         return x.astype(jnp.uint32)
+    # A bitcast to a smaller type adds a dimension: float64[3] -> uint32[3, 2].
     bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[min(x.dtype.itemsize, 4)])
     return bits.astype(jnp.uint32)
 
@@ -139,6 +141,7 @@ def _positions(shape: tuple[int, ...]) -> jax.Array:
     """
     index = jnp.zeros(shape, jnp.uint32)
     for dim in range(len(shape)):
+        # Elements 2^32 apart share a position; their exchange would go unnoticed, a changed bit would not.
         stride = math.prod(shape[dim + 1 :]) % 2**32
         index = index + jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * jnp.uint32(stride)
     return index
@@ -197,6 +200,7 @@ def _outvoted(leaf: jax.Array, words: np.ndarray, mesh: Mesh) -> list[Any]:
     for copies_of_shard in copies.values():
         votes = Counter(pair for _, pair in copies_of_shard)
         winner, count = votes.most_common(1)[0]
+        # Of two copies that differ, neither is trusted.
         majority = winner if 2 * count > len(copies_of_shard) else None
         if len(votes) > 1:
             found += [device for device, pair in copies_of_shard if pair != majority]

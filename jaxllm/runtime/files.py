@@ -1,8 +1,9 @@
-"""JSON, JSON lines, and atomic writes: a reader sees the old content or the new, never a part of it."""
+"""Paths, JSON, JSON lines, and atomic writes: a reader sees the old content or the new, never a part of it."""
 
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,41 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in str(path)
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path that does not depend on the working directory."""
+    path = epath.Path(path)
+    return path if is_remote(path) else path.resolve()
+
+
+def check_path(directory: epath.PathLike) -> None:
+    """Raise InputError if Orbax could not read back what it writes into this directory.
+
+    Orbax finds its own files with a glob that contains the directory's name unescaped: for `r[1]` it would look into
+    `r1`. TensorStore accepts only names that are valid Unicode.
+    """
+    if "\0" in str(directory):
+        raise InputError(
+            f"{directory}: a directory's name cannot hold a NUL character; choose another --run-dir"
+        )
+    path = str(absolute(directory))
+    pattern = re.search(r"[*?[\\]", path)
+    if pattern:
+        raise InputError(
+            f"{directory}: the checkpoint library reads {pattern[0]!r} in a directory's name as a "
+            f"pattern and would lose checkpoints; choose another --run-dir, or rename {path}"
+        )
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{path!a}: this directory's name is not valid UTF-8; choose another --run-dir"
+        ) from None
+
+
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:
     """Write a file atomically. Text is written as UTF-8; a lone surrogate becomes "?"."""
     path = epath.Path(path)
+    # In the same folder: rename() is atomic only within a file system.
     partial = path.parent / f".{path.name}.partial"
     with partial.open("wb") as file:
         file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
@@ -45,6 +78,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        # A kill between the two renames leaves no target: a reader sees a missing folder, not a mixed one.
         if target.exists():
             # rename() cannot replace a folder that has files in it.
             shutil.rmtree(replaced, ignore_errors=True)
@@ -74,6 +108,7 @@ def read_jsonl(
     path = epath.Path(path)
     if not path.exists():
         return []
+    # Not splitlines(): a text may hold U+2028 and other separators, and a damaged file any byte.
     lines = path.read_bytes().split(b"\n")[:-1]
     values: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
@@ -107,6 +142,7 @@ def json_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
+# What a user would call a value of JSON.
 _JSON_NAMES = {
     list: "a list",
     str: "a text",
@@ -142,4 +178,5 @@ def read_json(
 
 def write_json(path: epath.PathLike, value: Any) -> None:
     """Write a JSON file atomically."""
+    # allow_nan=False: NaN is not JSON, and other programs read these files.
     write_whole(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")

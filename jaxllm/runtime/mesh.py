@@ -42,8 +42,10 @@ class MeshConfig:
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices`, by default all of them. Raises InputError if the sizes do not fit their number."""
+    # In a job of several processes, jax.devices() has the devices of all of them.
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
+    # GPUs and CPUs have no torus to map the mesh onto.
     if devices[0].platform != "tpu":
         return jax.make_mesh(sizes, MESH_AXES, _AXIS_TYPES, devices=devices)
     return Mesh(_arrange_tpus(sizes, devices), MESH_AXES, axis_types=_AXIS_TYPES)
@@ -75,6 +77,7 @@ def num_slices(devices: Sequence[Any]) -> int:
 
 def slow_axis(sizes: Sequence[int], slices: int) -> str:
     """The mesh axis that crosses slices: data, or pipeline if data is not divisible. Raises InputError."""
+    # The other axes exchange data in every layer, which is too slow between slices.
     for axis, size in zip(("data", "pipeline"), sizes, strict=False):
         if size % slices == 0:
             return axis
@@ -94,8 +97,10 @@ def planned_mesh(config: MeshConfig, devices: Sequence[Any] | int) -> Any:
 def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
     """Sizes of the axes on `count` devices, in the order of MESH_AXES. Raises InputError if they do not fit."""
     sizes = [getattr(config, axis) for axis in MESH_AXES]
+    # With -1 on 8 devices: (-1, 1, 2, 1, 1, 2) -> (2, 1, 2, 1, 1, 2).
     fixed = math.prod(size for size in sizes if size != -1)
     if count % fixed or (-1 not in sizes and fixed != count):
+        # Axes of size 1 would only make the error longer.
         named = zip(MESH_AXES, sizes, strict=True)
         shape = ", ".join(f"{axis} {size}" for axis, size in named if size != 1)
         raise InputError(

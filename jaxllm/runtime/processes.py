@@ -85,7 +85,7 @@ def _end_soon(code: int, seconds: float = 10.0) -> None:
     Only outside a training loop, where a process may be killed at any time.
     """
     timer = threading.Timer(seconds, os._exit, (code,))
-    timer.daemon = True
+    timer.daemon = True  # it does not keep a process alive that ends by itself
     timer.start()
 
 
@@ -119,6 +119,7 @@ class Signals:
         repeated = bool(self.received)
         self.received = name
         self.since = self.since or time.monotonic()
+        # A handler runs between any two bytecodes: inside a loop it only notes the signal.
         if self._in_loop and not repeated:
             print(f"jaxllm: {name}: stopping after this step", file=sys.stderr, flush=True)
             if jax.process_count() > 1:

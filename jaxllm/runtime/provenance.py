@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 _PACKAGE = Path(__file__).parents[1]
+# Packages that can change results.
 _RECORDED_PACKAGES = (
     "jax",
     "jaxlib",
@@ -41,10 +42,12 @@ def provenance(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     }
 
 
+# Cached: the source is read once, as it was when the process began to use it.
 @functools.cache
 def code_version() -> dict[str, str]:
     """A hash of this package's source, and the versions of JAX: with config and data, they decide every bit."""
     source = hashlib.sha256()
+    # In a fixed order, since a file system lists files in any.
     for file in sorted(_PACKAGE.rglob("*.py")):
         source.update(file.read_bytes())
     return {
@@ -55,6 +58,7 @@ def code_version() -> dict[str, str]:
 
 
 def _git_version() -> str:
+    # -C: the process may have been started in another repository.
     command = ["git", "-C", str(_PACKAGE), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -56,6 +56,7 @@ def committed_steps(directory: epath.Path) -> list[int]:
     """The steps with a seal in a checkpoints/ folder, in order."""
     steps = []
     for entry in directory.iterdir():
+        # Orbax's temporary folders have names like 600.orbax-checkpoint-tmp.
         if entry.name.isdigit() and (entry / SEAL).exists():
             steps.append(int(entry.name))
     return sorted(steps)
@@ -63,6 +64,7 @@ def committed_steps(directory: epath.Path) -> list[int]:
 
 def write_seal(step_dir: epath.Path, seal: dict[str, Any]) -> None:
     """Commit a step's folder. seal: {record, digests}, to which this adds the hashes of the files in the folder."""
+    # Orbax has finished: nothing is added to the folder any more.
     seal["files"] = {} if is_remote(step_dir) else _hash_files(step_dir, _files(step_dir))
     write_whole(step_dir / SEAL, json.dumps({**seal, "sha256": _hash_json(seal)}))
 
@@ -71,6 +73,7 @@ def read_seal(step_dir: epath.Path) -> dict[str, Any]:
     """{record, digests, files}. Raises Damaged if there is no seal, or its content is not what was written."""
     try:
         seal = json.loads((step_dir / SEAL).read_bytes())
+        # Of the parsed JSON, not of the bytes: the hash is inside the file that it protects.
         intact = seal.pop("sha256") == _hash_json(seal)
     except READ_ERRORS as error:
         raise Damaged(step_dir, f"{SEAL}: {short_text(error)}") from None
@@ -86,6 +89,7 @@ def check_files(step_dir: epath.Path, seal: dict[str, Any]) -> None:
     files there; the digests of leaves are checked nevertheless.
     """
     fault = _find_fault(step_dir, seal["files"]) if seal["files"] else ""
+    # A process that raised alone would leave the others waiting in the restore.
     if any_process(bool(fault)):
         raise Damaged(step_dir, fault or "found by another process")
 
@@ -99,6 +103,7 @@ def _find_fault(step_dir: epath.Path, wanted: dict[str, str]) -> str:
     for name in existing:
         if name not in wanted:
             return f"{name} does not belong to it"
+    # Every n-th file of n processes.
     own_share = list(wanted)[jax.process_index() :: jax.process_count()]
     try:
         hashes = _hash_files(step_dir, own_share)
@@ -133,6 +138,7 @@ def _hash_files(step_dir: epath.Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def _hash_json(value: Any) -> str:
+    # sort_keys: the order of keys is not part of the content.
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -153,6 +159,7 @@ def set_aside(step_dir: epath.Path) -> None:
     """Move a damaged checkpoint to STAGE/damaged/STEP for inspection; the one that was there before is removed."""
     if jax.process_index() == 0:
         damaged = step_dir.parent.parent / "damaged"
+        # One at most is kept: a disk that damages files must not fill up with them.
         damaged.rmtree(missing_ok=True)
         damaged.mkdir()
         if step_dir.exists():

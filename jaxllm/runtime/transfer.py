@@ -15,6 +15,7 @@ def fetch(tree: Any) -> Any:
 
 def _fetch_leaf(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        # Its shards are on several hosts, none of which has all of them.
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 

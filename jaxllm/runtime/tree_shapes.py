@@ -10,18 +10,19 @@ from jaxllm.config import InputError
 from jaxllm.runtime import digest
 
 
-def compare(saved: Any, wanted: Any, place: str) -> None:
+def compare(saved: Any, wanted: Any, where: str) -> None:
     """Raise InputError, which lists both sides, if two trees differ in the path, dtype or shape of a leaf.
 
     Args:
         saved: the tree in a checkpoint, or its metadata.
         wanted: the tree that the config's model has.
-        place: the checkpoint's folder, for the error.
+        where: the checkpoint's folder, for the error.
     """
     have = shapes(saved)
     want = shapes(wanted)
     if have == want:
         return
+    # Three lists, which tell a wrong size from a wrong architecture.
     different = []
     only_saved = []
     for name, shape in have.items():
@@ -36,7 +37,7 @@ def compare(saved: Any, wanted: Any, place: str) -> None:
         _first_three("only in this config's model", only_wanted),
     ]
     raise InputError(
-        f"{place}: the checkpoint is of another model ({'; '.join(filter(None, lists))}); "
+        f"{where}: the checkpoint is of another model ({'; '.join(filter(None, lists))}); "
         "use its own config or another directory"
     )
 
@@ -55,6 +56,7 @@ def shapes(tree: Any) -> dict[str, str]:
 
 
 def _describe(leaf: Any) -> str:
+    # np.dtype: a dtype may also be given as a scalar type, such as jnp.bfloat16.
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
@@ -74,10 +76,12 @@ def as_dicts(tree: Any) -> Any:
         tree = tree._asdict()
     elif isinstance(tree, list | tuple):
         tree = dict(enumerate(tree))
+    # Anything else is a leaf without a shape, such as None: a checkpoint does not hold it.
     if not isinstance(tree, Mapping):
         return {}
     children = {}
     for key, value in tree.items():
+        # Optax's states have many empty tuples, which Orbax drops.
         child = as_dicts(value)
         if _is_array_like(child) or child:
             children[str(key)] = child
