@@ -1,4 +1,4 @@
-"""Sums over an interval divided once; a resumed log has no line twice; a loss that is not finite stops the run."""
+"""Sums over an interval are divided once; a resumed log has no line twice; a loss that is not finite stops the run."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def test_an_interval_is_the_sum_over_the_weight_not_a_mean_of_means(tmp_path):
     assert all("train/never" not in line for line in lines(tmp_path))
 
 
-def test_a_resumed_log_is_that_of_a_run_never_cut(tmp_path):
+def test_a_resumed_log_is_that_of_an_uninterrupted_run(tmp_path):
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     drive(make(tmp_path / "whole"), range(1, 11))
@@ -68,7 +68,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         log(4, None, {"loss": pair(float("nan"), 1)})
 
 
-def test_points_of_their_own_are_written_and_shown(tmp_path):
+def test_values_outside_intervals_are_written_and_shown(tmp_path):
     log = make(tmp_path, shown=("loss", "eval/loss"))
     drive(log, range(1, 5))
     log = make(tmp_path, start=4)

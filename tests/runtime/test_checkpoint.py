@@ -1,4 +1,4 @@
-"""What is saved comes back bit for bit, on any mesh; last N and best are kept; mistakes are one clear line."""
+"""What is saved is restored bit for bit on any mesh; the last N and the best are kept; each mistake is one clear line."""
 
 import shutil
 import subprocess
@@ -57,7 +57,9 @@ def test_restored_on_another_mesh_it_is_the_same_state(saved, mesh):
     directory, state = saved
     placed = placed_on(mesh)
     saves = c.Checkpoints(directory / "checkpoints", c.CheckpointConfig())
-    restored, _ = saves.restore_or_init(placed.abstract, lambda: pytest.fail("must not start anew"))
+    restored, _ = saves.restore_or_init(
+        placed.abstract, lambda: pytest.fail("must not initialize again")
+    )
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, restored), state)
     for leaf, sharding in zip(
         jax.tree.leaves(restored), jax.tree.leaves(placed.shardings), strict=True
@@ -99,7 +101,7 @@ def test_last_best_and_every_so_many_are_kept(tmp_path):
     ) == [3, 6, 7]
 
 
-def test_an_empty_directory_starts_anew(tmp_path):
+def test_an_empty_directory_initializes(tmp_path):
     saves = c.Checkpoints(tmp_path / "checkpoints", c.CheckpointConfig())
     assert saves.restore_or_init(None, lambda: "fresh") == ("fresh", {})
 
@@ -119,7 +121,7 @@ def test_another_models_checkpoint_lists_both_sides(saved):
     )
 
 
-def test_what_a_killed_save_left_is_cleaned_and_the_last_whole_one_used(saved):
+def test_what_a_killed_save_left_is_removed_and_the_last_complete_one_used(saved):
     directory, _ = saved
     (directory / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
     shutil.copytree(directory / "checkpoints" / "3", directory / "checkpoints" / "6")
@@ -129,10 +131,10 @@ def test_what_a_killed_save_left_is_cleaned_and_the_last_whole_one_used(saved):
     assert [p.name for p in (directory / "checkpoints").iterdir()] == ["3"]
 
 
-def flip(file, place):
-    """Flip one bit of a file; place: a number in 0..1."""
+def flip(file, where):
+    """Flip one bit of a file; where: a number in 0..1, from its first bit to its last."""
     data = bytearray(file.read_bytes())
-    at = int(place * 8 * len(data))
+    at = int(where * 8 * len(data))
     data[at // 8] ^= 1 << (at % 8)
     file.write_bytes(data)
 
