@@ -123,7 +123,7 @@ def totals(lines: list[dict[str, Any]]) -> dict[str, float]:
         if "restored" in line:
             restored.setdefault((line["attempt"], line["stage"]), line["restored"])
 
-    seconds = dict.fromkeys(KINDS, 0.0)
+    seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     previous = None
     for line in lines:
         if previous and previous["attempt"] != line["attempt"]:
