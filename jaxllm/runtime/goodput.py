@@ -8,9 +8,9 @@ of the ledger holds the seconds since the line before:
 A line may also have "restored", the step of the checkpoint that the attempt resumed from, and "event". Work of earlier
 attempts beyond that checkpoint is lost; the time between two attempts is "down":
 
-    attempt 1  |start|compile|step ... step|step ... step|  killed; the newest checkpoint is here ^ in the middle
-                                           ^-------------^ lost
-    attempt 2                                               (down) |start|restore|step ...
+    attempt 1   start  compile  step 1-10  save  step 11-14  killed
+                                                 (lost)
+    attempt 2                                                      down  start  restore  compile  step 11-20
 """
 
 import functools
