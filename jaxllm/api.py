@@ -21,9 +21,9 @@ from jaxllm.config import load as load_config
 from jaxllm.config.shipped import find_config
 from jaxllm.evaluation import scoring
 from jaxllm.generate import SamplingConfig, complete
+from jaxllm.life import Config
 from jaxllm.models import transformer
-from jaxllm.run import Config
-from jaxllm.runtime.files import read_metrics
+from jaxllm.runtime.files import read_jsonl as read_metrics
 from jaxllm.stages import named
 
 __all__ = ["LoadedModel", "load", "read_config", "read_metrics", "run_stages"]

@@ -9,11 +9,11 @@ import jax
 
 from jaxllm.config import InputError
 from jaxllm.generate import SamplingConfig, complete, stream
+from jaxllm.model_store import load_model, load_policy
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.tokenizers.trained import StreamDecoder, Tokenizer
-from jaxllm.workspace import load_model, load_policy
 
 
 def load(stage_dir: str) -> tuple[Any, ModelConfig, Tokenizer, jax.sharding.Mesh]:

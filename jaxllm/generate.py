@@ -19,7 +19,8 @@ from jaxllm.config import InputError
 from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveProportion
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.sharding import activation, batch_shards, constrain, fetch
+from jaxllm.runtime.transfer import fetch
+from jaxllm.sharding import activation, batch_shards, constrain
 
 
 @dataclasses.dataclass(frozen=True)

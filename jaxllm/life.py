@@ -12,8 +12,8 @@ from jaxllm.config import require
 from jaxllm.config.ranges import Seed, Threads
 from jaxllm.metrics import LoggingConfig
 from jaxllm.models.config import ModelConfig
+from jaxllm.runtime.mesh import MeshConfig
 from jaxllm.runtime.processes import ProcessConfig
-from jaxllm.sharding import MeshConfig
 from jaxllm.stages import Stage
 
 

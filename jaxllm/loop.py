@@ -16,6 +16,7 @@ from jaxllm.runtime.digest import unequal_replicas
 from jaxllm.runtime.goodput import Ledger
 from jaxllm.runtime.prefetch import Prefetch
 from jaxllm.runtime.processes import Signals
+from jaxllm.runtime.seal import committed_steps
 from jaxllm.train import Batch, Hook, Run, Training, fit
 
 
@@ -112,7 +113,7 @@ def _go_back(stage: _Stage, skipped: list[list[int]], trouble: Rewind) -> list[l
     """
     config = stage.training.settings.checkpoint
     stage.saves.wait()
-    steps = checkpoint.committed_steps(stage.saves.directory)
+    steps = committed_steps(stage.saves.directory)
     target = max((step for step in steps if step <= trouble.first_bad), default=0)
     if len(skipped) >= config.max_rewinds:
         raise TrainingDiverged(

@@ -1,4 +1,4 @@
-"""Composition root: config -> processes, devices, run directory -> stages in order."""
+"""Composition root: from a config to processes, devices and a run directory, and through the stages in order."""
 
 import functools
 import os
@@ -9,98 +9,118 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 from rich.table import Table
 from rich.text import Text
 
 from jaxllm import stages
 from jaxllm.config import InputError, complete, to_tree
 from jaxllm.life import Config, run_directory, with_defaults
-from jaxllm.loop import run_training
+from jaxllm.loop import Supervision, run_training
 from jaxllm.metrics import require_finite
 from jaxllm.plan.kept import compare_with_measured, plan_path
 from jaxllm.runtime import checkpoint, goodput
 from jaxllm.runtime.console import console
-from jaxllm.runtime.files import read_json, read_metrics
-from jaxllm.runtime.processes import Signals, join
-from jaxllm.sharding import barrier, make_mesh
+from jaxllm.runtime.files import check_path, read_json, read_jsonl
+from jaxllm.runtime.mesh import make_mesh
+from jaxllm.runtime.processes import Signals, barrier, join
+from jaxllm.runtime.seal import set_aside, warn_damaged
 from jaxllm.stages import Stage
 from jaxllm.train import Training
 from jaxllm.workspace import Workspace
 
 
 def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
-    """Run these stages in order: a finished one is skipped, a cut one resumes.
+    """Runs these stages in order. A finished stage is skipped; an interrupted one resumes.
 
-    Raises Stopped after a signal, with everything saved.
+    Args:
+      config_path: the config as the user gave it, for the commands that are printed.
+
+    Raises:
+      Stopped: after a signal, with everything saved.
     """
     config = with_defaults(config)
     mesh = start_devices(config)
     for stage in wanted:
         make_mesh(config.mesh_of(stage))  # one that does not fit is refused before anything runs
     run_dir = run_directory(config)
-    checkpoint.check_path(run_dir)
-    moved = f" --run-dir {config.run_dir}" if config.run_dir else ""
-    signals = Signals(config.process.watchdog_seconds)
-    signals.install()
-    command = f"jaxllm STAGE {config_path}{moved}"
-    completed = functools.partial(complete, type(config))
-    workspace = Workspace(
-        run_dir,
-        mesh,
-        config.seed,
-        to_tree(config),
-        command,
-        signals,
-        config.allow_change,
-        completed,
-    )
+    check_path(run_dir)
+    again = f"{config_path} --run-dir {config.run_dir}" if config.run_dir else config_path
+    workspace = _open_workspace(config, run_dir, mesh, f"jaxllm STAGE {again}")
+    worked = False
     with workspace.locked():
         remade: set[str] = set()
-        worked = [
-            stage
-            for stage in wanted
-            if run_stage(workspace, config, stage, config_path + moved, remade)
-        ]
-    if not worked:
-        console.print(
-            f"Nothing to do: {'all stages are' if len(wanted) > 1 else 'it is'} finished in {run_dir}",
-            soft_wrap=True,
-        )
-    if worked and jax.process_index() == 0:
-        console.print(goodput.summary(goodput.read(workspace.ledger.path)))
-    unwritten = (
-        worked or not (run_dir / "report.html").exists()
-    )  # it may have been killed just before
-    if unwritten and jax.process_index() == 0 and stages.named(wanted[-1]).kind == "report":
-        from jaxllm.report.report import write_report
+        for stage in wanted:
+            worked |= run_stage(workspace, config, stage, again, remade)
+    _conclude(workspace, config, wanted, worked)
+    # A process that leaves early would be counted as lost: the others wait for heartbeat_seconds only.
+    barrier("everything is written")
 
-        every = stages.names()
-        write_report(
-            run_dir, [s for s in every if s in config.stages or workspace.result(s) is not None]
-        )
-        policies = [
-            stage for stage in stages.names("policy") if workspace.result(stage) is not None
-        ]
-        talk = f"; talk to it: jaxllm chat {run_dir}/{policies[-1]}" if policies else ""
-        console.print(f"Report: {run_dir}/report.html and report.md{talk}", soft_wrap=True)
-    barrier(
-        "everything is written"
-    )  # who leaves first waits for the others only heartbeat_seconds, then counts them lost
+
+def _open_workspace(
+    config: Config, run_dir: epath.Path, mesh: jax.sharding.Mesh, command: str
+) -> Workspace:
+    signals = Signals(config.process.watchdog_seconds)
+    signals.install()
+    return Workspace(
+        run_dir=run_dir,
+        mesh=mesh,
+        seed=config.seed,
+        config=to_tree(config),
+        ledger=goodput.Ledger(run_dir / "goodput.jsonl", goodput.process_began()),
+        command=command,
+        signals=signals,
+        allow_change=config.allow_change,
+        complete=functools.partial(complete, type(config)),
+    )
+
+
+def _conclude(workspace: Workspace, config: Config, wanted: Sequence[str], worked: bool) -> None:
+    """Says what was done, and writes the report after a stage that ends a life."""
+    run_dir = workspace.run_dir
+    if not worked:
+        them = "all stages are" if len(wanted) > 1 else "it is"
+        console.print(f"Nothing to do: {them} finished in {run_dir}", soft_wrap=True)
+    if jax.process_index():
+        return
+    if worked:
+        console.print(goodput.summary(goodput.read(workspace.ledger.path)))
+    # The process may have been killed between the last stage and its report.
+    unwritten = worked or not (run_dir / "report.html").exists()
+    if unwritten and stages.named(wanted[-1]).kind == "report":
+        _write_report(workspace, config)
+
+
+def _write_report(workspace: Workspace, config: Config) -> None:
+    from jaxllm.report.report import write_report  # matplotlib takes a second to import
+
+    run_dir = workspace.run_dir
+    finished = [name for name in stages.names() if workspace.result(name) is not None]
+    write_report(
+        run_dir, [name for name in stages.names() if name in config.stages or name in finished]
+    )
+    policies = [name for name in stages.names("policy") if name in finished]
+    talk = f"; talk to it: jaxllm chat {run_dir}/{policies[-1]}" if policies else ""
+    console.print(f"Report: {run_dir}/report.html and report.md{talk}", soft_wrap=True)
+
+
+# --- One stage.
 
 
 def run_stage(
     workspace: Workspace, config: Config, name: str, config_path: str, remade: set[str]
 ) -> bool:
-    """Bring a stage to its end; False where it is there already.
+    """Finishes a stage; False if it was finished already.
 
-    Where another stage's checkpoint that it needs is damaged, that stage is brought to its end again first, from its
-    newest good checkpoint: the same config, data and code give the same bits. Stages made again are added to `remade`.
+    If the checkpoint of another stage that it needs is damaged, that stage is finished again first, from its newest good
+    checkpoint: the same config, data and code give the same bits. Stages made again are added to `remade`.
     """
     row = stages.named(name)
     workspace = workspace.on(make_mesh(config.mesh_of(name)))
     workspace.begin(name, row.sections, extends=row.kind == "policy")
     if workspace.result(name) is not None:
-        console.print(f"{name}: finished already, in {workspace.stage_dir(name)}", soft_wrap=True)
+        where = workspace.stage_dir(name)
+        console.print(f"{name}: finished already, in {where}", soft_wrap=True)
         return False
     finished = False
     while not finished:
@@ -108,86 +128,45 @@ def run_stage(
         try:
             with jax.set_mesh(workspace.mesh):
                 _prepare(workspace, row)
-                made = stages.load(row.run)(workspace, config, name)
-                if isinstance(made, Training):
-                    keeping = workspace.keeping(row.sections, made.data)
+                result = stages.load(row.run)(workspace, config, name)
+                # Trained here rather than in a function of its own: few frames lie between `main` and the model.
+                if isinstance(result, Training):
+                    training = result
                     state, metrics = run_training(
-                        workspace.stage_dir(name), name, made, keeping, config.logging
+                        workspace.stage_dir(name),
+                        name,
+                        training,
+                        _supervision(workspace, row, training),
+                        config.logging,
                     )
-                    made = made.result(state, metrics)
-                _finish(workspace, config, name, made, began, config_path)
+                    result = training.result(state, metrics)
+                _finish(workspace, config, name, result, began, config_path)
             finished = True
         except checkpoint.Damaged as error:
-            owner = _to_be_remade(workspace, config, name, error, remade)
+            owner = _stage_to_remake(workspace, config, name, error, remade)
             run_stage(workspace, config, owner, config_path, remade)
     if workspace.signals.received:
         raise workspace.signals.stopped(f"{name} is finished")
     return True
 
 
-def _to_be_remade(
-    workspace: Workspace, config: Config, name: str, error: checkpoint.Damaged, remade: set[str]
-) -> str:
-    """The stage whose damaged checkpoint is set aside, so that it is made again.
-
-    Raises `error` where it is not a stage of this run, or is to stop it, and InputError where it was made again already
-    in this command: the disk does not keep what is written.
-    """
-    owner = error.step_dir.parent.parent.name
-    mine = error.step_dir.parent.parent == workspace.stage_dir(owner).resolve() and owner not in (
-        "",
-        name,
-    )
-    if not mine or getattr(config, owner).checkpoint.damaged == "stop":
-        raise error
-    if owner in remade:
-        raise InputError(
-            f"{error.step_dir}: is damaged again ({error.what}), although {owner} was just made again; check the disk, or "
-            "choose another --run-dir"
-        ) from None
-    remade.add(owner)
-    checkpoint.warn_damaged(error, f"and {owner} makes it again")
-    checkpoint.set_aside(error.step_dir)
-    workspace.reopen(owner)
-    return owner
-
-
-def set_cpu_devices(count: int) -> None:
-    """Make `count` virtual CPU devices (0: one per core); must come before the first use of a device."""
-    count = (
-        count or len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else count or os.cpu_count() or 1
-    )
-    # Several executions in flight on virtual devices can starve each other of threads inside a collective.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    try:
-        jax.config.update("jax_num_cpu_devices", count)
-    except (
-        RuntimeError
-    ):  # the backend runs already: we are inside somebody's process, and take what there is
-        if len(jax.devices()) != count and jax.devices()[0].platform == "cpu":
-            console.print(f"note: {len(jax.devices())} CPU devices exist already, {count} wanted")
-
-
-def start_devices(config: Config) -> jax.sharding.Mesh:
-    if config.deterministic:
-        os.environ["XLA_FLAGS"] = (
-            f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-        )
-    set_cpu_devices(config.cpu_devices)
-    if config.distributed:
-        join(config.process)
-    return make_mesh(config.mesh)
-
-
 def _prepare(workspace: Workspace, row: Stage) -> None:
-    """What comes before a stage's own work: its title, the stages it needs, the tokenizer in its folder."""
+    """Before a stage's own work: its title, the stages it needs, the tokenizer in its folder."""
     console.rule(Text(row.name, style="bold"))
     for needed in row.needs:
         workspace.require(needed, row.name)
     if row.trains:
         workspace.share_tokenizer(row.name)
+
+
+def _supervision(workspace: Workspace, row: Stage, training: Training) -> Supervision:
+    return Supervision(
+        signals=workspace.signals,
+        ledger=workspace.ledger,
+        fingerprints=workspace.fingerprints(row.sections, training.data),
+        allowed=workspace.allow_change,
+        complete=functools.partial(workspace.complete_fingerprints, row.sections),
+    )
 
 
 def _finish(
@@ -198,38 +177,104 @@ def _finish(
     began: float,
     config_path: str,
 ) -> None:
-    """Write and show the result of a stage. Raises TrainingDiverged where a number in it is not finite."""
+    """Writes and shows the result of a stage.
+
+    Raises:
+      TrainingDiverged: where a number in it is not finite.
+    """
     require_finite(stage, dict(_flat(result)))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform != "darwin":
+        peak *= 1024  # Linux counts in KiB, macOS in bytes
     result = {
         **result,
         "wall_seconds": round(time.monotonic() - began, 1),
         "peak_memory_bytes": peak,
     }
-    kept = read_json(plan_path(config, stage))
-    result |= compare_with_measured(
-        kept, read_metrics(workspace.stage_dir(stage) / "metrics.jsonl") if kept else ()
-    )
+    if plan := read_json(plan_path(config, stage)):
+        metrics = read_jsonl(workspace.stage_dir(stage) / "metrics.jsonl")
+        result |= compare_with_measured(plan, metrics)
+    # The result says that the stage is finished: no process may still be writing its files.
     barrier(f"end of {stage}")
     if jax.process_index() == 0:
         workspace.finish(stage, result)
         print_result(stage, result)
-        if (
-            following := config.stages[config.stages.index(stage) + 1 :]
-            if stage in config.stages
-            else stages.names("report")
-        ):
-            console.print(f"next: jaxllm {following[0]} {config_path}", soft_wrap=True)
+        _print_next(config, stage, config_path)
     workspace.ledger.mark("work")
     workspace.ledger.write(stage, event="finished")
     barrier(f"{stage} is finished")
 
 
+def _print_next(config: Config, stage: str, config_path: str) -> None:
+    following: Sequence[str] = stages.names("report")
+    if stage in config.stages:
+        following = config.stages[config.stages.index(stage) + 1 :]
+    if following:
+        console.print(f"next: jaxllm {following[0]} {config_path}", soft_wrap=True)
+
+
+def _stage_to_remake(
+    workspace: Workspace, config: Config, name: str, error: checkpoint.Damaged, remade: set[str]
+) -> str:
+    """The stage whose damaged checkpoint was set aside, and which has to run again.
+
+    Raises:
+      Damaged: where it is not a stage of this run, or its config says to stop.
+      InputError: where it was made again in this command already: the disk does not keep what is written.
+    """
+    directory = error.step_dir.parent.parent
+    owner = directory.name
+    in_this_run = directory == workspace.stage_dir(owner).resolve() and owner not in ("", name)
+    if not in_this_run or getattr(config, owner).checkpoint.damaged == "stop":
+        raise error
+    if owner in remade:
+        raise InputError(
+            f"{error.step_dir}: is damaged again ({error.what}), although {owner} was just made again; "
+            "check the disk, or choose another --run-dir"
+        ) from None
+    remade.add(owner)
+    warn_damaged(error, f"and {owner} makes it again")
+    set_aside(error.step_dir)
+    workspace.reopen(owner)
+    return owner
+
+
+# --- Devices.
+
+
+def start_devices(config: Config) -> jax.sharding.Mesh:
+    """Makes the devices of this process, joins the others of the job, and arranges all devices in a mesh."""
+    if config.deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    set_cpu_devices(config.cpu_devices)
+    if config.distributed:
+        join(config.process)
+    return make_mesh(config.mesh)
+
+
+def set_cpu_devices(count: int) -> None:
+    """Makes `count` virtual CPU devices (0: one per core). Must come before the first use of a device."""
+    if not count and hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))  # the cores this process may use, as in a container
+    count = count or os.cpu_count() or 1
+    # Several executions in flight on virtual devices can starve each other of threads inside a collective.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except (
+        RuntimeError
+    ):  # the backend runs already: this is somebody else's process, whose devices are used
+        if len(jax.devices()) != count and jax.devices()[0].platform == "cpu":
+            console.print(f"note: {len(jax.devices())} CPU devices exist already, {count} wanted")
+
+
+# --- Printing.
+
+
 def print_result(stage: str, result: dict[str, Any]) -> None:
-    """The stage's numbers as a table; nested ones a row each."""
-    simulated = any(result.get(flag) for flag in ("simulated", "annotator_simulated"))
+    """The numbers of a stage as a table, nested ones with dotted names."""
+    simulated = result.get("simulated") or result.get("annotator_simulated")
     note = " (annotator's numbers: SIMULATED)" if simulated else ""
     table = Table(title=f"{stage}: result{note}", show_header=False)
     for name, value in _flat(result):

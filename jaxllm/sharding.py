@@ -1,11 +1,19 @@
-"""Mesh axes, the mesh, and the one table that says where every array dimension goes.
+"""The two rule tables that say which mesh axes shard each dimension of an array.
 
-Arrays name *logical* axes where they are made ("embed", "heads", "batch"); PARAM_RULES and ACT_RULES map them
-to mesh axes. There is no catch-all: an unknown name raises, since a typo would otherwise replicate silently.
+Code that creates an array names its dimensions by *logical* axes: a weight matrix of the MLP has the axes
+("embed", "mlp"), hidden states have ("batch", "seq", "embed"). A rule table maps every logical axis to the mesh axis
+or axes that split it, or to None where no axis does. With the tables below and a mesh of data 2, fsdp 4, tensor 2:
+
+    array          logical axes               PartitionSpec                                    a device holds
+    MLP weight     ("embed", "mlp")           (("fsdp", "expert"), "tensor")                   1/8
+    hidden states  ("batch", "seq", "embed")  (("data", "fsdp", "expert"), "context", None)    1/8
+
+Weights and activations have a table each because the same axis is sharded differently in them: fsdp splits the "embed"
+dimension of a weight, which is gathered just before use (ZeRO-3), and never that of an activation.
+
+There is no catch-all: an unknown name raises KeyError, because a misspelled name would replicate the array silently.
 """
 
-import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,16 +21,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.config import InputError, require
-from jaxllm.config.ranges import AxisSize
+from jaxllm.config import InputError
 
-MESH_AXES = ("data", "pipeline", "fsdp", "context", "expert", "tensor")  # slowest network first
+# From the axis with the least communication to the one with the most: the first ones may cross the slowest network.
+MESH_AXES = ("data", "pipeline", "fsdp", "context", "expert", "tensor")
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
+# Axes that weights and activations share.
 _BOTH: Rules = {
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -32,250 +40,36 @@ _BOTH: Rules = {
 }
 PARAM_RULES: Rules = {
     **_BOTH,
+    # Stacks of equal parts.
     "layers": "pipeline",
-    "modules": None,
+    "modules": None,  # of multi-token prediction
+    # The model dimension is the one that ZeRO-3 splits. A device of the `expert` axis holds a share of every weight
+    # but the experts', which that axis splits by expert already.
     "embed": ("fsdp", "expert"),
-    "expert_embed": "fsdp",  # of a routed expert's matrices, which lie on its shard
-    "positions": "tensor",
-    "columns": "tensor",  # of tables that tokens are looked up in while decoding
-    "norm": None,
-    "experts": "expert",
-    "router": None,
+    "expert_embed": "fsdp",
+    "rank": ("fsdp", "expert"),  # latents that queries, keys and values are projected from (MLA)
     "latent": None,
-    "rank": ("fsdp", "expert"),  # latents that queries, keys and values are made from
+    # Embedding tables.
+    "positions": "tensor",
+    "columns": "tensor",  # the embed dimension of tables that decoding looks tokens up in
+    # Small parameters, or such that every device of an expert group needs.
+    "norm": None,
+    "router": None,
+    "experts": "expert",
 }
 ACT_RULES: Rules = {
     **_BOTH,
+    # Rows. `data`, `fsdp` and `expert` all split the batch; `fsdp` and `expert` split the weights as well.
     "batch": ("data", "fsdp", "expert"),
     "stages": "pipeline",
-    "scored": (
-        "data",
-        "pipeline",
-        "fsdp",
-        "expert",
-    ),  # batch, also split over pipeline stages: every stage would otherwise compute the same loss
+    # Rows in the loss: pipeline stages split them too, since each would otherwise compute the same loss.
+    "scored": ("data", "pipeline", "fsdp", "expert"),
+    # Positions, within a block and between blocks (Korthikanti et al. 2022, section 4.2.2).
     "seq": "context",
-    "residual": (
-        "context",
-        "tensor",
-    ),  # positions between blocks (Korthikanti et al. 2022, section 4.2.2)
+    "residual": ("context", "tensor"),
     "embed": None,
     "cache": None,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the mesh axes; their product is the number of devices. One of them may be -1: what is left."""
-
-    data: AxisSize = -1
-    """Replicas of the parameters, each with its share of the batch."""
-    pipeline: AxisSize = 1
-    """Stages that layers are shared out over; rows go through them in microbatches."""
-    fsdp: AxisSize = 1
-    """Shards of parameters and optimizer state, each with its share of the batch (ZeRO-3)."""
-    context: AxisSize = 1
-    """Shards of the sequence dimension."""
-    expert: AxisSize = 1
-    """Shards of the experts, each with its share of the batch."""
-    tensor: AxisSize = 1
-    """Shards of heads, MLP and vocabulary."""
-
-    def __post_init__(self) -> None:
-        sizes = [getattr(self, axis) for axis in MESH_AXES]
-        require(sizes.count(-1) <= 1, "data: only one axis can be -1")
-
-
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over all devices, with Auto axes. Raises InputError where the sizes do not fit their number."""
-    devices = jax.devices() if devices is None else devices
-    sizes, types = mesh_sizes(config, len(devices)), (AxisType.Auto,) * len(MESH_AXES)
-    if devices[0].platform != "tpu":
-        return jax.make_mesh(sizes, MESH_AXES, types, devices=devices)
-    # jax.make_mesh would not split a side of the torus between two axes, and knows no slices.
-    slices = num_slices(devices)
-    slow = slow_axis(sizes, slices)
-    between = [slices if axis == slow else 1 for axis in MESH_AXES]
-    inside = [size // times for size, times in zip(sizes, between, strict=True)]
-    place = functools.partial(mesh_utils.create_hybrid_device_mesh, inside, between)
-    if slices == 1:
-        place = functools.partial(mesh_utils.create_device_mesh, inside)
-    return Mesh(place(devices=devices, allow_split_physical_axes=True), MESH_AXES, axis_types=types)
-
-
-def num_slices(devices: Sequence[Any]) -> int:
-    """Slices that the devices lie in, joined by the data-centre network."""
-    return len({getattr(device, "slice_index", 0) for device in devices})
-
-
-def slow_axis(sizes: Sequence[int], slices: int) -> str:
-    """The mesh axis that goes over slices: data, or pipeline where data does not divide. Raises InputError."""
-    found = next(
-        (axis for axis, size in zip(MESH_AXES[:2], sizes[:2], strict=True) if size % slices == 0),
-        None,
-    )
-    if found is None:
-        raise InputError(
-            f"mesh.data: {sizes[0]} is not a multiple of the {slices} slices it goes over, nor is pipeline"
-        )
-    return found
-
-
-def planned_mesh(config: MeshConfig, devices: Sequence[Any] | int) -> Any:
-    """`make_mesh`; of a number of devices, a mesh without devices, for shapes and shardings."""
-    if not isinstance(devices, int):
-        return make_mesh(config, devices)
-    return AbstractMesh(
-        mesh_sizes(config, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-    )
-
-
-def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
-    """Sizes of the axes over so many devices. Raises InputError where they do not fit."""
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    given = math.prod(size for size in sizes if size != -1)
-    if count % given or (-1 not in sizes and given != count):
-        shape = ", ".join(
-            f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size != 1
-        )
-        raise InputError(
-            f"mesh: {shape} does not divide the {count} devices; "
-            "set one axis to -1 or make the product equal to the number of devices"
-        )
-    return tuple(count // given if size == -1 else size for size in sizes)
-
-
-def spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes (None: never sharded).
-
-    Raises KeyError on an unknown name and ValueError where two dimensions would share a mesh axis.
-    """
-    mapped = [None if axis is None else rules[axis] for axis in axes]
-    used = [
-        name for part in mapped if part for name in ((part,) if isinstance(part, str) else part)
-    ]
-    if len(set(used)) != len(used):
-        raise ValueError(f"axes {tuple(axes)} use a mesh axis twice: {used}")
-    return PartitionSpec(*mapped)
-
-
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation to its place on the current mesh (`jax.set_mesh`); without one, return it as it is."""
-    if len(axes) != x.ndim:
-        raise ValueError(f"{len(axes)} axis names for an array of {x.ndim} dimensions")
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, ACT_RULES))
-
-
-def zigzag_order(length: int) -> np.ndarray | None:
-    """Zigzag permutation of a row's positions for context parallelism, int[T]; None where `context` does not shard them.
-
-    Of n shards each holds the chunks i and 2n - 1 - i of 2n, so that all have as many earlier keys to attend to (Brandon
-    et al. 2023, "Striped Attention", has the same aim; this cut is Llama 3's, Grattafiori et al. 2024, section 3.3.2).
-    """
-    shards = mesh_size("context")
-    if shards == 1 or length % (2 * shards):
-        return None
-    chunks = np.arange(length, dtype=np.int32).reshape(2, shards, -1)
-    return np.stack([chunks[0], chunks[1, ::-1]], 1).reshape(-1)
-
-
-def undo_zigzag(x: jax.Array) -> jax.Array:
-    """[B, T, ...] in `balanced_order` -> as they are."""
-    (B, T), shards = x.shape[:2], mesh_size("context")
-    pairs = x.reshape(B, shards, 2, T // (2 * shards), *x.shape[2:])
-    return jnp.concatenate([pairs[:, :, 0], pairs[:, ::-1, 1]], 1).reshape(x.shape)
-
-
-def constrain_residual(x: jax.Array) -> jax.Array:
-    """[B, T, D] between blocks: its positions are shared out over `tensor` too, where their number allows."""
-    split = x.shape[1] % shards("residual") == 0
-    return constrain(x, "batch", "residual" if split else "seq", "embed")
-
-
-def constrain_scored(x: jax.Array) -> jax.Array:
-    """[B, T, D] that goes to the vocabulary: shared out over the stages too, where the number of rows allows."""
-    uneven = x.shape[0] % shards("scored")
-    return constrain(x, "batch" if uneven else "scored", "seq", "embed")
-
-
-def constrain_weights(x: jax.Array, *axes: str | None) -> jax.Array:
-    """The same for weights, by PARAM_RULES; None where they are to be whole."""
-    return (
-        x
-        if jax.sharding.get_abstract_mesh().empty
-        else jax.lax.with_sharding_constraint(x, spec(axes, PARAM_RULES))
-    )
-
-
-def in_blocks(weights: jax.Array, dim: int, count: int) -> jax.Array:
-    """Cut a dimension that goes over `tensor` into so many blocks: [..., N, ...] -> [count, ..., N / count, ...].
-
-    A block has its share of what each device holds, so that nothing moves.
-    """
-    shape = weights.shape
-    cut = weights.reshape(*shape[:dim], mesh_size("tensor"), count, -1, *shape[dim + 1 :])
-    return jnp.moveaxis(cut, dim + 1, 0).reshape(count, *shape[:dim], -1, *shape[dim + 1 :])
-
-
-def shards(axis: str) -> int:
-    """Devices of the current mesh that a logical axis of activations is shared out over."""
-    names = ACT_RULES[axis] or ()
-    return math.prod(map(mesh_size, (names,) if isinstance(names, str) else names))
-
-
-def mesh_size(axis: str) -> int:
-    """Size of an axis of the current mesh; 1 without one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape[axis]
-
-
-def platform() -> str:
-    """ "cpu", "gpu" or "tpu": of the current mesh (`jax.set_mesh`), which may be one that is only compiled for."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-
-
-def memories() -> int:
-    """How many devices of the current mesh have a memory of their own: virtual CPU devices share one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty or platform() == "cpu" else mesh.size
-
-
-def activation(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    return NamedSharding(mesh, spec(axes, ACT_RULES))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def fetch(tree: Any) -> Any:
-    """A tree of global arrays as whole NumPy arrays, on every process; all processes must call it together."""
-
-    def one(x: Any) -> Any:
-        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-            return np.asarray(x)
-        return multihost_utils.process_allgather(x, tiled=True)
-
-    return jax.tree.map(one, tree)
-
-
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set on any process; all processes must call it together."""
-    return (
-        flag
-        if jax.process_count() == 1
-        else bool(multihost_utils.process_allgather(np.array(flag)).any())
-    )
-
-
-def barrier(name: str) -> None:
-    """Wait until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
 
 # The config field that sets the size of a logical axis, for error messages.
 _FIELDS = {
@@ -292,64 +86,193 @@ _FIELDS = {
 }
 
 
-def param_shardings(mesh: Mesh, params: Any, axes: Any) -> Any:
-    """NamedShardings for a tree of (abstract) parameters whose logical axes are in the like tree `axes`.
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in an entry of a rule table or of a PartitionSpec: "a" -> ("a",), None -> ()."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
 
-    Raises InputError naming the parameter and the config field where a size does not divide.
+
+def spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes (None: a dimension that is never sharded).
+
+    Raises:
+        KeyError: a name is not in the rules.
+        ValueError: two dimensions would be sharded by the same mesh axis.
+    """
+    entries = [None if axis is None else rules[axis] for axis in axes]
+    used = [name for entry in entries for name in mesh_axes(entry)]
+    if len(set(used)) != len(used):
+        raise ValueError(f"axes {tuple(axes)} use a mesh axis twice: {used}")
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Shard an activation by ACT_RULES on the current mesh (`jax.set_mesh`); unchanged without a mesh."""
+    if len(axes) != x.ndim:
+        raise ValueError(f"{len(axes)} axis names for an array of {x.ndim} dimensions")
+    return _constrain(x, axes, ACT_RULES)
+
+
+def constrain_weights(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Shard weights by PARAM_RULES on the current mesh; axes that are None are gathered."""
+    return _constrain(x, axes, PARAM_RULES)
+
+
+def _constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules) -> jax.Array:
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, rules))
+
+
+def constrain_residual(x: jax.Array) -> jax.Array:
+    """Shard the residual stream [B, T, D]; `tensor` splits its positions too if their number is divisible."""
+    divisible = x.shape[1] % shards("residual") == 0
+    return constrain(x, "batch", "residual" if divisible else "seq", "embed")
+
+
+def constrain_scored(x: jax.Array) -> jax.Array:
+    """Shard the input [B, T, D] of the output layer; `pipeline` splits its rows too if their number is divisible."""
+    divisible = x.shape[0] % shards("scored") == 0
+    return constrain(x, "scored" if divisible else "batch", "seq", "embed")
+
+
+def zigzag_order(length: int) -> np.ndarray | None:
+    """Zigzag permutation of a row's positions for context parallelism, int32[T]; None if `context` does not shard them.
+
+    The row is cut into 2n chunks for n devices; device i holds the chunks i and 2n - 1 - i. Causal attention is then
+    balanced: every device attends to the same number of keys. Eight positions on two devices:
+
+                            device 0     device 1     keys attended to
+        in row order        0 1 2 3      4 5 6 7      1+2+3+4 = 10, 5+6+7+8 = 26
+        in zigzag order     0 1 6 7      2 3 4 5      1+2+7+8 = 18, 3+4+5+6 = 18
+
+    This cut is that of Llama 3 (Grattafiori et al. 2024, section 3.3.2); Striped Attention (Brandon et al. 2023)
+    has the same aim.
+    """
+    num_shards = mesh_size("context")
+    if num_shards == 1 or length % (2 * num_shards):
+        return None
+    # [half of the row, chunk, position in it]; the later half is paired in reverse with the earlier one.
+    chunks = np.arange(length, dtype=np.int32).reshape(2, num_shards, -1)
+    return np.stack([chunks[0], chunks[1, ::-1]], axis=1).reshape(-1)
+
+
+def undo_zigzag(x: jax.Array) -> jax.Array:
+    """[B, T, ...] whose positions are in `zigzag_order` -> [B, T, ...] in row order."""
+    batch, length = x.shape[:2]
+    num_shards = mesh_size("context")
+    # [B, device, its early and its late chunk, position in the chunk, ...]
+    chunks = x.reshape(batch, num_shards, 2, length // (2 * num_shards), *x.shape[2:])
+    return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1).reshape(x.shape)
+
+
+def in_blocks(weights: jax.Array, dim: int, count: int) -> jax.Array:
+    """Cut dimension `dim`, which `tensor` shards, into `count` blocks: [..., N, ...] -> [count, ..., N / count, ...].
+
+    Each block takes an equal share of what every device holds, so that no data moves. Eight columns on two devices
+    in two blocks:
+
+        device 0: 0 1 2 3, device 1: 4 5 6 7   ->   block 0: 0 1 4 5, block 1: 2 3 6 7
+    """
+    before = weights.shape[:dim]
+    after = weights.shape[dim + 1 :]
+    # [..., device, block, position in the block, ...]
+    cut = weights.reshape(*before, mesh_size("tensor"), count, -1, *after)
+    return jnp.moveaxis(cut, dim + 1, 0).reshape(count, *before, -1, *after)
+
+
+def shards(axis: str) -> int:
+    """Number of shards that the current mesh splits a logical axis of activations into."""
+    return math.prod(mesh_size(name) for name in mesh_axes(ACT_RULES[axis]))
+
+
+def mesh_size(axis: str) -> int:
+    """Size of an axis of the current mesh; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
+
+
+def platform() -> str:
+    """Platform of the current mesh ("cpu", "gpu" or "tpu"), which may be a mesh that is only compiled for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def memories() -> int:
+    """Number of separate device memories in the current mesh; virtual CPU devices share one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or platform() == "cpu" else mesh.size
+
+
+def activation(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """The sharding by ACT_RULES of an array with these logical axes."""
+    return NamedSharding(mesh, spec(axes, ACT_RULES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding under which every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_shardings(mesh: Mesh, params: Any, axes: Any) -> Any:
+    """NamedShardings for a tree of (abstract) parameters.
+
+    Args:
+        mesh: the mesh, with or without devices.
+        params: a tree of arrays or ShapeDtypeStructs.
+        axes: a tree of the same structure with a tuple of logical axes for each leaf.
+
+    Raises:
+        InputError: a size is not divisible; the error names the parameter and the config field.
     """
 
-    def one(path, leaf, names: tuple[str | None, ...]) -> NamedSharding:
-        where = spec(names, PARAM_RULES)
-        for size, name, part in zip(leaf.shape, names, where, strict=True):
-            shards = math.prod(
-                mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ())
-            )
-            if size % shards:
+    def leaf_sharding(path: Any, leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
+        entries = spec(names, PARAM_RULES)
+        for size, name, entry in zip(leaf.shape, names, entries, strict=True):
+            num_shards = math.prod(mesh.shape[axis] for axis in mesh_axes(entry))
+            if size % num_shards:
+                field = _FIELDS.get(name or "", name)
                 raise InputError(
-                    f"{_FIELDS.get(name or '', name)}: {size} does not divide over {shards} shards "
-                    f"(mesh {part}) in parameter {jax.tree_util.keystr(path)}; change the size or the mesh"
+                    f"{field}: {size} does not divide over {num_shards} shards (mesh {entry}) in "
+                    f"parameter {jax.tree_util.keystr(path)}; change the size or the mesh"
                 )
-        return NamedSharding(mesh, where)
+        return NamedSharding(mesh, entries)
 
-    return jax.tree_util.tree_map_with_path(one, params, axes)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, params, axes)
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """ShapeDtypeStructs that carry their shardings, as checkpoints are restored through."""
+    """ShapeDtypeStructs that carry their shardings: what a checkpoint is restored to."""
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
 
 
 def place_params(mesh: Mesh, shapes: Any, axes: Any) -> Any:
-    """Shapes of parameters with their shardings, by their logical axes."""
+    """`with_shardings` of parameters, by their logical axes (see `param_shardings`)."""
     return with_shardings(shapes, param_shardings(mesh, shapes, axes))
 
 
-def reshard_across_meshes(tree: Any, mesh: Mesh, shardings: Any) -> Any:
-    """Reshard arrays onto a mesh that may order the same devices differently.
-
-    JAX accepts another order of devices only under the mesh that the arrays go to.
-    """
-    with jax.set_mesh(mesh):
-        return jax.device_put(tree, shardings)
-
-
 def rows_like(mesh: Mesh, shapes: Any) -> Any:
-    """Shapes of batches of rows, shared out over the devices that share the batch."""
+    """ShapeDtypeStructs of a batch [B, ...] whose rows are sharded."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=activation(mesh, "batch")), shapes
     )
 
 
-def check_batch(mesh: Mesh, size: int, field: str) -> None:
-    """Raise InputError where `size` rows do not divide over the devices that share the batch."""
-    if size % (shards := batch_shards(mesh)):
-        raise InputError(
-            f"{field}: {size} does not divide over the {shards} shards of the batch (data x fsdp x expert)"
-        )
-
-
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Devices that each have their own rows of a batch."""
-    return math.prod(mesh.shape[axis] for axis in ACT_RULES["batch"] or ())
+    """Number of shards of a batch's rows."""
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(ACT_RULES["batch"]))
+
+
+def check_batch(mesh: Mesh, size: int, field: str) -> None:
+    """Raise InputError, naming `field`, if a batch of `size` rows cannot be sharded evenly."""
+    num_shards = batch_shards(mesh)
+    if size % num_shards:
+        raise InputError(
+            f"{field}: {size} does not divide over the {num_shards} shards of the batch "
+            "(data x fsdp x expert); make it a multiple, or change the mesh"
+        )

@@ -101,7 +101,7 @@ def flag(field: str, value: str) -> str:
 
 def check(sweep: Sweep, grid: dict[str, list[str]]) -> None:
     """Refuse what the config would refuse in any point, before anything runs."""
-    from jaxllm.run import Config
+    from jaxllm.life import Config
 
     if not grid:
         raise InputError("--grid: give at least one, as model.num-layers=2,4")

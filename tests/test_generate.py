@@ -11,8 +11,10 @@ import pytest
 from jaxllm import generate as g
 from jaxllm.config import InputError
 from jaxllm.models import transformer
-from jaxllm.models.config import MLAConfig, ModelConfig, MoEConfig
-from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
+from jaxllm.models.config import MLAConfig, ModelConfig
+from jaxllm.models.moe import MoEConfig
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import activation, param_shardings
 
 LLAMA = ModelConfig(
     vocab_size=40, max_length=96, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48, dtype="float32",

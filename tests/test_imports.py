@@ -5,7 +5,7 @@ import dataclasses
 import typing
 from pathlib import Path
 
-from jaxllm.run import Config
+from jaxllm.life import Config
 from jaxllm.stages import named, names
 
 PACKAGE = Path(__file__).parent.parent / "jaxllm"
@@ -17,7 +17,7 @@ LAYERS = [
     {"losses", "optim", "tokenizers"},
     {"metrics", "models"},
     {"data", "generate", "pretrained"},
-    {"train", "evaluation.measures"},
+    {"train", "evaluation.measures", "model_store"},
     {"loop"},
     {"workspace"},
     {"rl", "demo"},

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxllm.run import Config
+from jaxllm.life import Config
 from tests.conftest import ROOT, jaxllm
 
 LIFE = Config().stages
@@ -266,8 +266,8 @@ def test_chat_streams_and_keeps_the_conversation(tiny_run):
 
 def test_every_config_loads_round_trips_and_has_a_model():
     from jaxllm.config import build, load, to_tree
+    from jaxllm.life import Config
     from jaxllm.models import transformer
-    from jaxllm.run import Config
     from jaxllm.stages.language_model import resolve_model
 
     files = sorted((ROOT / "configs").glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""Sums over an interval divided once; a resumed log has no line twice; a loss that is not finite stops the run."""
+"""Sums over an interval are divided once; a resumed log has no line twice; a loss that is not finite stops the run."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import pytest
 
 from jaxllm import metrics as m
 from jaxllm.config import InputError
-from jaxllm.runtime.files import read_metrics
+from jaxllm.runtime.files import read_jsonl
 
 
 def make(directory, start=0, num_steps=10, **more):
@@ -44,7 +44,7 @@ def test_an_interval_is_the_sum_over_the_weight_not_a_mean_of_means(tmp_path):
     assert all("train/never" not in line for line in lines(tmp_path))
 
 
-def test_a_resumed_log_is_that_of_a_run_never_cut(tmp_path):
+def test_a_resumed_log_is_that_of_an_uninterrupted_run(tmp_path):
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     drive(make(tmp_path / "whole"), range(1, 11))
@@ -68,7 +68,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         log(4, None, {"loss": pair(float("nan"), 1)})
 
 
-def test_points_of_their_own_are_written_and_shown(tmp_path):
+def test_values_outside_intervals_are_written_and_shown(tmp_path):
     log = make(tmp_path, shown=("loss", "eval/loss"))
     drive(log, range(1, 5))
     log = make(tmp_path, start=4)
@@ -84,7 +84,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
 
 def test_the_peak_of_a_cpu_is_measured():
-    from jaxllm.sharding import MeshConfig, make_mesh
+    from jaxllm.runtime.mesh import MeshConfig, make_mesh
 
     assert m.peak_flops(make_mesh(MeshConfig())) > 1e9
 
@@ -93,11 +93,11 @@ def test_the_peak_of_a_cpu_is_measured():
 def test_a_damaged_line_is_named_and_costs_no_other(tmp_path, capsys, damage):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n{"no": 3}\n')
-    with pytest.raises(InputError, match=r"metrics.jsonl:2: is no JSON object; remove that line"):
-        read_metrics(path)
-    assert read_metrics(path, "stop") == [{"step": 1}]
-    assert read_metrics(path, "skip") == [{"step": 1}, {"step": 2}, {"no": 3}]
-    assert "metrics.jsonl:2: is no JSON object" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"metrics.jsonl:2: not a JSON object; remove that line"):
+        read_jsonl(path)
+    assert read_jsonl(path, "stop") == [{"step": 1}]
+    assert read_jsonl(path, "skip") == [{"step": 1}, {"step": 2}, {"no": 3}]
+    assert "metrics.jsonl:2: not a JSON object" in capsys.readouterr().err
     log = make(tmp_path, start=2)
     log.close()
     assert lines(tmp_path) == [{"step": 1}, {"step": 2}]

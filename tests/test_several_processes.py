@@ -1,6 +1,6 @@
-"""However many processes live a life, it is the same one: batches, losses, texts; who writes; and going on elsewhere.
+"""A run does not depend on the number of processes: batches, losses, texts, who writes, and resuming on other numbers.
 
-Real processes on a CPU, joined by jax.distributed (gloo), each with its share of the devices.
+The processes are real, on a CPU, joined by jax.distributed (gloo); each has its share of the devices.
 """
 
 import functools
@@ -16,9 +16,10 @@ from tests.conftest import SESSION
 from tests.faults.harness import STAGES, TRAINED, Life, outcome
 
 TOPOLOGIES = [(1, 8), (2, 4), (4, 2)]  # processes, devices of each
-# With seed 0 a prompt's token has two experts whose probabilities differ by 3e-8: rounding chooses, and a draw follows it.
+# With seed 0, one token of a prompt has two experts whose probabilities differ by 3e-8: rounding decides between them,
+# and samples differ from there.
 EXPERTS = ("--model.moe.num-experts", "4", "--model.moe.aux-coef", "0.01", "--seed", "1")
-# Of two processes the first axis that is there crosses them, of four the second one too.
+# The first axis above 1 crosses two processes; of four processes, the second one crosses them too.
 MESHES = {
     "data, fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
     "context, expert, tensor": {"data": 1, "context": 2, "expert": 2, "tensor": 2},
@@ -29,7 +30,7 @@ LOSSES = ("train/loss", "train/z_loss", "train/mtp_loss", "eval/loss", "ppo/valu
 
 @pytest.fixture(autouse=True)
 def compiled_soon(monkeypatch):
-    """Nearly all time would be the compiler's: without XLA's costly optimizations, with the same collectives."""
+    """Nearly all the time would be compilation: leave out XLA's costly optimizations; the collectives are the same."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 
@@ -41,7 +42,7 @@ def life(directory, processes, devices, sizes, stages=STAGES):
 
 
 def live(*args, **kwargs):
-    """The directory of a life that nothing happened to."""
+    """The directory of a run that was not interrupted."""
     each = life(*args, **kwargs)
     each.start()
     assert each.wait(1800.0) and not any(each.clear()), each.log()[-3000:]
@@ -56,7 +57,7 @@ def whole(mesh, processes, devices):
 
 
 def batches(directory):
-    """{(stage, step): digests}; what is done again after a cut must be the same again."""
+    """{(stage, step): digests}; a step that is repeated after an interruption must get the same batch."""
     found = {}
     for line in (directory.parent / f"{directory.name}.batches").read_text().splitlines():
         stage, number, words = json.loads(line)
@@ -64,39 +65,41 @@ def batches(directory):
     return found
 
 
-def same_life(ours, theirs, stages=STAGES):
+def same_life(actual, expected, stages=STAGES):
     """The same batches and texts; all numbers within 1e-5."""
-    known = batches(theirs)
-    assert [step for step, words in batches(ours).items() if known[step] != words] == []
-    one, other = (outcome(directory, stages) for directory in (ours, theirs))
-    assert one.keys() == other.keys()
+    known = batches(expected)
+    assert [step for step, words in batches(actual).items() if known[step] != words] == []
+    actual_outcome, expected_outcome = (
+        outcome(directory, stages) for directory in (actual, expected)
+    )
+    assert actual_outcome.keys() == expected_outcome.keys()
     for name in (
-        n for n in one if n.endswith(COMPARED)
+        n for n in actual_outcome if n.endswith(COMPARED)
     ):  # the others are digests of parameters, equal to the bit or not
-        same(one[name], other[name], name)
+        same(actual_outcome[name], expected_outcome[name], name)
 
 
-def same(ours, theirs, name):
-    """Equal but for numbers. Those that are differences of larger ones (a KL, the policy's loss) have an error of theirs."""
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), name
-        for key in ours:
-            same(ours[key], theirs[key], f"{name}: {key}")
-    elif isinstance(ours, list):
-        for number, (a, b) in enumerate(itertools.zip_longest(ours, theirs)):
+def same(actual, expected, name):
+    """Equal, numbers within 1e-5; differences of larger numbers (a KL, the policy's loss) have an absolute error."""
+    if isinstance(actual, dict):
+        assert actual.keys() == expected.keys(), name
+        for key in actual:
+            same(actual[key], expected[key], f"{name}: {key}")
+    elif isinstance(actual, list):
+        for number, (a, b) in enumerate(itertools.zip_longest(actual, expected)):
             same(a, b, f"{name} {number}")
-    elif isinstance(ours, float):
+    elif isinstance(actual, float):
         written = (
             1.1e-4 if name.endswith("score") and "jsonl" in name else 1e-6
         )  # four places are written
         absolute = 0.0 if name.endswith(LOSSES) else written
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=absolute, err_msg=name)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=absolute, err_msg=name)
     else:
-        assert ours == theirs, name
+        assert actual == expected, name
 
 
 def written_by_others(directory):
-    """What processes other than 0 have made, by its mode (see `Life.start`)."""
+    """What processes other than 0 have written, told by its mode (see `Life.start`)."""
     paths = (
         path.relative_to(directory)
         for path in directory.rglob("*")
@@ -106,14 +109,14 @@ def written_by_others(directory):
 
 
 def is_array(path):
-    """Of a checkpoint: the shards that a process holds, and what Orbax notes about them."""
+    """Whether it is a file of a checkpoint with the shards of one process, or Orbax's metadata of them."""
     return "/checkpoints/" in path and (
         "/ocdbt.process_" in path or "/array_metadatas/process_" in path
     )
 
 
 def check_writers(directory):
-    """Others than process 0 write the arrays they hold, and their part of the tokenized data: nothing else."""
+    """Processes other than 0 write the arrays they hold and their part of the tokenized data, and nothing else."""
     others = written_by_others(directory)
     assert any(map(is_array, others))
     assert {
@@ -122,27 +125,27 @@ def check_writers(directory):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """The tensor axis lies across them: both have the same rows and half of each matrix."""
-    ours, theirs = (
+    """The tensor axis crosses them: both have the same rows and half of each matrix."""
+    several, single = (
         live(tmp_path / f"{n}", n, 2 // n, {"data": 1, "tensor": 2}, stages=STAGES[:2])
         for n in (2, 1)
     )
-    same_life(ours, theirs, STAGES[:2])
-    assert len(batches(ours)) == 12
-    check_writers(ours)
+    same_life(several, single, STAGES[:2])
+    assert len(batches(several)) == 12
+    check_writers(several)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_life_is_the_same_on_any_number_of_processes(mesh, processes):
-    ours, theirs = (whole(mesh, n, 8 // n) for n in (processes, 1))
-    same_life(ours, theirs)
-    check_writers(ours)
-    steps = [len([1 for stage, _ in batches(ours) if stage == name]) for name in TRAINED]
+    several, single = (whole(mesh, n, 8 // n) for n in (processes, 1))
+    same_life(several, single)
+    check_writers(several)
+    steps = [len([1 for stage, _ in batches(several) if stage == name]) for name in TRAINED]
     assert steps == [12, 8, 4, 3]
     lines = [
-        json.loads(line) for line in (ours / "ppo" / "rollouts.jsonl").read_text().splitlines()
+        json.loads(line) for line in (several / "ppo" / "rollouts.jsonl").read_text().splitlines()
     ]
     assert (
         sum(line["response"].endswith(("e", "。")) and line["finished"] for line in lines) > 5
@@ -159,8 +162,8 @@ def steps_saved(directory, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "ppo"])
-def test_cut_on_two_processes_it_goes_on_on_one_and_on_four(tmp_path, stage):
-    """SIGTERM to one of 2 x 4; then 1 x 2 and 4 x 1, with meshes of their own."""
+def test_interrupted_on_two_processes_it_resumes_on_one_and_on_four(tmp_path, stage):
+    """SIGTERM to one of 2 x 4; then 1 x 2 and 4 x 1, with other meshes."""
     uncut, cut = whole("data, fsdp, tensor", 2, 4), tmp_path / "cut"
     shutil.copytree(
         uncut, cut, ignore=shutil.ignore_patterns(*STAGES[STAGES.index(stage) :], "report*")

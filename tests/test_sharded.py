@@ -14,7 +14,8 @@ from jaxllm.models import layers, moe, next_token, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import MoEConfig
 from jaxllm.optim import OptimConfig, make_optimizer
-from jaxllm.sharding import MeshConfig, activation, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import activation
 
 B, T = 8, 16
 DENSE = ModelConfig(

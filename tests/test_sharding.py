@@ -1,4 +1,4 @@
-"""One strict table from logical to mesh axes; nothing replicates by accident; no involuntary rematerialisation."""
+"""One strict table from logical to mesh axes; nothing replicates by accident; no involuntary rematerialization."""
 
 import math
 import os
@@ -14,7 +14,8 @@ from jaxllm import sharding
 from jaxllm.config import InputError
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.sharding import ACT_RULES, PARAM_RULES, MeshConfig, make_mesh, spec
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import ACT_RULES, PARAM_RULES, spec
 
 
 def test_every_rule_names_mesh_axes():
@@ -99,7 +100,8 @@ from jaxllm import losses, train
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig, make_optimizer
-from jaxllm.sharding import MeshConfig, activation, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import activation
 model = ModelConfig(vocab_size=512, max_length=32, num_layers=2, embed_dim=64, num_heads=4, mlp_dim=128, tie_embeddings={tied})
 mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 def loss(params, batch, key):
@@ -117,10 +119,29 @@ print("compiled")
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_no_involuntary_full_rematerialization(tied):
-    """XLA prints this warning from C++, so the program runs in a process of its own."""
+    """XLA prints this warning from C++, so the program runs in a separate process."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}
     run = subprocess.run(
         [sys.executable, "-c", _PROGRAM.format(tied=tied)], env=env, capture_output=True, text=True
     )
     assert "compiled" in run.stdout, run.stderr
     assert "rematerialization" not in run.stderr, run.stderr
+
+
+@pytest.mark.parametrize(("context", "length"), [(2, 8), (4, 16)])
+def test_zigzag_balances_causal_attention_and_is_undone(context, length):
+    with jax.set_mesh(make_mesh(MeshConfig(context=context))):
+        order = sharding.zigzag_order(length)
+        assert order is not None
+        restored = sharding.undo_zigzag(jnp.asarray(order)[None])
+    if context == 2:
+        assert order.tolist() == [0, 1, 6, 7, 2, 3, 4, 5]  # as its docstring draws
+    keys_attended_to = (order + 1).reshape(context, -1).sum(axis=1)
+    assert len(set(keys_attended_to.tolist())) == 1
+    assert restored[0].tolist() == list(range(length))
+
+
+def test_blocks_take_an_equal_share_of_each_shard():
+    with jax.set_mesh(make_mesh(MeshConfig(tensor=2))):
+        blocks = sharding.in_blocks(jnp.arange(8)[None], 1, 2)
+    assert blocks.tolist() == [[[0, 1, 4, 5]], [[2, 3, 6, 7]]]

@@ -15,6 +15,7 @@ from jaxllm import __main__ as cli
 from jaxllm import chat, life, metrics, run
 from jaxllm.config import InputError, load
 from jaxllm.generate import SamplingConfig
+from jaxllm.life import Config
 from jaxllm.runtime import hardware
 from jaxllm.runtime.console import console
 from jaxllm.tokenizers.trained import train
@@ -228,7 +229,7 @@ def test_a_byte_order_mark_before_a_config_is_skipped(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(
             TINY, encoding="utf-8-sig" if name == "marked" else "utf-8"
         )
-    assert load(run.Config, tmp_path / "marked.yaml") == load(run.Config, tmp_path / "plain.yaml")
+    assert load(Config, tmp_path / "marked.yaml") == load(Config, tmp_path / "plain.yaml")
 
 
 WRONG_YAML = {
@@ -253,7 +254,7 @@ def test_odd_yaml_is_one_line(tmp_path, case):
     text, message = WRONG_YAML[case]
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(InputError, match=message) as error:
-        load(run.Config, tmp_path / "x.yaml")
+        load(Config, tmp_path / "x.yaml")
     assert "\n" not in str(error.value)
 
 

@@ -24,8 +24,9 @@ from jaxllm.runtime import prefetch
 from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.runtime.digest import unequal_replicas
 from jaxllm.runtime.goodput import Ledger
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.runtime.processes import Signals, Stopped
-from jaxllm.sharding import MeshConfig, activation, make_mesh
+from jaxllm.sharding import activation
 
 MODEL = ModelConfig(
     vocab_size=64,

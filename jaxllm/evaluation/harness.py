@@ -13,7 +13,7 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 from jaxllm.evaluation.scoring import fit, generate_texts, score_rows, split, windows
 from jaxllm.evaluation.tasks import load
 from jaxllm.generate import SamplingConfig
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 
 _MARK = "\x02"  # a special token's id stands between two in a rendered conversation, so that no text is taken for one
 

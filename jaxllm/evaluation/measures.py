@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxllm.losses import Metrics
 from jaxllm.metrics import reduce
-from jaxllm.sharding import fetch
+from jaxllm.runtime.transfer import fetch
 
 
 def run(

@@ -24,7 +24,8 @@ from jaxllm.generate import (
 )
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.sharding import activation, fetch
+from jaxllm.runtime.transfer import fetch
+from jaxllm.sharding import activation
 from jaxllm.tokenizers.trained import Tokenizer
 
 _SHORTEST = (

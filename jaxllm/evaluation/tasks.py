@@ -34,12 +34,13 @@ from jaxllm.data.sources import DataConfig, Source, files, read_records
 from jaxllm.evaluation import measures
 from jaxllm.evaluation.scoring import Model, fit, generate_texts, score_rows, split, windows
 from jaxllm.generate import SamplingConfig
+from jaxllm.model_store import load_policy
 from jaxllm.rl import numerals, rewards
-from jaxllm.runtime.checkpoint import committed_steps
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, write_json
-from jaxllm.sharding import MeshConfig, make_mesh
-from jaxllm.workspace import load_policy, provenance
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.provenance import provenance
+from jaxllm.runtime.seal import committed_steps
 
 Numbers = dict[str, float | None]
 

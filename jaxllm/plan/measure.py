@@ -10,7 +10,7 @@ import jax
 
 from jaxllm.plan.flops import count_flops
 from jaxllm.plan.hlo import collectives
-from jaxllm.sharding import num_slices, slow_axis
+from jaxllm.runtime.mesh import num_slices, slow_axis
 from jaxllm.train import Program
 
 

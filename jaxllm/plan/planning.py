@@ -27,7 +27,8 @@ from jaxllm.plan.measure import bytes_of, measure, optimization_level
 from jaxllm.plan.search import candidates
 from jaxllm.runtime.files import write_json
 from jaxllm.runtime.hardware import CHIPS, Chip
-from jaxllm.sharding import check_batch, planned_mesh
+from jaxllm.runtime.mesh import planned_mesh
+from jaxllm.sharding import check_batch
 from jaxllm.train import Program, TrainState
 
 

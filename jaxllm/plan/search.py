@@ -10,7 +10,8 @@ from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.plan.estimate import estimate_step, row_length, tokens_per_step
 from jaxllm.runtime.hardware import Chip
-from jaxllm.sharding import MESH_AXES, MeshConfig
+from jaxllm.runtime.mesh import MeshConfig
+from jaxllm.sharding import MESH_AXES
 
 _REMAT = ("none", "dots", "full")
 _BATCH_FACTORS = (0.5, 1, 2, 4)

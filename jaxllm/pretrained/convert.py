@@ -18,28 +18,20 @@ import safetensors.numpy
 from etils import epath
 
 from jaxllm.config import InputError, to_tree
+from jaxllm.model_store import load_model, read_model_card, write_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.pretrained import downloads
-from jaxllm.pretrained.families import (
-    FAMILIES,
-    family_of,
-    file_shapes,
-    file_value,
-    from_hf,
-    pick,
-    present,
-    tensors,
-    to_hf,
-)
+from jaxllm.pretrained.families import file_shapes, file_value, pick, present, tensors
+from jaxllm.pretrained.family_config import FAMILIES, family_of, from_hf, to_hf
 from jaxllm.pretrained.safetensors_files import KINDS, Files, Planned, read_imported
 from jaxllm.runtime import checkpoint
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, write_json
-from jaxllm.sharding import MeshConfig, make_mesh, replicated
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import replicated
 from jaxllm.tokenizers.files import IDS
 from jaxllm.tokenizers.published import load_tokenizer
-from jaxllm.workspace import load_model, read_model_card, write_model_card
 
 _KINDS = {str(dtype): kind for kind, dtype in KINDS.items()}  # bfloat16 -> BF16, ...
 

@@ -21,7 +21,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from jaxllm import stages as stage_table
 from jaxllm.config import InputError
-from jaxllm.runtime.files import read_json, read_metrics, write_json, write_whole
+from jaxllm.runtime.files import read_json, read_jsonl, write_json, write_whole
 
 SIMULATED = "simulated annotator"
 
@@ -134,7 +134,7 @@ def _read_stage(directory: epath.Path) -> dict[str, Any]:
 
 
 def _read_lines(path: epath.Path, use: Callable[[list[dict[str, Any]]], Any]) -> Any:
-    lines = read_metrics(path)
+    lines = read_jsonl(path)
     try:
         return use(lines)
     except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -26,7 +26,7 @@ from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.rl.rewards import RewardSource
 from jaxllm.runtime.checkpoint import CheckpointConfig
-from jaxllm.sharding import MeshConfig
+from jaxllm.runtime.mesh import MeshConfig
 
 # Adam's b2 of 0.95: InstructGPT; its eps of 1e-5: Huang, detail 21.
 _OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0, eps=1e-5)

@@ -18,7 +18,8 @@ from jaxllm.rl.programs import UpdatePrograms
 from jaxllm.rl.roles import FrozenModels, PPOState, RunSpec
 from jaxllm.rl.scoring import Scorer, end_at_strings
 from jaxllm.rl.update import call
-from jaxllm.sharding import batch_shards, fetch
+from jaxllm.runtime.transfer import fetch
+from jaxllm.sharding import batch_shards
 
 
 def make_evaluation(

@@ -13,13 +13,9 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxllm.rl.config import PPOConfig
-from jaxllm.sharding import (
-    activation,
-    check_batch,
-    planned_mesh,
-    replicated,
-    reshard_across_meshes,
-)
+from jaxllm.runtime.mesh import planned_mesh
+from jaxllm.runtime.transfer import reshard_across_meshes
+from jaxllm.sharding import activation, check_batch, replicated
 
 ROLES = ("rollout", "reference", "reward", "critic")
 

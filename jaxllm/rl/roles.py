@@ -17,19 +17,16 @@ import jax.numpy as jnp
 from jaxllm import generate, losses
 from jaxllm.generate import Rollout
 from jaxllm.losses import Moments
+from jaxllm.model_store import load_model
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.layouts import role_meshes
-from jaxllm.sharding import (
-    param_shardings,
-    place_params,
-    replicated,
-    reshard_across_meshes,
-)
+from jaxllm.runtime.transfer import reshard_across_meshes
+from jaxllm.sharding import param_shardings, place_params, replicated
 from jaxllm.train import StateLayout, TrainState
-from jaxllm.workspace import Workspace, load_model
+from jaxllm.workspace import Workspace
 
 
 class PPOState(NamedTuple):

@@ -11,8 +11,8 @@ from jaxllm import generate
 from jaxllm.data.loader import PromptExample
 from jaxllm.data.messages import prompt_text
 from jaxllm.generate import Rollout
-from jaxllm.runtime.files import json_line, read_metrics, write_whole
-from jaxllm.sharding import fetch
+from jaxllm.runtime.files import json_line, read_jsonl, write_whole
+from jaxllm.runtime.transfer import fetch
 from jaxllm.tokenizers.trained import Tokenizer
 
 
@@ -63,7 +63,7 @@ class RolloutLog:
     def _reopened(self, step: int) -> Any:
         """The file, open for appending, with the lines before update `step` only."""
         kept = []
-        for line in read_metrics(self._path, "skip"):
+        for line in read_jsonl(self._path, "skip"):
             if line.get("step", math.inf) < step:
                 kept.append(json_line(line))
         write_whole(self._path, "".join(kept))

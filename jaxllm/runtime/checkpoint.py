@@ -1,22 +1,27 @@
-"""Checkpoints: Orbax writes and reads the arrays; what is whole, what is trusted and what is kept is decided here.
+"""Checkpoints: Orbax writes and reads the arrays; this module decides what is complete, trusted and kept.
 
-A step's folder is committed once its seal.json is there, which is written last, at once. It holds the size and hash of
-every file, a digest of every leaf taken on the devices before saving, and a record: fingerprints of what the run was
-made from, held-out metrics, skipped batches. All of it is checked before a checkpoint is used. Restoring goes through
-the abstract state with the target shardings, so that another mesh, device or host count is no special case. A tree that
-does not match is an error that lists both sides; nothing is overlaid on fresh weights.
+A stage's checkpoints/ folder holds a folder for every step that is kept:
+
+    pretrain/checkpoints/
+        200/
+            seal.json               written last: only now the checkpoint exists (see jaxllm.runtime.seal)
+            _METADATA               the tree: names, dtypes and shapes of the leaves
+            d/..., manifest.ocdbt   the arrays, in TensorStore's format
+            ocdbt.process_0/...     and as each process wrote them
+        400/...
+        600/                        no seal: a save that was killed, removed at the next start
+    pretrain/damaged/300/           a checkpoint that failed its check, set aside
+
+Everything that the seal holds is checked before a checkpoint is used. Restoring goes through the abstract state with
+the target shardings, so that another mesh or another number of devices or hosts is not a special case. A tree that
+does not match the model is an error that lists both sides; nothing is overlaid on newly initialized weights.
 """
 
-import concurrent.futures
 import dataclasses
-import functools
-import hashlib
-import json
-import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,58 +34,68 @@ from jaxllm.config import Ending, InputError
 from jaxllm.config.ranges import NonNegativeInt, PositiveInt
 from jaxllm.runtime import digest, tree_shapes
 from jaxllm.runtime.console import console
-from jaxllm.sharding import any_process, barrier
+from jaxllm.runtime.files import absolute, check_path, is_remote
+from jaxllm.runtime.processes import any_process, barrier
+from jaxllm.runtime.seal import (
+    IO_ERRORS,
+    READ_ERRORS,
+    SEAL,
+    Damaged,
+    check_files,
+    committed_steps,
+    read_seal,
+    set_aside,
+    short_text,
+    warn_damaged,
+    write_seal,
+)
 
+# What the training loop stores with a checkpoint, as JSON.
 Record = dict[str, Any]
-SEAL = "seal.json"
-# (folder of the step, record, abstract subtree, its path) -> the subtree, out of an imported model's own files
+# (folder of the step, record, abstract subtree, its path) -> the subtree, read from an imported model's own files
 ReadImported = Callable[[Path, Record, Any, Sequence[str]], Any]
-# What Orbax, TensorStore and the operating system raise where a disk is full or not writable, a file is short, ...
-_IO_ERRORS = (OSError, ValueError, RuntimeError)
-_READ_ERRORS = (*_IO_ERRORS, KeyError, TypeError, AttributeError)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, what to keep, and what to do where something is damaged."""
+    """When to save, what to keep, and what to do about damage."""
 
     save_every: PositiveInt = 200
     """Steps between checkpoints; the last step is always saved."""
     keep_last: PositiveInt = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: NonNegativeInt = 1
-    """Checkpoints with the best held-out metric kept besides."""
+    """Number of checkpoints with the best held-out metric to keep in addition."""
     keep_every: NonNegativeInt = 0
-    """Steps between checkpoints that are kept for ever; 0: none."""
+    """Steps between checkpoints that are kept forever; 0: none."""
     damaged: Literal["fall_back", "stop"] = "fall_back"
-    """Where the newest checkpoint is damaged: go on from the newest good one, with a warning, or stop."""
+    """If the newest checkpoint is damaged: resume from the newest good one, with a warning, or stop."""
     rewind_after: NonNegativeInt = 20
-    """Updates skipped in a row (not finite, or a spike) after which training goes back; 0: never."""
+    """Skipped updates in a row (not finite, or a spike) after which training rewinds to a checkpoint; 0: never."""
     rewind_skip: NonNegativeInt = 100
-    """Batches skipped beyond the last bad one, after going back (PaLM: 200 to 500)."""
+    """Batches to skip beyond the last bad one after a rewind (PaLM: 200 to 500)."""
     max_rewinds: NonNegativeInt = 3
-    """Training has failed when it would have to go back once more."""
+    """Number of rewinds after which training fails instead of rewinding again."""
     compare_replicas_every: NonNegativeInt = 0
-    """Steps between comparisons of what several devices hold in common, to find silent corruption; 0: never."""
-
-
-class Damaged(InputError):
-    """A checkpoint that is not what was saved; `step_dir` is its folder."""
-
-    def __init__(self, step_dir: epath.Path, what: str):
-        super().__init__(
-            f"{step_dir}: this checkpoint is damaged or half-written ({what}); `jaxllm run` makes it again, from the "
-            "newest good one"
-        )
-        self.step_dir, self.what = step_dir, what
+    """Steps between comparisons of replicated arrays across devices, to find silent data corruption; 0: never."""
 
 
 class SaveFailed(Ending):
-    """The last state could not be saved, although it was tried again and again."""
+    """The last state could not be saved in several attempts."""
 
 
 class Checkpoints:
-    """A stage's checkpoints/ folder, written by this run. All processes make every call together."""
+    """The checkpoints/ folder of a stage that is training. All processes make every call together.
+
+    Args:
+        directory: the folder; what a killed save left there is removed.
+        config: when to save and what to keep.
+        metric: name of the metric in `record["metrics"]` that decides which checkpoints are best; "": none are.
+        lower_is_better: whether a low value of the metric is good.
+
+    Raises:
+        InputError: checkpoints in this directory could not be read back (`check_path`).
+    """
 
     def __init__(
         self,
@@ -90,20 +105,25 @@ class Checkpoints:
         lower_is_better: bool = True,
     ):
         check_path(directory)
-        self.directory, self.config, self.metric = _absolute(directory), config, metric
+        self.directory = absolute(directory)
+        self.config = config
+        self.metric = metric
+        # Times the metric, it makes higher values better.
         self.sign = -1.0 if lower_is_better else 1.0
         self._writer: ocp.AsyncCheckpointer | None = None
+        # The save in progress: the thread that will commit it, its step, and why it failed ("": it has not).
         self._commit: threading.Thread | None = None
-        self._saving, self._error = -1, ""
+        self._saving = -1
+        self._error = ""
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-            _clean(self.directory)
+            _remove_unsealed(self.directory)
         barrier("checkpoints")
 
     def restore_or_init(self, abstract: Any, init: Callable[[], Any]) -> tuple[Any, Record]:
-        """(state, record) of the newest checkpoint that is whole, else (init(), {}).
+        """(state, record) of the newest good checkpoint; (init(), {}) if there is none.
 
-        A damaged one is named and set aside in STAGE/damaged/. Raises Damaged where config.damaged says stop.
+        A damaged checkpoint is reported and moved to STAGE/damaged/. Raises Damaged if `config.damaged` is "stop".
         """
         for step in reversed(committed_steps(self.directory)):
             try:
@@ -116,44 +136,70 @@ class Checkpoints:
         return init(), {}
 
     def save(self, step: int, state: Any, record: Record) -> None:
-        """Start saving: the state is off the devices when this returns, the rest is done in the background.
+        """Start saving: when this returns the state has been copied off the devices; a thread does the rest.
 
-        A failure (a full disk, a folder that cannot be written) ends the save, not the run: it says so, and the next
-        save tries again.
+        A failure (a full disk, a folder that cannot be written) ends the save and not the run: it is reported, and the
+        next save tries again.
         """
-        self.wait()
-        self._saving, self._error = step, self._no_room(state)
+        self.wait()  # one save at a time: the host has memory for one copy of the state
+        self._saving = step
+        self._error = self._no_room(state)
+        # Orbax's save has barriers: all processes start it, or none does.
         if not any_process(bool(self._error)):
-            seal = {"record": record, "digests": digest.digests(state)}
-            try:
-                self._writer = self._writer or _new_writer(state)
-                self._writer.save(
-                    self.directory / str(step), args=ocp.args.PyTreeSave(state), force=True
-                )
-            except _IO_ERRORS as error:
-                self._error = _short(error)
-            else:
-                self._commit = threading.Thread(
-                    target=self._finish, args=(self._writer, step, seal, tree_shapes.shapes(state))
-                )
-                self._commit.start()
+            self._start_save(step, state, record)
         if any_process(bool(self._error)):
-            self._failed()
+            self._give_up()
+
+    def _start_save(self, step: int, state: Any, record: Record) -> None:
+        # The digests come from the arrays on the devices, not from what was copied or written.
+        seal = {"record": record, "digests": digest.digests(state)}
+        shapes = tree_shapes.shapes(state)
+        try:
+            self._writer = self._writer or _new_writer(state)
+            self._writer.save(
+                self.directory / str(step), args=ocp.args.PyTreeSave(state), force=True
+            )
+        except IO_ERRORS as error:
+            self._error = short_text(error)
+        else:
+            # Sealing waits for Orbax's threads on all processes; training does not wait for it.
+            self._commit = threading.Thread(
+                target=self._finish_save, args=(self._writer, step, seal, shapes)
+            )
+            self._commit.start()
+
+    def _finish_save(
+        self, writer: ocp.AsyncCheckpointer, step: int, seal: dict[str, Any], shapes: dict[str, str]
+    ) -> None:
+        """In a thread: seal the checkpoint once it can be read back, and remove those that need not be kept."""
+        step_dir = self.directory / str(step)
+        try:
+            writer.wait_until_finished()  # on all processes
+            if jax.process_index() == 0:
+                # Not every failed write is reported, and this checkpoint replaces an older one.
+                self._error = _read_back_error(step_dir, shapes)
+                if not self._error:
+                    write_seal(step_dir, seal)
+                    self._prune()
+        except IO_ERRORS as error:
+            self._error = short_text(error)
 
     def wait(self) -> None:
-        """Until what was being saved is committed, or has failed."""
+        """Wait until the save in progress is committed or has failed."""
         if self._commit:
             self._commit.join()
             self._commit = None
+            # Every process must know: it may have failed on one of them only.
             if any_process(bool(self._error)):
-                self._failed()
+                self._give_up()
 
     def save_surely(
         self, step: int, state: Any, record: Record, attempts: int = 5, pause: float = 5.0
     ) -> None:
-        """Save and wait until it is on disk. Raises SaveFailed after so many attempts, `pause` seconds apart."""
+        """Save and wait until it is on disk. Raises SaveFailed after `attempts`, which are `pause` seconds apart."""
         self.wait()
         for attempt in range(attempts):
+            # The step may be one that `save_every` has saved before.
             if step in committed_steps(self.directory):
                 return
             if attempt:
@@ -162,155 +208,105 @@ class Checkpoints:
             self.wait()
         if step not in committed_steps(self.directory):
             raise SaveFailed(
-                f"{self.directory}: step {step} could not be saved in {attempts} attempts; make room or make the folder "
-                "writable, and run the same command again: it goes on from the newest checkpoint"
+                f"{self.directory}: step {step} could not be saved in {attempts} attempts; make room "
+                "or make the folder writable, and run the same command again: it resumes from the "
+                "newest checkpoint"
             )
 
     def go_back(self, step: int) -> None:
         """Remove the checkpoints after `step`."""
         self.wait()
+        # Without this, a restart would resume from beyond the rewind.
         if jax.process_index() == 0:
-            for later in (s for s in committed_steps(self.directory) if s > step):
-                _remove(self.directory / str(later))
+            for later in committed_steps(self.directory):
+                if later > step:
+                    _remove(self.directory / str(later))
         barrier("go back")
 
     def close(self) -> None:
+        """Wait for the save in progress and end the writer's threads."""
         self.wait()
         if self._writer:
             self._writer.close()
 
-    def _finish(
-        self, writer: ocp.AsyncCheckpointer, step: int, seal: dict[str, Any], shapes: dict[str, str]
-    ) -> None:
-        """In a thread: seal the checkpoint once it can be read back, and remove what need not be kept."""
-        step_dir = self.directory / str(step)
-        try:
-            writer.wait_until_finished()  # of all processes
-            if jax.process_index() == 0:
-                self._error = _unreadable(step_dir, shapes)
-                if not self._error:
-                    write_seal(step_dir, seal)
-                    self._prune()
-        except _IO_ERRORS as error:
-            self._error = _short(error)
-
-    def _failed(self) -> None:
+    def _give_up(self) -> None:
+        """Report that the save failed, and remove what it has written."""
         reason = self._error or "another process could not write"
         console.print(
-            f"warning: saving step {self._saving} into {self.directory} failed ({reason}); the run goes on, and the next "
-            "save tries again",
+            f"warning: saving step {self._saving} into {self.directory} failed ({reason}); "
+            "training continues, and the next save tries again",
             soft_wrap=True,
         )
-        self._writer, self._error = None, ""  # a writer that has failed once is not trusted again
+        self._writer = None  # a writer that has failed once is not trusted again
+        self._error = ""
+        # It takes up space that the next save needs.
         if jax.process_index() == 0:
             _remove(self.directory / str(self._saving))
         barrier("save failed")
 
     def _no_room(self, state: Any) -> str:
-        """Why there is no room for the state, before anything is written; empty where there is."""
-        if _is_remote(self.directory):
+        """Why the disk is too full for the state, asked before anything is written; "" if it is not."""
+        if is_remote(self.directory):
             return ""
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         try:
             free = shutil.disk_usage(self.directory).free
         except OSError as error:
-            return _short(error)
-        return (
-            f"{needed / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free"
-            if free < needed
-            else ""
-        )
+            return short_text(error)
+        if free >= needed:
+            return ""
+        return f"{needed / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free"
 
     def _prune(self) -> None:
-        """Keep the newest, the best, and one every so many steps. A step saved without the metric is the worst."""
-        config, steps = self.config, committed_steps(self.directory)
-        value = lambda step: self.sign * self._metrics(step).get(self.metric, -self.sign * np.inf)
-        best = (
-            sorted(steps, key=lambda step: (value(step), step))[-config.keep_best :]
-            if config.keep_best
-            else []
-        )
-        forever = [step for step in steps if config.keep_every and step % config.keep_every == 0]
-        for step in {*steps} - {
-            *steps[-config.keep_last :],
-            *(best if self.metric else []),
-            *forever,
-        }:
-            _remove(self.directory / str(step))
+        """Remove all checkpoints but the newest, the best, and one every `keep_every` steps."""
+        steps = committed_steps(self.directory)
+        kept = set(steps[-self.config.keep_last :])
+        if self.metric and self.config.keep_best:
+            # Of equal ones the newer is better.
+            best_last = sorted(steps, key=lambda step: (self._quality(step), step))
+            kept.update(best_last[-self.config.keep_best :])
+        for step in steps:
+            forever = self.config.keep_every and step % self.config.keep_every == 0
+            if step not in kept and not forever:
+                _remove(self.directory / str(step))
 
-    def _metrics(self, step: int) -> Mapping[str, float]:
+    def _quality(self, step: int) -> float:
+        """The metric of a checkpoint, its sign such that higher is better; without the metric, -infinity."""
         try:
-            return read_seal(self.directory / str(step))["record"].get("metrics", {})
-        except Damaged:  # found when it is needed; until then it is the worst
-            return {}
+            metrics = read_seal(self.directory / str(step))["record"].get("metrics", {})
+        except Damaged:  # reported when the checkpoint is needed
+            return -np.inf
+        return self.sign * metrics[self.metric] if self.metric in metrics else -np.inf
 
 
-def check_path(directory: epath.PathLike) -> None:
-    """Raise InputError where Orbax could not read back what it writes into this directory.
+def _read_back_error(step_dir: epath.Path, shapes: Mapping[str, str]) -> str:
+    """Why a checkpoint that was just written cannot be read back; "" if it can.
 
-    Orbax finds its own files with a glob below the directory's unescaped name, so `r[1]` would lead it to `r1`. Its
-    storage library takes only names that are valid Unicode.
-    """
-    if "\0" in str(directory):
-        raise InputError(
-            f"{directory}: a directory's name cannot hold a NUL character; choose another --run-dir"
-        )
-    path = str(_absolute(directory))
-    if found := re.search(r"[*?[\\]", path):
-        raise InputError(
-            f"{directory}: the checkpoint library reads {found[0]!r} in a directory's name as a pattern and would lose "
-            f"checkpoints; choose another --run-dir, or rename {path}"
-        )
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{path!a}: this directory's name is not valid UTF-8; choose another --run-dir"
-        ) from None
-
-
-def _unreadable(step_dir: epath.Path, shapes: Mapping[str, str]) -> str:
-    """Why a checkpoint that was just written cannot be read back; empty where it can.
-
-    It opens every array that should be there; the values themselves are checked against their digests when restored.
+    This opens every array; the values are checked against their digests when they are restored.
     """
     try:
+        # The metadata of arrays is read from the arrays' own files.
         saved = ocp.PyTreeCheckpointHandler().metadata(step_dir).tree
-    except _READ_ERRORS as error:
-        return f"it cannot be read back: {_short(error)}"
+    except READ_ERRORS as error:
+        return f"it cannot be read back: {short_text(error)}"
     wrong = {*tree_shapes.shapes(saved).items()} ^ {*shapes.items()}
     return f"it reads back as another tree, at {min(wrong)[0]}" if wrong else ""
 
 
 def _new_writer(state: Any) -> ocp.AsyncCheckpointer:
-    # A folder that cannot be made is an error at once; made in the background, its threads wait for it for minutes.
+    # Without this, a folder that cannot be created is not an error at first: Orbax's threads wait for it for minutes.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-    # The copy off the devices is one state; of it, a few leaves at a time are compressed, which takes their size again.
-    at_once = max(1.2 * max(x.nbytes for x in jax.tree.leaves(state)), 10**8) / 10**9
-    return ocp.AsyncCheckpointer(
-        ocp.PyTreeCheckpointHandler(save_concurrent_gb=at_once), async_options=options
-    )  # pyright: ignore
-
-
-def load_params(
-    stage_dir: epath.PathLike,
-    abstract: Any,
-    path: Sequence[str] = ("params",),
-    step: int | None = None,
-    check: bool = True,
-    read_imported: ReadImported | None = None,
-) -> Any:
-    """The subtree at `path` of a stage directory's checkpoint, the newest or that of `step`, sharded like `abstract`.
-
-    read_imported: the reader of a model that was imported, whose files are not Orbax's.
-    Raises Damaged where that checkpoint is not whole.
-    """
-    return restore(newest(stage_dir, step), abstract, path, check, read_imported)[0]
+    # Host memory: the copy off the devices takes one state. Compression takes the size of a leaf again for each leaf
+    # in progress; this limit, in GB, admits the largest leaf, and several small ones at a time.
+    largest = max(x.nbytes for x in jax.tree.leaves(state))
+    limit = max(1.2 * largest, 10**8) / 10**9
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit)  # pyright: ignore
+    return ocp.AsyncCheckpointer(handler, async_options=options)
 
 
 def newest(stage_dir: epath.PathLike, step: int | None = None) -> epath.Path:
-    """The folder of a stage's newest checkpoint, or that of `step`. Raises InputError where there is none."""
-    directory = _absolute(epath.Path(stage_dir) / "checkpoints")
+    """The folder of a stage's newest checkpoint, or of that of `step`. Raises InputError if there is none."""
+    directory = absolute(epath.Path(stage_dir) / "checkpoints")
     if not directory.exists():
         raise InputError(
             f"{stage_dir}: has no checkpoints; give the directory of a stage that trains a model"
@@ -321,11 +317,16 @@ def newest(stage_dir: epath.PathLike, step: int | None = None) -> epath.Path:
     return directory / str(steps[-1] if step is None else step)
 
 
-def committed_steps(directory: epath.Path) -> list[int]:
-    """The steps on disk, in order; always read anew."""
-    return sorted(
-        int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / SEAL).exists()
-    )
+def load_params(
+    stage_dir: epath.PathLike,
+    abstract: Any,
+    path: Sequence[str] = ("params",),
+    step: int | None = None,
+    check: bool = True,
+    read_imported: ReadImported | None = None,
+) -> Any:
+    """The subtree at `path` of a stage's newest checkpoint, or of that of `step`; arguments as for `restore`."""
+    return restore(newest(stage_dir, step), abstract, path, check, read_imported)[0]
 
 
 def restore(
@@ -335,152 +336,98 @@ def restore(
     check: bool = True,
     read_imported: ReadImported | None = None,
 ) -> tuple[Any, Record]:
-    """(state or its subtree at `path`, record), placed by the shardings of `abstract`, a tree of ShapeDtypeStructs.
+    """(state or its subtree at `path`, record) of a checkpoint.
 
-    Raises Damaged where a file or a leaf is not what was saved, InputError where it is of another model.
+    Args:
+        step_dir: the checkpoint's folder.
+        abstract: the tree to restore, of ShapeDtypeStructs with the target shardings.
+        path: keys from the root of the saved tree to `abstract`.
+        check: whether to check the hashes of the files.
+        read_imported: reads an imported model, whose files are not Orbax's.
+
+    Raises:
+        Damaged: a file or a leaf is not what was saved.
+        InputError: the checkpoint is of another model.
     """
     seal = read_seal(step_dir)
+    record = seal["record"]
     if check:
         check_files(step_dir, seal)
-    if seal["record"].get("format") == "safetensors":
+    if record.get("format") == "safetensors":
         if read_imported is None:
             raise InputError(
-                f"{step_dir}: holds an imported model, which cannot be trained where it is; give it as init_from"
+                f"{step_dir}: holds an imported model, which cannot be trained in its own directory; "
+                "give it as init_from"
             )
-        return read_imported(Path(step_dir), seal["record"], abstract, path), seal["record"]
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            saved = reader.metadata(step_dir).item_metadata
-            part = functools.reduce(
-                lambda tree, key: tree.get(key, {}), path, tree_shapes.as_dicts(saved.tree)
-            )  # pyright: ignore
-            tree_shapes.compare(part, abstract, str(step_dir))
-            item = functools.reduce(lambda tree, key: {key: tree}, reversed(path), abstract)
-            to_args = lambda a: ocp.ArrayRestoreArgs(
-                sharding=a.sharding, global_shape=a.shape, dtype=a.dtype
-            )
-            args = ocp.args.PyTreeRestore(
-                item, restore_args=jax.tree.map(to_args, item), partial_restore=bool(path)
-            )
-            state = functools.reduce(
-                lambda tree, key: tree[key], path, reader.restore(step_dir, args=args)
-            )
-    except _READ_ERRORS as error:
-        raise Damaged(step_dir, _short(error)) from None
-    prefix = ".".join(path)  # of the tree, or the name of the only leaf
-    inside = lambda name: not prefix or name == prefix or name.startswith(f"{prefix}.")
-    wanted = {k[len(prefix) :].lstrip("."): v for k, v in seal["digests"].items() if inside(k)}
-    if wrong := digest.differing(wanted, digest.digests(state)):
+        return read_imported(Path(step_dir), record, abstract, path), record
+    # Digests do not depend on the sharding: those taken on another mesh must be equal.
+    state = _read_arrays(step_dir, abstract, path)
+    wrong = digest.differing(_digests_below(seal["digests"], path), digest.digests(state))
+    if wrong:
         raise Damaged(
             step_dir, f"the values of {', '.join(wrong[:3])} are not those that were saved"
         )
-    return state, seal["record"]
+    return state, record
 
 
-def read_seal(step_dir: epath.Path) -> dict[str, Any]:
-    """{record, digests, files}. Raises Damaged where there is none or it is not what was written."""
+def _read_arrays(step_dir: epath.Path, abstract: Any, path: Sequence[str]) -> Any:
+    """The subtree at `path`, read by Orbax; raises like `restore`."""
     try:
-        seal = json.loads((step_dir / SEAL).read_bytes())
-        if seal.pop("sha256") == _hash_of(seal):
-            return seal
-        raise Damaged(step_dir, f"{SEAL} is not what was written")
-    except _READ_ERRORS as error:
-        raise Damaged(step_dir, f"{SEAL}: {_short(error)}") from None
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            metadata: Any = reader.metadata(step_dir).item_metadata
+            saved = _subtree(tree_shapes.as_dicts(metadata.tree), path)
+            tree_shapes.compare(saved, abstract, str(step_dir))
+            # Orbax wants the path from the root: {"params": abstract}.
+            item = abstract
+            for key in reversed(path):
+                item = {key: item}
+            # partial_restore: without it, Orbax refuses a tree that lacks the rest of the saved one.
+            args = ocp.args.PyTreeRestore(
+                item, restore_args=jax.tree.map(_restore_arg, item), partial_restore=bool(path)
+            )
+            return _subtree(reader.restore(step_dir, args=args), path)
+    except READ_ERRORS as error:
+        raise Damaged(step_dir, short_text(error)) from None
 
 
-def write_seal(step_dir: epath.Path, seal: dict[str, Any]) -> None:
-    """Commit a step's folder: {record, digests}, with the hashes of the files that are there."""
-    seal["files"] = {} if _is_remote(step_dir) else _hash_files(step_dir, _files(step_dir))
-    partial = step_dir / f".{SEAL}"
-    partial.write_text(json.dumps({**seal, "sha256": _hash_of(seal)}))
-    partial.replace(step_dir / SEAL)
+def _subtree(tree: Any, path: Sequence[str]) -> Any:
+    """The subtree at `path`, {} if the tree does not have it."""
+    for key in path:
+        tree = tree.get(key, {})
+    return tree
 
 
-def check_files(step_dir: epath.Path, seal: dict[str, Any]) -> None:
-    """Raise Damaged, on all processes together, where a file is missing, too many, or has other bytes.
-
-    Each process reads its share of the files. An object store checks its own bytes; the leaves' digests still count.
-    """
-    wanted, here = seal["files"], _files(step_dir) if seal["files"] else []
-    what = [f"{name} is missing" for name in wanted if name not in here]
-    what += [f"{name} does not belong to it" for name in here if name not in wanted]
-    if not what:
-        mine = [*wanted][jax.process_index() :: jax.process_count()]
-        try:
-            found = _hash_files(step_dir, mine)
-            what = [
-                f"{name} is not what was written" for name in mine if found[name] != wanted[name]
-            ]
-        except OSError as error:
-            what = [_short(error)]
-    if any_process(bool(what)):
-        raise Damaged(step_dir, what[0] if what else "found by another process")
+def _restore_arg(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
-def _files(step_dir: epath.Path) -> list[str]:
-    root = Path(step_dir)
-    return sorted(
-        str(p.relative_to(root))
-        for p in root.rglob("*")
-        if p.is_file() and p.name not in (SEAL, f".{SEAL}")
-    )
+def _digests_below(digests: digest.Digests, path: Sequence[str]) -> digest.Digests:
+    """The digests of the subtree at `path`: for ("params",), {"params.w": d, "step": e} -> {"w": d}."""
+    if not path:
+        return digests
+    prefix = ".".join(path)
+    below: digest.Digests = {}
+    for name, words in digests.items():
+        if name == prefix:  # the subtree is a single leaf
+            below[""] = words
+        elif name.startswith(f"{prefix}."):
+            below[name.removeprefix(f"{prefix}.")] = words
+    return below
 
 
-def _hash_files(step_dir: epath.Path, names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of each file, several at a time: hashing releases the interpreter's lock."""
-
-    def one(name: str) -> tuple[str, str]:
-        with open(Path(step_dir) / name, "rb") as file:
-            return name, hashlib.file_digest(file, "sha256").hexdigest()
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        return dict(pool.map(one, names))
-
-
-def _hash_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def warn_damaged(error: Damaged, then: str) -> None:
-    console.print(
-        f"warning: {error.step_dir} is damaged ({error.what}); it is set aside, {then}",
-        soft_wrap=True,
-    )
-
-
-def set_aside(step_dir: epath.Path) -> None:
-    """Move a damaged checkpoint to STAGE/damaged/STEP, for a look at it; the one before it there is removed."""
-    if jax.process_index() == 0:
-        kept = step_dir.parent.parent / "damaged"
-        kept.rmtree(missing_ok=True)
-        kept.mkdir()
-        if step_dir.exists():
-            step_dir.rename(kept / step_dir.name)
-    barrier("set aside")
-
-
-def _clean(directory: epath.Path) -> None:
-    """Remove what a killed save left: Orbax's temporary folders, and steps without a seal. Never a committed step."""
+def _remove_unsealed(directory: epath.Path) -> None:
+    """Remove what a killed save left: Orbax's temporary folders, and steps without a seal."""
     for entry in directory.iterdir():
-        if not entry.name.isdigit() or not (entry / SEAL).exists():
-            console.print(f"{entry}: left by a save that was cut; removed", soft_wrap=True)
-            entry.rmtree() if entry.is_dir() else entry.unlink()
+        if entry.name.isdigit() and (entry / SEAL).exists():
+            continue
+        console.print(f"{entry}: left by an interrupted save; removed", soft_wrap=True)
+        if entry.is_dir():
+            entry.rmtree()
+        else:
+            entry.unlink()
 
 
 def _remove(step_dir: epath.Path) -> None:
-    """The seal first: a folder whose removal is cut short is not a checkpoint any more."""
+    # The seal first: if this is interrupted, the rest of the folder is not a checkpoint.
     (step_dir / SEAL).unlink(missing_ok=True)
     step_dir.rmtree(missing_ok=True)
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-    path = epath.Path(path)
-    return path if _is_remote(path) else path.resolve()  # Orbax takes absolute paths only
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in str(path)
-
-
-def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,20 +1,33 @@
-"""The goodput ledger: where a run's wall time went, over all its attempts, in goodput.jsonl.
+"""The goodput ledger: how the wall time of a run was spent, over all its attempts, in goodput.jsonl.
 
-Every second of a process belongs to one kind. A line is written at least once an interval:
-{"attempt", "time", "stage", "step", "seconds": {kind: s}}. What an attempt did past the checkpoint that the next one
-went on from is lost; the time from a process's last line to the next one's first is "down".
+An attempt is a process (or a job of processes) that worked on the run. Each second of it has one kind (KINDS). A line
+of the ledger holds the seconds since the line before:
+
+    {"attempt": 2, "time": 1790000000.0, "stage": "pretrain", "step": 40, "seconds": {"step": 9.1, "save": 0.4}}
+
+A line may also have "restored", the step of the checkpoint that the attempt resumed from, and "event". Work of earlier
+attempts beyond that checkpoint is lost; the time between two attempts is "down":
+
+    attempt 1   start  compile  step 1-10  save  step 11-14  killed
+                                                 (lost)
+    attempt 2                                                      down  start  restore  compile  step 11-20
 """
 
-import contextlib
+import functools
 import json
+import os
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 
-PRODUCTIVE = ("step", "work")  # training steps, and what the stages without steps do
+from jaxllm.runtime.files import read_jsonl
+
+# Training steps, and the work of stages that have no steps.
+PRODUCTIVE = ("step", "work")
 KINDS = (
     *PRODUCTIVE,
     "start",
@@ -26,94 +39,123 @@ KINDS = (
     "lost",
     "down",
 )
+_FIELDS = {"attempt", "time", "stage", "step", "seconds"}
 
 
 class Ledger:
-    """Sorts this process's time; writes on process 0 only."""
+    """Accounts for this process's time; only process 0 writes it.
+
+    Args:
+        path: goodput.jsonl.
+        began: `time.time()` when the process began, if that was before now (`process_began`).
+    """
 
     def __init__(self, path: epath.PathLike, began: float | None = None):
-        """began: time.time() when the process began, where that was before now."""
         self.path = epath.Path(path)
-        lines = read(self.path) if jax.process_index() == 0 else []
-        self.attempt = 1 + max((line["attempt"] for line in lines), default=0)
-        cut = bool(lines) and not self.path.read_bytes().endswith(b"\n")
-        self._newline = "\n" if cut else ""  # ends a line that was cut
         self._seconds: dict[str, float] = defaultdict(float)
-        self._since = time.monotonic() - (max(0.0, time.time() - began) if began else 0.0)
+        self._since = time.monotonic()  # of the last mark
+        if began:
+            self._since -= max(0.0, time.time() - began)
+
+    @functools.cached_property
+    def attempt(self) -> int:
+        """Number of this attempt at the run, from 1."""
+        # Read at the first use, when this process has locked the run directory.
+        lines = read(self.path) if jax.process_index() == 0 else []
+        return 1 + max((line["attempt"] for line in lines), default=0)
+
+    @functools.cached_property
+    def _has_cut_line(self) -> bool:
+        """Whether an earlier attempt was killed while it wrote a line."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        return bool(content) and not content.endswith(b"\n")
 
     def mark(self, kind: str) -> float:
-        """Everything since the last mark was of this kind; returns its seconds."""
+        """Account the time since the last mark to `kind`; returns its seconds."""
         now = time.monotonic()
-        seconds, self._since = now - self._since, now
+        seconds = now - self._since
+        self._since = now
         self._seconds[kind] += seconds
         return seconds
 
     def write(self, stage: str, step: int = 0, **more: Any) -> None:
-        """Write what was marked since the last line."""
-        seconds = {kind: round(s, 4) for kind, s in self._seconds.items()}
+        """Write a line with the times marked since the last line; `more`: further fields of the line."""
+        seconds = {kind: round(value, 4) for kind, value in self._seconds.items()}
         self._seconds.clear()
+        if jax.process_index() != 0:
+            return
         line = {
             "attempt": self.attempt,
             "time": round(time.time(), 3),
             "stage": stage,
             "step": step,
             **more,
+            "seconds": seconds,
         }
-        if jax.process_index() == 0:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(self._newline + json.dumps({**line, "seconds": seconds}) + "\n")
-            self._newline = ""
+        # A cut line is ended first, so that only that one is damaged.
+        newline = "\n" if self._has_cut_line else ""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(newline + json.dumps(line) + "\n")
+        self._has_cut_line = False
+
+
+def process_began() -> float | None:
+    """`time.time()` when this process was started, None if unknown: imports are part of the wall time."""
+    try:
+        # Field 22 of proc(5)'s stat, the start in clock ticks since boot. Field 2, the command in parentheses, may
+        # hold spaces.
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return None
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def read(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a ledger; none where there is no file. A line that was cut or is damaged is left out."""
-    path, lines = epath.Path(path), []
-    for text in path.read_bytes().split(b"\n") if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            value = json.loads(text.decode())
-            if (
-                isinstance(value, dict)
-                and {"attempt", "time", "stage", "step", "seconds"} <= value.keys()
-            ):
-                lines.append(value)
-    return lines
+    """The lines of a ledger, without damaged ones; an empty list if the file does not exist."""
+    return [line for line in read_jsonl(path, damaged="ignore") if line.keys() >= _FIELDS]
 
 
 def totals(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds by kind over all attempts, lost work and the time between attempts included."""
-    seconds: dict[str, float] = {kind: 0.0 for kind in KINDS}
-    restored: dict[tuple[int, str], int] = {}  # (attempt, stage) -> the step it went on from
+    """Seconds of each kind over all attempts, with lost work and the time between attempts."""
+    restored: dict[tuple[int, str], int] = {}  # (attempt, stage) -> step that it resumed from
     for line in lines:
         if "restored" in line:
             restored.setdefault((line["attempt"], line["stage"]), line["restored"])
-    for before, line in zip([None, *lines], lines, strict=False):
-        if before and before["attempt"] != line["attempt"]:
-            seconds["down"] += max(
-                0.0, line["time"] - sum(line["seconds"].values()) - before["time"]
-            )
-        later = (
-            s
-            for (a, stage), s in restored.items()
-            if a > line["attempt"] and stage == line["stage"]
-        )
-        wasted = any(step < line["step"] for step in later)
+
+    seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    previous = None
+    for line in lines:
+        if previous and previous["attempt"] != line["attempt"]:
+            began = line["time"] - sum(line["seconds"].values())
+            seconds["down"] += max(0.0, began - previous["time"])
+        lost = _is_lost(line, restored)
         for kind, value in line["seconds"].items():
-            seconds["lost" if wasted and kind != "start" else kind] += value
+            # Starting the process was necessary, whatever became of its work.
+            seconds["lost" if lost and kind != "start" else kind] += value
+        previous = line
     return seconds
 
 
+def _is_lost(line: dict[str, Any], restored: dict[tuple[int, str], int]) -> bool:
+    """Whether a later attempt resumed the stage from a step before this line's."""
+    for (attempt, stage), step in restored.items():
+        if attempt > line["attempt"] and stage == line["stage"] and step < line["step"]:
+            return True
+    return False
+
+
 def summary(lines: list[dict[str, Any]]) -> str:
-    """One line: the productive share of the wall time, and where the rest went."""
+    """One line: the productive share of the wall time, and what the rest was spent on, the largest share first."""
     seconds = totals(lines)
     wall = sum(seconds.values())
-    share = lambda kind: f"{kind.replace('_', ' ')} {seconds[kind] / wall:.1%}"
-    rest = sorted(
-        (k for k in KINDS if k not in PRODUCTIVE and seconds[k] > 0.0005 * wall),
-        key=lambda k: -seconds[k],
-    )
-    attempts = len({line["attempt"] for line in lines})
     productive = sum(seconds[kind] for kind in PRODUCTIVE) / wall
-    return (
-        f"goodput: {productive:.1%} of {wall:,.0f} s productive in {attempts} "
-        f"attempt{'s' if attempts > 1 else ''}{'; ' if rest else ''}{', '.join(map(share, rest))}"
-    )
+    attempts = len({line["attempt"] for line in lines})
+    plural = "s" if attempts > 1 else ""
+    text = f"goodput: {productive:.1%} of {wall:,.0f} s productive in {attempts} attempt{plural}"
+
+    shares = []
+    for kind in sorted(KINDS, key=lambda kind: -seconds[kind]):
+        if kind not in PRODUCTIVE and seconds[kind] > 0.0005 * wall:  # else it would print as 0.0%
+            shares.append(f"{kind.replace('_', ' ')} {seconds[kind] / wall:.1%}")
+    return f"{text}; {', '.join(shares)}" if shares else text

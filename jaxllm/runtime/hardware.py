@@ -1,4 +1,4 @@
-"""What accelerators promise: the one table that measured MFU, plans and estimates read; and whether one is here."""
+"""Data sheets of accelerators, for measured MFU and for plans; and whether this machine has an accelerator."""
 
 import dataclasses
 import glob
@@ -11,21 +11,30 @@ import sys
 class Chip:
     """A device as JAX counts them (a TPU7x chip is two), from the vendors' data sheets, read 2026-11."""
 
-    kind: str  # JAX's device_kind begins with it
-    flops: float  # bf16 products without sparsity, per second
-    hbm: float  # bytes
-    hbm_bandwidth: float  # bytes per second
-    link: float  # bytes per second out of a device to its neighbours: all ICI links of a TPU, NVLink of a GPU, one way
-    dcn: float = 6.25e9  # bytes per second and device between slices or nodes: 50 Gbit/s
+    kind: str
+    """JAX's `device_kind` begins with this."""
+    flops: float
+    """Peak of bfloat16 matrix products without sparsity, FLOP/s."""
+    hbm: float
+    """Size of the device's memory, bytes."""
+    hbm_bandwidth: float
+    """Bytes per second."""
+    link: float
+    """Bytes per second, one way, from a device to its neighbors: all ICI links of a TPU, NVLink of a GPU."""
+    dcn: float = 6.25e9
+    """Bytes per second and device between slices or nodes: 50 Gbit/s."""
 
 
-_GB, _GIB = 1e9, 2**30
+_GB = 1e9
+_GIB = 2**30
 CHIPS = {
+    # TPUs: FLOP/s, memory, its bandwidth, number of ICI links times the bandwidth of one
     "v4": Chip("TPU v4", 275e12, 32 * _GIB, 1.2e12, 6 * 4.5e10),
     "v5e": Chip("TPU v5 lite", 197e12, 16 * _GIB, 8.1e11, 4 * 4.5e10),
     "v5p": Chip("TPU v5", 459e12, 95 * _GIB, 2.765e12, 6 * 9e10),
     "v6e": Chip("TPU v6", 918e12, 32 * _GIB, 1.638e12, 4 * 9e10),
     "tpu7x": Chip("TPU7x", 1153.5e12, 96 * _GIB, 3.69e12, 3 * 9e10),
+    # GPUs: NVLink inside a node, InfiniBand between nodes
     "a100": Chip("NVIDIA A100", 312e12, 80 * _GB, 2.039e12, 300e9, 25e9),
     "h100": Chip("NVIDIA H100", 989e12, 80 * _GB, 3.35e12, 450e9, 50e9),
     "h200": Chip("NVIDIA H200", 989e12, 141 * _GB, 4.8e12, 450e9, 50e9),
@@ -34,30 +43,31 @@ CHIPS = {
 # Share of the peak that matrix products reach in practice (MaxText's published runs: 0.45 to 0.71 on v5p and v6e).
 EFFICIENCY = 0.65
 
+# Device files of TPU (two drivers), NVIDIA, AMD, and GPUs under WSL.
+_ACCELERATOR_FILES = (
+    "/dev/accel*",
+    "/dev/vfio/[0-9]*",
+    "/dev/nvidia[0-9]*",
+    "/dev/kfd",
+    "/dev/dxg",
+)
+
 
 def by_kind(device_kind: str) -> Chip | None:
-    """The device that JAX calls so, if it is known."""
+    """The device with this `device_kind`, if it is known."""
     known = [chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)]
-    return max(known, key=lambda chip: len(chip.kind), default=None)  # "TPU v5 lite" is no "TPU v5"
+    # The longest match: "TPU v5 lite" also begins with "TPU v5".
+    return max(known, key=lambda chip: len(chip.kind), default=None)
 
 
 def choose_platform() -> None:
-    """Choose the CPU where libtpu is installed and no accelerator is there, before JAX is imported.
+    """Set JAX_PLATFORMS to the CPU if libtpu is installed and there is no accelerator. Call it before importing JAX.
 
-    Otherwise libtpu prints a trace of its failure at every start. JAX_PLATFORMS, where it is set, is left as it is.
+    Without this, libtpu prints a traceback at every start. A JAX_PLATFORMS that is set already is kept.
     """
-    accelerators = (
-        "/dev/accel*",
-        "/dev/vfio/[0-9]*",
-        "/dev/nvidia[0-9]*",
-        "/dev/kfd",
-        "/dev/dxg",
-    )  # TPU, NVIDIA, AMD, WSL
-    if (
-        "JAX_PLATFORMS" in os.environ
-        or sys.platform != "linux"
-        or importlib.util.find_spec("libtpu") is None
-    ):
+    if "JAX_PLATFORMS" in os.environ or sys.platform != "linux":
         return
-    if not any(glob.glob(pattern) for pattern in accelerators):
+    if importlib.util.find_spec("libtpu") is None:
+        return
+    if not any(glob.glob(pattern) for pattern in _ACCELERATOR_FILES):
         os.environ["JAX_PLATFORMS"] = "cpu"

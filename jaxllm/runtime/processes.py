@@ -1,4 +1,4 @@
-"""This process among others: joining a job, being told to stop, and noticing that nothing moves any more."""
+"""This process among the others of a job: joining, waiting for each other, signals, and a watchdog for a stuck loop."""
 
 import dataclasses
 import faulthandler
@@ -11,6 +11,7 @@ import time
 from types import FrameType
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxllm.config import Ending, InputError
@@ -22,63 +23,92 @@ class ProcessConfig:
     """The processes of a job, and when one of them gives up."""
 
     coordinator: str = ""
-    """host:port of process 0, which listens on this address only; empty: JAX_COORDINATOR_ADDRESS, or as the cluster says."""
+    """host:port of process 0, which listens on this address only. Empty: JAX_COORDINATOR_ADDRESS, or what the cluster says."""
     join_seconds: PositiveSeconds = 300
-    """How long to wait for all processes of the job when it begins."""
+    """How long to wait at the start for all processes of the job."""
     heartbeat_seconds: PositiveSeconds = 60
-    """A process that is not heard of for so long is lost: the others end, with an error."""
+    """A process that sends no heartbeat for so long is lost: the others exit with an error."""
     watchdog_seconds: Seconds = 1800
-    """A training loop without a step for so long dumps every thread's stack and exits with status 1; 0: never."""
+    """If a training loop makes no step for so long, dump every thread's stack and exit with status 1; 0: never."""
 
 
 class Stopped(Ending):
-    """The process was told to stop, and nothing is lost."""
+    """A signal stopped the process, and no work is lost."""
 
     code = 0
 
 
 def join(config: ProcessConfig) -> None:
-    """Join the job. JAX_NUM_PROCESSES and JAX_PROCESS_ID are read here; a cluster's own variables by JAX.
+    """Join the job; JAX_NUM_PROCESSES and JAX_PROCESS_ID are read here, a cluster's own variables by JAX.
 
-    Raises InputError where no address is known.
+    Raises:
+        InputError: the address of process 0 is not known.
     """
     address = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
-    count, number = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    num_processes = os.environ.get("JAX_NUM_PROCESSES")
+    process_id = os.environ.get("JAX_PROCESS_ID")
     try:
         jax.distributed.initialize(
             address or None,
-            int(count) if count else None,
-            int(number) if number else None,
-            coordinator_bind_address=address if address and number == "0" else None,
+            int(num_processes) if num_processes else None,
+            int(process_id) if process_id else None,
+            # By default JAX would listen on every network interface.
+            coordinator_bind_address=address if address and process_id == "0" else None,
             initialization_timeout=config.join_seconds,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
-            shutdown_timeout_seconds=config.heartbeat_seconds,  # one that has failed does not wait for the others
+            # A process that has failed does not wait longer than this for the others to shut down.
+            shutdown_timeout_seconds=config.heartbeat_seconds,
         )
     except ValueError as error:
         raise InputError(
-            f"distributed: cannot join the job ({error}); set process.coordinator, and JAX_NUM_PROCESSES and "
-            "JAX_PROCESS_ID in each process's environment"
+            f"distributed: cannot join the job ({error}); set process.coordinator, and "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID in each process's environment"
         ) from None
 
 
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process; all processes must call it together."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def barrier(name: str) -> None:
+    """Wait until all processes have called this."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def _end_soon(code: int, seconds: float = 10.0) -> None:
-    """Outside a loop everything is safe to kill: do so, where a library swallows the exception that ends the process."""
+    """Exit after `seconds` even if a library swallows the exception that should end the process.
+
+    Only outside a training loop, where a process may be killed at any time.
+    """
     timer = threading.Timer(seconds, os._exit, (code,))
-    timer.daemon = True
+    timer.daemon = True  # it does not keep a process alive that ends by itself
     timer.start()
 
 
 class Signals:
-    """SIGTERM and SIGINT. Outside a loop they end the process at once; inside, after the step (`stop_after`).
+    """Handles SIGTERM and SIGINT: a training loop ends after its step (`stop_after`); other code ends at once.
 
-    In a job of several processes JAX's own service takes SIGTERM, and all of them stop at the same step.
+    In a job of several processes, JAX's own service handles SIGTERM and makes all of them stop at the same step.
+
+    Attributes:
+        received: name of the first signal, "" before it.
+        since: `time.monotonic()` at that signal.
     """
 
     def __init__(self, watchdog_seconds: int = 0):
-        self.watchdog_seconds, self.received, self.since = watchdog_seconds, "", 0.0
-        self._in_loop, self._calls, self._beat = False, itertools.count(1), 0.0
+        self.watchdog_seconds = watchdog_seconds
+        self.received = ""
+        self.since = 0.0
+        self._in_loop = False
+        self._calls = itertools.count(1)
+        self._last_reset = 0.0  # of the watchdog, time.monotonic()
 
     def install(self) -> None:
+        """Handle signals from now on."""
         signal.signal(signal.SIGINT, self._handle)
         if jax.process_count() == 1:
             signal.signal(signal.SIGTERM, self._handle)
@@ -86,24 +116,29 @@ class Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         name = signal.Signals(number).name
-        again, self.received, self.since = bool(self.received), name, self.since or time.monotonic()
-        if self._in_loop and not again:
+        repeated = bool(self.received)
+        self.received = name
+        self.since = self.since or time.monotonic()
+        # A handler runs between any two bytecodes: inside a loop it only notes the signal.
+        if self._in_loop and not repeated:
             print(f"jaxllm: {name}: stopping after this step", file=sys.stderr, flush=True)
             if jax.process_count() > 1:
-                os.kill(os.getpid(), signal.SIGTERM)  # for JAX's service, which tells the others
-        elif number == signal.SIGINT and again:
-            os._exit(130)  # twice Ctrl-C: now
+                # JAX's service takes this SIGTERM and tells the other processes.
+                os.kill(os.getpid(), signal.SIGTERM)
+        elif number == signal.SIGINT and repeated:
+            os._exit(130)  # the second Ctrl-C does not wait for anything
         elif number == signal.SIGINT:
             _end_soon(130)
             raise KeyboardInterrupt
         elif not self._in_loop:
             _end_soon(0)
-            raise Stopped(f"stopped by {name}; run the same command again to go on")
+            raise Stopped(f"stopped by {name}; run the same command again to resume")
 
     def __enter__(self) -> "Signals":
-        """A loop begins: it asks `stop_after` at every step."""
+        """Begin a loop, which must call `stop_after` at every step."""
         self._in_loop = True
-        if self.received and jax.process_count() > 1:  # before the loop, and swallowed by a library
+        # A library may have swallowed the exception of a signal that came before the loop.
+        if self.received and jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return self
 
@@ -112,25 +147,30 @@ class Signals:
         faulthandler.cancel_dump_traceback_later()
 
     def alive(self) -> None:
-        """Something has moved: the watchdog starts counting anew."""
+        """Restart the watchdog: the loop has made progress."""
         now = time.monotonic()
-        if self.watchdog_seconds and now - self._beat > min(1.0, self.watchdog_seconds / 10):
-            self._beat = now
+        # Each reset starts a thread: reset at most once a second, or ten times in a short period.
+        if self.watchdog_seconds and now - self._last_reset > min(1.0, self.watchdog_seconds / 10):
+            self._last_reset = now
             faulthandler.dump_traceback_later(self.watchdog_seconds, exit=True, file=2)
 
     def stop_after(self) -> bool:
-        """Whether to stop after this step: the same answer on every process, all of which must ask at every step."""
+        """Whether to stop after this step. All processes must ask at every step; they get the same answer."""
         self.alive()
         if jax.process_count() == 1:
             return bool(self.received)
+        # JAX's service compares the numbers of the steps, and picks one that no process has passed.
         if not multihost_utils.reached_preemption_sync_point(next(self._calls)):
             return False
-        self.received, self.since = self.received or "SIGTERM", self.since or time.monotonic()
+        # The signal may have gone to another process.
+        self.received = self.received or "SIGTERM"
+        self.since = self.since or time.monotonic()
         return True
 
     def stopped(self, what: str) -> Stopped:
-        """The exception that ends the process with status 0, saying how long the stop took."""
+        """The exception that ends the process with status 0; it says how long stopping took."""
         seconds = time.monotonic() - self.since
         return Stopped(
-            f"{self.received}: {what}, {seconds:.1f} s after the signal; run the same command again to go on"
+            f"{self.received}: {what}, {seconds:.1f} s after the signal; "
+            "run the same command again to resume"
         )

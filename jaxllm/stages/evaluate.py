@@ -20,13 +20,14 @@ from jaxllm.data.store import load_texts, open_store
 from jaxllm.evaluation import measures, tasks
 from jaxllm.evaluation.tasks import ScoringConfig
 from jaxllm.generate import SamplingConfig, complete, completions, response_logprobs, roll_out
+from jaxllm.model_store import load_model
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.score_functions import score_all
 from jaxllm.runtime.console import console
-from jaxllm.sharding import fetch
+from jaxllm.runtime.transfer import fetch
 from jaxllm.stages import names
 from jaxllm.tokenizers.trained import Tokenizer
-from jaxllm.workspace import Workspace, load_model
+from jaxllm.workspace import Workspace
 
 MAX_HELD_OUT = 20_000  # held-out documents that are looked for in the training data
 

@@ -28,6 +28,7 @@ from jaxllm.data.loader import (
 from jaxllm.data.sources import DataConfig
 from jaxllm.evaluation import measures
 from jaxllm.metrics import Work, held_out, peak_flops
+from jaxllm.model_store import load_model, read_model_card, write_model_card
 from jaxllm.models import lora, next_token, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
@@ -36,7 +37,7 @@ from jaxllm.runtime import tree_shapes
 from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.runtime.console import console
 from jaxllm.sharding import activation, check_batch, param_shardings, place_params, replicated
-from jaxllm.workspace import Workspace, load_model, read_model_card, write_model_card
+from jaxllm.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True)

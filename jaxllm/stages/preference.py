@@ -35,6 +35,7 @@ from jaxllm.data.loader import (
 from jaxllm.data.sources import DataConfig, Source
 from jaxllm.evaluation import measures
 from jaxllm.metrics import Work, held_out, peak_flops
+from jaxllm.model_store import load_model, write_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
@@ -42,8 +43,9 @@ from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
 from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, write_json
-from jaxllm.sharding import activation, check_batch, fetch, place_params, replicated, rows_like
-from jaxllm.workspace import Workspace, load_model, write_model_card
+from jaxllm.runtime.transfer import fetch
+from jaxllm.sharding import activation, check_batch, place_params, replicated, rows_like
+from jaxllm.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True)

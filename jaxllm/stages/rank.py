@@ -33,7 +33,7 @@ from jaxllm.data.sources import DataConfig, Source, read_records
 from jaxllm.rl.score_functions import score_all
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, write_whole
-from jaxllm.sharding import barrier
+from jaxllm.runtime.processes import barrier
 from jaxllm.workspace import StageCut, Workspace
 
 LABELS = string.ascii_uppercase

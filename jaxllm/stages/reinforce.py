@@ -18,6 +18,7 @@ from jaxllm.data.loader import (
     make_prompt_batch_at,
 )
 from jaxllm.metrics import Work, held_out
+from jaxllm.model_store import write_model_card
 from jaxllm.optim import learning_rate
 from jaxllm.rl import planned, rewards
 from jaxllm.rl.config import PPOConfig
@@ -34,9 +35,10 @@ from jaxllm.rl.rollout_log import RolloutLog
 from jaxllm.rl.scoring import Scorer, end_at_strings, make_scorer
 from jaxllm.rl.update import HostWork, make_step, passes_kl_limit
 from jaxllm.runtime.console import console
-from jaxllm.sharding import activation, check_batch, fetch
+from jaxllm.runtime.transfer import fetch
+from jaxllm.sharding import activation, check_batch
 from jaxllm.tokenizers.trained import Tokenizer
-from jaxllm.workspace import Workspace, write_model_card
+from jaxllm.workspace import Workspace
 
 
 def build(workspace: Workspace, life: Any, stage: str) -> train.Training:

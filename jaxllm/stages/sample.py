@@ -12,10 +12,11 @@ from jaxllm.config.ranges import NonNegativeInt, PositiveInt
 from jaxllm.data.loader import PromptExample, load_prompts
 from jaxllm.data.sources import DataConfig
 from jaxllm.generate import SamplingConfig, complete, whole_batch
+from jaxllm.model_store import load_model
 from jaxllm.runtime.console import console
-from jaxllm.runtime.files import json_line, read_metrics, write_whole
-from jaxllm.sharding import barrier
-from jaxllm.workspace import Workspace, load_model
+from jaxllm.runtime.files import json_line, read_jsonl, write_whole
+from jaxllm.runtime.processes import barrier
+from jaxllm.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
                 if signals.stop_after() and i + 1 < len(prompts):
                     raise signals.stopped(f"sample: {i + 1} of {len(prompts)} prompts are answered")
     barrier("samples")
-    lines = read_metrics(path)
+    lines = read_jsonl(path)
     responses = [r for line in lines for r in line["responses"]]
     return {
         **{
@@ -113,7 +114,7 @@ def _keep_whole_batches(path: epath.Path, batch_size: int) -> int:
 
     Batches then have the same rows as in a run never cut, and so the same bits. What follows a damaged line is drawn again.
     """
-    lines = read_metrics(path, "stop")
+    lines = read_jsonl(path, "stop")
     keep = len(lines) // batch_size * batch_size
     if jax.process_index() == 0:
         write_whole(path, "".join(map(json_line, lines[:keep])))

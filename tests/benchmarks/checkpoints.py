@@ -23,7 +23,8 @@ from jaxllm.models.next_token import loss
 from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.run import set_cpu_devices
 from jaxllm.runtime import checkpoint, digest
-from jaxllm.sharding import MeshConfig, activation, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import activation
 
 
 def rss() -> int:

@@ -21,14 +21,15 @@ import safetensors.numpy
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.pretrained import families
+from jaxllm.pretrained.family_config import to_hf
 
 CHILD = """
 import re, sys, time
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-from jaxllm import workspace
+from jaxllm import model_store
 from jaxllm.pretrained import convert
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 kb = lambda name: int(re.search(name + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
 jax.block_until_ready(jax.numpy.zeros(8))
 open("/proc/self/clear_refs", "w").write("5")  # the most so far is forgotten
@@ -39,7 +40,7 @@ if what == "import":
 elif what == "export":
     convert.export_model(source, out, shard_gb=float("inf"))
 else:
-    params, _ = workspace.load_model(source, make_mesh(MeshConfig(data=1, fsdp=8)))
+    params, _ = model_store.load_model(source, make_mesh(MeshConfig(data=1, fsdp=8)))
     jax.block_until_ready(params)
 print(1024 * (kb("VmHWM") - before), time.monotonic() - began)
 """
@@ -47,7 +48,7 @@ print(1024 * (kb("VmHWM") - before), time.monotonic() - began)
 
 def made_up(folder: Path, model: ModelConfig, shards: int) -> tuple[int, int]:
     """Write such a model; (bytes of the largest file, bytes of the largest tensor)."""
-    config, family = families.to_hf(model)
+    config, family = to_hf(model)
     shapes = [*families.file_shapes(model, family, transformer.abstract(model)).items()]
     largest, rng = 0, np.random.default_rng(0)
     for i in range(shards):

@@ -133,7 +133,7 @@ def run(script: str, folder: str) -> dict[str, float]:
 def padding(config_path: str) -> dict[str, float]:
     """Of the training rows of a config's conversations."""
     from jaxllm.config import load
-    from jaxllm.run import Config, with_defaults
+    from jaxllm.life import Config, with_defaults
     from jaxllm.stages.tokenizer import sample_texts
 
     config = with_defaults(load(Config, config_path))

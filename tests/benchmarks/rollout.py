@@ -22,7 +22,8 @@ from jaxllm.generate import SamplingConfig, jitted, left_pad
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.run import set_cpu_devices
-from jaxllm.sharding import MeshConfig, activation, make_mesh, replicated
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import activation, replicated
 
 MODEL = ModelConfig(
     vocab_size=8192,

@@ -20,7 +20,8 @@ from jaxllm.models import transformer
 from jaxllm.models.config import preset
 from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.run import set_cpu_devices
-from jaxllm.sharding import MeshConfig, activation, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import activation
 
 
 def per_second(call, seconds: float) -> float:

@@ -136,7 +136,7 @@ def test_differences_name_the_path():
 
 
 def test_a_sections_own_defaults_stand_under_what_the_file_says(tmp_path):
-    from jaxllm.run import Config
+    from jaxllm.life import Config
 
     path = tmp_path / "c.yaml"
     path.write_text(

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from jaxllm.__main__ import ChatArgs, ExportArgs, GenerateArgs
 from jaxllm.config import InputError, build, load, to_tree, tyro_cli
 from jaxllm.evaluation.tasks import ScoreArgs
+from jaxllm.life import Config
 from jaxllm.plan.planning import PlanArgs
-from jaxllm.run import Config
 
 COMMANDS = {
     GenerateArgs: ["stage", "--prompt", "x"],

@@ -26,7 +26,8 @@ from jaxllm.data.loader import (
 )
 from jaxllm.data.sources import DataConfig, Phase, Source
 from jaxllm.data.splits import examples
-from jaxllm.sharding import MeshConfig, activation, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import activation
 from jaxllm.tokenizers.trained import train
 
 LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=30)

@@ -317,7 +317,7 @@ def test_damaged_samples_of_a_killed_run_are_drawn_again_from_there(tmp_path, co
     assert sample._keep_whole_batches(path, 1) == 1
     assert path.read_bytes() == whole
     assert (
-        "samples.jsonl:2: is no JSON object; that line and what follows it is left out"
+        "samples.jsonl:2: not a JSON object; that line and those after it are left out"
         in capsys.readouterr().err
     )
 

@@ -15,11 +15,12 @@ from jaxllm.config import InputError
 from jaxllm.evaluation import scoring, tasks
 from jaxllm.evaluation.scoring import Row
 from jaxllm.generate import SamplingConfig, complete
+from jaxllm.model_store import load_model
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.sharding import MeshConfig, make_mesh, param_shardings
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import param_shardings
 from jaxllm.tokenizers.trained import Tokenizer, train
-from jaxllm.workspace import load_model
 from tests.conftest import jaxllm
 
 SHAPE = {

@@ -11,7 +11,8 @@ import pytest
 from jaxllm.models import attention as gpu
 from jaxllm.models import attention_tpu
 from jaxllm.models.attention import attention
-from jaxllm.sharding import MeshConfig, make_mesh, undo_zigzag, zigzag_order
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import undo_zigzag, zigzag_order
 
 B, T, K, H = 2, 256, 2, 64
 SEGMENTS = jnp.array([[1] * 100 + [2] * 120 + [0] * 36, [1] * 256], jnp.int32)

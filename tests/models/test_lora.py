@@ -9,7 +9,8 @@ from jaxllm.config import InputError, build
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
-from jaxllm.sharding import MeshConfig, make_mesh, param_shardings
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import param_shardings
 
 MODEL = ModelConfig(
     vocab_size=24,

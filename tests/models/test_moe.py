@@ -14,7 +14,8 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import Load, MoEConfig, balance, moe, route
 from jaxllm.models.next_token import loss
 from jaxllm.optim import OptimConfig, make_optimizer
-from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import activation, param_shardings
 from tests.oracles.families import BATCH, LENGTH, STEPS, TRAINED, tokens
 from tests.pretrained.test_families import RECORD, load
 

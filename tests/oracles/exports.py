@@ -20,10 +20,10 @@ import jax
 import numpy as np
 
 from jaxllm.generate import SamplingConfig, complete
+from jaxllm.model_store import load_model
 from jaxllm.models import scalar
 from jaxllm.pretrained.convert import export_model, import_model
-from jaxllm.sharding import MeshConfig, make_mesh
-from jaxllm.workspace import load_model
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from tests.oracles.families import tokens
 from tests.pretrained.test_convert import save_stage
 from tests.pretrained.test_families import RECORD, load

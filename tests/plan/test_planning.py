@@ -13,7 +13,7 @@ from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig, preset
 from jaxllm.plan import flops, hlo, measure, planning
 from jaxllm.plan.kept import compare_with_measured
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.stages import language_model
 from jaxllm.stages.language_model import LanguageModelConfig
 from tests.conftest import jaxllm

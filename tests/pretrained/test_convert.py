@@ -11,16 +11,18 @@ import safetensors.numpy
 import tokenizers
 
 from jaxllm.config import InputError
+from jaxllm.model_store import load_model, write_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import PRESETS, preset
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.pretrained import families
 from jaxllm.pretrained.convert import export_model, import_model
+from jaxllm.pretrained.family_config import family_of, from_hf, to_hf
 from jaxllm.runtime import checkpoint
 from jaxllm.runtime.files import write_json
-from jaxllm.sharding import MeshConfig, make_mesh, param_shardings
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import param_shardings
 from jaxllm.tokenizers.published import load_tokenizer
-from jaxllm.workspace import load_model, write_model_card
 from tests.oracles.families import weight
 from tests.pretrained.test_families import CASES, RECORD, load
 
@@ -74,9 +76,7 @@ def test_export_of_import_is_the_same_bytes(tmp_path, case):
     ).read_bytes()
     # The config that the export would write without the imported one says the same model.
     model = load(case)[0]
-    assert (
-        families.from_hf(families.to_hf(model)[0] | {"dtype": "float32"}, "x")[0].moe == model.moe
-    )
+    assert from_hf(to_hf(model)[0] | {"dtype": "float32"}, "x")[0].moe == model.moe
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_grown_rows_are_the_mean():
 )
 def test_every_preset_is_a_model_of_a_family(name):
     model = preset(name)
-    again, _ = families.from_hf(families.to_hf(model)[0], name)
-    shapes = families.file_shapes(model, families.family_of(model), transformer.abstract(model))
+    again, _ = from_hf(to_hf(model)[0], name)
+    shapes = families.file_shapes(model, family_of(model), transformer.abstract(model))
     assert again.num_layers == model.num_layers
     assert sum(int(np.prod(s)) for s in shapes.values()) == transformer.num_params(model)

@@ -14,7 +14,8 @@ from jaxllm.generate import SamplingConfig, complete, left_pad
 from jaxllm.models import transformer
 from jaxllm.models.config import PRESETS, preset
 from jaxllm.pretrained import families
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.pretrained.family_config import from_hf
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from tests.oracles.families import HERE, VOCAB, probe, tokens, weight
 
 RECORD = json.loads((Path(HERE) / "families.json").read_text())["cases"]
@@ -30,7 +31,7 @@ MOST = pytest.mark.parametrize(
 @functools.cache
 def load(case: str):
     """(config, family, parameters) of a recorded model."""
-    model, family = families.from_hf(RECORD[case]["config"], case)
+    model, family = from_hf(RECORD[case]["config"], case)
     sizes = {name: tuple(shape) for name, shape in RECORD[case]["tensors"].items()}
     model = families.present(model, sizes)
     return (

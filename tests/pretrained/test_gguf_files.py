@@ -10,12 +10,13 @@ import pytest
 import tokenizers
 
 from jaxllm.config import InputError
-from jaxllm.pretrained import families, gguf_files
+from jaxllm.model_store import load_model
+from jaxllm.pretrained import gguf_files
 from jaxllm.pretrained.convert import import_model
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.pretrained.family_config import from_hf
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import train
-from jaxllm.workspace import load_model
 from tests.oracles.families import weight
 from tests.pretrained.test_families import RECORD
 
@@ -70,7 +71,7 @@ def config_of(case):
 def write_gguf(path, case, kind=F32, tokens=lambda writer: None):
     """A file as llama.cpp's converter makes it, of made-up weights; returns {name: tensor} as they are elsewhere."""
     c, arch = config_of(case), ARCH[case]
-    model, _ = families.from_hf(c, case)
+    model, _ = from_hf(c, case)
     values = {name: weight(name, tuple(shape)) for name, shape in RECORD[case]["tensors"].items()}
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(c["max_position_embeddings"])
@@ -144,8 +145,8 @@ def test_tensors_and_config_come_out_as_they_went_in(tmp_path, case):
         np.testing.assert_allclose(
             found[name], value, atol=2e-7 if "norm" in name else 0, err_msg=name
         )
-    model = families.from_hf(config, "x")[0]
-    want = families.from_hf(config_of(case), "y")[0]
+    model = from_hf(config, "x")[0]
+    want = from_hf(config_of(case), "y")[0]
     assert {k: v for k, v in vars(model).items() if k not in ("dtype", "init_std", "moe")} == {
         k: v for k, v in vars(want).items() if k not in ("dtype", "init_std", "moe")
     }
@@ -320,7 +321,7 @@ def test_ids_and_lists_that_do_not_fit_the_tokens_are_one_line(tmp_path):
 def test_what_gemma_2_leaves_out_is_its_own_default(tmp_path):
     values, held = metadata(tmp_path / "m.gguf", "gemma2")
     left = {k: v for k, v in values.items() if "softcapping" not in k and "sliding_window" not in k}
-    model = families.from_hf(gguf_files._config(gguf_files.Metadata(left), held), "x")[0]
+    model = from_hf(gguf_files._config(gguf_files.Metadata(left), held), "x")[0]
     assert (model.window, model.attention_softcap, model.logit_softcap) == (4096, 50.0, 30.0)
 
 

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from jaxllm.config import InputError
+from jaxllm.life import Config
 from jaxllm.report import report
-from jaxllm.run import Config
 
 LIFE = Config().stages
 

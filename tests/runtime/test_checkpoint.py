@@ -1,4 +1,4 @@
-"""What is saved comes back bit for bit, on any mesh; last N and best are kept; mistakes are one clear line."""
+"""What is saved is restored bit for bit on any mesh; the last N and the best are kept; each mistake is one clear line."""
 
 import shutil
 import subprocess
@@ -17,7 +17,8 @@ from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.runtime import checkpoint as c
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.seal import committed_steps
 from jaxllm.train import state_layout
 
 MODEL = ModelConfig(vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64)
@@ -57,7 +58,9 @@ def test_restored_on_another_mesh_it_is_the_same_state(saved, mesh):
     directory, state = saved
     placed = placed_on(mesh)
     saves = c.Checkpoints(directory / "checkpoints", c.CheckpointConfig())
-    restored, _ = saves.restore_or_init(placed.abstract, lambda: pytest.fail("must not start anew"))
+    restored, _ = saves.restore_or_init(
+        placed.abstract, lambda: pytest.fail("must not initialize again")
+    )
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, restored), state)
     for leaf, sharding in zip(
         jax.tree.leaves(restored), jax.tree.leaves(placed.shardings), strict=True
@@ -76,7 +79,7 @@ def save_all(directory, config, values, lower_is_better=True):
             {"metrics": {} if value is None else {"eval/loss": value}},
         )
     saves.close()
-    return c.committed_steps(saves.directory)
+    return committed_steps(saves.directory)
 
 
 def test_last_best_and_every_so_many_are_kept(tmp_path):
@@ -99,7 +102,7 @@ def test_last_best_and_every_so_many_are_kept(tmp_path):
     ) == [3, 6, 7]
 
 
-def test_an_empty_directory_starts_anew(tmp_path):
+def test_an_empty_directory_initializes(tmp_path):
     saves = c.Checkpoints(tmp_path / "checkpoints", c.CheckpointConfig())
     assert saves.restore_or_init(None, lambda: "fresh") == ("fresh", {})
 
@@ -119,7 +122,7 @@ def test_another_models_checkpoint_lists_both_sides(saved):
     )
 
 
-def test_what_a_killed_save_left_is_cleaned_and_the_last_whole_one_used(saved):
+def test_what_a_killed_save_left_is_removed_and_the_last_complete_one_used(saved):
     directory, _ = saved
     (directory / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
     shutil.copytree(directory / "checkpoints" / "3", directory / "checkpoints" / "6")
@@ -129,10 +132,10 @@ def test_what_a_killed_save_left_is_cleaned_and_the_last_whole_one_used(saved):
     assert [p.name for p in (directory / "checkpoints").iterdir()] == ["3"]
 
 
-def flip(file, place):
-    """Flip one bit of a file; place: a number in 0..1."""
+def flip(file, where):
+    """Flip one bit of a file; where: a number in 0..1, from its first bit to its last."""
     data = bytearray(file.read_bytes())
-    at = int(place * 8 * len(data))
+    at = int(where * 8 * len(data))
     data[at // 8] ^= 1 << (at % 8)
     file.write_bytes(data)
 
@@ -195,7 +198,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used_or_the_run_st
     saves = c.Checkpoints(tmp_path / "checkpoints", c.CheckpointConfig())
     state, _ = saves.restore_or_init(abstract, dict)
     np.testing.assert_array_equal(state["x"], [1.0, 1.0, 1.0])
-    assert c.committed_steps(saves.directory) == [1] and (tmp_path / "damaged" / "2").exists()
+    assert committed_steps(saves.directory) == [1] and (tmp_path / "damaged" / "2").exists()
     assert "set aside" in capsys.readouterr().err
 
 
@@ -223,12 +226,12 @@ def test_a_full_disk_ends_the_save_not_the_run(tmp_path, capsys, monkeypatch, ro
         saves.save(1, state, {})
         saves.wait()
         said = " ".join(capsys.readouterr().err.split())
-        assert "saving step 1 into" in said and "the run goes on" in said
+        assert "saving step 1 into" in said and "training continues" in said
         with pytest.raises(c.SaveFailed, match="make room"):
             saves.save_surely(2, state, {}, attempts=2, pause=0.0)
         ballast.unlink()
         saves.save_surely(3, state, {})
-        assert c.committed_steps(saves.directory) == [3]
+        assert committed_steps(saves.directory) == [3]
         saves.close()
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -245,7 +248,7 @@ def test_a_folder_that_cannot_be_written_ends_the_save_not_the_run(tmp_path, cap
         assert "Read-only file system" in " ".join(capsys.readouterr().err.split())
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
         saves.save_surely(2, {"x": jnp.ones(3)}, {})
-        assert c.committed_steps(saves.directory) == [2]
+        assert committed_steps(saves.directory) == [2]
         saves.close()
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -307,8 +310,8 @@ def test_a_save_that_cannot_be_read_back_is_not_sealed(tmp_path, monkeypatch, ca
     with pytest.raises(c.SaveFailed):
         saves.save_surely(1, {"x": jnp.ones(3)}, {}, attempts=1)
     assert "cannot be read back" in " ".join(capsys.readouterr().err.split())
-    assert c.committed_steps(saves.directory) == [] and not (saves.directory / "1").exists()
+    assert committed_steps(saves.directory) == [] and not (saves.directory / "1").exists()
     monkeypatch.undo()
     saves.save_surely(2, {"x": jnp.ones(3)}, {})
-    assert c.committed_steps(saves.directory) == [2]
+    assert committed_steps(saves.directory) == [2]
     saves.close()

@@ -1,4 +1,4 @@
-"""A digest depends on the bits and their places, and on nothing else."""
+"""A digest depends on the bits and their positions, and on nothing else."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.runtime.digest import differing, digests
-from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
 
 VALUES = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
 
@@ -42,7 +42,7 @@ def test_every_changed_bit_and_every_exchange_changes_it():
     assert differing(whole, digests({"x": jnp.array(swapped)})) == ["x"]
     assert (
         digests({"x": jnp.array(VALUES.reshape(24, 16))}) == whole
-    )  # a checkpoint compares shapes besides
+    )  # a checkpoint compares shapes as well
 
 
 def test_differing_names_what_is_on_one_side_only():

@@ -1,4 +1,4 @@
-"""Every second has one kind; what was done twice is lost, and the time between attempts is down."""
+"""Every second has one kind; repeated work is lost, and the time between attempts is down."""
 
 import time
 

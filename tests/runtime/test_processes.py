@@ -1,4 +1,4 @@
-"""Told to stop, stuck, or in the way of another one: what a process does then, in real processes."""
+"""What a process does when it is told to stop, when it is stuck, and when another works in its directory."""
 
 import os
 import shutil
@@ -101,7 +101,7 @@ def run_life(directory, *more, wait=240):
 @pytest.mark.parametrize(
     "stages", [STAGES[:2], pytest.param(STAGES, marks=pytest.mark.slow)], ids=["to pretrain", "all"]
 )
-def test_sigterm_in_a_stage_saves_and_exits_0_and_goes_on(tmp_path, stages):
+def test_sigterm_in_a_stage_saves_and_exits_0_and_it_resumes(tmp_path, stages):
     whole, cut, only = tmp_path / "whole", tmp_path / "cut", ("--stages", *stages)
     assert run_life(whole, *only)[0] == 0
     cuts = {"pretrain": "pretrain 15/60", "sample": "sample 12/32", "ppo": "ppo 3/10"}
@@ -119,8 +119,8 @@ def test_sigterm_in_a_stage_saves_and_exits_0_and_goes_on(tmp_path, stages):
     code, log = run_life(cut, *only)
     attempts = f"{1 + len(cuts.keys() & {*stages})} attempts"
     assert code == 0 and "goodput: " in log and attempts in log, log
-    ours, theirs = outcome(cut, stages), outcome(whole, stages)
-    assert [name for name in theirs if ours[name] != theirs[name]] == []
+    resumed, expected = outcome(cut, stages), outcome(whole, stages)
+    assert [name for name in expected if resumed[name] != expected[name]] == []
 
     if stages != STAGES:
         return
@@ -133,8 +133,8 @@ def test_sigterm_in_a_stage_saves_and_exits_0_and_goes_on(tmp_path, stages):
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     code, log = run_life(cut, *only)
     assert code == 0 and "sft makes it again" in " ".join(log.split()), log
-    ours = outcome(cut, stages)
-    assert [name for name in theirs if ours[name] != theirs[name]] == []
+    resumed = outcome(cut, stages)
+    assert [name for name in expected if resumed[name] != expected[name]] == []
 
     # Another config is refused field by field, unless it is said that it may differ.
     changed = ("--pretrain.num-steps", "61", "--pretrain.log-every", "4")

@@ -28,13 +28,9 @@ from jaxllm.rl.roles import FrozenModels, initial_state, split_trainable, with_v
 from jaxllm.rl.scoring import make_scorer
 from jaxllm.rl.update import minibatch_rows
 from jaxllm.runtime import digest
-from jaxllm.sharding import (
-    MeshConfig,
-    activation,
-    make_mesh,
-    param_shardings,
-    reshard_across_meshes,
-)
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.transfer import reshard_across_meshes
+from jaxllm.sharding import activation, param_shardings
 from tests.stages import worlds
 
 MODEL = ModelConfig(

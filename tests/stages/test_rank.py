@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from jaxllm.config import InputError, build
 from jaxllm.data.format import is_held_out
 from jaxllm.data.sources import DataConfig
+from jaxllm.runtime.goodput import Ledger
 from jaxllm.stages import rank
 from jaxllm.stages.rank import RankConfig, format_order, parse_order, read_rankings
 from jaxllm.workspace import StageCut, Workspace
@@ -35,7 +36,7 @@ def workspace(tmp_path):
 
 def make_workspace(run_dir, count=6):
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-    workspace = Workspace(epath.Path(run_dir), mesh, 7, {})
+    workspace = Workspace(epath.Path(run_dir), mesh, 7, {}, Ledger(run_dir / "goodput.jsonl"))
     directory = workspace.stage_dir("sample")
     directory.mkdir(parents=True)
     lines = [
@@ -267,7 +268,7 @@ from jaxllm.stages import rank
 from jaxllm.workspace import Workspace, StageCut
 mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
 try:
-    print("RESULT", rank.run(Workspace(epath.Path(sys.argv[1]), mesh, 7, {}), rank.RankConfig())["prompts"])
+    print("RESULT", rank.run(Workspace(epath.Path(sys.argv[1]), mesh, 7, {}, None), rank.RankConfig())["prompts"])
 except StageCut as cut:
     sys.exit(3)
 """

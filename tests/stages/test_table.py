@@ -12,7 +12,7 @@ from jaxllm.config import InputError, load
 from jaxllm.models import transformer
 from jaxllm.plan import planning
 from jaxllm.report import report
-from jaxllm.sharding import planned_mesh
+from jaxllm.runtime.mesh import planned_mesh
 from tests.conftest import ROOT
 from tests.stages import toy
 

@@ -24,7 +24,8 @@ from jaxllm.rl.roles import (
 )
 from jaxllm.rl.scoring import end_at_strings, make_scorer
 from jaxllm.rl.update import HostWork, make_step, passes_kl_limit
-from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
+from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sharding import activation, param_shardings
 from jaxllm.stages import reinforce
 
 PROMPTS = [[2], [0, 0, 2]]  # of two lengths: one is padded; neither goes on as the other begins

@@ -1,0 +1,167 @@
+"""The seal of a checkpoint: the file that commits a step's folder, and by which damage is found.
+
+seal.json is written last and atomically; a step without it does not exist. It holds
+
+    {
+      "record":  {"fingerprints": {...}, "metrics": {"eval/loss": 2.1}, ...},   what the training loop wants back
+      "digests": {"params.embed.tokens": [word, word], ...},                    of every leaf, taken on the devices
+      "files":   {"d/6baa8dbf": SHA-256, ...},                                  of every other file in the folder
+      "sha256":  of the JSON of the three above
+    }
+
+The hashes of files find damage on the disk; the digests of leaves also find what went wrong between the devices and
+the files.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from jaxllm.config import InputError
+from jaxllm.runtime.console import console
+from jaxllm.runtime.files import is_remote, write_whole
+from jaxllm.runtime.processes import any_process, barrier
+
+SEAL = "seal.json"
+_SEALS = (SEAL, f".{SEAL}.partial", f".{SEAL}")  # also one whose writing was interrupted
+# What Orbax, TensorStore and the operating system raise on a full or read-only disk, a short file, bad JSON, ...
+IO_ERRORS = (OSError, ValueError, RuntimeError)
+READ_ERRORS = (*IO_ERRORS, KeyError, TypeError, AttributeError)
+
+
+class Damaged(InputError):
+    """A checkpoint that is not what was saved.
+
+    Attributes:
+        step_dir: its folder.
+        what: what is wrong with it.
+    """
+
+    def __init__(self, step_dir: epath.Path, what: str):
+        super().__init__(
+            f"{step_dir}: this checkpoint is damaged or half-written ({what}); "
+            "`jaxllm run` makes it again, from the newest good one"
+        )
+        self.step_dir = step_dir
+        self.what = what
+
+
+def committed_steps(directory: epath.Path) -> list[int]:
+    """The steps with a seal in a checkpoints/ folder, in order."""
+    steps = []
+    for entry in directory.iterdir():
+        # Orbax's temporary folders have names like 600.orbax-checkpoint-tmp.
+        if entry.name.isdigit() and (entry / SEAL).exists():
+            steps.append(int(entry.name))
+    return sorted(steps)
+
+
+def write_seal(step_dir: epath.Path, seal: dict[str, Any]) -> None:
+    """Commit a step's folder. seal: {record, digests}, to which this adds the hashes of the files in the folder."""
+    # Orbax has finished: nothing is added to the folder any more.
+    seal["files"] = {} if is_remote(step_dir) else _hash_files(step_dir, _files(step_dir))
+    write_whole(step_dir / SEAL, json.dumps({**seal, "sha256": _hash_json(seal)}))
+
+
+def read_seal(step_dir: epath.Path) -> dict[str, Any]:
+    """{record, digests, files}. Raises Damaged if there is no seal, or its content is not what was written."""
+    try:
+        seal = json.loads((step_dir / SEAL).read_bytes())
+        # Of the parsed JSON, not of the bytes: the hash is inside the file that it protects.
+        intact = seal.pop("sha256") == _hash_json(seal)
+    except READ_ERRORS as error:
+        raise Damaged(step_dir, f"{SEAL}: {short_text(error)}") from None
+    if not intact:
+        raise Damaged(step_dir, f"{SEAL} is not what was written")
+    return seal
+
+
+def check_files(step_dir: epath.Path, seal: dict[str, Any]) -> None:
+    """Raise Damaged, on all processes together, if a file is missing, is not in the seal, or has other bytes.
+
+    Each process reads its share of the files. An object store checks its own bytes, so that the seal has no hashes of
+    files there; the digests of leaves are checked nevertheless.
+    """
+    fault = _find_fault(step_dir, seal["files"]) if seal["files"] else ""
+    # A process that raised alone would leave the others waiting in the restore.
+    if any_process(bool(fault)):
+        raise Damaged(step_dir, fault or "found by another process")
+
+
+def _find_fault(step_dir: epath.Path, wanted: dict[str, str]) -> str:
+    """The first thing that is wrong with this process's share of the files; "" if all is well."""
+    existing = _files(step_dir)
+    for name in wanted:
+        if name not in existing:
+            return f"{name} is missing"
+    for name in existing:
+        if name not in wanted:
+            return f"{name} does not belong to it"
+    # Every n-th file of n processes.
+    own_share = list(wanted)[jax.process_index() :: jax.process_count()]
+    try:
+        hashes = _hash_files(step_dir, own_share)
+    except OSError as error:
+        return short_text(error)
+    for name in own_share:
+        if hashes[name] != wanted[name]:
+            return f"{name} is not what was written"
+    return ""
+
+
+def _files(step_dir: epath.Path) -> list[str]:
+    """Paths below a step's folder, without the seal and a seal that was not finished."""
+    root = Path(step_dir)
+    names = []
+    for path in root.rglob("*"):
+        if path.is_file() and path.name not in _SEALS:
+            names.append(str(path.relative_to(root)))
+    return sorted(names)
+
+
+def _hash_files(step_dir: epath.Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of each file, by its name."""
+
+    def hash_file(name: str) -> tuple[str, str]:
+        with open(Path(step_dir) / name, "rb") as file:
+            return name, hashlib.file_digest(file, "sha256").hexdigest()
+
+    # hashlib releases the interpreter's lock, so that threads hash in parallel.
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        return dict(pool.map(hash_file, names))
+
+
+def _hash_json(value: Any) -> str:
+    # sort_keys: the order of keys is not part of the content.
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def short_text(error: BaseException) -> str:
+    """Type and text of an exception on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def warn_damaged(error: Damaged, then: str) -> None:
+    """Warn that a checkpoint is damaged. then: what happens next, as the end of the sentence."""
+    console.print(
+        f"warning: {error.step_dir} is damaged ({error.what}); it is set aside, {then}",
+        soft_wrap=True,
+    )
+
+
+def set_aside(step_dir: epath.Path) -> None:
+    """Move a damaged checkpoint to STAGE/damaged/STEP for inspection; the one that was there before is removed."""
+    if jax.process_index() == 0:
+        damaged = step_dir.parent.parent / "damaged"
+        # One at most is kept: a disk that damages files must not fill up with them.
+        damaged.rmtree(missing_ok=True)
+        damaged.mkdir()
+        if step_dir.exists():
+            step_dir.rename(damaged / step_dir.name)
+    barrier("set aside")
