@@ -25,7 +25,7 @@ LAYERS = [
     {"life", "report"},
     {"run"},
     {"chat", "plan", "pretrained.convert"},
-    {"api"},
+    {"api", "commands"},
     {"__main__"},
 ]
 EXTRAS = {

@@ -12,7 +12,7 @@ import pytest
 
 import jaxllm
 from jaxllm import __main__ as cli
-from jaxllm import chat, metrics, run
+from jaxllm import chat, commands, metrics, run
 from jaxllm.config import InputError, load
 from jaxllm.generate import SamplingConfig
 from jaxllm.runtime import hardware
@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.conftest import jaxllm as start
 from tests.tokenizers.test_trained import CORPUS
 
-COMMANDS = {"run", *cli.stages.names(), *cli.OTHER_HELP}
+COMMANDS = {"run", *cli.stages.names(), *commands.TOOLS}
 
 
 def test_the_help_says_what_every_command_takes(capsys):

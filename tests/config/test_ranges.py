@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.__main__ import ChatArgs, ExportArgs, GenerateArgs
+from jaxllm.commands import ChatArgs, ExportArgs, GenerateArgs
 from jaxllm.config import InputError, build, load, to_tree, tyro_cli
 from jaxllm.evaluation.tasks import ScoreArgs
 from jaxllm.plan.planning import PlanArgs
