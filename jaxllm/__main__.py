@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     if argv is None:
         _use_huge_pages()
-        choose_platform()
+        choose_platform()  # before JAX is imported
         argv = sys.argv[1:]
     _escape_unprintable()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs its options as warnings
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(141)
     except OSError as error:
         if error.errno not in _SYSTEM_ERRORS:
-            raise
+            raise  # a bug: it needs its traceback
         what = f"{error.filename or 'writing'}: {error.strerror}"
         _exit(f"jaxllm: {what}; fix that and run the same command again", 1)
     except KeyboardInterrupt:
@@ -108,6 +108,7 @@ def _parse_stage(command: str, args: list[str]) -> Callable[[], None]:
     """Returns the work of a stage's command, or of `run`."""
     if {"-h", "--help", "--help-all"} & {*args}:
         return functools.partial(commands.explain_stage, command, args)
+    # Imports JAX and everything that trains: not for --help, --version or a tool.
     from jaxllm.run import run_stages
 
     config = commands.read_config(command, args)
@@ -119,6 +120,7 @@ def _parse_stage(command: str, args: list[str]) -> Callable[[], None]:
 def _usage() -> str:
     """Returns the list of all commands. It must not need JAX, whose import takes seconds."""
     stage_usage = "CONFIG [--section.field VALUE ...]"
+    # Only the table of stages and that of tools, which are plain data.
     rows = [("run", stage_usage, commands.RUN_HELP)]
     for stage in stages.TABLE:
         rows.append((stage.name, stage_usage, stage.help))

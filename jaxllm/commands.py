@@ -71,6 +71,7 @@ class GenerateArgs(SamplingOptions):
 
     prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
     """The text to complete."""
+    # Declared again because its help names this command's default length.
     max_new_tokens: NonNegativeInt = 0
     """Longest completion in tokens; 0: 64, or fewer if the prompt leaves less room in the context."""
     chat: bool = False
@@ -152,6 +153,7 @@ class ConfigsArgs:
 def generate(args: Sequence[str]) -> None:
     """`jaxllm generate`."""
     options: GenerateArgs = _parse("generate", args)
+    # Each needs the other. Checked before JAX is imported, which takes seconds.
     if (options.best_of > 1) != bool(options.reward_from):
         raise InputError(
             "--best-of: give a number above 1 together with --reward-from STAGE_DIR, or neither"
@@ -207,7 +209,7 @@ def score(args: Sequence[str]) -> None:
     from jaxllm.evaluation import tasks
     from jaxllm.run import set_cpu_devices
 
-    set_cpu_devices(0)
+    set_cpu_devices(0)  # one device per core, over which the rows of a batch are shared
     tasks.command(options)
 
 
@@ -227,11 +229,13 @@ def plan(args: Sequence[str]) -> None:
 
 def run_harness(args: Sequence[str]) -> None:
     """`jaxllm lm_eval`: the harness parses what follows the stage directory."""
+    # Only the first argument: the harness has a parser for the others.
     options: HarnessArgs = _parse("lm_eval", args[:1])
     from jaxllm.run import set_cpu_devices
 
     set_cpu_devices(0)
     try:
+        # Imports the harness's own package, which is an extra and may be missing.
         from jaxllm.evaluation.harness import harness
     except ModuleNotFoundError as error:
         raise InputError(
@@ -248,6 +252,8 @@ def list_configs(args: Sequence[str]) -> None:
 
 def show_config(args: Sequence[str]) -> None:
     """`jaxllm config`: a config as YAML, or its differences from another, a line each."""
+    # --diff belongs to this command; every other flag is a field of the config, as for a stage:
+    #   tiny --sft.num-steps 7 --diff addition  ->  tiny --diff addition  and  --sft.num-steps 7
     flags = list(args)
     diff = []
     if "--diff" in flags:
@@ -279,6 +285,7 @@ class Tool:
     """Parses the arguments that follow the command's name, and does the work."""
 
 
+# In the order of `jaxllm --help`.
 TOOLS: dict[str, Tool] = {
     "generate": Tool(
         usage="STAGE_DIR --prompt TEXT [options]",
@@ -369,6 +376,8 @@ def explain_stage(command: str, args: Sequence[str]) -> None:
     from jaxllm.run import Config
 
     everything = "--help-all" in args
+    # `jaxllm sft tiny --help` shows the values of that config as defaults, `jaxllm sft --help` the
+    # defaults of the fields.
     given = load(Config, find_config(args[0])) if not args[0].startswith("-") else Config()
     shown = _config_class(command, everything)
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(shown)}
@@ -394,8 +403,12 @@ def print_completion(shell: str) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # the options' modules import JAX; no device is needed
     if shell not in ("bash", "zsh", "fish"):
         raise InputError(f"--tyro-print-completion {shell!r}: must be bash, zsh or fish")
-    classes = {command: _config_class(command) for command in ("run", *stages.names())}
-    classes |= {name: stages.load(tool.options) for name, tool in TOOLS.items()}
+    classes = {}
+    for command in ("run", *stages.names()):
+        # Only the sections that the command's --help explains: with all of them the script is five times as long.
+        classes[command] = _config_class(command)
+    for name, tool in TOOLS.items():
+        classes[name] = stages.load(tool.options)
     with contextlib.suppress(SystemExit):  # tyro prints the script and exits
         tyro.extras.subcommand_cli_from_dict(
             classes, prog="jaxllm", args=["--tyro-print-completion", shell]

@@ -4,6 +4,7 @@ import fnmatch
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -43,6 +44,38 @@ def test_the_help_says_what_every_command_takes(capsys):
 def test_the_version_is_printed(capsys):
     cli.main(["--version"])
     assert capsys.readouterr().out == f"jaxllm {jaxllm.__version__}\n"
+
+
+@pytest.mark.parametrize("command", commands.TOOLS)
+def test_a_tools_help_names_its_arguments(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    usage = capsys.readouterr().out.split("\n")[0]
+    for name in re.findall(r"STAGE_DIR|CONFIG|SOURCE|FOLDER", commands.TOOLS[command].usage):
+        assert name in usage
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_and_their_options(capsys, tmp_path):
+    cli.main(["--tyro-print-completion", "bash"])
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    (tmp_path / "asked").write_text(
+        f"source {tmp_path}/script\n"
+        'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _jaxllm; echo "${COMPREPLY[*]}"\n'
+    )
+
+    def complete(*words):
+        asked = ["bash", tmp_path / "asked", "jaxllm", *words]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+
+    assert complete("lm") == ["lm_eval"]
+    assert complete("generate", "runs/x/sft", "--top") == ["--top-p", "--top-k"]
+    assert complete("sft", "tiny", "--sft.num-st") == ["--sft.num-steps"]
+    assert complete("chat", "runs/") == []  # left to bash, which completes file names
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--tyro-print-completion", "csh"])
+    assert stop.value.code == 2 and "must be bash, zsh or fish" in capsys.readouterr().err
 
 
 def test_commands_named_in_configs_and_pages_exist():
@@ -129,7 +162,7 @@ def test_a_line_that_is_not_utf_8_is_asked_for_again(converse):
 def test_a_message_that_does_not_fit_ends_nothing(converse):
     out, err, asked = converse(b"hello\n" + b"the quick brown fox " * 60 + b"\nhello\n")
     assert out == "ok\nok\n" and asked[1] > asked[0]  # the conversation before it is kept
-    assert re.search(r"this message takes \d+ tokens and 32 fit beside the answer", err)
+    assert re.search(r"this message takes \d+ tokens, and 32 fit next to the answer", err)
 
 
 def test_a_message_that_the_template_refuses_ends_nothing(converse, tokenizer, monkeypatch):

@@ -39,7 +39,7 @@ from jaxllm.train import Program, TrainState
 class PlanArgs:
     """Compile a stage's step for a TPU topology, without the TPU: whether it fits, and what it costs."""
 
-    config: Annotated[str, tyro.conf.Positional]
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """Config file; model.vocab_size must be in it, or a preset."""
     topology: str
     """Kind and shape of a slice: v5p:4x4x4, v6e:16x16, v5e:16x16, v4:4x4x4, tpu7x:4x4x4; for GPUs, which are estimated
