@@ -1,4 +1,4 @@
-"""What people see and type: help, versions, paths with brackets, progress lines, chats, terminals without Chinese."""
+"""What users see and type: help, versions, paths with brackets, progress lines, chats, terminals without Chinese."""
 
 import fnmatch
 import io
@@ -26,7 +26,7 @@ from tests.tokenizers.test_trained import CORPUS
 COMMANDS = {"run", *cli.stages.names(), *commands.TOOLS}
 
 
-def test_the_help_says_what_every_command_takes(capsys):
+def test_the_help_lists_every_command_and_its_arguments(capsys):
     cli.main(["--help"])
     shown = capsys.readouterr().out
     for line in (
@@ -97,7 +97,7 @@ def test_commands_named_in_configs_and_pages_exist():
 
 
 @pytest.mark.parametrize("name", ["runs[old]/x", "a[/b]c", ":car:", "[red]"])
-def test_what_is_printed_is_text_and_never_markup(capsys, monkeypatch, name):
+def test_printed_text_is_never_markup(capsys, monkeypatch, name):
     console.print(f"data in {name}", soft_wrap=True)
     run.print_result("sft", {"init_from": name})
     shown = capsys.readouterr().err
@@ -183,7 +183,7 @@ def test_a_message_that_the_template_refuses_ends_nothing(converse, tokenizer, m
         converse(b"hello\n")
 
 
-def test_the_answer_that_is_asked_for_by_default_fits_every_context(converse):
+def test_the_default_answer_length_fits_every_context(converse):
     assert converse(b"hello\n")[0] == "ok\n"
     with pytest.raises(
         InputError,
@@ -192,7 +192,7 @@ def test_the_answer_that_is_asked_for_by_default_fits_every_context(converse):
         converse(b"hello\n", SamplingConfig(64), shorten=False)
 
 
-def test_a_completion_by_default_fits_the_context(tiny_run, capsys):
+def test_the_default_completion_length_fits_the_context(tiny_run, capsys):
     cli.main(["generate", str(tiny_run / "sft"), "--prompt", "good " * 20])
     assert capsys.readouterr().err == ""
 
@@ -212,7 +212,7 @@ def test_without_an_accelerator_the_cpu_is_chosen_quietly(monkeypatch, devices, 
     assert os.environ["JAX_PLATFORMS"] == "tpu"
 
 
-def test_a_command_starts_without_a_word_on_stderr(tiny_run):
+def test_a_command_prints_nothing_on_stderr_at_start(tiny_run):
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     command = [
         sys.executable,
@@ -229,7 +229,7 @@ def test_a_command_starts_without_a_word_on_stderr(tiny_run):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_terminal_without_chinese_shows_the_characters_numbers(tmp_path):
+def test_a_terminal_without_chinese_shows_the_numbers_of_characters(tmp_path):
     script = "from jaxllm.__main__ import main; import sys; main(['--version']); print('你好', file=sys.stdout)"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
@@ -238,7 +238,7 @@ def test_a_terminal_without_chinese_shows_the_characters_numbers(tmp_path):
     assert done.returncode == 0 and rb"\u4f60\u597d" in done.stdout
 
 
-def test_a_stage_is_written_in_utf_8_whatever_the_locale_says(tmp_path, monkeypatch):
+def test_a_stage_is_written_in_utf_8_in_every_locale(tmp_path, monkeypatch):
     ascii_locale = {
         "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0",
