@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -151,17 +151,7 @@ def converse(
             except InputError as error:  # only this message is lost, not the conversation
                 _note(f"({error}; send it again)")
                 continue
-            tokens = stream(
-                params,
-                model,
-                ids,
-                seed=(seed + turn) % 2**32,  # random number keys are made of 32 bits
-                sampling=sampling,
-                stop_ids=tokenizer.stop_ids,
-                pad_id=tokenizer.pad_id,
-            )
-            # `tokens` is a generator: the model runs while the answer is printed.
-            answer = _print_answer(tokens, tokenizer)
+            answer = _answer(params, model, tokenizer, ids, sampling, seed + turn)
             messages.append({"role": "assistant", "content": answer})
 
 
@@ -176,8 +166,24 @@ def _room_for_messages(model: ModelConfig, sampling: SamplingConfig) -> int:
     return room
 
 
-def _print_answer(tokens: Iterable[int], tokenizer: Tokenizer) -> str:
-    """Prints an answer while it is sampled, and returns it."""
+def _answer(
+    params: Any,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    sampling: SamplingConfig,
+    seed: int,
+) -> str:
+    """Samples the answer to a conversation, prints it token by token, and returns it."""
+    tokens = stream(
+        params,
+        model,
+        ids,
+        seed=seed % 2**32,  # random number keys are made of 32 bits
+        sampling=sampling,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+    )
     # Holds back the bytes of a character until all of its tokens are there.
     decoder = StreamDecoder(tokenizer)
     answer = ""

@@ -59,7 +59,7 @@ def _parse(text: str, path: Path) -> tuple[Tree, Locations]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if not isinstance(node, yaml.MappingNode):
             raise InputError(f"{path}: a config file must hold a mapping of `key: value`")
-        # The walk visits what an alias stands for once per use, so it counts what others would expand.
+        # Walks an anchor's values again at each alias, so the count is of the file with aliases expanded.
         for key_path, location in _locate(node, path):
             locations[key_path] = location
             if len(locations) > _MAX_KEYS:
