@@ -10,12 +10,12 @@ __all__ = ["LoadedModel", "__version__", "load", "read_config", "read_metrics", 
 
 
 def __getattr__(name: str) -> Any:
-    """The names of `jaxllm.api`, imported when one is used: JAX takes seconds."""
+    """Imports the names of `jaxllm.api` when one is first used: importing JAX takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module 'jaxllm' has no attribute {name!r}")
     from jaxllm.runtime.hardware import choose_platform
 
-    choose_platform()
+    choose_platform()  # before JAX is imported
     from jaxllm import api
 
     return getattr(api, name)

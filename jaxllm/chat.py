@@ -1,25 +1,35 @@
-"""Using a stage's model from the terminal: one prompt, or a conversation that streams and is kept."""
+"""Uses a stage's model in the terminal: one prompt, or a conversation that streams."""
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 import jax
 
 from jaxllm.config import InputError
-from jaxllm.generate import SamplingConfig, complete, stream
-from jaxllm.model_store import load_model, load_policy
+from jaxllm.generate import Completion, SamplingConfig, complete, stream
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.tokenizers.trained import StreamDecoder, Tokenizer
+from jaxllm.workspace import load_model, load_policy
+
+Message = dict[str, str]
+"""{"role": "system", "user" or "assistant", "content": text}."""
 
 
 def load(stage_dir: str) -> tuple[Any, ModelConfig, Tokenizer, jax.sharding.Mesh]:
-    """Model and tokenizer of a stage directory, on one device."""
+    """Loads a stage's model onto the first device; returns (parameters, config, tokenizer, mesh).
+
+    Raises:
+        InputError: if the directory contains no policy.
+    """
+    # One device: a single conversation has no batch to share out.
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    return *load_policy(stage_dir, mesh), mesh
+    params, model, tokenizer = load_policy(stage_dir, mesh)
+    return params, model, tokenizer, mesh
 
 
 def answer_once(
@@ -33,38 +43,62 @@ def answer_once(
     reward_from: str = "",
     shorten: bool = False,
 ) -> Iterator[str]:
-    """Yield num_samples completions of a prompt; chat: the prompt is a user's message in the chat template.
+    """Yields completions of a prompt.
 
-    shorten: completions take no more tokens than the prompt leaves of the context.
+    Args:
+        stage_dir: directory of the stage whose model completes it.
+        prompt: the text.
+        chat: send it as a user's message in the chat template.
+        sampling: how tokens are sampled.
+        num_samples: number of completions.
+        seed: random seed.
+        best_of: best-of-N sampling, if above 1: each completion is the one of N samples with the
+            highest reward. Its KL to the policy is at most log N - (N - 1) / N (Stiennon et al. 2020,
+            section 4.3).
+        reward_from: stage directory of the reward model for best_of.
+        shorten: limit completions to the room that the prompt leaves in the context.
 
-    With best_of N each is the one of N that the reward model in the stage directory reward_from scores highest
-    (best-of-N sampling; its KL to the policy is at most log N - (N - 1) / N, Stiennon et al. 2020, section 4.3).
+    Raises:
+        InputError: if a directory contains no such model, or the prompt does not fit.
     """
     params, model, tokenizer, mesh = load(stage_dir)
     if chat:
         ids, _ = tokenizer.encode_chat([{"role": "user", "content": prompt}], reply=True)
     else:
         ids = tokenizer.prompt(prompt)
-    if shorten and 0 < model.max_length - len(ids) < sampling.max_new_tokens:
-        sampling = dataclasses.replace(sampling, max_new_tokens=model.max_length - len(ids))
-    stops = tokenizer.stop_ids
+    room = model.max_length - len(ids)
+    # Without any room the limit is kept, and the error that follows says what does not fit.
+    if shorten and 0 < room < sampling.max_new_tokens:
+        sampling = dataclasses.replace(sampling, max_new_tokens=room)
     with jax.set_mesh(mesh):
-        settings: dict[str, Any] = {
-            "sampling": sampling,
-            "stop_ids": stops,
-            "pad_id": tokenizer.pad_id,
-        }
-        count = num_samples * best_of
-        drawn = next(
-            complete(params, model, [ids], mesh=mesh, seed=seed, num_samples=count, **settings)
+        batches = complete(
+            params,
+            model,
+            [ids],
+            mesh=mesh,
+            seed=seed,
+            num_samples=num_samples * best_of,
+            sampling=sampling,
+            stop_ids=tokenizer.stop_ids,
+            pad_id=tokenizer.pad_id,
         )
+        completions = next(batches)
         if best_of > 1:
+            rows = [_reward_row(ids, completion, tokenizer) for completion in completions]
             reward, reward_model = load_model(reward_from, mesh, "reward")
-            rows = [[*ids, *c.ids, *[tokenizer.end_id] * c.finished] for c in drawn]
+            # With 2 completions, best of 3: samples 0 1 2 | 3 4 5 -> scores [2, 3] -> one of each row.
             scores = scalar.score_rows(reward, reward_model, rows).reshape(num_samples, best_of)
-            drawn = [drawn[i * best_of + int(best)] for i, best in enumerate(scores.argmax(1))]
-        for completion in drawn:
-            yield tokenizer.decode(completion.ids)
+            best = scores.argmax(axis=1)
+            completions = [completions[i * best_of + best[i]] for i in range(num_samples)]
+    for completion in completions:
+        yield tokenizer.decode(completion.ids)
+
+
+def _reward_row(prompt: Sequence[int], completion: Completion, tokenizer: Tokenizer) -> list[int]:
+    """Returns prompt and completion as the reward model was trained on them: with the end of turn."""
+    # A completion that was cut has not ended its turn.
+    end = [tokenizer.end_id] if completion.finished else []
+    return [*prompt, *completion.ids, *end]
 
 
 def converse(
@@ -75,99 +109,147 @@ def converse(
     user: TextIO | None = sys.stdin,
     shorten: bool = False,
 ) -> None:
-    """Read messages from `user` (default: standard input) and stream answers to standard output.
+    """Reads messages and streams the model's answers to standard output, until /quit or end of input.
 
-    shorten: an answer takes at most half of the context. Raises InputError where no message would fit beside an answer.
+    Args:
+        stage_dir: directory of the stage whose model answers.
+        sampling: how tokens are sampled.
+        seed: random seed of the first turn; later turns use the next ones.
+        system: system message; empty: none.
+        user: where messages are read from; None if standard input is closed.
+        shorten: limit answers to half of the context.
+
+    Raises:
+        InputError: if the model cannot chat, or no message would fit next to an answer.
     """
     params, model, tokenizer, mesh = load(stage_dir)
     if tokenizer.chat_refusal:
         raise InputError(tokenizer.chat_refusal)
     if shorten:
-        sampling = dataclasses.replace(
-            sampling, max_new_tokens=min(sampling.max_new_tokens, model.max_length // 2)
-        )
-    room = model.max_length - sampling.max_new_tokens
-    if room < 1:
-        raise InputError(
-            f"--max-new-tokens: {sampling.max_new_tokens} leaves no room for a message in the context of "
-            f"{model.max_length} tokens; lower it"
-        )
-    params = jax.jit(lambda p: transformer.unstack(p, transformer.decoding(model)))(params)
+        longest = min(sampling.max_new_tokens, model.max_length // 2)
+        sampling = dataclasses.replace(sampling, max_new_tokens=longest)
+    room = _room_for_messages(model, sampling)
     opening = [{"role": "system", "content": system}] if system else []
+    # A template may refuse the system message: find out before the user has typed anything.
+    tokenizer.encode_chat([*opening, {"role": "user", "content": "?"}], reply=True)
+    # Once for the whole conversation: decoding a token needs the layers' parameters one by one.
+    params = jax.jit(lambda p: transformer.unstack(p, transformer.decoding(model)))(params)
+    _note("Chat with the model. /reset starts a new conversation, /quit or end of input ends.")
     messages = list(opening)
-    tokenizer.encode_chat(
-        [*opening, {"role": "user", "content": "?"}], reply=True
-    )  # a template may refuse the opening
-    stops = tokenizer.stop_ids
-    _note("Talk to the model. /reset starts anew, /quit or end of input ends.")
     with jax.set_mesh(mesh):
-        for turn in range(sys.maxsize):
-            if (text := _ask(user)) is None or text == "/quit":
+        # Counts every message, also those that are refused, so that turns never share a seed.
+        for turn in itertools.count():
+            text = _ask(user)
+            if text is None or text == "/quit":
                 return
             if text == "/reset":
-                messages = list(opening)
+                messages = list(opening)  # the system message stays
                 continue
             asked = [*messages, {"role": "user", "content": text}]
             try:
                 messages, ids = _fit(asked, len(opening), tokenizer, room)
-            except InputError as error:  # of this message alone: the conversation before it is kept
+            except InputError as error:  # only this message is lost, not the conversation
                 _note(f"({error}; send it again)")
                 continue
-            decoder, answer = StreamDecoder(tokenizer), ""
-            settings: dict[str, Any] = {
-                "sampling": sampling,
-                "stop_ids": stops,
-                "pad_id": tokenizer.pad_id,
-            }
-            for token in stream(params, model, ids, seed=(seed + turn) % 2**32, **settings):
-                answer += _say(decoder.add(token))
-            answer += _say(decoder.flush())
-            print(flush=True)
+            answer = _answer(params, model, tokenizer, ids, sampling, seed + turn)
             messages.append({"role": "assistant", "content": answer})
 
 
-def _fit(
-    messages: list[dict[str, str]], keep: int, tokenizer: Tokenizer, limit: int
-) -> tuple[list[dict[str, str]], list[int]]:
-    """Forget the oldest turns until the conversation fits; the first `keep` messages, the system's, stay.
+def _room_for_messages(model: ModelConfig, sampling: SamplingConfig) -> int:
+    """Returns the tokens that an answer leaves for the conversation before it, at least one."""
+    room = model.max_length - sampling.max_new_tokens
+    if room < 1:
+        raise InputError(
+            f"--max-new-tokens: {sampling.max_new_tokens} leaves no room for a message "
+            f"in the context of {model.max_length} tokens; lower it"
+        )
+    return room
 
-    Raises InputError where the newest message alone does not fit, or the template refuses it.
+
+def _answer(
+    params: Any,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    sampling: SamplingConfig,
+    seed: int,
+) -> str:
+    """Samples the answer to a conversation, prints it token by token, and returns it."""
+    tokens = stream(
+        params,
+        model,
+        ids,
+        seed=seed % 2**32,  # random number keys are made of 32 bits
+        sampling=sampling,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+    )
+    # Holds back the bytes of a character until all of its tokens are there.
+    decoder = StreamDecoder(tokenizer)
+    answer = ""
+    for token in tokens:
+        text = decoder.add(token)
+        print(text, end="", flush=True)
+        answer += text
+    text = decoder.flush()
+    print(text, flush=True)
+    return answer + text
+
+
+def _fit(
+    messages: list[Message], keep: int, tokenizer: Tokenizer, limit: int
+) -> tuple[list[Message], list[int]]:
+    """Drops the oldest turns until the conversation fits the context.
+
+    Args:
+        messages: the conversation; the last one is the user's newest.
+        keep: number of messages at the start that are never dropped: the system's.
+        tokenizer: of the model.
+        limit: tokens that are left for the conversation.
+
+    Returns:
+        The messages that are left, and their token ids.
+
+    Raises:
+        InputError: if the newest message alone does not fit, or the template refuses it.
     """
+    # Checked before any turn is dropped: otherwise one long message would erase the conversation.
     alone, _ = tokenizer.encode_chat([*messages[:keep], messages[-1]], reply=True)
     if len(alone) > limit:
         raise InputError(
-            f"this message takes {len(alone)} tokens and {limit} fit beside the answer; shorten it"
+            f"this message takes {len(alone)} tokens, and {limit} fit next to the answer; shorten it"
         )
     while True:
         ids, _ = tokenizer.encode_chat(messages, reply=True)
         if len(ids) <= limit:
             return messages, ids
+        # A turn is two messages:   system | user assistant | user assistant | user
+        #                                  |   dropped      |
         messages = [*messages[:keep], *messages[keep + 2 :]]
         _note("(the oldest turn no longer fits the context and is forgotten)")
 
 
 def _ask(user: TextIO | None) -> str | None:
-    """The next message that is not blank, None at the end of input, or where standard input is closed."""
+    """Returns the next message that is not blank, or None at the end of input or if it is closed."""
     while user:
         if user.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
+        # Bytes where possible: decoding here lets one bad line be sent again.
         raw = getattr(user, "buffer", user).readline()
         try:
             line = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
-            line.encode()
+            line.encode()  # surrogates, from bytes that Python could not decode, are refused here
         except (UnicodeDecodeError, UnicodeEncodeError) as error:
-            _note(
-                f"(this line is not valid UTF-8, {error.reason} at byte {error.start}; send it again)"
-            )
+            where = f"{error.reason} at byte {error.start}"
+            _note(f"(this line is not valid UTF-8, {where}; send it again)")
             continue
-        if not line or line.strip():
-            return line.strip() or None
-
-
-def _say(text: str) -> str:
-    print(text, end="", flush=True)
-    return text
+        if not line:
+            return None
+        if line.strip():
+            return line.strip()
+    return None
 
 
 def _note(text: str) -> None:
+    """Prints to standard error: standard output is for the answers."""
     print(text, file=sys.stderr, flush=True)

@@ -19,80 +19,94 @@ from jaxllm.stages import Stage
 
 @dataclasses.dataclass(frozen=True)
 class StageMesh(MeshConfig):
-    """Another layout of the same devices for one stage."""
+    """The mesh of one stage, if it differs from that of the others."""
 
     stage: str = ""
-    """The stage."""
+    """Name of the stage."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.stage in stages.names(),
-            f"stage: {self.stage!r} is unknown; known: {', '.join(stages.names())}",
-        )
+        known = stages.names()
+        require(self.stage in known, f"stage: {self.stage!r} is unknown; known: {', '.join(known)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Life:
-    """One model's life."""
+    """The settings that all stages share."""
 
     name: str = "run"
     """Name of the run; its directory is runs/NAME."""
     run_dir: str = ""
-    """Run directory, in place of runs/NAME."""
+    """Run directory, if not runs/NAME."""
     seed: Seed = 0
-    """Seed of every random choice."""
+    """Seed of all random choices."""
     stages: tuple[str, ...] = ()
-    """Stages of `jaxllm run`, in order; without any all but dpo, rloo and grpo, which may replace or join ppo."""
+    """Stages of `jaxllm run`, in order. By default all but dpo, rloo and grpo, which can replace or follow ppo."""
     cpu_devices: Threads = 0
-    """Virtual devices on a CPU; 0: one per core, the fastest."""
+    """Virtual devices on a CPU; 0: one per core, which is fastest."""
     distributed: bool = False
     """Join the other processes of the job (jax.distributed): pod slices, Slurm, several processes."""
     deterministic: bool = False
-    """On a GPU: only kernels that give the same bits every time (slower); a CPU and a TPU do anyway."""
+    """On a GPU, use only kernels whose results are bit-identical every time (slower); CPUs and TPUs always do."""
     allow_change: tuple[str, ...] = ()
-    """Names (pretrain.num_steps, data, code, ...) of what may differ from what a stage was begun with."""
+    """Names (pretrain.num_steps, data, code, ...) of what may have changed since a stage was started."""
     process: ProcessConfig = ProcessConfig()
     """The processes of a job, and when one of them gives up."""
     mesh: MeshConfig = MeshConfig()
-    """How devices are laid out."""
+    """How the devices form a mesh."""
     meshes: tuple[StageMesh, ...] = ()
-    """Overrides of the mesh for single stages."""
+    """Per-stage overrides of the mesh."""
     model: ModelConfig = ModelConfig()
     """The decoder."""
     logging: LoggingConfig = LoggingConfig()
-    """Where metrics go."""
+    """Where metrics are written."""
 
+    # Of several fields, or of values that no type describes; ranges are in the types.
     def __post_init__(self) -> None:
         require(bool(self.stages), "stages: is empty; name at least one, or leave the field out")
         for stage in self.stages:
-            stages.named(stage)
+            stages.named(stage)  # raises ValueError for an unknown one
         require(bool(self.name), "name: must not be empty")
-        overridden = [each.stage for each in self.meshes]
-        require(len({*overridden}) == len(overridden), "meshes: a stage can have one layout only")
+        overridden = [override.stage for override in self.meshes]
+        require(
+            len(set(overridden)) == len(overridden), "meshes: a stage can have only one override"
+        )
 
     def mesh_of(self, stage: str) -> MeshConfig:
-        """How devices are laid out in a stage."""
-        return next((each for each in self.meshes if each.stage == stage), self.mesh)
+        """Returns the mesh of a stage: its override, or the common one."""
+        for override in self.meshes:
+            if override.stage == stage:
+                return override
+        return self.mesh
 
 
 def config_class(table: Sequence[Stage]) -> type:
-    """`Life` with a section for every row of a table of stages."""
+    """Returns `Life` with a section for every row of a table of stages.
+
+    The sections are fields of a class that is made here, so that a new stage needs a row in the table
+    and nothing else:
+
+        Config: name, run_dir, ..., model, logging | tokenizer, pretrain, sft, ..., evaluate
+                             from Life             |        one for each row
+    """
+    # Declared again below, with the default that the table gives.
     default = tuple(stage.name for stage in table if stage.by_default)
-    common = [("stages", tuple[str, ...], dataclasses.field(default=default))]
-    made = dataclasses.make_dataclass(
-        "Config", [*common, *map(_section, table)], bases=(Life,), frozen=True, module=__name__
+    fields: list[Any] = [("stages", tuple[str, ...], dataclasses.field(default=default))]
+    fields += map(_section, table)
+    config = dataclasses.make_dataclass(
+        "Config", fields, bases=(Life,), frozen=True, module=__name__
     )
-    made.__doc__ = Life.__doc__
-    return made
+    config.__doc__ = "The settings of one model's life."
+    return config
 
 
 def _section(stage: Stage) -> tuple[str, Any, Any]:
-    """(name, type with its help, field with its default) of a stage's section."""
-    given = stages.load(stage.section)
-    kind, default = (given, given()) if isinstance(given, type) else (type(given), given)
-    help_line = tyro.conf.arg(help=stage.section_help)
-    return stage.name, Annotated[kind, help_line], dataclasses.field(default=default)
+    """Returns (name, type with its help text, field with its default) of a stage's section."""
+    # The table names a class, or an instance whose values are the defaults, as of rloo and grpo.
+    section = stages.load(stage.section)
+    default = section() if isinstance(section, type) else section
+    help_text = tyro.conf.arg(help=stage.section_help)
+    return stage.name, Annotated[type(default), help_text], dataclasses.field(default=default)
 
 
 if TYPE_CHECKING:
@@ -107,29 +121,27 @@ else:
 
 
 def with_defaults(config: Config) -> Config:
-    """Fill in the data that a section takes from another one."""
-    fill = dataclasses.replace
+    """Fills in the data that a section takes from another section if it names none itself.
+
+    Data of the tokenizer: that of pretrain. Prompts of PPO and its relatives, and of evaluate: those of
+    sample. Pretraining mix of PPO (ptx, InstructGPT): the data of pretrain.
+    """
+    documents = config.pretrain.data
     prompts = config.sample.data
+    filled: dict[str, Any] = {}
     if not config.tokenizer.data.sources:
-        config = fill(config, tokenizer=fill(config.tokenizer, data=config.pretrain.data))
+        filled["tokenizer"] = dataclasses.replace(config.tokenizer, data=documents)
     for stage in ("rloo", "grpo", "ppo"):
         section = getattr(config, stage)
-        ptx = (
-            section.ptx
-            if section.ptx.data.sources
-            else fill(section.ptx, data=config.pretrain.data)
-        )
-        config = fill(
-            config,
-            **{
-                stage: fill(
-                    section, data=section.data if section.data.sources else prompts, ptx=ptx
-                )
-            },
-        )
+        if not section.ptx.data.sources:
+            ptx = dataclasses.replace(section.ptx, data=documents)
+            section = dataclasses.replace(section, ptx=ptx)
+        if not section.data.sources:
+            section = dataclasses.replace(section, data=prompts)
+        filled[stage] = section
     if not config.evaluate.prompts.sources:
-        config = fill(config, evaluate=fill(config.evaluate, prompts=prompts))
-    return config
+        filled["evaluate"] = dataclasses.replace(config.evaluate, prompts=prompts)
+    return dataclasses.replace(config, **filled)
 
 
 def run_directory(config: Config) -> epath.Path:

@@ -1,4 +1,4 @@
-"""The library: what a notebook calls gives what the commands give, and importing the package costs nothing."""
+"""The library: a notebook gets the same results as the commands, and importing the package costs nothing."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def test_importing_the_package_imports_no_jax():
         _ = jaxllm.nothing
 
 
-def test_it_completes_and_answers_as_the_command_does(model, tiny_run, capsys):
+def test_it_completes_and_answers_like_the_command(model, tiny_run, capsys):
     asked = [
         "generate",
         str(tiny_run / "sft"),
@@ -64,8 +64,8 @@ def test_log_probabilities_add_up_to_the_scores(model):
         and logprobs.shape == (len(tokens),)
         and (logprobs < 0).all()
     )
-    (whole,) = model.score("", ["The soup is good"])
-    np.testing.assert_allclose(logprobs.sum(), whole, rtol=1e-4)
+    (total,) = model.score("", ["The soup is good"])
+    np.testing.assert_allclose(logprobs.sum(), total, rtol=1e-4)
     (good,) = model.score("The soup is", [" good"])
     before, _ = model.logprobs("The soup is")
     assert tokens[: len(before)] == before
@@ -87,7 +87,7 @@ def test_configs_are_read_by_name_and_stages_run(tiny_run, tmp_path, monkeypatch
     assert jaxllm.read_metrics(tiny_run / "sft" / "metrics.jsonl")[-1]["eval/bits_per_byte"] > 0
 
 
-def test_a_stage_that_is_not_there_is_refused_before_anything_runs(tmp_path):
+def test_an_unknown_stage_is_refused_before_anything_runs(tmp_path):
     run_dir = tmp_path / "run"
     with pytest.raises(InputError, match="stages: 'pretrian' is unknown; known: tokenizer, "):
         jaxllm.run_stages("tiny", ["tokenizer", "pretrian"], {"run_dir": str(run_dir)})

@@ -27,7 +27,7 @@ LAYERS = [
     {"plan"},
     {"run"},
     {"chat", "pretrained.convert"},
-    {"api"},
+    {"api", "commands"},
     {"__main__"},
 ]
 EXTRAS = {

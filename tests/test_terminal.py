@@ -1,9 +1,10 @@
-"""What people see and type: help, versions, paths with brackets, progress lines, chats, terminals without Chinese."""
+"""What users see and type: help, versions, paths with brackets, progress lines, chats, terminals without Chinese."""
 
 import fnmatch
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -12,10 +13,9 @@ import pytest
 
 import jaxllm
 from jaxllm import __main__ as cli
-from jaxllm import chat, life, metrics, run
+from jaxllm import chat, commands, life, metrics, run
 from jaxllm.config import InputError, load
 from jaxllm.generate import SamplingConfig
-from jaxllm.life import Config
 from jaxllm.runtime import hardware
 from jaxllm.runtime.console import console
 from jaxllm.tokenizers.trained import train
@@ -23,10 +23,10 @@ from tests.conftest import ROOT
 from tests.conftest import jaxllm as start
 from tests.tokenizers.test_trained import CORPUS
 
-COMMANDS = {"run", *cli.stages.names(), *cli.OTHER_HELP}
+COMMANDS = {"run", *cli.stages.names(), *commands.TOOLS}
 
 
-def test_the_help_says_what_every_command_takes(capsys):
+def test_the_help_lists_every_command_and_its_arguments(capsys):
     cli.main(["--help"])
     shown = capsys.readouterr().out
     for line in (
@@ -44,6 +44,38 @@ def test_the_help_says_what_every_command_takes(capsys):
 def test_the_version_is_printed(capsys):
     cli.main(["--version"])
     assert capsys.readouterr().out == f"jaxllm {jaxllm.__version__}\n"
+
+
+@pytest.mark.parametrize("command", commands.TOOLS)
+def test_a_tools_help_names_its_arguments(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    usage = capsys.readouterr().out.split("\n")[0]
+    for name in re.findall(r"STAGE_DIR|CONFIG|SOURCE|FOLDER", commands.TOOLS[command].usage):
+        assert name in usage
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_and_their_options(capsys, tmp_path):
+    cli.main(["--tyro-print-completion", "bash"])
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    (tmp_path / "asked").write_text(
+        f"source {tmp_path}/script\n"
+        'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _jaxllm; echo "${COMPREPLY[*]}"\n'
+    )
+
+    def complete(*words):
+        asked = ["bash", tmp_path / "asked", "jaxllm", *words]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+
+    assert complete("lm") == ["lm_eval"]
+    assert complete("generate", "runs/x/sft", "--top") == ["--top-p", "--top-k"]
+    assert complete("sft", "tiny", "--sft.num-st") == ["--sft.num-steps"]
+    assert complete("chat", "runs/") == []  # left to bash, which completes file names
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--tyro-print-completion", "csh"])
+    assert stop.value.code == 2 and "must be bash, zsh or fish" in capsys.readouterr().err
 
 
 def test_commands_named_in_configs_and_pages_exist():
@@ -65,7 +97,7 @@ def test_commands_named_in_configs_and_pages_exist():
 
 
 @pytest.mark.parametrize("name", ["runs[old]/x", "a[/b]c", ":car:", "[red]"])
-def test_what_is_printed_is_text_and_never_markup(capsys, monkeypatch, name):
+def test_printed_text_is_never_markup(capsys, monkeypatch, name):
     console.print(f"data in {name}", soft_wrap=True)
     run.print_result("sft", {"init_from": name})
     shown = capsys.readouterr().err
@@ -130,7 +162,7 @@ def test_a_line_that_is_not_utf_8_is_asked_for_again(converse):
 def test_a_message_that_does_not_fit_ends_nothing(converse):
     out, err, asked = converse(b"hello\n" + b"the quick brown fox " * 60 + b"\nhello\n")
     assert out == "ok\nok\n" and asked[1] > asked[0]  # the conversation before it is kept
-    assert re.search(r"this message takes \d+ tokens and 32 fit beside the answer", err)
+    assert re.search(r"this message takes \d+ tokens, and 32 fit next to the answer", err)
 
 
 def test_a_message_that_the_template_refuses_ends_nothing(converse, tokenizer, monkeypatch):
@@ -151,7 +183,7 @@ def test_a_message_that_the_template_refuses_ends_nothing(converse, tokenizer, m
         converse(b"hello\n")
 
 
-def test_the_answer_that_is_asked_for_by_default_fits_every_context(converse):
+def test_the_default_answer_length_fits_every_context(converse):
     assert converse(b"hello\n")[0] == "ok\n"
     with pytest.raises(
         InputError,
@@ -160,7 +192,7 @@ def test_the_answer_that_is_asked_for_by_default_fits_every_context(converse):
         converse(b"hello\n", SamplingConfig(64), shorten=False)
 
 
-def test_a_completion_by_default_fits_the_context(tiny_run, capsys):
+def test_the_default_completion_length_fits_the_context(tiny_run, capsys):
     cli.main(["generate", str(tiny_run / "sft"), "--prompt", "good " * 20])
     assert capsys.readouterr().err == ""
 
@@ -180,7 +212,7 @@ def test_without_an_accelerator_the_cpu_is_chosen_quietly(monkeypatch, devices, 
     assert os.environ["JAX_PLATFORMS"] == "tpu"
 
 
-def test_a_command_starts_without_a_word_on_stderr(tiny_run):
+def test_a_command_prints_nothing_on_stderr_at_start(tiny_run):
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     command = [
         sys.executable,
@@ -197,7 +229,7 @@ def test_a_command_starts_without_a_word_on_stderr(tiny_run):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_terminal_without_chinese_shows_the_characters_numbers(tmp_path):
+def test_a_terminal_without_chinese_shows_the_numbers_of_characters(tmp_path):
     script = "from jaxllm.__main__ import main; import sys; main(['--version']); print('你好', file=sys.stdout)"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
@@ -206,7 +238,7 @@ def test_a_terminal_without_chinese_shows_the_characters_numbers(tmp_path):
     assert done.returncode == 0 and rb"\u4f60\u597d" in done.stdout
 
 
-def test_a_stage_is_written_in_utf_8_whatever_the_locale_says(tmp_path, monkeypatch):
+def test_a_stage_is_written_in_utf_8_in_every_locale(tmp_path, monkeypatch):
     ascii_locale = {
         "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0",
@@ -229,7 +261,7 @@ def test_a_byte_order_mark_before_a_config_is_skipped(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(
             TINY, encoding="utf-8-sig" if name == "marked" else "utf-8"
         )
-    assert load(Config, tmp_path / "marked.yaml") == load(Config, tmp_path / "plain.yaml")
+    assert load(run.Config, tmp_path / "marked.yaml") == load(run.Config, tmp_path / "plain.yaml")
 
 
 WRONG_YAML = {
@@ -254,7 +286,7 @@ def test_odd_yaml_is_one_line(tmp_path, case):
     text, message = WRONG_YAML[case]
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(InputError, match=message) as error:
-        load(Config, tmp_path / "x.yaml")
+        load(run.Config, tmp_path / "x.yaml")
     assert "\n" not in str(error.value)
 
 

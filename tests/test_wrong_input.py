@@ -1,4 +1,4 @@
-"""Each mistake gives one clear line that names its place and the mend, and a non-zero exit; nothing is half-written."""
+"""Each mistake gives one clear line with its location and the fix, and a non-zero exit; nothing is half-written."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def config(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_dir(tiny_run, tmp_path):
-    """A copy of a finished tiny run to be spoilt."""
+    """A copy of a finished tiny run, to be damaged."""
     copy = tmp_path / "run"
     shutil.copytree(tiny_run, copy)
     return copy
@@ -224,7 +224,7 @@ def test_half_written_checkpoint(capsys, run_dir):
 
 
 def test_a_save_that_was_killed_is_ignored(run_dir, capsys):
-    """Orbax's unfinished step directory is no checkpoint: the last finished one is used."""
+    """Orbax's unfinished step directory is not a checkpoint: the last finished one is used."""
     steps = run_dir / "sft" / "checkpoints"
     newest = max(steps.iterdir(), key=lambda p: int(p.name) if p.name.isdigit() else -1)
     shutil.copytree(newest, steps / f"{int(newest.name) + 40}.orbax-checkpoint-tmp")
@@ -232,7 +232,7 @@ def test_a_save_that_was_killed_is_ignored(run_dir, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_stage_before_is_missing(capsys, config, tmp_path):
+def test_an_earlier_stage_is_missing(capsys, config, tmp_path):
     line = refused(capsys, "sft", config(), "--run-dir", tmp_path / "r")
     assert "needs the tokenizer stage; run: jaxllm tokenizer" in line
 

@@ -1,81 +1,88 @@
-"""Functions that a config names as "module:function": the only code a config can run."""
+"""Functions that a config names as "module:function": the only code that a config can run."""
 
 import functools
 import importlib
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from jaxllm.config import InputError
+from jaxllm.config.errors import InputError
 
-# Modules of this package that functions were named by before they moved; old configs keep working.
+# Modules of this package that have moved, and their new names: old configs keep working.
 _MOVED = {
     "jaxllm.annotators": "jaxllm.demo.annotators",
     "jaxllm.corpora": "jaxllm.demo.corpora",
     "jaxllm.rewards": "jaxllm.rl.rewards",
 }
+_PYTHON_SOURCE = "py://"  # prefix of a data source that is a function
 
 
 def current_name(spec: str) -> str:
-    """The name of a function today: a module of this package that has moved is found under its new name.
+    """Replaces the name of a module that has moved by its new name.
 
-    spec: "module:function", also behind "py://"; any other text comes back as it is.
+    Args:
+        spec: "module:function" or "py://module:function"; any other text is returned unchanged.
     """
-    scheme, place = (
-        ("py://", spec.removeprefix("py://")) if spec.startswith("py://") else ("", spec)
-    )
-    module, colon, function = place.partition(":")
+    scheme = _PYTHON_SOURCE if spec.startswith(_PYTHON_SOURCE) else ""
+    module, colon, function = spec.removeprefix(scheme).partition(":")
+    # Without a colon it is a file, an annotator's name or the like: not a function.
     if not colon or module not in _MOVED:
         return spec
     renamed = f"{scheme}{_MOVED[module]}:{function}"
-    _say_renamed(spec, renamed)
+    _print_once(f"{spec} is now {renamed}; the old name keeps working")
     return renamed
 
 
-@functools.cache
-def _say_renamed(old: str, new: str) -> None:
-    print(f"{old} is now {new}; the old name keeps working", file=sys.stderr, flush=True)
-
-
 FunctionName = Annotated[str, AfterValidator(current_name)]
+"""Type of config fields that name a function."""
 
 
 def resolve_function(spec: str, field: str) -> Callable[..., Any]:
-    """The function named by "module:function"; `field` is what named it.
+    """Imports the function that a config names, and prints once that it runs.
 
-    Raises InputError where there is no such module or function.
+    Args:
+        spec: "module:function".
+        field: dotted name of the config field, for errors.
+
+    Raises:
+        InputError: if the module or the function does not exist.
     """
     module_name, _, name = spec.partition(":")
     if not (module_name and name):
         raise InputError(
-            f"{field} {spec!r}: write it as module:function, as in jaxllm.demo.annotators:keyword_sentiment"
+            f"{field} {spec!r}: write it as module:function, "
+            "as in jaxllm.demo.annotators:keyword_sentiment"
         )
     try:
         module = importlib.import_module(module_name)
-    except (
-        ImportError,
-        TypeError,
-        ValueError,
-    ) as error:  # a relative name is one of the latter two
-        mend = "install that package (demos: pip install 'jaxllm[demo]') or add its directory to PYTHONPATH"
-        raise InputError(f"{field} {spec!r}: {error}; {mend}") from None
+    except (ImportError, TypeError, ValueError) as error:  # the latter two: a relative name
+        raise InputError(
+            f"{field} {spec!r}: {error}; install that package "
+            "(demos: pip install 'jaxllm[demo]') or add its directory to PYTHONPATH"
+        ) from None
     function = getattr(module, name, None)
     if not callable(function):
-        known = [
-            n
-            for n, v in vars(module).items()
-            if callable(v) and getattr(v, "__module__", "") == module_name
-        ]
+        known = ", ".join(_functions_of(module)) or "none"
         raise InputError(
-            f"{field} {spec!r}: {module_name} has no function {name!r}; it has: {', '.join(known) or 'none'}"
+            f"{field} {spec!r}: {module_name} has no function {name!r}; it has: {known}"
         )
-    _announce(spec, field)
+    # Announced, because it is foreign code that a config file can make run.
+    _print_once(f"{field}: running {spec}")
     return function
 
 
+def _functions_of(module: ModuleType) -> list[str]:
+    """Returns the names of what a module defines and can be called, without what it imports."""
+    names = []
+    for name, value in vars(module).items():
+        if callable(value) and getattr(value, "__module__", "") == module.__name__:
+            names.append(name)
+    return names
+
+
 @functools.cache
-def _announce(spec: str, field: str) -> None:
-    """Say once that a config makes code run: the only code it can."""
-    print(f"{field}: running {spec}", file=sys.stderr, flush=True)
+def _print_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

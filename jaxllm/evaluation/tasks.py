@@ -14,7 +14,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import fsspec
 import jax
@@ -70,7 +70,9 @@ class ScoringConfig:
 class ScoreArgs(ScoringConfig):
     """Score stages' models on task files, side by side."""
 
-    stage_dirs: tyro.conf.Positional[tuple[str, ...]]
+    stage_dirs: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="STAGE_DIR ...")
+    ]
     """Directories of stages that trained a model, for example runs/quickstart/pretrain runs/quickstart/ppo."""
     task: tuple[str, ...]
     """Files of JSONL or another format of the data, one kind of line in each: multiple choice, perplexity or generation."""

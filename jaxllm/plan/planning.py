@@ -36,9 +36,9 @@ from jaxllm.train import Program, TrainState
 class PlanArgs:
     """Compile a stage's step for a TPU topology, without the TPU: whether it fits, and what it costs."""
 
-    config: Annotated[str, tyro.conf.Positional]
+    config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
     """Config file. It must set model.vocab_size, or a preset."""
-    topology: str
+    topology: Annotated[str, tyro.conf.arg(metavar="KIND:SHAPE")]
     """Kind and shape of a slice: v5p:4x4x4, v6e:16x16, v5e:16x16, v4:4x4x4, tpu7x:4x4x4. For GPUs, which are estimated
     by formulas, kind and number: h100:8, h200:64, a100:8, b200:72."""
     stage: str = "pretrain"

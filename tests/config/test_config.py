@@ -1,4 +1,4 @@
-"""YAML -> dataclass -> command line -> JSON; every mistake is one line that names its place."""
+"""YAML -> dataclass -> command line -> JSON; every mistake is one line that names its location."""
 
 import dataclasses
 
@@ -98,7 +98,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("text", MISTAKES)
-def test_a_mistake_is_one_line_with_its_place(tmp_path, text):
+def test_a_mistake_is_one_line_with_its_location(tmp_path, text):
     with pytest.raises(InputError, match=MISTAKES[text]) as error:
         c.load(Outer, write(tmp_path / "bad.yaml", text))
     assert "\n" not in str(error.value)
@@ -135,8 +135,8 @@ def test_differences_name_the_path():
     ]
 
 
-def test_a_sections_own_defaults_stand_under_what_the_file_says(tmp_path):
-    from jaxllm.life import Config
+def test_a_sections_own_defaults_apply_unless_the_file_sets_them(tmp_path):
+    from jaxllm.run import Config
 
     path = tmp_path / "c.yaml"
     path.write_text(
@@ -146,7 +146,7 @@ def test_a_sections_own_defaults_stand_under_what_the_file_says(tmp_path):
     assert (config.model.head_dim, config.model.num_kv_heads) == (
         64,
         4,
-    )  # derived anew, not from the default's
+    )  # derived from the file's embed_dim, not from the default's
     assert (config.grpo.advantages, config.grpo.num_responses, config.grpo.num_steps) == (
         "grpo",
         8,
@@ -156,7 +156,7 @@ def test_a_sections_own_defaults_stand_under_what_the_file_says(tmp_path):
     assert config.ppo.advantages == "gae" and config.rloo.num_responses == 4
 
 
-def test_what_an_earlier_version_recorded_is_completed_and_a_real_change_is_seen():
+def test_a_config_that_an_earlier_version_recorded_is_completed_and_a_real_change_is_seen():
     now = {
         "name": "x",
         "inner": {"num_steps": 3, "rate": 0.5, "on": True, "items": [{"path": "p", "weight": 1.0}]},

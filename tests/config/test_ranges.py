@@ -1,4 +1,4 @@
-"""Every field of every config, with every kind of value: what makes no sense is one line that names the field."""
+"""Every field of every config, with every kind of value: an invalid one is one line that names the field."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.__main__ import ChatArgs, ExportArgs, GenerateArgs
+from jaxllm.commands import ChatArgs, ExportArgs, GenerateArgs
 from jaxllm.config import InputError, build, load, to_tree, tyro_cli
 from jaxllm.evaluation.tasks import ScoreArgs
 from jaxllm.life import Config
@@ -35,12 +35,12 @@ MAY_BE_NEGATIVE = {
     "missing_end_score",
     "weight",
 }
-# What an item of a list needs besides the field that is tried.
+# What an item of a list needs in addition to the field that is tried.
 NEEDED = {"meshes": {"stage": "sft"}, "sources": {"path": "x"}}
 
 
 def fields(cls, path=()):
-    """(path, type with its limits) of every field; a 0 in a path is an item of a list."""
+    """(path, type with its limits) of every field; a 0 in a path stands for an item of a list."""
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         hint, here = hints[field.name], (*path, field.name)
@@ -101,7 +101,7 @@ def test_every_number_has_a_lower_and_an_upper_limit():
 
 
 def tried(path, value):
-    """The field's value where it is taken; where it is refused, the one line, which must name the field."""
+    """The field's value if it is accepted; if not, the error, which must be one line and name the field."""
     try:
         config = build(Config, tree_with(path, value))
     except InputError as error:
@@ -114,7 +114,7 @@ def tried(path, value):
 
 
 @pytest.mark.parametrize("path", NUMERIC, ids=dotted)
-def test_numbers_that_make_no_sense_are_refused(path):
+def test_invalid_numbers_are_refused(path):
     listed = (lambda x: [x]) if typing.get_origin(ALL[path]) is tuple else (lambda x: x)
     for wrong in (
         math.nan,
@@ -129,9 +129,9 @@ def test_numbers_that_make_no_sense_are_refused(path):
         {},
         "1e400",
     ):
-        assert isinstance(tried(path, listed(wrong)), str), f"{dotted(path)} takes {wrong!r}"
+        assert isinstance(tried(path, listed(wrong)), str), f"{dotted(path)} accepts {wrong!r}"
     if path[-1] not in MAY_BE_NEGATIVE or "sources" in path:
-        assert isinstance(tried(path, listed(-1)), str), f"{dotted(path)} takes -1"
+        assert isinstance(tried(path, listed(-1)), str), f"{dotted(path)} accepts -1"
     for number in (0, 1, -1):
         taken = tried(path, listed(number))
         assert (
@@ -153,16 +153,16 @@ JSON = st.recursive(
 
 @given(path=st.sampled_from([*ALL]), value=JSON)
 @settings(max_examples=300, deadline=None)
-def test_any_value_in_any_field_is_taken_or_refused_in_one_line(path, value):
+def test_any_value_in_any_field_is_accepted_or_refused_in_one_line(path, value):
     tried(path, value)
 
 
 @given(path=st.sampled_from([*ALL]), value=JSON)
 @settings(max_examples=100, deadline=None)
-def test_any_value_in_any_section_of_a_file_is_taken_or_refused_in_one_line(
+def test_any_value_in_any_section_of_a_file_is_accepted_or_refused_in_one_line(
     tmp_path_factory, path, value
 ):
-    """The value stands where a section, a list or an item is wanted."""
+    """The value replaces a section, a list or an item."""
     file = tmp_path_factory.getbasetemp() / "any.yaml"
     file.write_text(
         yaml.safe_dump(tree_with(path[:-1], value) if len(path) > 1 else {path[0]: value})
@@ -179,7 +179,7 @@ COMMAND_FIELDS = [(cls, path) for cls in COMMANDS for path, hint in fields(cls) 
 @pytest.mark.parametrize(
     ("cls", "path"), COMMAND_FIELDS, ids=lambda x: x.__name__ if isinstance(x, type) else dotted(x)
 )
-def test_flags_that_make_no_sense_are_refused(cls, path):
+def test_invalid_flags_are_refused(cls, path):
     flag = f"--{dotted(path)}".replace("_", "-")
     wrongs = ["-2", "nan", "inf", "1e30", "9223372036854775808", "many"]
     for wrong in wrongs:
