@@ -11,7 +11,7 @@ import tokenizers
 
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.pretrained import families
+from jaxllm.pretrained import families, family_config
 from jaxllm.pretrained.convert import export_model, import_model
 from tests.conftest import ROOT, jaxllm
 
@@ -49,7 +49,7 @@ def imported(tmp_path_factory):
         "qk_norm": "head",
     }
     model = ModelConfig(vocab_size=512, max_length=256, dtype="float32", **shape)
-    config, family = families.to_hf(model)
+    config, family = family_config.to_hf(model)
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     params = transformer.init(model, jax.random.key(0))
     leaf = lambda path: np.asarray(families.pick(params, path))

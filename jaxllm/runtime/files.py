@@ -68,27 +68,36 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
 
 
 def read_json(
-    path: epath.PathLike, mend: str = "remove the file to redo what wrote it"
+    path: epath.PathLike, fix: str = "remove the file to redo what wrote it"
 ) -> dict[str, Any] | None:
-    """The JSON object in a file, None where there is no file; a byte order mark is skipped.
+    """The JSON object in a file, None if the file does not exist; a byte order mark is skipped.
 
-    Raises InputError, ending in `mend`, where the file cannot be read or holds anything else.
+    Raises:
+        InputError: the file cannot be read or holds anything else; the text ends in `fix`.
     """
     try:
-        value = json.loads(epath.Path(path).read_bytes().decode("utf-8-sig"))
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-    ):  # the latter: what should be its folder is a file
+        content = epath.Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):  # the latter: its parent is a file
         return None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {mend}") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {fix}") from None
+    return parse_json(content, str(path), fix)
+
+
+def parse_json(content: bytes, where: str, fix: str) -> dict[str, Any]:
+    """The JSON object of a file's content; a byte order mark is skipped.
+
+    Raises:
+        InputError: it holds anything else; the text begins with `where` and ends in `fix`.
+    """
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
     except RecursionError:
-        raise InputError(f"{path}: not valid JSON (nested too deeply); {mend}") from None
+        raise InputError(f"{where}: not valid JSON (nested too deeply); {fix}") from None
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); {mend}") from None
+        raise InputError(f"{where}: not valid JSON ({error}); {fix}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object, not {_JSON_NAMES[type(value)]}; {mend}")
+        raise InputError(f"{where}: must hold a JSON object, not {_JSON_NAMES[type(value)]}; {fix}")
     return value
 
 

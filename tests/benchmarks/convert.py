@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.pretrained import families
+from jaxllm.pretrained import families, family_config
 
 CHILD = """
 import re, sys, time
@@ -47,7 +47,7 @@ print(1024 * (kb("VmHWM") - before), time.monotonic() - began)
 
 def made_up(folder: Path, model: ModelConfig, shards: int) -> tuple[int, int]:
     """Write such a model; (bytes of the largest file, bytes of the largest tensor)."""
-    config, family = families.to_hf(model)
+    config, family = family_config.to_hf(model)
     shapes = [*families.file_shapes(model, family, transformer.abstract(model)).items()]
     largest, rng = 0, np.random.default_rng(0)
     for i in range(shards):

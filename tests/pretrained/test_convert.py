@@ -14,7 +14,7 @@ from jaxllm.config import InputError
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import PRESETS, preset
 from jaxllm.models.lora import LoRAConfig
-from jaxllm.pretrained import families
+from jaxllm.pretrained import families, family_config
 from jaxllm.pretrained.convert import export_model, import_model
 from jaxllm.runtime import checkpoint
 from jaxllm.runtime.files import write_json
@@ -75,7 +75,8 @@ def test_export_of_import_is_the_same_bytes(tmp_path, case):
     # The config that the export would write without the imported one says the same model.
     model = load(case)[0]
     assert (
-        families.from_hf(families.to_hf(model)[0] | {"dtype": "float32"}, "x")[0].moe == model.moe
+        family_config.from_hf(family_config.to_hf(model)[0] | {"dtype": "float32"}, "x")[0].moe
+        == model.moe
     )
 
 
@@ -199,7 +200,7 @@ def test_an_index_that_does_not_fit_is_one_line(tmp_path):
         ),
         (
             {"weight_map": index | {"x": "../model-0.safetensors"}},
-            r"index\.json: names '\.\./model-0.* beside it",
+            r"index\.json: names '\.\./model-0.* in the same folder",
         ),
         ({"weight_map": index | {"x": "/a.safetensors"}}, r"index\.json: names '/a\.safetensors'"),
         ({"weight_map": index | {"x": 3}}, r"index\.json: has no weight_map"),
@@ -399,7 +400,9 @@ def test_grown_rows_are_the_mean():
 )
 def test_every_preset_is_a_model_of_a_family(name):
     model = preset(name)
-    again, _ = families.from_hf(families.to_hf(model)[0], name)
-    shapes = families.file_shapes(model, families.family_of(model), transformer.abstract(model))
+    again, _ = family_config.from_hf(family_config.to_hf(model)[0], name)
+    shapes = families.file_shapes(
+        model, family_config.family_of(model), transformer.abstract(model)
+    )
     assert again.num_layers == model.num_layers
     assert sum(int(np.prod(s)) for s in shapes.values()) == transformer.num_params(model)

@@ -13,7 +13,7 @@ from jaxllm import losses
 from jaxllm.generate import SamplingConfig, complete, left_pad
 from jaxllm.models import transformer
 from jaxllm.models.config import PRESETS, preset
-from jaxllm.pretrained import families
+from jaxllm.pretrained import families, family_config
 from jaxllm.sharding import MeshConfig, make_mesh
 from tests.oracles.families import HERE, VOCAB, probe, tokens, weight
 
@@ -30,9 +30,9 @@ MOST = pytest.mark.parametrize(
 @functools.cache
 def load(case: str):
     """(config, family, parameters) of a recorded model."""
-    model, family = families.from_hf(RECORD[case]["config"], case)
+    model, family = family_config.from_hf(RECORD[case]["config"], case)
     sizes = {name: tuple(shape) for name, shape in RECORD[case]["tensors"].items()}
-    model = families.present(model, sizes)
+    model = family_config.present(model, sizes)
     return (
         model,
         family,
@@ -42,12 +42,12 @@ def load(case: str):
 
 def put_together(model, family, file):
     """Our parameters from a file's tensors."""
-    at = families.places(model, family)
+    at = families.file_slices(model, family)
 
     def leaf(path, shape):
         out = np.zeros(shape.shape, np.float32)
         for index, place in at[tuple(key.key for key in path)].items():
-            out[index] = place.ours(file[place.tensor], shape.shape[len(index) :])
+            out[index] = place.to_leaf(file[place.tensor], shape.shape[len(index) :])
         return jnp.array(out)
 
     return jax.tree_util.tree_map_with_path(leaf, transformer.abstract(model))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import InputError
-from jaxllm.pretrained import families
-from jaxllm.pretrained.family_fields import DEFAULTS
+from jaxllm.pretrained import family_config
+from jaxllm.pretrained.family_table import DEFAULTS, FAMILIES
 from tests.oracles.config_defaults import HERE
 
 RECORD = json.loads((HERE / "config_defaults.json").read_text())["families"]
@@ -28,7 +28,7 @@ READ = [(family, field) for family, field in FIELDS if field not in UNREAD.get(f
 def ours(family, config):
     """The model, or the one line that refuses it."""
     try:
-        return families.from_hf({**config, "model_type": family}, "config.json")[0]
+        return family_config.from_hf({**config, "model_type": family}, "config.json")[0]
     except InputError as error:
         return str(error)
 
@@ -44,7 +44,7 @@ def theirs(family, changed):
 
 
 def test_every_family_is_recorded():
-    assert RECORD.keys() == families.FAMILIES.keys() == DEFAULTS.keys()
+    assert RECORD.keys() == FAMILIES.keys() == DEFAULTS.keys()
 
 
 @pytest.mark.parametrize("family", RECORD)

@@ -10,8 +10,10 @@ import pytest
 import tokenizers
 
 from jaxllm.config import InputError
-from jaxllm.pretrained import families, gguf_files
+from jaxllm.pretrained import family_config, gguf_files, gguf_tokenizer
+from jaxllm.pretrained.checked_values import CheckedValues
 from jaxllm.pretrained.convert import import_model
+from jaxllm.pretrained.gguf_config import read_config
 from jaxllm.sharding import MeshConfig, make_mesh
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import train
@@ -70,7 +72,7 @@ def config_of(case):
 def write_gguf(path, case, kind=F32, tokens=lambda writer: None):
     """A file as llama.cpp's converter makes it, of made-up weights; returns {name: tensor} as they are elsewhere."""
     c, arch = config_of(case), ARCH[case]
-    model, _ = families.from_hf(c, case)
+    model, _ = family_config.from_hf(c, case)
     values = {name: weight(name, tuple(shape)) for name, shape in RECORD[case]["tensors"].items()}
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(c["max_position_embeddings"])
@@ -144,8 +146,8 @@ def test_tensors_and_config_come_out_as_they_went_in(tmp_path, case):
         np.testing.assert_allclose(
             found[name], value, atol=2e-7 if "norm" in name else 0, err_msg=name
         )
-    model = families.from_hf(config, "x")[0]
-    want = families.from_hf(config_of(case), "y")[0]
+    model = family_config.from_hf(config, "x")[0]
+    want = family_config.from_hf(config_of(case), "y")[0]
     assert {k: v for k, v in vars(model).items() if k not in ("dtype", "init_std", "moe")} == {
         k: v for k, v in vars(want).items() if k not in ("dtype", "init_std", "moe")
     }
@@ -172,7 +174,7 @@ def test_byte_level_tokenizers_give_the_same_ids(tmp_path):
     for pre in ("gpt-2", "llama-bpe", "qwen2", "smollm"):
         spec = tokenizers.Tokenizer(tokenizers.models.BPE())
         spec.pre_tokenizer = tokenizers.Tokenizer.from_str(
-            json.dumps(gguf_files._byte_level(["a"], [1], [], pre))
+            json.dumps(gguf_tokenizer.byte_level(["a"], [1], [], pre))
         ).pre_tokenizer
         spec.decoder = tokenizers.decoders.ByteLevel()
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -239,7 +241,7 @@ def test_sentencepiece_tokenizers_give_the_same_ids(tmp_path):
 
 def test_what_is_not_known_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(b"GGUF but not really")
-    with pytest.raises(InputError, match="not a whole GGUF file"):
+    with pytest.raises(InputError, match="not a complete GGUF file"):
         import_model(str(tmp_path / "a.gguf"), str(tmp_path / "out"))
     writer = gguf.GGUFWriter(tmp_path / "b.gguf", "mamba")
     writer.write_header_to_file()
@@ -259,6 +261,10 @@ def test_what_is_not_known_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"pip install 'jaxllm\[gguf\]'"):
         import_model(str(tmp_path / "c.gguf"), str(tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()].count("out") == 0 and not [*tmp_path.glob(".out*")]
+
+
+def checked(values):
+    return CheckedValues(values, gguf_files.FIX)
 
 
 def metadata(path, case="qwen2", **more):
@@ -291,10 +297,11 @@ def fits(value, wrong):
 @pytest.mark.parametrize("case", ["mixtral", "gemma2", "gemma3"])
 def test_metadata_of_a_wrong_type_is_one_line_that_names_the_key(tmp_path, case):
     values, held = metadata(tmp_path / "m.gguf", case)
-    read = lambda values: (
-        gguf_files._config(about := gguf_files.Metadata(values), held),
-        gguf_files._tokenizer(about),
-    )
+
+    def read(values):
+        read_config(checked(values), held)
+        gguf_tokenizer.read_tokenizer(checked(values))
+
     read(values)
     for key in values:
         for wrong in (w for w in WRONG if not fits(values[key], w)):
@@ -314,20 +321,23 @@ def test_ids_and_lists_that_do_not_fit_the_tokens_are_one_line(tmp_path):
         ("tokenizer.ggml.scores", [0.5], "1 values for 4 tokens"),
     ):
         with pytest.raises(ValueError, match=f"{key} .*{error}"):
-            gguf_files._tokenizer(gguf_files.Metadata({**values, key: wrong}))
+            gguf_tokenizer.read_tokenizer(checked({**values, key: wrong}))
 
 
 def test_what_gemma_2_leaves_out_is_its_own_default(tmp_path):
     values, held = metadata(tmp_path / "m.gguf", "gemma2")
     left = {k: v for k, v in values.items() if "softcapping" not in k and "sliding_window" not in k}
-    model = families.from_hf(gguf_files._config(gguf_files.Metadata(left), held), "x")[0]
+    model = family_config.from_hf(read_config(checked(left), held), "x")[0]
     assert (model.window, model.attention_softcap, model.logit_softcap) == (4096, 50.0, 30.0)
 
 
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 # (kind, how text is split, add_bos_token in the file) -> whether llama.cpp begins a text with BOS
 BEGUN = {
-    **{("gpt2", pre, None): pre in ("llama-bpe", "llama3", "llama-v3") for pre in gguf_files._PRE},
+    **{
+        ("gpt2", pre, None): pre in ("llama-bpe", "llama3", "llama-v3")
+        for pre in gguf_tokenizer.SPLITTINGS
+    },
     ("gpt2", "llama-bpe", False): False,
     ("gpt2", "qwen2", True): True,
     ("llama", "", None): True,
@@ -349,7 +359,7 @@ def test_a_text_begins_as_llama_cpp_begins_it(tmp_path, kind, pre, flag):
     values |= {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.add_space_prefix": False}
     values |= {"tokenizer.ggml.pre": pre} if pre else {}
     values |= {"tokenizer.ggml.add_bos_token": flag} if flag is not None else {}
-    for name, content in gguf_files._tokenizer(gguf_files.Metadata(values)).items():
+    for name, content in gguf_tokenizer.read_tokenizer(checked(values)).items():
         (tmp_path / name).write_bytes(content)
     tokenizer = load_tokenizer(tmp_path)
     first = [1] if BEGUN[kind, pre, flag] else []
@@ -362,7 +372,7 @@ def test_pieces_without_special_ids_have_those_of_llama_cpp(tmp_path):
     values = {
         name: value for name, value in values.items() if "_token" not in name or "type" in name
     }
-    for name, content in gguf_files._tokenizer(gguf_files.Metadata(values)).items():
+    for name, content in gguf_tokenizer.read_tokenizer(checked(values)).items():
         (tmp_path / name).write_bytes(content)
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.begin_ids, tokenizer.bos_id, tokenizer.eos_id) == ((1,), 1, 2)
@@ -371,7 +381,7 @@ def test_pieces_without_special_ids_have_those_of_llama_cpp(tmp_path):
 def test_ends_of_a_turn_and_of_a_message_end_a_response(tmp_path):
     values, _ = metadata(tmp_path / "m.gguf")
     values |= {"tokenizer.ggml.eot_token_id": 3, "tokenizer.ggml.eom_token_id": 0}
-    for name, content in gguf_files._tokenizer(gguf_files.Metadata(values)).items():
+    for name, content in gguf_tokenizer.read_tokenizer(checked(values)).items():
         (tmp_path / name).write_bytes(content)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.stop_ids == (2, 3, 0) and tokenizer.encode_document("a")[-1] == 2

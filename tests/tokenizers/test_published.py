@@ -514,9 +514,9 @@ def test_the_right_kind_is_chosen_or_one_line_says_why_not(tmp_path):
         load_tokenizer(tmp_path / "nowhere")
     for number, (content, error) in enumerate(
         (
-            (b'{"model":', "tokenizer.json: damaged"),
-            (b"[]", "must be a JSON object"),
-            (b'{"model": {}, "decoder": {"type": "ByteLevel"}}', "no tokenizer"),
+            (b'{"model":', "tokenizer.json: not valid JSON"),
+            (b"[]", "must hold a JSON object, not a list"),
+            (b'{"model": {}, "decoder": {"type": "ByteLevel"}}', "not a tokenizer"),
             (b'{"model": {}, "added_tokens": [{}]}', "files are damaged"),
             (b'{"model": {"vocab": [["a", 0.0]]}}', "only BPE and SentencePiece"),
         )
