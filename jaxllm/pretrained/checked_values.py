@@ -22,7 +22,7 @@ class CheckedValues:
         """The value as the file has it, None if it has none."""
         return self.values.get(name)
 
-    def whole(self, name: str, default: int | None = None, least: int = 0) -> int | None:
+    def integer(self, name: str, default: int | None = None, least: int = 0) -> int | None:
         """A whole number of at least `least` that fits into 32 bits."""
         # isinstance would accept true and false.
         fits = lambda value: type(value) is int and least <= value <= _LARGEST

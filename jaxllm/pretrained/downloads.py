@@ -63,9 +63,11 @@ def _check_all_exist(folder: Path, names: Sequence[str], what: str) -> None:
 
 def _indexed(folder: Path, index: Mapping[str, Any]) -> Files:
     file_of = index.get("weight_map")
-    is_map = isinstance(file_of, Mapping) and file_of
-    if not is_map or not all(isinstance(name, str) for name in file_of.values()):
-        raise InputError(f"{folder / INDEX}: has no weight_map of tensors to files; fetch it again")
+    no_map = f"{folder / INDEX}: has no weight_map of tensors to files; fetch it again"
+    if not isinstance(file_of, Mapping) or not file_of:
+        raise InputError(no_map)
+    if not all(isinstance(name, str) for name in file_of.values()):
+        raise InputError(no_map)
     names = sorted(set(file_of.values()))
     for name in names:
         # A name with a folder in it could point anywhere on this machine.

@@ -81,7 +81,7 @@ def _gpt2(fields: Fields) -> dict[str, Any]:
     fields.one_of("scale_attn_by_inverse_layer_idx", False)
     fields.one_of("scale_attn_weights", True)
     return {
-        "mlp_dim": fields.whole("n_inner", least=1) or 4 * fields.count("n_embd"),
+        "mlp_dim": fields.integer("n_inner", least=1) or 4 * fields.count("n_embd"),
         "norm": "layernorm",
         "position": "learned",
         "mlp": "gelu",
@@ -127,7 +127,7 @@ def _bias(fields: Fields) -> bool:
 def _special(fields: Fields) -> dict[str, Any]:
     match fields.family:
         case "mistral":
-            return {"window": fields.whole("sliding_window", 0, least=1)}
+            return {"window": fields.integer("sliding_window", 0, least=1)}
         case "mixtral":
             return _mixtral(fields)
         case "qwen2":
@@ -151,13 +151,13 @@ def _special(fields: Fields) -> dict[str, Any]:
 
 def _qwen_window(fields: Fields) -> int:
     """The window of all layers, 0 if they have none; layers before max_window_layers have none."""
-    window = fields.whole("sliding_window", 0, least=1) or 0
+    window = fields.integer("sliding_window", 0, least=1) or 0
     if not fields.flag("use_sliding_window") or not window:
         return 0
     first = 0
     # Qwen3-MoE's class does not read it.
     if fields.family != "qwen3_moe":
-        first = fields.whole("max_window_layers", 0) or 0
+        first = fields.integer("max_window_layers", 0) or 0
     count = fields.count("num_hidden_layers")
     if 0 < first < count:
         raise ValueError("max_window_layers: windows in some of the layers are not known")
@@ -194,7 +194,7 @@ def _gemma3(fields: Fields) -> dict[str, Any]:
 def _mixtral(fields: Fields) -> dict[str, Any]:
     # The class adds the load-balancing loss only if it returns the router's logits.
     coef = fields.positive("router_aux_loss_coef") if fields.flag("output_router_logits") else 0.0
-    return {"window": fields.whole("sliding_window", 0, least=1), "moe.aux_coef": coef}
+    return {"window": fields.integer("sliding_window", 0, least=1), "moe.aux_coef": coef}
 
 
 def _qwen3_moe(fields: Fields) -> dict[str, Any]:

@@ -48,9 +48,9 @@ class Fields(CheckedValues):
                 return self.count(name)
             # `ModelConfig` has 0 for null.
             case "count or null":
-                return self.whole(name, 0, least=1)
+                return self.integer(name, 0, least=1)
             case "count from 0":
-                return self.whole(name, 0)
+                return self.integer(name, 0)
             case "number":
                 return self.positive(name)
             case "number or null":
@@ -60,7 +60,7 @@ class Fields(CheckedValues):
 
     def count(self, name: str) -> int:
         """A whole number of at least 1, which the family needs."""
-        value = self.whole(name, least=1)
+        value = self.integer(name, least=1)
         if value is None:
             raise ValueError(f"has no {name!r}, which a {self.family} model needs; add it")
         return value

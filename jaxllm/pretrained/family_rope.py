@@ -71,7 +71,7 @@ def _settings(fields: Fields, layers: str) -> dict[str, Any]:
 
 def _original_length(fields: Fields, given: Mapping[str, Any]) -> int:
     """The context length before it was extended."""
-    length = CheckedValues(given, FIX).whole("original_max_position_embeddings", least=1)
+    length = CheckedValues(given, FIX).integer("original_max_position_embeddings", least=1)
     return length or fields.count("max_position_embeddings")
 
 

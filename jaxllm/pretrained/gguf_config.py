@@ -53,10 +53,10 @@ def read_config(metadata: CheckedValues, held: Mapping[str, Any]) -> dict[str, A
     # from_hf fills in the family's defaults, so everything that the metadata says is written out.
     num_heads = config["num_attention_heads"]
     config["model_type"] = _model_type(metadata, arch)
-    config["num_key_value_heads"] = metadata.whole(f"{arch}.attention.head_count_kv") or num_heads
+    config["num_key_value_heads"] = metadata.integer(f"{arch}.attention.head_count_kv") or num_heads
     config["head_dim"] = (
-        metadata.whole(f"{arch}.attention.key_length")
-        or metadata.whole(f"{arch}.rope.dimension_count")
+        metadata.integer(f"{arch}.attention.key_length")
+        or metadata.integer(f"{arch}.rope.dimension_count")
         or config["hidden_size"] // num_heads
     )
     config["rope_theta"] = metadata.number(f"{arch}.rope.freq_base", 10_000.0)
@@ -68,8 +68,8 @@ def read_config(metadata: CheckedValues, held: Mapping[str, Any]) -> dict[str, A
     window = f"{arch}.attention.sliding_window"
     # Without the key Gemma 2 has its family's default; every other family has no window.
     if arch != "gemma2" or window in metadata.values:
-        config["sliding_window"] = metadata.whole(window) or None
-    if metadata.whole(f"{arch}.expert_count"):
+        config["sliding_window"] = metadata.integer(window) or None
+    if metadata.integer(f"{arch}.expert_count"):
         config |= _experts(metadata, arch)
     if arch.startswith("gemma"):
         config |= _gemma(metadata, arch, config)
@@ -82,7 +82,7 @@ def read_config(metadata: CheckedValues, held: Mapping[str, Any]) -> dict[str, A
 def _required_fields(metadata: CheckedValues, arch: str) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for name, key in _SIZES.items():
-        config[name] = metadata.whole(f"{arch}.{key}")
+        config[name] = metadata.integer(f"{arch}.{key}")
     config["rms_norm_eps"] = metadata.number(f"{arch}.{_EPSILON}")
     for name, key in (*_SIZES.items(), ("rms_norm_eps", _EPSILON)):
         if not config[name]:
@@ -93,26 +93,26 @@ def _required_fields(metadata: CheckedValues, arch: str) -> dict[str, Any]:
 def _model_type(metadata: CheckedValues, arch: str) -> str:
     """The model_type; files of Mistral and Mixtral name the architecture llama."""
     # llama.cpp runs all three with the same code.
-    if arch == "llama" and metadata.whole("llama.expert_count"):
+    if arch == "llama" and metadata.integer("llama.expert_count"):
         return "mixtral"
-    if arch == "llama" and metadata.whole("llama.attention.sliding_window"):
+    if arch == "llama" and metadata.integer("llama.attention.sliding_window"):
         return "mistral"
     return _ARCHITECTURES[arch]
 
 
 def _experts(metadata: CheckedValues, arch: str) -> dict[str, Any]:
-    per_token = metadata.whole(f"{arch}.expert_used_count")
+    per_token = metadata.integer(f"{arch}.expert_used_count")
     if not per_token:
         raise ValueError(
             f"has no {arch}.expert_used_count, which a model of experts needs; fetch it again"
         )
     experts: dict[str, Any] = {
-        "num_local_experts": metadata.whole(f"{arch}.expert_count"),
+        "num_local_experts": metadata.integer(f"{arch}.expert_count"),
         "num_experts_per_tok": per_token,
         # llama.cpp normalizes for both architectures, so their files do not say it.
         "norm_topk_prob": True,
     }
-    width = metadata.whole(f"{arch}.expert_feed_forward_length")
+    width = metadata.integer(f"{arch}.expert_feed_forward_length")
     if width:
         experts["moe_intermediate_size"] = width
     return experts
@@ -143,7 +143,7 @@ def _rope_scaling(
     kind = metadata.text(f"{prefix}.type")
     if kind not in (None, "none"):
         scaling = {"rope_type": kind, "factor": metadata.number(f"{prefix}.factor")}
-        length = metadata.whole(f"{prefix}.original_context_length")
+        length = metadata.integer(f"{prefix}.original_context_length")
         if length:
             scaling["original_max_position_embeddings"] = length
         return scaling

@@ -71,7 +71,7 @@ def _parts(path: Path) -> list[Path]:
 
 def _check_complete(metadata: CheckedValues, num_parts: int) -> None:
     # The name of a renamed part does not tell its siblings; the metadata still counts them.
-    count = metadata.whole("split.count", 1)
+    count = metadata.integer("split.count", 1)
     if count not in (0, num_parts):
         raise ValueError(
             f"is one of {count} parts; put all of them into its folder, named "

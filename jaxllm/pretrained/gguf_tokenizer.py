@@ -105,7 +105,7 @@ def _special_ids(metadata: CheckedValues, kind: str, num_tokens: int) -> dict[st
     ids: dict[str, int] = {}
     for role in ("bos", *_ENDS, "pad", "unk"):
         key = f"tokenizer.ggml.{keys.get(role, f'{role}_token_id')}"
-        token = metadata.whole(key, defaults.get(role))
+        token = metadata.integer(key, defaults.get(role))
         if token is None:
             continue
         # A file that was cut or edited; the id would be used as an index later.

@@ -208,9 +208,9 @@ def _read_leaf(
     )
 
 
-def _device_spans(want: Any) -> dict[jax.Device, _Span]:
+def _device_spans(want: Any) -> dict[Any, _Span]:
     """{device of this process: the span of the leaf that it holds}."""
-    spans: dict[jax.Device, _Span] = {}
+    spans: dict[Any, _Span] = {}
     for device, index in want.sharding.addressable_devices_indices_map(want.shape).items():
         axes = zip(index, want.shape, strict=True)
         spans[device] = tuple(axis.indices(size)[:2] for axis, size in axes)
