@@ -83,7 +83,12 @@ class ChatTemplate:
         return _take_blocks(marked)
 
     def assistant_spans(
-        self, text: str, ends: Sequence[Span], messages: Sequence[Mapping[str, Any]], **inputs: Any
+        self,
+        text: str,
+        ends: Sequence[Span],
+        messages: Sequence[Mapping[str, Any]],
+        reply: bool,
+        **inputs: Any,
     ) -> list[Span]:
         """Where the assistant speaks, for a template without {% generation %} blocks.
 
@@ -93,7 +98,7 @@ class ChatTemplate:
             spans                                  [-------)                               [---
 
         Args:
-            text: `render(messages, **inputs)`.
+            text: `render(messages, reply=reply, **inputs)`.
             ends: spans of the tokens that end a turn.
 
         Raises:
@@ -104,7 +109,7 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             # Message by message, so a conversation of n turns is rendered about n times.
-            start = self._start(text, number, messages, **inputs)
+            start = self._start(text, number, messages, reply, **inputs)
             end = next((end for begin, end in ends if begin >= start), -1)
             previous_end = spans[-1][1] if spans else 0
             if start < previous_end or end < 0 or _certain_text(message) not in text[start:end]:
@@ -117,7 +122,12 @@ class ChatTemplate:
         return spans
 
     def _start(
-        self, text: str, number: int, messages: Sequence[Mapping[str, Any]], **inputs: Any
+        self,
+        text: str,
+        number: int,
+        messages: Sequence[Mapping[str, Any]],
+        reply: bool,
+        **inputs: Any,
     ) -> int:
         """Where message `number` begins, -1 if that cannot be determined.
 
@@ -131,7 +141,7 @@ class ChatTemplate:
             start                                          ^
         """
         try:
-            shown, _ = self.render(messages[:number], **{**inputs, "reply": True})
+            shown, _ = self.render(messages[:number], reply=True, **inputs)
         except InputError:
             shown = SECRET  # no messages, or the template accepts only whole conversations
         if text.startswith(shown):
@@ -141,7 +151,7 @@ class ChatTemplate:
         other = first + SECRET
         changed_messages = [*messages]
         changed_messages[number] = {**messages[number], "content": other}
-        changed, _ = self.render(changed_messages, **inputs)
+        changed, _ = self.render(changed_messages, reply=reply, **inputs)
         if changed.count(other) != 1:
             return -1
         for position, (before, after) in enumerate(zip(text, changed, strict=False)):

@@ -93,7 +93,8 @@ class PretrainedTokenizer(Tokenizer):
             special = tokenizer_files.special_tokens(config, special_map)
             backend = JsonBackend(spec, special, scaffold, self._origin)
         else:
-            backend = self._plain_backend(files, config)
+            backend = self._plain_backend(files)
+            backend.add_tokens(config.get("added_tokens_decoder", {}))
             named = {**backend.named, **named}
             self._read_template(files, config, named)
         self._set_backend(backend)
@@ -101,15 +102,13 @@ class PretrainedTokenizer(Tokenizer):
         self._read_ends([named.get("eos_token", ""), *ends], files)
         self._read_beginning(named, config.get("add_bos_token") is True)
 
-    def _plain_backend(self, files: Mapping[str, bytes], config: Mapping[str, Any]) -> PlainBackend:
+    def _plain_backend(self, files: Mapping[str, bytes]) -> PlainBackend:
         name = next(name for name in _VOCABULARIES if name in files)
         content = files[name]
         # Llama 3's rank file has the name of a SentencePiece model: it is told by its first line.
         if name.endswith(".tiktoken") or re.match(rb"[A-Za-z0-9+/]+=* 0\r?\n", content):
-            encoder = read_ranks(name, content, self._origin)
-        else:
-            encoder = read_pieces(content, self._origin)
-        return PlainBackend(encoder, config)
+            return read_ranks(name, content, self._origin)
+        return read_pieces(content, self._origin)
 
     def _read_template(
         self, files: Mapping[str, bytes], config: Mapping[str, Any], named: Mapping[str, str]
@@ -236,7 +235,7 @@ class PretrainedTokenizer(Tokenizer):
         if spans:
             spans = _through_end_of_turn(spans, ends)
         else:
-            spans = self._template.assistant_spans(text, ends, **safe, reply=reply)
+            spans = self._template.assistant_spans(text, ends, reply=reply, **safe)
         # From here on text is what a message says, and control tokens are marks.
         marked = self._mark_controls(text)
         check_unicode([marked])

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import sentencepiece
 
 from jaxllm.config import InputError
-from jaxllm.tokenizers.plain_backend import PlainEncoder, Span
+from jaxllm.tokenizers.plain_backend import PlainBackend, Span
 from jaxllm.tokenizers.trained import SPACE, piece_bytes
 
 
-def read_pieces(content: bytes, origin: str) -> PlainEncoder:
+def read_pieces(content: bytes, origin: str) -> PlainBackend:
     """The vocabulary of a tokenizer.model. Raises InputError if it is not a SentencePiece model."""
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -41,7 +41,7 @@ def read_pieces(content: bytes, origin: str) -> PlainEncoder:
 
     # The model does not say it, so it is tried.
     adds_space = "".join(sp.id_to_piece(sp.encode("a"))).startswith(SPACE)
-    return PlainEncoder(named, controls, data, batch, offsets, adds_space)
+    return PlainBackend(named, controls, data, batch, offsets, adds_space)
 
 
 def _widen_bytes(spans: list[Span]) -> list[Span]:

@@ -9,7 +9,7 @@ import numpy as np
 import tiktoken
 
 from jaxllm.config import InputError
-from jaxllm.tokenizers.plain_backend import PlainEncoder, Span
+from jaxllm.tokenizers.plain_backend import PlainBackend, Span
 
 # Parts of the patterns that split a text into words before the ranks merge bytes in each word:
 #   "It's 2024\n"    cl100k: It|'s| |202|4|\n    o200k: It's| |202|4|\n
@@ -40,21 +40,11 @@ _O200K = "|".join((
     _SPACES,
 ))  # fmt: skip
 # In the order of their ids, from 128,000 on.
-_LLAMA3_TOKENS = [
-    "begin_of_text",
-    "end_of_text",
-    "reserved_special_token_0",
-    "reserved_special_token_1",
-    "finetune_right_pad_id",
-    "step_id",
-    "start_header_id",
-    "end_header_id",
-    "eom_id",
-    "eot_id",
-    "python_tag",
-    "image",
-    *(f"reserved_special_token_{number}" for number in range(2, 246)),
-]
+_LLAMA3_TOKENS = """
+begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id
+step_id start_header_id end_header_id eom_id eot_id python_tag image
+""".split()  # noqa: SIM905
+_LLAMA3_TOKENS += [f"reserved_special_token_{number}" for number in range(2, 246)]
 _END_OF_TEXT = {"eos_token": "<|endoftext|>"}
 
 
@@ -99,7 +89,7 @@ _KINDS = {
 RANK_FILES = tuple(f"{kind}.tiktoken" for kind in _KINDS)
 
 
-def read_ranks(name: str, content: bytes, origin: str) -> PlainEncoder:
+def read_ranks(name: str, content: bytes, origin: str) -> PlainBackend:
     """The vocabulary of a rank file: on each line the bytes of a token, in base64, and its rank.
 
     Args:
@@ -131,7 +121,7 @@ def read_ranks(name: str, content: bytes, origin: str) -> PlainEncoder:
         ids = encoding.encode_ordinary(text)
         return ids, _character_spans(text, [len(data[token]) for token in ids])
 
-    return PlainEncoder(named, controls, data, batch, offsets)
+    return PlainBackend(named, dict(controls), data, batch, offsets)
 
 
 def _parse(content: bytes) -> dict[bytes, int]:
