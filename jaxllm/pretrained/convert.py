@@ -1,30 +1,31 @@
-"""Models from and to the format that others read: `jaxllm import` and `jaxllm export`.
+"""Models from and to the format of others: `jaxllm import` and `jaxllm export`.
 
-An imported directory is a stage directory whose checkpoint is the safetensors files themselves, sealed like any other;
-parameters are read from them straight onto the mesh. An export goes leaf by leaf, so that no whole model is in memory.
+An imported directory is a stage directory whose checkpoint is the safetensors files themselves, sealed
+like any other; parameters are read from them straight onto the mesh. An export writes one leaf after
+another, so that the whole model is never in memory.
 """
 
 import dataclasses
 import functools
-import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
 from jaxllm.config import InputError, to_tree
-from jaxllm.model_store import load_model, read_model_card, write_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.pretrained import downloads
-from jaxllm.pretrained.families import file_shapes, file_value, pick, present, tensors
-from jaxllm.pretrained.family_config import FAMILIES, family_of, from_hf, to_hf
-from jaxllm.pretrained.safetensors_files import KINDS, Files, Planned, read_imported
+from jaxllm.pretrained.adapters import write_adapters
+from jaxllm.pretrained.families import file_shapes, file_value, pick, tensors
+from jaxllm.pretrained.family_config import family_of, from_hf, present, to_hf
+from jaxllm.pretrained.family_table import FAMILIES
+from jaxllm.pretrained.safetensors_files import DTYPES, KINDS, Files, read_imported
+from jaxllm.pretrained.safetensors_writer import LazyTensor, write_model
 from jaxllm.runtime import checkpoint
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, write_json
@@ -32,34 +33,43 @@ from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.sharding import replicated
 from jaxllm.tokenizers.files import IDS
 from jaxllm.tokenizers.published import load_tokenizer
+from jaxllm.workspace import load_model, read_model_card, write_model_card
 
-_KINDS = {str(dtype): kind for kind, dtype in KINDS.items()}  # bfloat16 -> BF16, ...
+# From a leaf's path in the parameters to its float32 values.
+_ReadLeaf = Callable[[tuple[str, ...]], np.ndarray]
 
 
 def import_model(source: str, out: str) -> None:
-    """Make the stage directory `out` of a folder with config.json, *.safetensors and a tokenizer, or of a GGUF file.
+    """Make the stage directory `out` of a published model.
 
-    Raises InputError where `out` exists, the family is not known, or a tensor is missing, unknown or misshapen.
+    Args:
+        source: a folder with config.json, *.safetensors and a tokenizer, or a GGUF file.
+
+    Raises:
+        InputError: `out` exists, the family is unknown, or a tensor is missing, unknown or misshapen.
     """
-    folder, target = Path(source).expanduser(), Path(out).expanduser()
+    folder = Path(source).expanduser()
+    target = Path(out).expanduser()
     if target.exists():
         raise InputError(f"{target}: exists already; give another directory, or remove it")
+    # Everything is written under another name first: an import that fails does not leave
+    # a half-written directory.
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         if folder.suffix.lower() == ".gguf" and not folder.is_dir():
-            _fill(partial, _unpack(folder, partial / "gguf"), move=True)
+            _make_stage(partial, _unpack_gguf(folder, partial / "gguf"), move=True)
         else:
-            _fill(partial, folder, move=False)
+            _make_stage(partial, folder, move=False)
         shutil.rmtree(partial / "gguf", ignore_errors=True)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    console.print(f"next: {_next(target)}")
+    console.print(f"next: {_next_command(target)}")
 
 
-def _next(stage: Path) -> str:
-    """What can be done with an imported model."""
+def _next_command(stage: Path) -> str:
+    """The command to try on an imported model."""
     if not (stage / "tokenizer").exists():
         return f"jaxllm export {stage} FOLDER"
     if load_tokenizer(stage / "tokenizer").chat_refusal:
@@ -67,22 +77,27 @@ def _next(stage: Path) -> str:
     return f"jaxllm chat {stage}"
 
 
-def _fill(stage: Path, folder: Path, move: bool) -> None:
-    """Put what is in the folder into the directory of a stage."""
+def _make_stage(stage: Path, folder: Path, move: bool) -> None:
+    """Fill the directory of a stage from a folder; move: its files are not needed there any more."""
     model, family, files = _read_folder(folder)
     unused = files.check(model, family)
+    # Buffers and copies of the embedding go into the stage with their files, and are never read.
     if unused:
         console.print(f"not needed: {len(unused)} tensors ({', '.join(unused[:3])})")
-    kinds = sorted({place.kind for name, place in files.where.items() if name not in unused})
+    kinds = sorted({stored.kind for name, stored in files.where.items() if name not in unused})
     step = stage / "checkpoints" / "0"
     step.mkdir(parents=True)
-    for path in files.paths:  # the system copies them: nothing passes through this process
+    for path in files.paths:
         console.print(f"copying {path.name}")
-        (shutil.move if move else shutil.copyfile)(path, step / path.name)
+        # The system copies: no byte passes through this process's memory.
+        transfer = shutil.move if move else shutil.copyfile
+        transfer(path, step / path.name)
+    # No digests: the seal has the hash of every file, and no array of these was in memory.
     record = {"format": "safetensors", "family": family, "model": to_tree(model), "stored": kinds}
     checkpoint.write_seal(epath.Path(step), {"record": record, "digests": {}})
     _take_tokenizer(folder, stage, model)
     (stage / "hf").mkdir()
+    # An export of the model starts from these, so that fields that we do not read survive.
     for name in ("config.json", "generation_config.json"):
         if (folder / name).exists():
             shutil.copyfile(folder / name, stage / "hf" / name)
@@ -93,45 +108,49 @@ def _fill(stage: Path, folder: Path, move: bool) -> None:
 
 
 def _read_folder(folder: Path) -> tuple[ModelConfig, str, Files]:
-    """(config, family, tensors) of a downloaded model. Raises InputError on all that cannot be read."""
+    """(config, family, tensors) of a downloaded model. Raises InputError if it cannot be read."""
     downloads.check_folder(folder)
-    where, mend = str(folder / "config.json"), "fetch it again"
-    config = read_json(folder / "config.json", mend) or {}
+    where = str(folder / "config.json")
+    fix = "fetch it again"
+    config = read_json(folder / "config.json", fix) or {}
     downloads.check_not_quantized(config, where)
     model, family = from_hf(config, where)
-    files = downloads.model_files(folder, read_json(folder / downloads.INDEX, mend))
+    files = downloads.model_files(folder, read_json(folder / downloads.INDEX, fix))
     downloads.check_kinds(files)
     model = present(model, files.where)
     downloads.check_tied(files, model, family, where)
     return model, family, files
 
 
-def _unpack(file: Path, folder: Path) -> Path:
+def _unpack_gguf(file: Path, folder: Path) -> Path:
     """Make a folder of safetensors from a GGUF file, and return it."""
-    from jaxllm.pretrained import gguf_files
+    from jaxllm.pretrained import gguf_files  # needs the extra package
 
-    config, named, tokenizer = gguf_files.read(file)
+    config, lazy_tensors, tokenizer = gguf_files.read(file)
     folder.mkdir(parents=True)
-    _write(folder, named, shard_gb=2.0)
+    write_model(folder, lazy_tensors, shard_gb=2.0)
     write_json(folder / "config.json", config)
     for name, content in tokenizer.items():
         (folder / name).write_bytes(content)
     return folder
 
 
-def _take_tokenizer(folder: Path, partial: Path, model: ModelConfig) -> None:
+def _take_tokenizer(folder: Path, stage: Path, model: ModelConfig) -> None:
     try:
         tokenizer = load_tokenizer(folder)
     except InputError as error:
         console.print(
-            f"warning: no tokenizer ({error}); the model can be exported and started from, not talked to"
+            f"warning: no tokenizer ({error}); the model can be exported and trained further, but "
+            "not used with text"
         )
         return
+    # The reverse is common: models pad their vocabulary to a round number of rows.
     if tokenizer.vocab_size > model.vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size} rows"
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
+            f"{model.vocab_size} rows; give the tokenizer of this model"
         )
-    tokenizer.save(partial / "tokenizer")
+    tokenizer.save(stage / "tokenizer")
     if tokenizer.chat_refusal:
         console.print(f"warning: no chats ({tokenizer.chat_refusal}); everything else works")
 
@@ -139,183 +158,184 @@ def _take_tokenizer(folder: Path, partial: Path, model: ModelConfig) -> None:
 def export_model(
     stage_dir: str, out: str, dtype: str = "", shard_gb: float = 5.0, adapters: bool = False
 ) -> None:
-    """Write a stage's model as safetensors with config.json and its tokenizer; a reward model as a classifier.
+    """Write a stage's model as safetensors with config.json and its tokenizer.
 
-    dtype: "float32", "bfloat16" or "float16"; empty: that of an imported model, else bfloat16.
+    A reward model is written as a classifier of one label.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16"; empty: an imported model's own, bfloat16 for others.
+        shard_gb: size of a file in 10^9 bytes, at most.
+        adapters: write the LoRA adapters alone, in PEFT's format.
+
+    Raises:
+        InputError: `out` exists, an unknown dtype, or a model that no known family can express.
     """
-    source, target = epath.Path(stage_dir).expanduser(), Path(out).expanduser()
+    source = epath.Path(stage_dir).expanduser()
+    target = Path(out).expanduser()
     if target.exists():
         raise InputError(f"{target}: exists already; give another directory, or remove it")
-    if dtype not in ("", *_KINDS):
-        raise InputError(f"--dtype: {dtype!r} is unknown; known: {', '.join(_KINDS)}")
+    if dtype not in ("", *KINDS):
+        raise InputError(f"--dtype: {dtype!r} is unknown; known: {', '.join(KINDS)}")
     model, record = read_model_card(source)
     if model.mtp_modules and family_of(model) != "deepseek_v3":
-        console.print(
-            "left out: the modules that predict further tokens, which no file of this family has"
-        )
+        console.print("left out: the MTP modules, which no file of this family has")
         model = dataclasses.replace(model, mtp_modules=0)
     config, family = to_hf(model)
+    # One device: leaves are read to the host one at a time, whatever mesh they were trained on.
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     if adapters:
-        _write_adapters(source, record, model, family, mesh, partial)
+        _export_adapters(source, record, model, family, mesh, partial)
     else:
-        step = (read_json(source / "result.json") or {}).get("checkpoint")
-        step_dir = checkpoint.newest(source, step)
-        seal = checkpoint.read_seal(step_dir)
-        kinds = seal["record"].get("stored", [])  # of an imported model
-        stored = dtype or (
-            str(KINDS[kinds[0]]) if len(kinds) == 1 else "float32" if kinds else "bfloat16"
-        )
-        leaf, reward = _leaves(source, record, model, mesh, step), record["kind"] == "reward"
-        if kinds:
-            checkpoint.check_files(step_dir, seal)
-            every = _as_imported(Files(Path(step_dir)), model, family, dtype)
-        else:
-            every = _of_leaves(model, family, leaf, KINDS[_KINDS[stored]], reward)
-        _write(partial, every, shard_gb)
+        stored = _export_tensors(source, record, model, family, mesh, partial, dtype, shard_gb)
         given = read_json(source / "hf" / "config.json") or {}
         config = {**config, **given, "dtype": stored, "vocab_size": model.vocab_size}
-        if reward:
-            config |= {
-                "architectures": [
-                    FAMILIES[family].replace("ForCausalLM", "ForSequenceClassification")
-                ]
-            }
-            config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, "num_labels": 1}
-            bias = float(leaf(("head", "bias")))
-            console.print(
-                f"a classifier's head has no bias: its scores are lower than the reward model's by {bias:.6g}"
-            )
-        _describe_tokens(source, partial, config)
+        if record["kind"] == "reward":
+            config |= _classifier_fields(family)
+        _write_configs_and_tokenizer(source, partial, config)
     partial.rename(target)
     console.print(f"{target}: {family}{' adapters' if adapters else ''}")
 
 
-def _leaves(
-    source: epath.Path, record: Any, model: ModelConfig, mesh: Any, step: int | None
-) -> Callable[[tuple[str, ...]], np.ndarray]:
-    """A function from a leaf's path in the parameters to its float32 values, read when it is asked for.
-
-    A model trained as adapters is put together first, in memory.
-    """
-    family = {"policy": transformer, "reward": scalar}[record["kind"]]
-    if record.get("adapters"):
-        whole = lora.merge(load_model(source, mesh, record["kind"])[0])
-        return lambda path: np.asarray(pick(whole, path))
-    shapes, everywhere = family.abstract(model), replicated(mesh)
-    unchecked = [True]  # the files, until the first leaf is read
-
-    def leaf(path: tuple[str, ...]) -> np.ndarray:
-        want = pick(shapes, path)
-        want = jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=everywhere)
-        first = unchecked.pop() if unchecked else False
-        return np.asarray(
-            checkpoint.load_params(
-                source, want, (*record["path"], *path), step, first, read_imported
-            )
+def _export_tensors(
+    source: epath.Path,
+    record: Mapping[str, Any],
+    model: ModelConfig,
+    family: str,
+    mesh: jax.sharding.Mesh,
+    folder: Path,
+    dtype: str,
+    shard_gb: float,
+) -> str:
+    """Write the tensors of a stage's model; returns the name of their dtype."""
+    step = (read_json(source / "result.json") or {}).get("checkpoint")
+    step_dir = checkpoint.newest(source, step)
+    seal = checkpoint.read_seal(step_dir)
+    imported_kinds = seal["record"].get("stored", [])  # empty unless the model was imported
+    # An imported model is in its files already: tensors are copied, if need be to another dtype.
+    if imported_kinds:
+        checkpoint.check_files(step_dir, seal)
+        write_model(
+            folder, _imported_tensors(Files(Path(step_dir)), model, family, dtype), shard_gb
         )
-
-    return leaf
-
-
-def _as_imported(files: Files, model: ModelConfig, family: str, dtype: str) -> list[Planned]:
-    """The tensors of an imported model, which are in its files by the same names; without a dtype as they are there."""
-    shapes = file_shapes(model, family, transformer.abstract(model))
-    kind = lambda name: KINDS[_KINDS[dtype] if dtype else files.where[name].kind]
-    return [
-        Planned(name, shape, kind(name), functools.partial(files.get, name))
-        for name, shape in shapes.items()
-    ]
-
-
-def _of_leaves(
-    model: ModelConfig, family: str, leaf: Any, dtype: np.dtype, reward: bool
-) -> list[Planned]:
-    """Every tensor of the file, leaf after leaf, so that one leaf of ours is in memory at a time."""
-    shapes = file_shapes(model, family, transformer.abstract(model))
-    held = functools.lru_cache(maxsize=3 if family == "gpt2" else 1)(
-        leaf
-    )  # GPT-2's tensors are made of three
-    within = lambda path: held(("trunk", *path) if reward else path)
-    stored = [
-        Planned(
-            t.name, shapes[t.name], dtype, functools.partial(file_value, t, shapes[t.name], within)
-        )
-        for t in sorted(tensors(model, family), key=lambda t: t.parts[0].path)
-        if t.name != "lm_head.weight" or not reward
-    ]
-    if reward:
-        stored.append(
-            Planned(
-                "score.weight", (1, model.embed_dim), dtype, lambda: held(("head", "kernel"))[None]
-            )
+        if dtype:
+            return dtype
+        # Tensors of several dtypes keep them, but config.json can name only one.
+        return str(DTYPES[imported_kinds[0]]) if len(imported_kinds) == 1 else "float32"
+    stored = dtype or "bfloat16"
+    is_reward = record["kind"] == "reward"
+    leaf = _leaf_reader(source, record, model, mesh, step)
+    lazy_tensors = _trained_tensors(model, family, leaf, DTYPES[KINDS[stored]], is_reward)
+    write_model(folder, lazy_tensors, shard_gb)
+    if is_reward:
+        bias = float(leaf(("head", "bias")))
+        console.print(
+            "a classifier's head has no bias: its scores are lower than the reward model's by "
+            f"{bias:.6g}"
         )
     return stored
 
 
-def _write(folder: Path, stored: Iterable[Planned], shard_gb: float) -> None:
-    """Files of at most shard_gb (a larger tensor is a file of its own) and their index."""
-    shards: list[list[Planned]] = [[]]
-    for tensor in stored:
-        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > shard_gb * 10**9:
-            shards.append([])
-        shards[-1].append(tensor)
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        where = {
-            tensor.name: file for file, shard in zip(names, shards, strict=True) for tensor in shard
-        }
-        total = {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard)}
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": total, "weight_map": where}
-        )
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard)
+def _classifier_fields(family: str) -> dict[str, Any]:
+    """What a config.json says of a classifier with one label."""
+    architecture = FAMILIES[family].replace("ForCausalLM", "ForSequenceClassification")
+    return {
+        "architectures": [architecture],
+        "id2label": {"0": "score"},
+        "label2id": {"score": 0},
+        "num_labels": 1,
+    }
 
 
-def _write_file(path: Path, shard: Sequence[Planned]) -> None:
-    """A safetensors file, a tensor at a time: the library's own writer copies all of them first."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for tensor in shard:
-        offsets = [place, place + tensor.nbytes]
-        header[tensor.name] = {
-            "dtype": _KINDS[str(tensor.dtype)],
-            "shape": tensor.shape,
-            "data_offsets": offsets,
-        }
-        place += tensor.nbytes
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for name, shape, dtype, make in shard:
-            value = np.ascontiguousarray(make().astype(dtype, copy=False))
-            if value.shape != shape:
-                raise InputError(
-                    f"{name}: is {list(value.shape)}, not {list(shape)}; the model's sizes do not fit"
-                )
-            file.write(value.reshape(-1).view(np.uint8).data)
+def _leaf_reader(
+    source: epath.Path,
+    record: Mapping[str, Any],
+    model: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    step: int | None,
+) -> _ReadLeaf:
+    """A function that reads leaves of a stage's parameters, one at a time.
+
+    A model trained as adapters is merged first, in memory.
+    """
+    if record.get("adapters"):
+        merged = lora.merge(load_model(source, mesh, record["kind"])[0])
+        return lambda path: np.asarray(pick(merged, path))
+    module = {"policy": transformer, "reward": scalar}[record["kind"]]
+    shapes = module.abstract(model)
+    sharding = replicated(mesh)
+    is_first = True
+
+    def leaf(path: tuple[str, ...]) -> np.ndarray:
+        nonlocal is_first
+        shape = pick(shapes, path)
+        want = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+        check = is_first  # the hashes of all files are checked once
+        is_first = False
+        at = (*record["path"], *path)
+        return np.asarray(checkpoint.load_params(source, want, at, step, check, read_imported))
+
+    return leaf
 
 
-def _describe_tokens(source: epath.Path, folder: Path, config: dict[str, Any]) -> None:
-    """config.json, generation_config.json and the tokenizer's files."""
+def _imported_tensors(
+    files: Files, model: ModelConfig, family: str, dtype: str
+) -> list[LazyTensor]:
+    """The tensors of an imported model, under the same names; without a dtype each keeps its own."""
+    shapes = file_shapes(model, family, transformer.abstract(model))
+    lazy_tensors = []
+    for name, shape in shapes.items():
+        kind = KINDS[dtype] if dtype else files.where[name].kind
+        make = functools.partial(files.get, name)
+        lazy_tensors.append(LazyTensor(name, shape, DTYPES[kind], make))
+    return lazy_tensors
+
+
+def _trained_tensors(
+    model: ModelConfig, family: str, leaf: _ReadLeaf, dtype: np.dtype, is_reward: bool
+) -> list[LazyTensor]:
+    """Every tensor of the file, ordered by our leaves: one of them is in memory at a time."""
+    shapes = file_shapes(model, family, transformer.abstract(model))
+    # GPT-2's fused tensors are made of three leaves.
+    cached = functools.lru_cache(maxsize=3 if family == "gpt2" else 1)(leaf)
+
+    def trunk_leaf(path: tuple[str, ...]) -> np.ndarray:
+        return cached(("trunk", *path) if is_reward else path)
+
+    lazy_tensors = []
+    # Tensors of a leaf (a slice per layer and expert) follow one another, so that it is read once.
+    for tensor in sorted(tensors(model, family), key=lambda tensor: tensor.slices[0].path):
+        # A reward model has no head over the vocabulary.
+        if is_reward and tensor.name == "lm_head.weight":
+            continue
+        shape = shapes[tensor.name]
+        make = functools.partial(file_value, tensor, shape, trunk_leaf)
+        lazy_tensors.append(LazyTensor(tensor.name, shape, dtype, make))
+    if is_reward:
+        make = lambda: cached(("head", "kernel"))[None]
+        lazy_tensors.append(LazyTensor("score.weight", (1, model.embed_dim), dtype, make))
+    return lazy_tensors
+
+
+def _write_configs_and_tokenizer(source: epath.Path, folder: Path, config: dict[str, Any]) -> None:
+    """Write config.json, generation_config.json and the tokenizer's files."""
     generation = read_json(source / "hf" / "generation_config.json")
-    if (Path(source) / "tokenizer").exists():
-        tokenizer = load_tokenizer(Path(source) / "tokenizer")
-        stops = [*dict.fromkeys(tokenizer.stop_ids)]
+    directory = Path(source) / "tokenizer"
+    if directory.exists():
+        tokenizer = load_tokenizer(directory)
         ids = {
             "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": stops,
+            "eos_token_id": list(dict.fromkeys(tokenizer.stop_ids)),
             "pad_token_id": tokenizer.pad_id,
         }
         generation = generation or ids
-        config |= {name: value for name, value in ids.items() if config.get(name) is None}
-        for path in sorted((Path(source) / "tokenizer").iterdir()):
+        for name, value in ids.items():
+            if config.get(name) is None:
+                config[name] = value
+        # Our records of the tokenizer stay behind: no other program reads them.
+        for path in sorted(directory.iterdir()):
             if path.name not in ("jaxllm.json", IDS):
                 shutil.copyfile(path, folder / path.name)
     write_json(folder / "config.json", config)
@@ -323,45 +343,19 @@ def _describe_tokens(source: epath.Path, folder: Path, config: dict[str, Any]) -
         write_json(folder / "generation_config.json", generation)
 
 
-def _write_adapters(
-    source: epath.Path, record: Any, model: ModelConfig, family: str, mesh: Any, folder: Path
+def _export_adapters(
+    source: epath.Path,
+    record: Mapping[str, Any],
+    model: ModelConfig,
+    family: str,
+    mesh: jax.sharding.Mesh,
+    folder: Path,
 ) -> None:
-    """LoRA adapters in PEFT's format."""
     if not record.get("adapters") or record["kind"] != "policy" or family == "gpt2":
         raise InputError(
-            f"{source}: --adapters needs a policy trained with lora.rank above 0 (and no fused matrices)"
+            f"{source}: --adapters needs a policy trained with lora.rank above 0 (and no fused "
+            "matrices); leave it out"
         )
-    own = load_model(source, mesh)[0]["lora"]
-    values, modules = {}, set()
-    for tensor in tensors(model, family):
-        part = tensor.parts[0]
-        found = functools.reduce(
-            lambda tree, key: tree.get(key, {}) if isinstance(tree, dict) else {}, part.path, own
-        )
-        if not isinstance(found, dict) or "a" not in found:
-            continue
-        if part.interleaved:
-            raise InputError(
-                f"{source}: {tensor.name} has rotary pairs side by side, which adapters cannot be turned into"
-            )
-        a, b = (np.asarray(found[name][part.index[0]]) for name in "ab")
-        name = f"base_model.model.{tensor.name.removesuffix('.weight')}"
-        values[f"{name}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, a.shape[-1]).T)
-        values[f"{name}.lora_B.weight"] = np.ascontiguousarray(b.reshape(b.shape[0], -1).T)
-        modules.add(name.rsplit(".", 1)[1])
+    adapters = load_model(source, mesh)[0]["lora"]
     settings = record["adapters"]
-    safetensors.numpy.save_file(
-        values, folder / "adapter_model.safetensors", metadata={"format": "pt"}
-    )
-    about = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": settings["rank"],
-        "lora_alpha": settings["alpha"],
-    }
-    about |= {
-        "target_modules": sorted(modules),
-        "bias": "none",
-        "base_model_name_or_path": record["base"],
-    }
-    write_json(folder / "adapter_config.json", about)
+    write_adapters(folder, adapters, model, family, settings, record["base"], str(source))

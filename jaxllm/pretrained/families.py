@@ -1,11 +1,9 @@
-"""Model families as published: their config.json and tensor names, to and from ours.
+"""Tensor names and shapes of the model families, and how their tensors map to our parameters.
 
-A family of known parts is an entry of FAMILIES and what is special about it in family_config.py. Names depend on the
-parts a model has, so that `tensors` serves all families but GPT-2, whose matrices are fused and stored the other way
-round.
+Names depend on the modules that a model has, so one function serves all families except GPT-2, whose
+matrices are fused and stored [in, out].
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,250 +12,304 @@ import numpy as np
 
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.transformer import stacks
-from jaxllm.pretrained.family_config import FAMILIES, family_of, from_hf, present, to_hf
 
-__all__ = [
-    "FAMILIES",
-    "Part",
-    "Place",
-    "Tensor",
-    "family_of",
-    "file_shapes",
-    "file_value",
-    "from_hf",
-    "pick",
-    "places",
-]
-__all__ += ["present", "tensors", "to_file", "to_hf", "to_ours"]
+# A tensor of a file holds one slice of one of our leaves, and GPT-2's fused one a slice of three:
+#
+#   tensor of a file                                 leaf of ours              index of the slice
+#   model.layers.1.self_attn.q_proj.weight           layers/attention/q        (1,)    layer
+#   model.layers.1.mlp.experts.5.gate_proj.weight    layers/mlp/experts/gate   (1, 5)  layer, expert
+#   transformer.h.1.attn.c_attn.weight               layers/attention/q        (1,)
+#   (three slices, side by side on its last axis)    layers/attention/k        (1,)
+#                                                    layers/attention/v        (1,)
+
+_MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
+_MLP_LEAVES = ("gate", "up", "down")
 
 
-class Part(NamedTuple):
-    """A leaf of ours, or one layer's (and expert's) slice of it."""
+class LeafSlice(NamedTuple):
+    """A leaf of our parameters, or the slice of it that belongs to one layer (and expert)."""
 
     path: tuple[str, ...]
+    """Keys of the leaf in the tree of parameters."""
     index: tuple[int, ...] = ()
-    linear: bool = False  # stored [out, in]; ours is [in ..., out ...]
-    interleaved: int = 0  # so many rotary dimensions at the end, whose pairs lie side by side
+    """Layer and expert; empty: the whole leaf."""
+    linear: bool = False
+    """The file stores the matrix [out, in]; ours is [in ..., out ...]."""
+    interleaved: int = 0
+    """How many rotary dimensions at the end the file stores as pairs (see `from_file`)."""
+
+    def inside(self, path: tuple[str, ...], index: tuple[int, ...]) -> "LeafSlice":
+        """The same slice in a tree that is at `path`, stacked under `index`."""
+        return self._replace(path=(*path, *self.path), index=(*index, *self.index))
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file, and the parts of ours it holds, side by side along its last axis."""
+    """A tensor of a file."""
 
     name: str
-    parts: tuple[Part, ...]
+    slices: tuple[LeafSlice, ...]
+    """The slices of our leaves that it holds, side by side along its last axis."""
 
 
-def to_ours(part: Part, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The part's slice of our leaf, of this shape, from what the file holds of it."""
-    value = (value.T if part.linear else value).reshape(shape)
-    if part.interleaved:
-        rest, turned = value[..., : -part.interleaved], value[..., -part.interleaved :]
-        value = np.concatenate([rest, turned[..., 0::2], turned[..., 1::2]], -1)
-    return value
+class FileSlice(NamedTuple):
+    """Where a file has a slice of a leaf: piece `number` of `count` equal ones of a tensor's last axis."""
+
+    tensor: str
+    leaf_slice: LeafSlice
+    number: int
+    count: int
+
+    def to_leaf(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The slice of the leaf, of this shape, from the whole tensor of the file."""
+        return from_file(self.leaf_slice, np.split(array, self.count, -1)[self.number], shape)
 
 
-def to_file(part: Part, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `to_ours`: what the file holds of a slice of ours, in this shape."""
-    if half := part.interleaved // 2:
-        turned = np.stack([value[..., -2 * half : -half], value[..., -half:]], -1)
-        value = np.concatenate(
-            [value[..., : -2 * half], turned.reshape(*value.shape[:-1], 2 * half)], -1
-        )
-    return value.reshape(shape[::-1]).T if part.linear else value.reshape(shape)
+def from_file(leaf_slice: LeafSlice, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The slice of our leaf, of this shape, from the file's array of it."""
+    if leaf_slice.linear:
+        array = array.T
+    array = array.reshape(shape)
+    if leaf_slice.interleaved:
+        # The two dimensions that are rotated together are neighbors in DeepSeek's files. With us they
+        # are half a vector apart, behind the dimensions without position:
+        #   the file    n0 n1 n2   x0 y0 x1 y1
+        #   our leaf    n0 n1 n2   x0 x1 y0 y1
+        plain = array[..., : -leaf_slice.interleaved]
+        rotary = array[..., -leaf_slice.interleaved :]
+        array = np.concatenate([plain, rotary[..., 0::2], rotary[..., 1::2]], -1)
+    return array
+
+
+def to_file(leaf_slice: LeafSlice, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `from_file`: the file's array, of this shape, from a slice of our leaf."""
+    size = leaf_slice.interleaved
+    if size:
+        plain = array[..., :-size]
+        first = array[..., -size : -size // 2]
+        second = array[..., -size // 2 :]
+        pairs = np.stack([first, second], -1).reshape(*array.shape[:-1], size)
+        array = np.concatenate([plain, pairs], -1)
+    return array.reshape(shape[::-1]).T if leaf_slice.linear else array.reshape(shape)
 
 
 def pick(tree: Any, path: tuple[str, ...]) -> Any:
-    """What is at this path of nested mappings."""
-    return functools.reduce(lambda inner, key: inner[key], path, tree)
+    """The entry of nested mappings at this path."""
+    for key in path:
+        tree = tree[key]
+    return tree
 
 
 def file_value(
     tensor: Tensor, shape: tuple[int, ...], leaf: Callable[[tuple[str, ...]], np.ndarray]
 ) -> np.ndarray:
-    """The tensor as a file holds it, in this shape, from our leaves: path -> array."""
-    part_shape = (*shape[:-1], shape[-1] // len(tensor.parts))
-    return np.concatenate([to_file(p, leaf(p.path)[p.index], part_shape) for p in tensor.parts], -1)
+    """The tensor as a file stores it, of this shape; leaf: from a path to our leaf's array."""
+    piece_shape = (*shape[:-1], shape[-1] // len(tensor.slices))
+    pieces = []
+    for leaf_slice in tensor.slices:
+        pieces.append(to_file(leaf_slice, leaf(leaf_slice.path)[leaf_slice.index], piece_shape))
+    return np.concatenate(pieces, -1)
 
 
-def tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
-    """Every tensor of a model of this family, in the order of its layers."""
-    gpt2 = family == "gpt2"
-    trunk = "transformer." if gpt2 else "model."
-    one = lambda name, path, **how: Tensor(name, (Part(path, **how),))
-    yield one(f"{trunk}{'wte' if gpt2 else 'embed_tokens'}.weight", ("embed", "tokens"))
-    if model.position == "learned":
-        yield one(f"{trunk}wpe.weight", ("embed", "positions"))
-    number = 0
-    for stack, block, numbers in stacks(model):
-        for i in range(len(numbers)):
-            prefix = f"{trunk}{'h' if gpt2 else 'layers'}.{number}."
-            for name, parts in _gpt2_block() if gpt2 else _block(block, family):
-                yield Tensor(
-                    prefix + name,
-                    tuple(p._replace(path=(stack, *p.path), index=(i, *p.index)) for p in parts),
-                )
-            number += 1
-    for k in range(model.mtp_modules):  # with copies of the embedding and the head
-        prefix = f"{trunk}layers.{number + k}."
-        for name, parts in _ahead(model, family):
-            yield Tensor(
-                prefix + name,
-                tuple(p._replace(path=("mtp", *p.path), index=(k, *p.index)) for p in parts),
-            )
-        yield one(f"{prefix}embed_tokens.weight", ("embed", "tokens"))
-        yield one(
-            f"{prefix}shared_head.head.weight",
-            ("embed" if model.tie_embeddings else "head", "tokens"),
-        )
-    yield one(f"{trunk}{'ln_f' if gpt2 else 'norm'}.weight", ("norm", "norm", "scale"))
-    if model.norm == "layernorm":
-        yield one(f"{trunk}{'ln_f' if gpt2 else 'norm'}.bias", ("norm", "norm", "bias"))
-    if not model.tie_embeddings:
-        yield one("lm_head.weight", ("head", "tokens"))
-
-
-def _gpt2_block() -> Iterator[tuple[str, list[Part]]]:
-    for where, ours in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
-        yield f"{where}.weight", [Part((ours, "scale"))]
-        yield f"{where}.bias", [Part((ours, "bias"))]
-    yield "attn.c_attn.weight", [Part(("attention", x)) for x in "qkv"]
-    yield "attn.c_attn.bias", [Part(("attention", f"{x}_bias")) for x in "qkv"]
-    for name, module, ours in (
-        ("attn.c_proj", "attention", "out"),
-        ("mlp.c_fc", "mlp", "up"),
-        ("mlp.c_proj", "mlp", "down"),
-    ):
-        yield f"{name}.weight", [Part((module, ours))]
-        yield f"{name}.bias", [Part((module, f"{ours}_bias"))]
-
-
-def _block(block: ModelConfig, family: str) -> Iterator[tuple[str, list[Part]]]:
-    before, after = _norm_names(block)
-    for ours, name in {**before, **after}.items():
-        yield f"{name}.weight", [Part((ours, "scale"))]
-    yield from _latent(block) if block.mla.kv_rank else _attention(block)
-    if block.moe.num_experts:
-        yield from _experts(block, family)
-    else:
-        yield from _mlp("mlp", ("mlp",), block.bias)
-
-
-def _ahead(model: ModelConfig, family: str) -> Iterator[tuple[str, list[Part]]]:
-    for name, ours in (
-        ("enorm", "embed_norm"),
-        ("hnorm", "hidden_norm"),
-        ("shared_head.norm", "norm"),
-    ):
-        yield f"{name}.weight", [Part((ours, "scale"))]
-    yield "eh_proj.weight", [Part(("project",), linear=True)]
-    for name, parts in _block(model, family):
-        yield name, [part._replace(path=("block", *part.path)) for part in parts]
-
-
-def _norm_names(block: ModelConfig) -> tuple[dict[str, str], dict[str, str]]:
-    if block.norm_place == "before":
-        return {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}, {}
-    after = {
-        "attention_post_norm": "post_attention_layernorm",
-        "mlp_post_norm": "post_feedforward_layernorm",
-    }
-    before = {"attention_norm": "input_layernorm", "mlp_norm": "pre_feedforward_layernorm"}
-    return (before if block.norm_place == "both" else {}), after
-
-
-def _attention(block: ModelConfig) -> Iterator[tuple[str, list[Part]]]:
-    for name, ours in (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("o_proj", "out")):
-        yield f"self_attn.{name}.weight", [Part(("attention", ours), linear=True)]
-        if block.bias or (block.qkv_bias and ours != "out"):
-            yield f"self_attn.{name}.bias", [Part(("attention", f"{ours}_bias"))]
-    for ours in ("q_norm", "k_norm") if block.qk_norm != "none" else ():
-        yield f"self_attn.{ours}.weight", [Part(("attention", ours, "scale"))]
-
-
-def _latent(block: ModelConfig) -> Iterator[tuple[str, list[Part]]]:
-    turned, at = block.mla.rope_dim, "self_attn."
-    if block.mla.q_rank:
-        yield f"{at}q_a_proj.weight", [Part(("attention", "q_a"), linear=True)]
-        yield f"{at}q_a_layernorm.weight", [Part(("attention", "q_a_norm", "scale"))]
-        yield f"{at}q_b_proj.weight", [Part(("attention", "q_b"), linear=True, interleaved=turned)]
-    else:
-        yield f"{at}q_proj.weight", [Part(("attention", "q"), linear=True, interleaved=turned)]
-    yield (
-        f"{at}kv_a_proj_with_mqa.weight",
-        [Part(("attention", "kv_a"), linear=True, interleaved=turned)],
-    )
-    yield f"{at}kv_a_layernorm.weight", [Part(("attention", "kv_a_norm", "scale"))]
-    yield f"{at}kv_b_proj.weight", [Part(("attention", "kv_b"), linear=True)]
-    yield f"{at}o_proj.weight", [Part(("attention", "out"), linear=True)]
-
-
-def _mlp(
-    name: str,
-    path: tuple[str, ...],
-    bias: bool,
-    index: tuple[int, ...] = (),
-    names=("gate_proj", "up_proj", "down_proj"),
-):
-    for theirs, ours in zip(names, ("gate", "up", "down"), strict=True):
-        yield f"{name}.{theirs}.weight", [Part((*path, ours), index, linear=True)]
-        if bias:
-            yield f"{name}.{theirs}.bias", [Part((*path, f"{ours}_bias"), index)]
-
-
-def _experts(block: ModelConfig, family: str) -> Iterator[tuple[str, list[Part]]]:
-    at, names = "mlp", ("gate_proj", "up_proj", "down_proj")
-    if family == "mixtral":
-        at, names = "block_sparse_moe", ("w1", "w3", "w2")
-    yield f"{at}.gate.weight", [Part(("mlp", "router"), linear=True)]
-    if block.moe.router == "sigmoid":
-        yield f"{at}.gate.e_score_correction_bias", [Part(("mlp", "router_bias"))]
-    for e in range(block.moe.num_experts):
-        yield from _mlp(f"{at}.experts.{e}", ("mlp", "experts"), False, (e,), names)
-    if block.moe.num_shared:
-        yield from _mlp(f"{at}.shared_experts", ("mlp", "shared"), False)
-
-
-class Place(NamedTuple):
-    """Where a slice of a leaf of ours is in a file: part `number` of `count` along the tensor's last axis."""
-
-    tensor: str
-    part: Part
-    number: int
-    count: int
-
-    def ours(self, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The slice, of this shape, from the whole tensor of the file."""
-        return to_ours(self.part, np.split(value, self.count, -1)[self.number], shape)
-
-
-def places(model: ModelConfig, family: str) -> dict[tuple[str, ...], dict[tuple[int, ...], Place]]:
-    """{path of a leaf: {index of its slice (layer, expert): place}}: every leaf of ours, once."""
-    found: dict[tuple[str, ...], dict[tuple[int, ...], Place]] = {}
+def file_slices(
+    model: ModelConfig, family: str
+) -> dict[tuple[str, ...], dict[tuple[int, ...], FileSlice]]:
+    """{path of a leaf: {index of its slice: where a file has it}}, for every leaf of ours."""
+    leaves: dict[tuple[str, ...], dict[tuple[int, ...], FileSlice]] = {}
     for tensor in tensors(model, family):
-        for number, part in enumerate(tensor.parts):
-            place = Place(tensor.name, part, number, len(tensor.parts))
-            found.setdefault(part.path, {}).setdefault(
-                part.index, place
-            )  # others are copies of the first
-    return found
+        count = len(tensor.slices)
+        for number, leaf_slice in enumerate(tensor.slices):
+            source = FileSlice(tensor.name, leaf_slice, number, count)
+            # A slice may be in the file more than once (MTP modules copy the embedding): the first counts.
+            leaves.setdefault(leaf_slice.path, {}).setdefault(leaf_slice.index, source)
+    return leaves
 
 
 def file_shapes(model: ModelConfig, family: str, shapes: Any) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in a file; shapes: `transformer.abstract(model)`."""
     sizes: dict[str, tuple[int, ...]] = {}
     for tensor in tensors(model, family):
-        ours = [pick(shapes, part.path).shape[len(part.index) :] for part in tensor.parts]
-        part = tensor.parts[0]
-        stored = [_stored(part, shape, family) for shape in ours]
+        stored: list[tuple[int, ...]] = []
+        for leaf_slice in tensor.slices:
+            shape = pick(shapes, leaf_slice.path).shape[len(leaf_slice.index) :]
+            stored.append(_file_shape(leaf_slice, shape, family))
         sizes[tensor.name] = (*stored[0][:-1], sum(shape[-1] for shape in stored))
     return sizes
 
 
-def _stored(part: Part, shape: tuple[int, ...], family: str) -> tuple[int, ...]:
-    """The shape in a file of a leaf of this shape: vectors flat, matrices two-dimensional."""
-    inputs = 2 if part.path[-1] == "out" else 1
-    if part.linear:
-        return math.prod(shape[inputs:]), math.prod(shape[:inputs])
-    if family == "gpt2" and part.path[-1] in ("q", "k", "v", "out", "up", "down"):
-        return math.prod(shape[:inputs]), math.prod(shape[inputs:])
-    return shape if part.path[0] in ("embed", "head") else (math.prod(shape),)
+def _file_shape(leaf_slice: LeafSlice, shape: tuple[int, ...], family: str) -> tuple[int, ...]:
+    """The shape in a file of a slice of this shape: vectors flat, matrices two-dimensional."""
+    name = leaf_slice.path[-1]
+    # The output projection of attention takes heads H and their dimensions d:
+    # [H, d, D] is a matrix of H * d inputs; every other leaf has one axis of inputs.
+    num_inputs = 2 if name == "out" else 1
+    inputs = math.prod(shape[:num_inputs])
+    outputs = math.prod(shape[num_inputs:])
+    if leaf_slice.linear:
+        return outputs, inputs
+    if family == "gpt2" and name in ("q", "k", "v", "out", "up", "down"):
+        return inputs, outputs
+    if leaf_slice.path[0] in ("embed", "head"):
+        return shape
+    return (math.prod(shape),)
+
+
+def tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
+    """Every tensor of a model of this family, in the order of its layers."""
+    return _gpt2_tensors(model) if family == "gpt2" else _decoder_tensors(model, family)
+
+
+def _layers(model: ModelConfig) -> Iterator[tuple[str, int, ModelConfig]]:
+    """(stack, index in it, config) of every layer; layers of the same kind are stacked."""
+    for stack, block, numbers in stacks(model):
+        for index in range(len(numbers)):
+            yield stack, index, block
+
+
+def _gpt2_tensors(model: ModelConfig) -> Iterator[Tensor]:
+    yield _tensor("transformer.wte.weight", "embed", "tokens")
+    yield _tensor("transformer.wpe.weight", "embed", "positions")
+    # Files number layers through; we number them in each stack.
+    for number, (stack, index, _) in enumerate(_layers(model)):
+        for tensor in _gpt2_block():
+            slices = tuple(inner.inside((stack,), (index,)) for inner in tensor.slices)
+            yield Tensor(f"transformer.h.{number}.{tensor.name}", slices)
+    yield _tensor("transformer.ln_f.weight", "norm", "norm", "scale")
+    yield _tensor("transformer.ln_f.bias", "norm", "norm", "bias")
+    if not model.tie_embeddings:
+        yield _tensor("lm_head.weight", "head", "tokens")
+
+
+def _gpt2_block() -> Iterator[Tensor]:
+    """The tensors of a GPT-2 block, by their names in it."""
+    for name, ours in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
+        yield _tensor(f"{name}.weight", ours, "scale")
+        yield _tensor(f"{name}.bias", ours, "bias")
+    # Queries, keys and values are one matrix here, [D, 3 * D].
+    for end, suffix in (("weight", ""), ("bias", "_bias")):
+        fused = tuple(LeafSlice(("attention", f"{name}{suffix}")) for name in "qkv")
+        yield Tensor(f"attn.c_attn.{end}", fused)
+    for name, module, ours in (
+        ("attn.c_proj", "attention", "out"),
+        ("mlp.c_fc", "mlp", "up"),
+        ("mlp.c_proj", "mlp", "down"),
+    ):
+        yield _tensor(f"{name}.weight", module, ours)
+        yield _tensor(f"{name}.bias", module, f"{ours}_bias")
+
+
+def _decoder_tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
+    """Llama, and all families that name their tensors as it does."""
+    yield _tensor("model.embed_tokens.weight", "embed", "tokens")
+    for number, (stack, index, block) in enumerate(_layers(model)):
+        for name, leaf_slice in _block(block, family):
+            inside = leaf_slice.inside((stack,), (index,))
+            yield Tensor(f"model.layers.{number}.{name}", (inside,))
+    for module in range(model.mtp_modules):
+        prefix = f"model.layers.{model.num_layers + module}."
+        for name, leaf_slice in _mtp_module(model, family):
+            yield Tensor(prefix + name, (leaf_slice.inside(("mtp",), (module,)),))
+        # Each module comes with copies of the embedding and the head: with us they are the same leaf.
+        yield _tensor(f"{prefix}embed_tokens.weight", "embed", "tokens")
+        head = "embed" if model.tie_embeddings else "head"
+        yield _tensor(f"{prefix}shared_head.head.weight", head, "tokens")
+    yield _tensor("model.norm.weight", "norm", "norm", "scale")
+    if not model.tie_embeddings:
+        yield _tensor("lm_head.weight", "head", "tokens")
+
+
+def _tensor(name: str, *path: str) -> Tensor:
+    """A tensor that holds a whole leaf."""
+    return Tensor(name, (LeafSlice(path),))
+
+
+# The name of a tensor in a block, and the slice that it holds.
+_Named = Iterator[tuple[str, LeafSlice]]
+
+
+def _block(block: ModelConfig, family: str) -> _Named:
+    for ours, name in _norm_names(block).items():
+        yield f"{name}.weight", LeafSlice((ours, "scale"))
+    yield from _latent_attention(block) if block.mla.kv_rank else _attention(block)
+    if block.moe.num_experts:
+        yield from _experts(block, family)
+    else:
+        yield from _mlp("mlp", LeafSlice(("mlp",)), block.bias)
+
+
+def _mtp_module(model: ModelConfig, family: str) -> _Named:
+    """A module that predicts one token further (DeepSeek-V3, section 2.2)."""
+    yield "enorm.weight", LeafSlice(("embed_norm", "scale"))
+    yield "hnorm.weight", LeafSlice(("hidden_norm", "scale"))
+    yield "shared_head.norm.weight", LeafSlice(("norm", "scale"))
+    yield "eh_proj.weight", LeafSlice(("project",), linear=True)
+    for name, leaf_slice in _block(model, family):
+        yield name, leaf_slice.inside(("block",), ())
+
+
+def _norm_names(block: ModelConfig) -> dict[str, str]:
+    """{our norm: its name in the file}."""
+    # post_attention_layernorm is the norm before the MLP in Llama (it comes after attention), and one
+    # of attention's output in Gemma 2 and OLMo 2.
+    if block.norm_place == "before":
+        return {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    names = {}
+    if block.norm_place == "both":
+        names["attention_norm"] = "input_layernorm"
+        names["mlp_norm"] = "pre_feedforward_layernorm"
+    names["attention_post_norm"] = "post_attention_layernorm"
+    names["mlp_post_norm"] = "post_feedforward_layernorm"
+    return names
+
+
+def _attention(block: ModelConfig) -> _Named:
+    for name, ours in (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("o_proj", "out")):
+        yield f"self_attn.{name}.weight", LeafSlice(("attention", ours), linear=True)
+        if block.bias or (block.qkv_bias and ours != "out"):
+            yield f"self_attn.{name}.bias", LeafSlice(("attention", f"{ours}_bias"))
+    if block.qk_norm != "none":
+        for ours in ("q_norm", "k_norm"):
+            yield f"self_attn.{ours}.weight", LeafSlice(("attention", ours, "scale"))
+
+
+def _latent_attention(block: ModelConfig) -> _Named:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1)."""
+    rotary = block.mla.rope_dim
+
+    # Only the last dimensions of a query, and of the compressed key, have a position.
+    def matrix(ours: str, interleaved: int = 0) -> LeafSlice:
+        return LeafSlice(("attention", ours), linear=True, interleaved=interleaved)
+
+    if block.mla.q_rank:
+        yield "self_attn.q_a_proj.weight", matrix("q_a")
+        yield "self_attn.q_a_layernorm.weight", LeafSlice(("attention", "q_a_norm", "scale"))
+        yield "self_attn.q_b_proj.weight", matrix("q_b", rotary)
+    else:
+        yield "self_attn.q_proj.weight", matrix("q", rotary)
+    yield "self_attn.kv_a_proj_with_mqa.weight", matrix("kv_a", rotary)
+    yield "self_attn.kv_a_layernorm.weight", LeafSlice(("attention", "kv_a_norm", "scale"))
+    yield "self_attn.kv_b_proj.weight", matrix("kv_b")
+    yield "self_attn.o_proj.weight", matrix("out")
+
+
+def _mlp(prefix: str, module: LeafSlice, bias: bool, names: tuple[str, ...] = _MLP_NAMES) -> _Named:
+    """The matrices of a gated MLP; names: of gate, up and down."""
+    for name, ours in zip(names, _MLP_LEAVES, strict=True):
+        path = (*module.path, ours)
+        yield f"{prefix}.{name}.weight", LeafSlice(path, module.index, linear=True)
+        if bias:
+            yield f"{prefix}.{name}.bias", LeafSlice((*module.path, f"{ours}_bias"), module.index)
+
+
+def _experts(block: ModelConfig, family: str) -> _Named:
+    mixtral = family == "mixtral"
+    prefix = "block_sparse_moe" if mixtral else "mlp"
+    names = ("w1", "w3", "w2") if mixtral else _MLP_NAMES  # gate, up, down
+    yield f"{prefix}.gate.weight", LeafSlice(("mlp", "router"), linear=True)
+    if block.moe.router == "sigmoid":
+        # The bias that balances the load (DeepSeek-V3, section 2.1.2).
+        yield f"{prefix}.gate.e_score_correction_bias", LeafSlice(("mlp", "router_bias"))
+    for expert in range(block.moe.num_experts):
+        module = LeafSlice(("mlp", "experts"), (expert,))
+        yield from _mlp(f"{prefix}.experts.{expert}", module, False, names)
+    if block.moe.num_shared:
+        yield from _mlp(f"{prefix}.shared_experts", LeafSlice(("mlp", "shared")), False)

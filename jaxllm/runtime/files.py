@@ -162,17 +162,28 @@ def read_json(
         InputError: the file cannot be read or holds anything else; the text ends in `fix`.
     """
     try:
-        value = json.loads(epath.Path(path).read_bytes().decode("utf-8-sig"))
+        content = epath.Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):  # the latter: its parent is a file
         return None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {fix}") from None
+    return parse_json(content, str(path), fix)
+
+
+def parse_json(content: bytes, where: str, fix: str) -> dict[str, Any]:
+    """The JSON object of a file's content; a byte order mark is skipped.
+
+    Raises:
+        InputError: it holds anything else; the text begins with `where` and ends in `fix`.
+    """
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
     except RecursionError:
-        raise InputError(f"{path}: not valid JSON (nested too deeply); {fix}") from None
+        raise InputError(f"{where}: not valid JSON (nested too deeply); {fix}") from None
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); {fix}") from None
+        raise InputError(f"{where}: not valid JSON ({error}); {fix}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object, not {_JSON_NAMES[type(value)]}; {fix}")
+        raise InputError(f"{where}: must hold a JSON object, not {_JSON_NAMES[type(value)]}; {fix}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers: SentencePiece training, an exact round trip, the chat template and its loss mask."""
+"""Tokenizers that are trained here: SentencePiece, an exact round trip, and the chat format with its loss mask."""
 
 import codecs
 import hashlib
@@ -16,50 +16,72 @@ import numpy as np
 import sentencepiece
 
 from jaxllm.config import InputError
+from jaxllm.runtime.files import read_json
 
-PAD, BOS, EOS, UNK = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
-SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+PAD = "<|pad|>"
+BOS = "<|bos|>"
+EOS = "<|eos|>"
+UNK = "<|unk|>"
+SYSTEM = "<|system|>"
+USER = "<|user|>"
+ASSISTANT = "<|assistant|>"
+END = "<|end|>"
 MAX_VOCAB_SIZE = 262_144
-RULE_OF_THUMB = (
-    1000  # tokens are about 750 English words or 500 Chinese characters, as publishers say
-)
-_SPACE = "\u2581"  # SentencePiece writes a space as this character, and would read it back as one
+RULE_OF_THUMB = 1000
+"""Tokens in about 750 English words or 500 Chinese characters, as publishers say."""
+SPACE = "\u2581"
+"""SentencePiece writes a space as this character, and would read the character back as a space."""
 _MAX_SENTENCE_BYTES = 4096
 
 
 class Tokenizer:
-    """A trained SentencePiece model.
+    """A SentencePiece model trained here, and the interface of all tokenizers.
 
-    Special tokens are control symbols: no text encodes to them, whatever it spells. Decoding joins bytes, so that
-    decode(encode(text)) == text for every Unicode string (unknown characters are spelled in byte tokens).
+    Special tokens are control symbols: no text encodes to them, whatever it spells. Decoding joins bytes,
+    so that decode(encode(text)) == text for every Unicode string.
     """
 
-    kind, record = "sentencepiece", "tokenizer.json"
-    chat_refusal = ""  # why there are no conversations, empty where there are
-    dummy_prefix = (
-        False  # whether every text is encoded with a space before it, which decoding takes away
-    )
+    # How bytes, pieces and special tokens relate, for a vocabulary without a piece for é:
+    #   text                   h       é
+    #   UTF-8                  68      C3      A9
+    #   pieces       <|bos|>   h       <0xC3>  <0xA9>   <|eos|>
+    #   document     1         366     203     177      2
+    #   token_bytes  (none)    68      C3      A9       (none)
+
+    kind = "sentencepiece"
+    """Name of the class in a saved tokenizer's record."""
+    record = "tokenizer.json"
+    """File name of that record."""
+    chat_refusal = ""
+    """Why there are no conversations; empty if there are."""
+    dummy_prefix = False
+    """Whether every text is encoded with a space before it, which decoding removes."""
 
     def __init__(self, model: bytes):
-        self.model, self._files = model, {"tokenizer.model": model}
+        """model: a serialized SentencePiece model."""
+        self.model = model
+        self._files = {"tokenizer.model": model}
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._sp.vocab_size()
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        self.pad_id, self.bos_id, self.eos_id, self.end_id = map(
-            self._sp.piece_to_id, (PAD, BOS, EOS, END)
-        )
-        self.begin_ids: tuple[int, ...] = (
-            self.bos_id,
-        )  # what every text begins with; nothing in some models
-        roles = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
-        self.role_ids = {role: self._sp.piece_to_id(piece) for role, piece in roles.items()}
+        self.pad_id = self._sp.piece_to_id(PAD)
+        self.bos_id = self._sp.piece_to_id(BOS)
+        self.eos_id = self._sp.piece_to_id(EOS)
+        self.end_id = self._sp.piece_to_id(END)
+        # What every text begins with; some published models have nothing there.
+        self.begin_ids: tuple[int, ...] = (self.bos_id,)
+        self.role_ids = {
+            "system": self._sp.piece_to_id(SYSTEM),
+            "user": self._sp.piece_to_id(USER),
+            "assistant": self._sp.piece_to_id(ASSISTANT),
+        }
         self.stop_ids = (self.end_id, self.eos_id)
-        self._bytes = [piece_bytes(self._sp, i) for i in range(self.vocab_size)]
-        self._space = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
+        self._bytes = [piece_bytes(self._sp, token) for token in range(self.vocab_size)]
+        self._space_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     @property
     def start_id(self) -> int:
-        """What stands before the first token that is scored: the named bos_id, added to texts or not, else eos_id."""
+        """The token before the first one that is scored: bos_id, whether texts begin with it or not, or eos_id."""
         return self.eos_id if self.bos_id is None else self.bos_id
 
     def encode(self, text: str) -> list[int]:
@@ -69,27 +91,39 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
         """`encode` of many texts, in as many threads (-1: all cores)."""
         check_unicode(texts)
-        encoded = self._sp.encode(
-            [text.replace(_SPACE, "") for text in texts], num_threads=num_threads
-        )
-        for i, text in enumerate(texts):
-            if _SPACE in text:
-                parts = [self._sp.encode(part) for part in text.split(_SPACE)]
-                encoded[i] = parts[0] + [t for part in parts[1:] for t in (*self._space, *part)]
+        # All texts go to the library at once, for its threads; the few with U+2581 are encoded again.
+        plain = [text.replace(SPACE, "") for text in texts]
+        encoded = self._sp.encode(plain, num_threads=num_threads)
+        for number, text in enumerate(texts):
+            if SPACE in text:
+                encoded[number] = self._encode_with_spaces(text)
         return encoded
+
+    def _encode_with_spaces(self, text: str) -> list[int]:
+        """Token ids of a text that holds U+2581 itself: it becomes the tokens of its three bytes."""
+        #   text    a▁b       the character itself, which the library would decode as a space
+        #   ids     a <0xE2> <0x96> <0x81> b
+        ids: list[int] = []
+        for number, part in enumerate(text.split(SPACE)):
+            if number:
+                ids += self._space_ids
+            ids += self._sp.encode(part)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special ones are skipped, invalid UTF-8 becomes U+FFFD."""
         data = b"".join(map(self.token_bytes, ids))
-        return data.removeprefix(b" " if self.dummy_prefix else b"").decode(
-            "utf-8", errors="replace"
-        )
+        # Bytes first, then text: a character may be spread over tokens.
+        if self.dummy_prefix:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes one token stands for; none for special tokens and for the padding of a model's vocabulary."""
+        """The UTF-8 bytes of a token; none for special tokens, and for the padding of a model's vocabulary."""
         return self._bytes[token] if 0 <= token < self.vocab_size else b""
 
     def encode_document(self, text: str) -> list[int]:
+        """`document` of a text's token ids."""
         return self.document(self.encode(text))
 
     def document(self, ids: Sequence[int]) -> list[int]:
@@ -97,77 +131,83 @@ class Tokenizer:
         return [*self.begin_ids, *ids, self.eos_id]
 
     def prompt(self, text: str) -> list[int]:
-        """The ids of a text that goes on, at least one: a model that is given nothing continues start_id."""
+        """The ids of a text to be continued, at least one: a model that is given nothing continues start_id."""
         return [*self.begin_ids, *self.encode(text)] or [self.start_id]
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False, **inputs: Any
     ) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation, and where the assistant speaks (its end of turn included).
+        """Token ids [T] of a conversation, and where the assistant speaks [T] (its end of turn included).
 
         With reply=True the conversation ends in an open assistant turn. One question and its answer "ok":
 
             ids   <|bos|> <|user|> hi <|end|> <|assistant|> ok <|end|>
             mask     .       .     .     .         .        1     1
 
-        Raises InputError on an unknown role, a message without text, and on tools.
+        Raises:
+            InputError: an unknown role, a message without text, or tools.
         """
         if inputs or any(message.get("tool_calls") for message in messages):
             raise InputError(
-                "tools: the chat template of a tokenizer trained here has none; import a model's tokenizer"
+                "tools: the chat template of a tokenizer trained here has none; import a model's "
+                "tokenizer"
             )
-        ids, mask = [self.bos_id], [False]
+        ids = [self.bos_id]
+        mask = [False]
         for number, message in enumerate(messages, start=1):
-            role, content = message.get("role"), message.get("content")
+            role = message.get("role")
+            content = message.get("content")
             if role not in self.role_ids or not isinstance(content, str):
-                needs = f"a role ({', '.join(self.role_ids)}) and content (a string)"
-                raise InputError(f"message {number}: needs {needs}, not {message!r:.80}")
+                roles = ", ".join(self.role_ids)
+                raise InputError(
+                    f"message {number}: needs a role ({roles}) and content (a string), not "
+                    f"{message!r:.80}"
+                )
             body = [*self.encode(content), self.end_id]
             ids += [self.role_ids[role], *body]
             mask += [False, *[role == "assistant"] * len(body)]
         if reply:
-            ids, mask = [*ids, self.role_ids["assistant"]], [*mask, False]
+            ids.append(self.role_ids["assistant"])
+            mask.append(False)
         return ids, mask
 
     def save(self, directory: Any, settings: Mapping[str, Any] | None = None) -> None:
-        """Write the model's files and a record of them into a new directory, all at once; an older one is replaced."""
-        record = {
-            "type": self.kind,
-            "vocab_size": self.vocab_size,
-            "sha256": self.fingerprint,
-            **(settings or {}),
-        }
+        """Write the model's files and a record of them as a new directory, at once; an older one is replaced."""
+        record = {"type": self.kind, "vocab_size": self.vocab_size, "sha256": self.fingerprint}
+        record |= settings or {}
         target = Path(directory)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tokenizer-") as partial:
-            placed = Path(partial) / "placed"
-            placed.mkdir()
+            new = Path(partial) / "new"
+            new.mkdir()
             for name, content in self._files.items():
-                (placed / name).write_bytes(content)
-            (placed / self.record).write_text(json.dumps(record, indent=1) + "\n")
+                (new / name).write_bytes(content)
+            (new / self.record).write_text(json.dumps(record, indent=1) + "\n")
+            # A directory cannot be replaced by one that is not empty; the old one goes with `partial`.
             if target.exists():
                 os.replace(target, Path(partial) / "old")
-            os.replace(placed, target)
+            os.replace(new, target)
 
     @classmethod
     def load(cls, directory: Any) -> "Tokenizer":
-        """Raises InputError where the files are missing, damaged or not those that were saved."""
+        """The tokenizer that `save` wrote. Raises InputError if files are missing, damaged or changed."""
         path = Path(directory) / "tokenizer.model"
+        record_path = Path(directory) / cls.record
+        for required in (path, record_path):
+            if not required.exists():
+                raise InputError(
+                    f"{required}: no such tokenizer; run the tokenizer stage first, or import the "
+                    "model with its tokenizer's files"
+                )
+        fix = "run the tokenizer stage again"
+        record = read_json(record_path, fix) or {}
         try:
             tokenizer = cls(path.read_bytes())
-            recorded = json.loads((Path(directory) / "tokenizer.json").read_text())["sha256"]
-        except FileNotFoundError as error:
-            mend = "run the tokenizer stage first, or import the model with its tokenizer's files"
-            raise InputError(f"{error.filename}: no such tokenizer; {mend}") from None
-        except (RuntimeError, ValueError, KeyError) as error:
+        except RuntimeError as error:
             reason = " ".join(str(error).split())[:120]
-            raise InputError(
-                f"{path}: damaged tokenizer ({reason}); run the tokenizer stage again"
-            ) from None
-        if tokenizer.fingerprint != recorded:
-            raise InputError(
-                f"{path}: is not the file that was saved (sha256 differs); run the tokenizer stage again"
-            )
+            raise InputError(f"{path}: damaged tokenizer ({reason}); {fix}") from None
+        if tokenizer.fingerprint != record.get("sha256"):
+            raise InputError(f"{path}: is not the file that was saved (sha256 differs); {fix}")
         return tokenizer
 
 
@@ -176,12 +216,13 @@ def piece_bytes(sp: sentencepiece.SentencePieceProcessor, token: int) -> bytes:
     if sp.is_control(token) or sp.is_unknown(token):
         return b""
     piece = sp.id_to_piece(token)
-    return (
-        bytes([int(piece[3:5], 16)]) if sp.is_byte(token) else piece.replace(_SPACE, " ").encode()
-    )
+    if sp.is_byte(token):
+        return bytes([int(piece[3:5], 16)])  # <0xC3>
+    return piece.replace(SPACE, " ").encode()
 
 
 def check_unicode(texts: Iterable[str]) -> None:
+    """Raise InputError if a text has a lone surrogate, which UTF-8 cannot hold."""
     try:
         for text in texts:
             text.encode()
@@ -192,20 +233,24 @@ def check_unicode(texts: Iterable[str]) -> None:
 
 
 class StreamDecoder:
-    """Decode ids as they come: a character split over byte tokens is held back until it is whole."""
+    """Decodes ids as they come: a character that several byte tokens spell is held back until it is complete."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # To be removed from the first token that has bytes.
         self._prefix = b" " if tokenizer.dummy_prefix else b""
 
     def add(self, token: int) -> str:
-        """The text that has become certain with this token; joined, all of them are decode(ids)."""
+        """The text that is certain with this token; joined, these texts are decode(ids)."""
         data = self._tokenizer.token_bytes(token)
-        prefix, self._prefix = self._prefix, b"" if data else self._prefix
-        return self._decoder.decode(data.removeprefix(prefix))
+        if data:
+            data = data.removeprefix(self._prefix)
+            self._prefix = b""
+        return self._decoder.decode(data)
 
     def flush(self) -> str:
+        """The text that is left at the end: U+FFFD for an incomplete character."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -217,17 +262,21 @@ def train(
     character_coverage: float,
     num_threads: int,
 ) -> Tokenizer:
-    """Train a SentencePiece BPE or unigram model (Kudo and Richardson 2018); deterministic in texts and settings.
+    """Train a SentencePiece model; deterministic in texts and settings.
 
-    Raises InputError: no text, or a vocabulary larger (for unigram also smaller) than the texts support.
+    Args:
+        model_type: "bpe" or "unigram" (Kudo and Richardson 2018).
+        character_coverage: share of the corpus's characters that get a token; the rest is spelled in bytes.
+
+    Raises:
+        InputError: no text, or a vocabulary larger (for unigram also smaller) than the texts support.
     """
+    # An empty corpus is found here, before the library fails on it with another message.
     sentences = itertools.chain.from_iterable(map(_sentences, texts))
-    if (first := next(sentences, None)) is None:
+    first = next(sentences, None)
+    if first is None:
         raise InputError("tokenizer.data: the corpus is empty; name sources that hold text")
     out = io.BytesIO()
-    ids: dict[str, Any] = {}
-    for i, (name, piece) in enumerate((("pad", PAD), ("bos", BOS), ("eos", EOS), ("unk", UNK))):
-        ids |= {f"{name}_id": i, f"{name}_piece": piece}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=itertools.chain([first], sentences),
@@ -238,61 +287,87 @@ def train(
             num_threads=num_threads,
             byte_fallback=True,
             control_symbols=[SYSTEM, USER, ASSISTANT, END],
-            # Identity: what goes in comes out. Digits apart, as numbers are then spelled one way only.
+            # Identity: decoding gives back every text.
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
+            # A number is spelled in one way only.
             split_digits=True,
             max_sentence_length=2 * _MAX_SENTENCE_BYTES,
             train_extremely_large_corpus=True,
             minloglevel=2,
-            **ids,
+            pad_id=0,
+            pad_piece=PAD,
+            bos_id=1,
+            bos_piece=BOS,
+            eos_id=2,
+            eos_piece=EOS,
+            unk_id=3,
+            unk_piece=UNK,
         )
     except RuntimeError as error:
-        text = " ".join(str(error).split())
-        reason = f"(or the corpus) is refused by SentencePiece: {text:.200}"
-        if limit := re.search(r"too high.*<= (\d+)", text):
-            reason = f"is larger than the corpus supports; set it to at most {limit[1]} or give more text"
-        elif "smaller than required_chars" in text or "too small" in text:
-            reason = "is too small for the corpus and the 256 bytes; raise it or lower tokenizer.character_coverage"
+        reason = _training_failure(" ".join(str(error).split()))
         raise InputError(f"tokenizer.vocab_size: {vocab_size} {reason}") from None
     return Tokenizer(out.getvalue())
 
 
+def _training_failure(message: str) -> str:
+    """What the library's message means, and the fix."""
+    limit = re.search(r"too high.*<= (\d+)", message)
+    if limit:
+        return f"is larger than the corpus supports; set it to at most {limit[1]} or give more text"
+    if "smaller than required_chars" in message or "too small" in message:
+        return (
+            "is too small for the corpus and the 256 bytes; raise it or lower "
+            "tokenizer.character_coverage"
+        )
+    return f"(or the corpus) is refused by SentencePiece: {message:.200}"
+
+
 def _sentences(text: str) -> Iterator[str]:
-    """Pieces of a text for training, cut at line ends and at a length, since the trainer drops longer ones."""
+    """Pieces of a text for training, cut at line ends and at a length: the trainer drops longer ones."""
+    # Neither NUL nor U+2581, which SentencePiece reads as a space, may be in a sentence.
     size = _MAX_SENTENCE_BYTES // 4  # a character has at most 4 bytes
-    for line in text.replace("\0", "\n").replace(_SPACE, "\n").split("\n"):
+    for line in text.replace("\0", "\n").replace(SPACE, "\n").split("\n"):
         for start in range(0, len(line), size):
             yield line[start : start + size]
 
 
-def compression(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, float | None]:
-    """How much text a token holds: bytes, characters and words per token, and the rule of thumb's two counts.
-
-    Words are whitespace-separated runs with an ASCII letter. tokens_per_750_english_words is of texts whose letters are
-    mostly ASCII, tokens_per_500_chinese_characters of texts mostly of Chinese characters; None where there is none.
-    """
-    total, english, chinese = np.zeros(4), np.zeros(2), np.zeros(2)
-    for text in texts:
-        tokens, words = len(tokenizer.encode(text)), len(_WORD.findall(text))
-        han, letters = len(_HAN.findall(text)), len(_LETTER.findall(text))
-        total += (len(text.encode()), len(text), words, tokens)
-        if letters > 4 * han and words:
-            english += (tokens, words)
-        elif han > letters:
-            chinese += (tokens, han)
-    names = ("bytes_per_token", "characters_per_token", "words_per_token")
-    measured: dict[str, float | None] = dict(
-        zip(names, (total[:3] / max(total[3], 1)).tolist(), strict=True)
-    )
-    for name, count, (tokens, unit) in (
-        ("750_english_words", 750, english),
-        ("500_chinese_characters", 500, chinese),
-    ):
-        measured[f"tokens_per_{name}"] = count * float(tokens) / float(unit) if unit else None
-    return measured
-
-
-_WORD, _LETTER = re.compile(r"\S*[A-Za-z]\S*"), re.compile(r"[A-Za-z]")
+_WORD = re.compile(r"\S*[A-Za-z]\S*")
+_LETTER = re.compile(r"[A-Za-z]")
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
+
+
+def compression(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, float | None]:
+    """How much text a token holds: bytes, characters and words per token, and the two counts of the rule of thumb.
+
+    Words are whitespace-separated runs with an ASCII letter. tokens_per_750_english_words counts texts
+    whose letters are mostly ASCII, tokens_per_500_chinese_characters texts mostly of Chinese characters;
+    None if there are no such texts.
+    """
+    # Texts of both kinds, or of neither, count in the total only.
+    total = np.zeros(4)  # bytes, characters, words, tokens
+    english = np.zeros(2)  # tokens, words
+    chinese = np.zeros(2)  # tokens, characters
+    for text in texts:
+        num_tokens = len(tokenizer.encode(text))
+        num_words = len(_WORD.findall(text))
+        num_han = len(_HAN.findall(text))
+        total += (len(text.encode()), len(text), num_words, num_tokens)
+        num_letters = len(_LETTER.findall(text))
+        if num_letters > 4 * num_han and num_words:
+            english += (num_tokens, num_words)
+        elif num_han > num_letters:
+            chinese += (num_tokens, num_han)
+    per_token = (total[:3] / max(total[3], 1)).tolist()
+    return {
+        "bytes_per_token": per_token[0],
+        "characters_per_token": per_token[1],
+        "words_per_token": per_token[2],
+        "tokens_per_750_english_words": _tokens_per(750, *english.tolist()),
+        "tokens_per_500_chinese_characters": _tokens_per(500, *chinese.tolist()),
+    }
+
+
+def _tokens_per(count: int, tokens: float, units: float) -> float | None:
+    return count * tokens / units if units else None

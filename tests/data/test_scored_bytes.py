@@ -16,7 +16,7 @@ from jaxllm.data.store import open_store
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import train
 from tests.tokenizers.chat_templates import CHATML
-from tests.tokenizers.test_published import CORPUS, write
+from tests.tokenizers.small_tokenizers import CORPUS, write
 
 BOS = {
     "type": "TemplateProcessing",

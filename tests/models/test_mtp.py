@@ -10,14 +10,13 @@ import pytest
 import safetensors.numpy
 
 from jaxllm.config import InputError
-from jaxllm.model_store import load_model
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig, preset
 from jaxllm.models.next_token import loss
-from jaxllm.pretrained import families
+from jaxllm.pretrained import families, family_config
 from jaxllm.pretrained.convert import export_model, import_model
-from jaxllm.pretrained.family_config import from_hf
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.workspace import load_model
 from tests.models.test_moe import CONFIG
 from tests.oracles.families import weight
 from tests.pretrained.test_families import RECORD
@@ -107,7 +106,7 @@ def test_a_packed_row_has_the_papers_loss(model):
 def published(path, change=lambda values: None):
     """A DeepSeek-V3 folder with its module for the token after next, and copies of embedding and head."""
     config = {**RECORD["deepseek_v3"]["config"], "num_nextn_predict_layers": 1}
-    model, family = from_hf(config, "x")
+    model, family = family_config.from_hf(config, "x")
     shapes = families.file_shapes(model, family, transformer.abstract(model))
     values = {name: weight(name, shape) for name, shape in shapes.items()}
     at = f"model.layers.{model.num_layers}."

@@ -117,7 +117,7 @@ def read(family: str, settings: dict) -> dict | str:
 
 
 def changes(base: dict, other: dict | str) -> dict | str:
-    """What is another value in `other`, and under "gone" what is not in it."""
+    """The values that differ in `other`, and under "gone" the names that it lacks."""
     if isinstance(other, str):
         return other
     changed = {name: value for name, value in other.items() if base.get(name) != value}
@@ -126,18 +126,18 @@ def changes(base: dict, other: dict | str) -> dict | str:
 
 
 def record(family: str, given: dict) -> dict:
-    whole = read(family, given)
-    without = {name: {k: v for k, v in given.items() if k != name} for name in given}
-    return {
-        "given": given,
-        "read": {
-            name: whole[name]
-            for name in whole
-            if whole[name] is not None and name != "transformers_version"
-        },
-        "left_out": {name: changes(whole, read(family, rest)) for name, rest in without.items()},
-        "null": {name: changes(whole, read(family, {**given, name: None})) for name in given},
-    }
+    base = read(family, given)
+    left_out = {}
+    null = {}
+    for name in given:
+        rest = {key: value for key, value in given.items() if key != name}
+        left_out[name] = changes(base, read(family, rest))
+        null[name] = changes(base, read(family, {**given, name: None}))
+    kept = {}
+    for name, value in base.items():
+        if value is not None and name != "transformers_version":
+            kept[name] = value
+    return {"given": given, "read": kept, "left_out": left_out, "null": null}
 
 
 def main() -> None:

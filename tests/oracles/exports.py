@@ -22,6 +22,7 @@ import numpy as np
 from jaxllm.generate import SamplingConfig, complete
 from jaxllm.model_store import load_model
 from jaxllm.models import scalar
+from jaxllm.models.config import ModelConfig
 from jaxllm.pretrained.convert import export_model, import_model
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from tests.oracles.families import tokens
@@ -33,7 +34,9 @@ PEER = """
 import json, sys, torch, transformers
 found = {}
 for case, kind, folder, prompts in json.load(open(sys.argv[1])):
-    auto = transformers.AutoModelForSequenceClassification if kind == "reward" else transformers.AutoModelForCausalLM
+    auto = transformers.AutoModelForCausalLM
+    if kind == "reward":
+        auto = transformers.AutoModelForSequenceClassification
     more = {"gguf_file": "m.gguf"} if kind == "gguf" else {}
     model, info = auto.from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager", dtype="float32", **more
@@ -43,8 +46,8 @@ for case, kind, folder, prompts in json.load(open(sys.argv[1])):
         if kind == "reward":
             out = [float(model(torch.tensor([p])).logits[0, 0]) for p in prompts]
         else:
-            out = [model.generate(torch.tensor([p]), max_new_tokens=24, do_sample=False, eos_token_id=None)[0, len(p):].tolist()
-                   for p in prompts]
+            settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+            out = [model.generate(torch.tensor([p]), **settings)[0, len(p):].tolist() for p in prompts]
     found[case] = [keys, out]
 json.dump(found, open(sys.argv[2], "w"))
 """
@@ -60,6 +63,59 @@ def some_tokens(writer) -> None:
     writer.add_eos_token_id(0)
 
 
+def greedy(params, model: ModelConfig, mesh) -> list[list[int]]:
+    """24 tokens after each prompt."""
+    sampling = SamplingConfig(24, 0.0)
+    # 64 is not a token: nothing ends a response early.
+    responses = complete(
+        params, model, PROMPTS, sampling=sampling, stop_ids=(64,), pad_id=0, mesh=mesh, seed=0
+    )
+    return [response[0].ids for response in responses]
+
+
+def export_stage(root: Path, name: str, params, model: ModelConfig, kind: str) -> str:
+    """Save a stage, export it, and return the folder of the export."""
+    (root / name).mkdir()
+    save_stage(root / name, params, model, kind)
+    export_model(str(root / name), str(root / f"{name}-out"), "float32")
+    return str(root / f"{name}-out")
+
+
+def make_jobs(root: Path, mesh) -> tuple[list, dict]:
+    """([(case, kind, folder, prompts)] for the peer, {case: our own results})."""
+    jobs = []
+    ours = {}
+    for case in RECORD:
+        model, _, params = load(case)
+        jobs.append((case, "policy", export_stage(root, case, params, model, "policy"), PROMPTS))
+        ours[case] = greedy(params, model, mesh)
+    model, _, trunk = load("qwen3")
+    params = scalar.init(trunk, model, jax.random.key(0))
+    folder = export_stage(root, "reward", params, model, "reward")
+    jobs.append(("reward", "reward", folder, PROMPTS))
+    ours["reward"] = [float(scalar.score_rows(params, model, [p])[0]) for p in PROMPTS]
+    # Of the other families the peer takes sizes or scales from somewhere else than the file.
+    for case in ("llama2", "qwen2"):
+        folder = root / f"{case}-gguf"
+        folder.mkdir()
+        write_gguf(folder / "m.gguf", case, tokens=some_tokens)
+        import_model(str(folder / "m.gguf"), str(root / f"{case}-imported"))
+        params, model = load_model(root / f"{case}-imported", mesh)
+        jobs.append((f"{case}.gguf", "gguf", str(folder), PROMPTS))
+        ours[f"{case}.gguf"] = greedy(params, dataclasses.replace(model, dtype="float32"), mesh)
+    return jobs, ours
+
+
+def compare(case: str, keys: dict, peers, ours) -> bool:
+    """Print a line, and return whether nothing differs."""
+    is_reward = case == "reward"
+    same = bool(np.allclose(peers, ours, atol=1e-4)) if is_reward else peers == ours
+    wrong_keys = [f"{name} {value[:3]}" for name, value in keys.items() if value]
+    what = "scores" if is_reward else "greedy tokens"
+    print(f"{case:18} keys: {'; '.join(wrong_keys) or 'all'}   same {what}: {same}")
+    return same and not wrong_keys
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,59 +123,14 @@ def main() -> None:
     parser.add_argument("--peer", required=True)
     args = parser.parse_args()
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    settings = {
-        "sampling": SamplingConfig(24, 0.0),
-        "stop_ids": (64,),
-        "pad_id": 0,
-        "mesh": mesh,
-        "seed": 0,
-    }
-    jobs, ours = [], {}
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         root = Path(folder)
-        for case in RECORD:
-            model, _, params = load(case)
-            (root / case).mkdir()
-            save_stage(root / case, params, model, "policy")
-            export_model(str(root / case), str(root / f"{case}-out"), "float32")
-            ours[case] = [drawn[0].ids for drawn in complete(params, model, PROMPTS, **settings)]
-            jobs.append((case, "policy", str(root / f"{case}-out"), PROMPTS))
-        model, _, trunk = load("qwen3")
-        params = scalar.init(trunk, dataclasses.replace(model), jax.random.key(0))
-        (root / "reward").mkdir()
-        save_stage(root / "reward", params, model, "reward")
-        export_model(str(root / "reward"), str(root / "reward-out"), "float32")
-        ours["reward"] = [float(scalar.score_rows(params, model, [p])[0]) for p in PROMPTS]
-        jobs.append(("reward", "reward", str(root / "reward-out"), PROMPTS))
-        for case in (
-            "llama2",
-            "qwen2",
-        ):  # of the others the peer takes sizes or scales from elsewhere
-            (root / f"{case}-gguf").mkdir()
-            write_gguf(root / f"{case}-gguf" / "m.gguf", case, tokens=some_tokens)
-            import_model(str(root / f"{case}-gguf" / "m.gguf"), str(root / f"{case}-imported"))
-            params, model = load_model(root / f"{case}-imported", mesh)
-            drawn = complete(
-                params, dataclasses.replace(model, dtype="float32"), PROMPTS, **settings
-            )
-            ours[f"{case}.gguf"] = [each[0].ids for each in drawn]
-            jobs.append((f"{case}.gguf", "gguf", str(root / f"{case}-gguf"), PROMPTS))
+        jobs, ours = make_jobs(root, mesh)
         (root / "jobs.json").write_text(json.dumps(jobs))
         subprocess.run([args.peer, "-c", PEER, root / "jobs.json", root / "found.json"], check=True)
         found = json.loads((root / "found.json").read_text())
-    wrong = 0
-    for case, (keys, theirs) in found.items():
-        same = (
-            bool(np.allclose(theirs, ours[case], atol=1e-4))
-            if case == "reward"
-            else theirs == ours[case]
-        )
-        bad = [f"{name} {value[:3]}" for name, value in keys.items() if value]
-        wrong += (not same) or bool(bad)
-        print(
-            f"{case:18} keys: {'; '.join(bad) or 'all'}   same {'scores' if case == 'reward' else 'greedy tokens'}: {same}"
-        )
-    sys.exit(wrong and 1)
+    equal = [compare(case, keys, peers, ours[case]) for case, (keys, peers) in found.items()]
+    sys.exit(0 if all(equal) else 1)
 
 
 if __name__ == "__main__":

@@ -14,52 +14,58 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-LENGTH, VOCAB, STEPS, BATCH = 40, 64, 50, 4
+LENGTH = 40
+VOCAB = 64
+STEPS = 50
+BATCH = 4
 LLAMA3 = {
-    **{"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-    **{"original_max_position_embeddings": 16, "rope_theta": 10000.0},
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 10000.0,
 }
 YARN = {
-    **{
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 16,
-        "beta_fast": 32,
-        "beta_slow": 1,
-    },
-    **{"mscale": 1.0, "mscale_all_dim": 0.7, "rope_theta": 10000.0},
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "rope_theta": 10000.0,
 }
 COMMON = {
-    **{
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "dtype": "float32",
-    },
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
-    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "dtype": "float32",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 LATENT = {
-    **{
-        "q_lora_rank": 16,
-        "kv_lora_rank": 24,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 12,
-    },
-    **{
-        "moe_intermediate_size": 24,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 3,
-        "n_shared_experts": 2,
-    },
-    **{"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "num_key_value_heads": 4},
+    "q_lora_rank": 16,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_key_value_heads": 4,
 }
-FULL, SLIDING = (
-    {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-    {"rope_type": "default", "rope_theta": 1e4},
-)
+FULL = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+SLIDING = {"rope_type": "default", "rope_theta": 1e4}
 
 CASES = {
     "gpt2": ("gpt2", {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "dtype": "float32",
@@ -89,9 +95,10 @@ TRAINED = ("llama3", "mixtral")  # a dense and a sparse family
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The value of a tensor, from its name in the file."""
     noise = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
-    if "norm" in name or "ln_" in name:
-        return (0.2 * noise + (0.0 if name.endswith("bias") else 1.0)).astype(np.float32)
-    return (0.2 * noise).astype(np.float32)
+    is_norm = "norm" in name or "ln_" in name
+    # Scales are around 1, as in a trained model.
+    mean = 1.0 if is_norm and not name.endswith("bias") else 0.0
+    return (0.2 * noise + mean).astype(np.float32)
 
 
 def tokens(seed: int, rows: int) -> np.ndarray:
@@ -135,7 +142,8 @@ def make(kind: str, settings: dict):
 
 
 def file_gradients(model, names: dict) -> dict[str, float]:
-    """Each file tensor's gradient times its probe: gradients are put in place of the weights and saved as a file."""
+    """Each file tensor's gradient times its probe."""
+    # The model saves its gradients instead of its weights, so that they get the names in files.
     import tempfile
 
     import safetensors.torch

@@ -56,7 +56,8 @@ def byte_fallback() -> tokenizers.Tokenizer:
 def template(*names: str) -> dict:
     """A post-processor that puts special tokens around the text, which is called A."""
     piece = lambda name: {"Sequence" if name == "A" else "SpecialToken": {"id": name, "type_id": 0}}
-    single, special = [*map(piece, names)], [name for name in names if name != "A"]
+    single = [*map(piece, names)]
+    special = [name for name in names if name != "A"]
     about = {name: {"id": name, "ids": [SPECIAL.index(name)], "tokens": [name]} for name in special}
     pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
     return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": about}

@@ -11,18 +11,17 @@ import safetensors.numpy
 import tokenizers
 
 from jaxllm.config import InputError
-from jaxllm.model_store import load_model, write_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import PRESETS, preset
 from jaxllm.models.lora import LoRAConfig
-from jaxllm.pretrained import families
+from jaxllm.pretrained import families, family_config
 from jaxllm.pretrained.convert import export_model, import_model
-from jaxllm.pretrained.family_config import family_of, from_hf, to_hf
 from jaxllm.runtime import checkpoint
 from jaxllm.runtime.files import write_json
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.sharding import param_shardings
 from jaxllm.tokenizers.published import load_tokenizer
+from jaxllm.workspace import load_model, write_model_card
 from tests.oracles.families import weight
 from tests.pretrained.test_families import CASES, RECORD, load
 
@@ -53,11 +52,11 @@ def hf_folder(path, case, dtype=BF16, shards=1, **config):
 
 
 def tensors_in(folder):
-    return {
-        k: v
-        for f in sorted(folder.glob("*.safetensors"))
-        for k, v in safetensors.numpy.load_file(f).items()
-    }
+    """{name: array} of all files in a folder."""
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= safetensors.numpy.load_file(file)
+    return tensors
 
 
 @CASES
@@ -71,12 +70,12 @@ def test_export_of_import_is_the_same_bytes(tmp_path, case):
         assert found[name].dtype == BF16 and found[name].tobytes() == value.tobytes(), name
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == values.keys()
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
-        folder / "tokenizer.json"
-    ).read_bytes()
+    vocabulary = (tmp_path / "out" / "tokenizer.json").read_bytes()
+    assert vocabulary == (folder / "tokenizer.json").read_bytes()
     # The config that the export would write without the imported one says the same model.
     model = load(case)[0]
-    assert from_hf(to_hf(model)[0] | {"dtype": "float32"}, "x")[0].moe == model.moe
+    config, _ = family_config.to_hf(model)
+    assert family_config.from_hf(config | {"dtype": "float32"}, "x")[0].moe == model.moe
 
 
 @pytest.mark.parametrize(
@@ -90,11 +89,13 @@ def test_import_lands_on_any_mesh(tmp_path, case, mesh):
     mesh = make_mesh(mesh)
     params, model = load_model(tmp_path / "stage", mesh)
     shardings = param_shardings(mesh, transformer.abstract(model), transformer.axes(model))
-    for got, want, sharding in zip(
-        *map(jax.tree.leaves, (params, load(case)[2], shardings)), strict=True
-    ):
+    expected = load(case)[2]
+
+    def check(got, want, sharding):
         assert got.sharding == sharding
         np.testing.assert_array_equal(got, want)
+
+    jax.tree.map(check, params, expected, shardings)
 
 
 def test_a_flipped_bit_is_found(tmp_path):
@@ -110,9 +111,8 @@ def test_a_flipped_bit_is_found(tmp_path):
 
 def test_what_does_not_fit_is_one_line(tmp_path):
     folder, values = hf_folder(tmp_path / "a", "llama3")
-    left = {k: v for k, v in values.items() if "k_proj" not in k} | {
-        "model.extra": np.ones(3, np.float32)
-    }
+    left = {name: value for name, value in values.items() if "k_proj" not in name}
+    left["model.extra"] = np.ones(3, np.float32)
     safetensors.numpy.save_file(left, folder / "model-0.safetensors")
     with pytest.raises(InputError, match=r"3 missing: .*k_proj.*; 1 not known: model\.extra"):
         import_model(str(folder), str(tmp_path / "out"))
@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_one_line(tmp_path):
     (b"[]", "must hold a JSON object, not a list"), (b"null", "not null"), (b"3", "not a number"), (b"{", "not valid"),
     (b"\xff{}", "not valid JSON"), (b'{"a":' * 9999, "nested too deeply"), (b'{"model_type": []}', "model_type"),
 ])  # fmt: skip
-def test_a_config_that_is_none_is_one_line(tmp_path, content, error):
+def test_a_damaged_config_is_one_line(tmp_path, content, error):
     folder, _ = hf_folder(tmp_path / "in", "llama3")
     (folder / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=rf"in/config\.json: .*{error}"):
@@ -152,7 +152,7 @@ def test_byte_order_marks_are_skipped(tmp_path):
 
 
 def mistral(path):
-    """As Mistral's folders are: shards with an index; beside them the same model in other names, and an adapter."""
+    """A folder like Mistral's: shards with an index; next to them the same model in other names, and an adapter."""
     folder, values = hf_folder(path, "mistral", shards=2)
     index = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(values)}
     (folder / "model.safetensors.index.json").write_text(
@@ -175,9 +175,9 @@ def test_the_index_decides_which_files_are_the_model(tmp_path):
     }
     export_model(str(tmp_path / "stage"), str(tmp_path / "out"))
     found = tensors_in(tmp_path / "out")
-    assert found.keys() == values.keys() and all(
-        found[n].tobytes() == v.tobytes() for n, v in values.items()
-    )
+    assert found.keys() == values.keys()
+    for name, value in values.items():
+        assert found[name].tobytes() == value.tobytes()
 
 
 def test_an_index_that_does_not_fit_is_one_line(tmp_path):
@@ -199,7 +199,7 @@ def test_an_index_that_does_not_fit_is_one_line(tmp_path):
         ),
         (
             {"weight_map": index | {"x": "../model-0.safetensors"}},
-            r"index\.json: names '\.\./model-0.* beside it",
+            r"index\.json: names '\.\./model-0.* in the same folder",
         ),
         ({"weight_map": index | {"x": "/a.safetensors"}}, r"index\.json: names '/a\.safetensors'"),
         ({"weight_map": index | {"x": 3}}, r"index\.json: has no weight_map"),
@@ -246,12 +246,10 @@ def test_quantized_models_are_refused_by_their_method(tmp_path, config, error):
     safetensors.numpy.save_file(values, folder / "model-0.safetensors")
     with pytest.raises(InputError, match=rf"config\.json: .*{error}.*dequantize"):
         import_model(str(folder), str(tmp_path / "out"))
-    without = {
-        name: value
-        for name, value in json.loads((folder / "config.json").read_text()).items()
-        if name not in config
-    }
-    (folder / "config.json").write_text(json.dumps({**without, "quantization_config": None}))
+    stored = json.loads((folder / "config.json").read_text())
+    for name in config:
+        stored[name] = None
+    (folder / "config.json").write_text(json.dumps(stored))
     with pytest.raises(InputError, match=r"in: tensors of type U8 \(.*weight\); known: F32"):
         import_model(str(folder), str(tmp_path / "out"))
 
@@ -277,9 +275,9 @@ def test_another_head_than_the_config_says_is_one_line(tmp_path, case, tied):
 def test_buffers_and_a_copy_of_the_table_are_not_needed(tmp_path, capsys):
     folder, values = hf_folder(tmp_path / "in", "smollm2")
     at = "model.layers.0.self_attn.rotary_emb"
-    buffers = {
-        f"{at}.{name}": np.ones(4, np.int64) for name in ("inv_freq", "cos_cached", "sin_cached")
-    }
+    buffers = {}
+    for name in ("inv_freq", "cos_cached", "sin_cached"):
+        buffers[f"{at}.{name}"] = np.ones(4, np.int64)
     copy = {"lm_head.weight": values["model.embed_tokens.weight"]}
     safetensors.numpy.save_file(values | buffers | copy, folder / "model-0.safetensors")
     import_model(str(folder), str(tmp_path / "out"))
@@ -315,6 +313,21 @@ def test_a_source_that_is_no_models_folder_is_one_line(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "config.json").exists()
 
 
+def test_a_damaged_file_is_one_line(tmp_path):
+    folder, _ = hf_folder(tmp_path / "in", "llama3")
+    file = folder / "model-0.safetensors"
+    raw = file.read_bytes()
+    empty = (2).to_bytes(8, "little") + b"{}"
+    # Cut in the data, in the header and in its length; too long; not such a file; no tensors.
+    for content in (raw[:-3], raw[:20], b"", raw + b"x", b"x" * 100, empty):
+        file.write_bytes(content)
+        with pytest.raises(
+            InputError, match=r"model-0\.safetensors: not a complete safetensors .*fetch it again"
+        ) as error:
+            import_model(str(folder), str(tmp_path / "out"))
+        assert "\n" not in str(error.value)
+
+
 def save_stage(path, params, model, kind, **more):
     write_model_card(path, model, kind, ("params",), **more)
     checkpoints = checkpoint.Checkpoints(path / "checkpoints", checkpoint.CheckpointConfig())
@@ -331,13 +344,11 @@ def test_a_trained_model_exports_and_comes_back(tmp_path):
         save_stage(tmp_path / name, params, model, "policy")
         export_model(str(tmp_path / name), str(tmp_path / f"{name}-out"), "float32")
         import_model(str(tmp_path / f"{name}-out"), str(tmp_path / f"{name}-back"))
-        back, again = load_model(
-            tmp_path / f"{name}-back", make_mesh(MeshConfig(data=1), jax.devices()[:1])
-        )
-        assert (
-            dataclasses.replace(again, dtype="bfloat16", init_std=model.init_std, moe=model.moe)
-            == model
-        )
+        mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        back, again = load_model(tmp_path / f"{name}-back", mesh)
+        # A file says neither how the model is initialized nor how its experts are balanced.
+        again = dataclasses.replace(again, dtype="bfloat16", init_std=model.init_std, moe=model.moe)
+        assert again == model
         jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
@@ -366,32 +377,29 @@ def test_adapters_export_as_peft(tmp_path):
         tmp_path / "tuned", own, model, "policy", adapters=adapters, base=str(tmp_path / "base")
     )
     export_model(str(tmp_path / "tuned"), str(tmp_path / "peft"), adapters=True)
-    export_model(str(tmp_path / "tuned"), str(tmp_path / "whole"), "float32")
+    export_model(str(tmp_path / "tuned"), str(tmp_path / "merged"), "float32")
     export_model(str(tmp_path / "base"), str(tmp_path / "plain"), "float32")
-    found, whole, plain = (tensors_in(tmp_path / name) for name in ("peft", "whole", "plain"))
+    found = tensors_in(tmp_path / "peft")
+    merged = tensors_in(tmp_path / "merged")
+    plain = tensors_in(tmp_path / "plain")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["o_proj", "q_proj", "up_proj"]
-    for name in {n.rsplit(".lora_", 1)[0] for n in found}:
-        product = (
-            found[f"{name}.lora_B.weight"]
-            @ found[f"{name}.lora_A.weight"]
-            * (config["lora_alpha"] / config["r"])
-        )
-        name = name.removeprefix("base_model.model.") + ".weight"
-        np.testing.assert_allclose(plain[name] + product, whole[name], atol=1e-5)
+    scale = config["lora_alpha"] / config["r"]
+    for module in {name.rsplit(".lora_", 1)[0] for name in found}:
+        a = found[f"{module}.lora_A.weight"]
+        b = found[f"{module}.lora_B.weight"]
+        name = module.removeprefix("base_model.model.") + ".weight"
+        np.testing.assert_allclose(plain[name] + b @ a * scale, merged[name], atol=1e-5)
 
 
 def test_grown_rows_are_the_mean():
     model, _, params = load("llama2")
     grown = transformer.grow_vocab(params, model.vocab_size + 3)
     for name in ("embed", "head"):
-        np.testing.assert_array_equal(grown[name]["tokens"][:-3], params[name]["tokens"])
-        np.testing.assert_allclose(
-            grown[name]["tokens"][-1],
-            np.asarray(params[name]["tokens"]).mean(0),
-            rtol=1e-5,
-            atol=1e-6,
-        )
+        old = np.asarray(params[name]["tokens"])
+        new = grown[name]["tokens"]
+        np.testing.assert_array_equal(new[:-3], old)
+        np.testing.assert_allclose(new[-1], old.mean(0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -399,7 +407,9 @@ def test_grown_rows_are_the_mean():
 )
 def test_every_preset_is_a_model_of_a_family(name):
     model = preset(name)
-    again, _ = from_hf(to_hf(model)[0], name)
-    shapes = families.file_shapes(model, family_of(model), transformer.abstract(model))
+    again, _ = family_config.from_hf(family_config.to_hf(model)[0], name)
+    shapes = families.file_shapes(
+        model, family_config.family_of(model), transformer.abstract(model)
+    )
     assert again.num_layers == model.num_layers
     assert sum(int(np.prod(s)) for s in shapes.values()) == transformer.num_params(model)

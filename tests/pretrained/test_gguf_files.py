@@ -1,5 +1,6 @@
 """GGUF: the tensors, the config and the tokenizer that were written come out as a stage directory."""
 
+import dataclasses
 import json
 import sys
 
@@ -10,13 +11,14 @@ import pytest
 import tokenizers
 
 from jaxllm.config import InputError
-from jaxllm.model_store import load_model
-from jaxllm.pretrained import gguf_files
+from jaxllm.pretrained import family_config, gguf_files, gguf_tokenizer
+from jaxllm.pretrained.checked_values import CheckedValues
 from jaxllm.pretrained.convert import import_model
-from jaxllm.pretrained.family_config import from_hf
+from jaxllm.pretrained.gguf_config import read_config
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import train
+from jaxllm.workspace import load_model
 from tests.oracles.families import weight
 from tests.pretrained.test_families import RECORD
 
@@ -26,8 +28,6 @@ ARCH = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "gemma2": "gemma2",
-}
-ARCH |= {
     "gemma3": "gemma3",
     "mixtral": "llama",
     "qwen3_moe": "qwen3moe",
@@ -42,38 +42,53 @@ TEXTS = [
 ] * 9
 
 
-def turned(rows, heads):
-    """What the converter of llama.cpp does to the queries and keys of llama models."""
-    return (
-        rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(rows.shape)
-    )
+def halves_to_pairs(rows, heads):
+    """Rows in llama.cpp's order for the queries and keys of llama models."""
+    #   safetensors    x0 x1 y0 y1
+    #   GGUF           x0 y0 x1 y1
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def config_of(case):
-    """The recorded config with what GGUF can say: Llama 3's own stretching, no more of Gemma's."""
+    """The recorded config with only what GGUF can say: Llama 3's own scaling, Gemma's plain score scale."""
     config = {**RECORD[case]["config"]}
     if case == "llama3":
-        rope = {
+        config["rope_parameters"] = {
             "rope_type": "llama3",
             "rope_theta": 5e5,
             "factor": 8.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
         }
-        config["rope_parameters"] = rope | {"original_max_position_embeddings": 8192}
     if case in ("gemma2", "gemma3"):
         config["query_pre_attn_scalar"] = config["head_dim"]
     return config
 
 
 def write_gguf(path, case, kind=F32, tokens=lambda writer: None):
-    """A file as llama.cpp's converter makes it, of made-up weights; returns {name: tensor} as they are elsewhere."""
-    c, arch = config_of(case), ARCH[case]
-    model, _ = from_hf(c, case)
+    """Write a file as llama.cpp's converter does, of made-up weights; returns {name in safetensors: array}."""
+    writer = gguf.GGUFWriter(path, ARCH[case])
+    model = add_config(writer, case)
+    tokens(writer)
     values = {name: weight(name, tuple(shape)) for name, shape in RECORD[case]["tensors"].items()}
-    writer = gguf.GGUFWriter(path, arch)
+    add_tensors(writer, ARCH[case], model, values, kind)
+    close(writer)
+    return values
+
+
+def close(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_config(writer, case):
+    """Add the metadata of a recorded model; returns its config."""
+    c = config_of(case)
+    model, _ = family_config.from_hf(c, case)
     writer.add_context_length(c["max_position_embeddings"])
     writer.add_block_count(c["num_hidden_layers"])
     writer.add_embedding_length(c["hidden_size"])
@@ -92,25 +107,35 @@ def write_gguf(path, case, kind=F32, tokens=lambda writer: None):
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(8.0)
     if case == "llama3":
-        plain = 5e5 ** (-np.arange(0, model.head_dim, 2) / model.head_dim)
-        waves, low, high = 2 * np.pi / plain, 8192 / 1.0, 8192 / 4.0
-        smooth = (8192 / waves - 1.0) / (4.0 - 1.0)
-        factors = np.where(
-            waves < high, 1.0, np.where(waves > low, 8.0, 1 / ((1 - smooth) / 8.0 + smooth))
-        )
-        writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
+        writer.add_tensor("rope_freqs.weight", llama3_factors(model.head_dim))
     if model.moe.num_experts:
         writer.add_expert_count(model.moe.num_experts)
         writer.add_expert_used_count(model.moe.per_token)
         writer.add_expert_feed_forward_length(model.moe.mlp_dim or model.mlp_dim)
-    tokens(writer)
-    names = gguf.get_tensor_name_map(
-        {n: k for k, n in gguf.MODEL_ARCH_NAMES.items()}[arch], model.num_layers
-    )
+    return model
+
+
+def llama3_factors(head_dim):
+    """What llama.cpp divides rotary frequencies by: 1 for short waves, 8 for long ones, mixed in between."""
+    plain = 5e5 ** (-np.arange(0, head_dim, 2) / head_dim)
+    waves = 2 * np.pi / plain
+    longest = 8192 / 1.0
+    shortest = 8192 / 4.0
+    smooth = (8192 / waves - 1.0) / (4.0 - 1.0)
+    mixed = 1 / ((1 - smooth) / 8.0 + smooth)
+    factors = np.where(waves < shortest, 1.0, np.where(waves > longest, 8.0, mixed))
+    return factors.astype(np.float32)
+
+
+def add_tensors(writer, arch, model, values, kind):
+    arch_key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(arch_key, model.num_layers)
     experts = {}
     for name, value in values.items():
-        if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
-            value = turned(value, model.num_heads if ".q_proj." in name else model.num_kv_heads)
+        if arch == "llama" and ".q_proj." in name:
+            value = halves_to_pairs(value, model.num_heads)
+        if arch == "llama" and ".k_proj." in name:
+            value = halves_to_pairs(value, model.num_kv_heads)
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             value = value + 1
         if ".experts." in name:
@@ -120,15 +145,11 @@ def write_gguf(path, case, kind=F32, tokens=lambda writer: None):
             add(writer, names, name, value, kind)
     for name, several in experts.items():
         add(writer, names, name, np.stack(several), kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return values
 
 
 def add(writer, names, name, value, kind):
     stem, suffix = name.rsplit(".", 1)
+    # Formats quantize blocks of 32 values of a row.
     kind = kind if value.ndim > 1 and value.shape[-1] % 32 == 0 else F32
     writer.add_tensor(
         f"{names.get_name(stem)}.{suffix}", gguf.quants.quantize(value, kind), raw_dtype=kind
@@ -145,14 +166,13 @@ def test_tensors_and_config_come_out_as_they_went_in(tmp_path, case):
         np.testing.assert_allclose(
             found[name], value, atol=2e-7 if "norm" in name else 0, err_msg=name
         )
-    model = from_hf(config, "x")[0]
-    want = from_hf(config_of(case), "y")[0]
-    assert {k: v for k, v in vars(model).items() if k not in ("dtype", "init_std", "moe")} == {
-        k: v for k, v in vars(want).items() if k not in ("dtype", "init_std", "moe")
-    }
-    assert (model.moe.num_experts, model.moe.normalise) == (
-        want.moe.num_experts,
-        want.moe.normalise,
+    model = family_config.from_hf(config, "x")[0]
+    want = family_config.from_hf(config_of(case), "y")[0]
+    assert model.moe.num_experts == want.moe.num_experts
+    assert model.moe.normalise == want.moe.normalise
+    # GGUF says none of these.
+    assert want == dataclasses.replace(
+        model, dtype=want.dtype, init_std=want.init_std, moe=want.moe
     )
 
 
@@ -169,46 +189,51 @@ def test_every_value_is_what_the_format_says(tmp_path, kind):
     assert not (tmp_path / "stage" / "gguf").exists()
 
 
-def test_byte_level_tokenizers_give_the_same_ids(tmp_path):
-    for pre in ("gpt-2", "llama-bpe", "qwen2", "smollm"):
-        spec = tokenizers.Tokenizer(tokenizers.models.BPE())
-        spec.pre_tokenizer = tokenizers.Tokenizer.from_str(
-            json.dumps(gguf_files._byte_level(["a"], [1], [], pre))
-        ).pre_tokenizer
-        spec.decoder = tokenizers.decoders.ByteLevel()
-        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=400,
-            initial_alphabet=alphabet,
-            special_tokens=["<|end|>", "<|im_end|>"],
-            show_progress=False,
-        )
-        spec.train_from_iterator(TEXTS, trainer)
-        made = json.loads(spec.to_str())["model"]
-        vocabulary = sorted(made["vocab"], key=made["vocab"].__getitem__)
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2", "smollm"])
+def test_byte_level_tokenizers_give_the_same_ids(tmp_path, pre):
+    reference = byte_level_reference(pre)
+    model = json.loads(reference.to_str())["model"]
+    vocabulary = sorted(model["vocab"], key=model["vocab"].__getitem__)
 
-        def tokens(writer, vocabulary=vocabulary, made=made, pre=pre):
-            writer.add_tokenizer_model("gpt2")
-            writer.add_tokenizer_pre(pre)
-            writer.add_token_list(vocabulary)
-            writer.add_token_types([3, 3] + [1] * (len(vocabulary) - 2))
-            writer.add_token_merges([" ".join(pair) for pair in made["merges"]])
-            writer.add_eos_token_id(0)
-            writer.add_chat_template(
-                "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
-            )
+    def tokens(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(vocabulary)
+        writer.add_token_types([3, 3] + [1] * (len(vocabulary) - 2))
+        writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+        writer.add_eos_token_id(0)
+        writer.add_chat_template("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
 
-        write_gguf(tmp_path / f"{pre}.gguf", "qwen2", tokens=tokens)
-        for name, content in gguf_files.read(tmp_path / f"{pre}.gguf")[2].items():
-            (tmp_path / pre).mkdir(exist_ok=True)
-            (tmp_path / pre / name).write_bytes(content)
-        ours = load_tokenizer(tmp_path / pre)
-        for text in TEXTS[:3]:
-            assert (
-                ours.encode(text) == spec.encode(text).ids
-                and ours.decode(ours.encode(text)) == text
-            )
-        assert ours.encode("<|im_end|>", parse_special=True) == [1] and ours.stop_ids == (1, 0)
+    write_gguf(tmp_path / "m.gguf", "qwen2", tokens=tokens)
+    ours = tokenizer_of(tmp_path, gguf_files.read(tmp_path / "m.gguf")[2])
+    for text in TEXTS[:3]:
+        assert ours.encode(text) == reference.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.encode("<|im_end|>", parse_special=True) == [1]
+    assert ours.stop_ids == (1, 0)
+
+
+def byte_level_reference(pre):
+    """A tokenizer of the library, trained on TEXTS, that splits text as `pre` says."""
+    reference = tokenizers.Tokenizer(tokenizers.models.BPE())
+    spec = json.dumps(gguf_tokenizer.byte_level(["a"], [1], [], pre))
+    reference.pre_tokenizer = tokenizers.Tokenizer.from_str(spec).pre_tokenizer
+    reference.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|end|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    reference.train_from_iterator(TEXTS, trainer)
+    return reference
+
+
+def tokenizer_of(folder, files):
+    """The tokenizer of {file name: content}, written to a folder."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return load_tokenizer(folder)
 
 
 def test_sentencepiece_tokenizers_give_the_same_ids(tmp_path):
@@ -231,22 +256,16 @@ def test_sentencepiece_tokenizers_give_the_same_ids(tmp_path):
         writer.add_add_space_prefix(False)
 
     write_gguf(tmp_path / "m.gguf", "llama2", tokens=tokens)
-    for name, content in gguf_files.read(tmp_path / "m.gguf")[2].items():
-        (tmp_path / name).write_bytes(content)
-    ours = load_tokenizer(tmp_path)
+    ours = tokenizer_of(tmp_path, gguf_files.read(tmp_path / "m.gguf")[2])
     for text in TEXTS[:3]:
         assert ours.encode(text) == sp.encode(text) and ours.decode(ours.encode(text)) == text
 
 
 def test_what_is_not_known_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(b"GGUF but not really")
-    with pytest.raises(InputError, match="not a whole GGUF file"):
+    with pytest.raises(InputError, match="not a complete GGUF file"):
         import_model(str(tmp_path / "a.gguf"), str(tmp_path / "out"))
-    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "mamba")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close(gguf.GGUFWriter(tmp_path / "b.gguf", "mamba"))
     with pytest.raises(InputError, match="architecture 'mamba' is not known"):
         import_model(str(tmp_path / "b.gguf"), str(tmp_path / "out"))
     write_gguf(
@@ -259,7 +278,11 @@ def test_what_is_not_known_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match=r"pip install 'jaxllm\[gguf\]'"):
         import_model(str(tmp_path / "c.gguf"), str(tmp_path / "out"))
-    assert [p.name for p in tmp_path.iterdir()].count("out") == 0 and not [*tmp_path.glob(".out*")]
+    assert not [*tmp_path.glob("*out*")]
+
+
+def checked(values):
+    return CheckedValues(values, gguf_files.FIX)
 
 
 def metadata(path, case="qwen2", **more):
@@ -284,7 +307,7 @@ WRONG = ["x", -1, 1.5, True, [1, "a"], [-2.5], float("nan")]
 
 
 def fits(value, wrong):
-    """Whether one may stand where the other does."""
+    """Whether a field with this value may have the wrong one as well."""
     numbers = isinstance(value, float) and type(wrong) in (int, float) and np.isfinite(wrong)
     return numbers or (type(value) is type(wrong) and not (type(value) is int and wrong < 0))
 
@@ -292,18 +315,20 @@ def fits(value, wrong):
 @pytest.mark.parametrize("case", ["mixtral", "gemma2", "gemma3"])
 def test_metadata_of_a_wrong_type_is_one_line_that_names_the_key(tmp_path, case):
     values, held = metadata(tmp_path / "m.gguf", case)
-    read = lambda values: (
-        gguf_files._config(about := gguf_files.Metadata(values), held),
-        gguf_files._tokenizer(about),
-    )
+
+    def read(values):
+        read_config(checked(values), held)
+        gguf_tokenizer.read_tokenizer(checked(values))
+
     read(values)
-    for key in values:
-        for wrong in (w for w in WRONG if not fits(values[key], w)):
-            if isinstance(values[key], list) and isinstance(wrong, list):
+    for key, value in values.items():
+        named = "architecture" if key == "general.architecture" else key
+        for wrong in WRONG:
+            if fits(value, wrong):
+                continue
+            if isinstance(value, list) and isinstance(wrong, list):
                 wrong = [*wrong, None]
-            with pytest.raises(
-                ValueError, match=key if key != "general.architecture" else "architecture"
-            ):
+            with pytest.raises(ValueError, match=named):
                 read({**values, key: wrong})
 
 
@@ -315,20 +340,26 @@ def test_ids_and_lists_that_do_not_fit_the_tokens_are_one_line(tmp_path):
         ("tokenizer.ggml.scores", [0.5], "1 values for 4 tokens"),
     ):
         with pytest.raises(ValueError, match=f"{key} .*{error}"):
-            gguf_files._tokenizer(gguf_files.Metadata({**values, key: wrong}))
+            gguf_tokenizer.read_tokenizer(checked({**values, key: wrong}))
 
 
 def test_what_gemma_2_leaves_out_is_its_own_default(tmp_path):
     values, held = metadata(tmp_path / "m.gguf", "gemma2")
-    left = {k: v for k, v in values.items() if "softcapping" not in k and "sliding_window" not in k}
-    model = from_hf(gguf_files._config(gguf_files.Metadata(left), held), "x")[0]
+    left = {}
+    for key, value in values.items():
+        if "softcapping" not in key and "sliding_window" not in key:
+            left[key] = value
+    model = family_config.from_hf(read_config(checked(left), held), "x")[0]
     assert (model.window, model.attention_softcap, model.logit_softcap) == (4096, 50.0, 30.0)
 
 
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 # (kind, how text is split, add_bos_token in the file) -> whether llama.cpp begins a text with BOS
 BEGUN = {
-    **{("gpt2", pre, None): pre in ("llama-bpe", "llama3", "llama-v3") for pre in gguf_files._PRE},
+    **{
+        ("gpt2", pre, None): pre in ("llama-bpe", "llama3", "llama-v3")
+        for pre in gguf_tokenizer.SPLITTINGS
+    },
     ("gpt2", "llama-bpe", False): False,
     ("gpt2", "qwen2", True): True,
     ("llama", "", None): True,
@@ -342,17 +373,14 @@ def test_a_text_begins_as_llama_cpp_begins_it(tmp_path, kind, pre, flag):
     values = {
         "tokenizer.ggml.model": kind,
         "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *BYTES],
-    }
-    values |= {
         "tokenizer.ggml.token_type": [2, 3, 3, *[1] * len(BYTES)],
         "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.pre": pre or None,
+        "tokenizer.ggml.add_bos_token": flag,
     }
-    values |= {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.add_space_prefix": False}
-    values |= {"tokenizer.ggml.pre": pre} if pre else {}
-    values |= {"tokenizer.ggml.add_bos_token": flag} if flag is not None else {}
-    for name, content in gguf_files._tokenizer(gguf_files.Metadata(values)).items():
-        (tmp_path / name).write_bytes(content)
-    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = tokenizer_of(tmp_path, gguf_tokenizer.read_tokenizer(checked(values)))
     first = [1] if BEGUN[kind, pre, flag] else []
     assert tokenizer.prompt("ab") == [*first, *tokenizer.encode("ab")]
     assert tokenizer.prompt("") == [1] and tokenizer.start_id == tokenizer.bos_id == 1
@@ -360,21 +388,17 @@ def test_a_text_begins_as_llama_cpp_begins_it(tmp_path, kind, pre, flag):
 
 def test_pieces_without_special_ids_have_those_of_llama_cpp(tmp_path):
     values, _ = metadata(tmp_path / "m.gguf")
-    values = {
-        name: value for name, value in values.items() if "_token" not in name or "type" in name
-    }
-    for name, content in gguf_files._tokenizer(gguf_files.Metadata(values)).items():
-        (tmp_path / name).write_bytes(content)
-    tokenizer = load_tokenizer(tmp_path)
+    for key in list(values):
+        if "_token" in key and "type" not in key:
+            del values[key]
+    tokenizer = tokenizer_of(tmp_path, gguf_tokenizer.read_tokenizer(checked(values)))
     assert (tokenizer.begin_ids, tokenizer.bos_id, tokenizer.eos_id) == ((1,), 1, 2)
 
 
 def test_ends_of_a_turn_and_of_a_message_end_a_response(tmp_path):
     values, _ = metadata(tmp_path / "m.gguf")
     values |= {"tokenizer.ggml.eot_token_id": 3, "tokenizer.ggml.eom_token_id": 0}
-    for name, content in gguf_files._tokenizer(gguf_files.Metadata(values)).items():
-        (tmp_path / name).write_bytes(content)
-    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = tokenizer_of(tmp_path, gguf_tokenizer.read_tokenizer(checked(values)))
     assert tokenizer.stop_ids == (2, 3, 0) and tokenizer.encode_document("a")[-1] == 2
 
 
@@ -384,30 +408,31 @@ def split(path, count):
     names = [path.with_name(f"m-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
     for number, name in enumerate(names):
         writer = gguf.GGUFWriter(name, reader.fields["general.architecture"].contents())
-        for key, field in reader.fields.items() if number == 0 else ():
-            if not key.startswith("GGUF.") and key != "general.architecture":
-                kinds = field.types
-                writer.add_key_value(
-                    key, field.contents(), kinds[0], kinds[1] if len(kinds) > 1 else None
-                )
+        if number == 0:
+            copy_metadata(reader, writer)
         writer.add_uint16("split.count", count)
         for tensor in reader.tensors[number::count]:
             writer.add_tensor(tensor.name, tensor.data)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        close(writer)
     return names
+
+
+def copy_metadata(reader, writer):
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            # A list has the type of its items as well.
+            kind, *item_kind = field.types
+            writer.add_key_value(key, field.contents(), kind, *item_kind[:1])
 
 
 def test_a_file_in_parts_is_read_whole_from_any_of_them(tmp_path):
     values = write_gguf(tmp_path / "m.gguf", "qwen2")
     parts = split(tmp_path / "m.gguf", 3)
+    expected, _, _ = gguf_files.read(tmp_path / "m.gguf")
     for part in parts:
         config, stored, _ = gguf_files.read(part)
-        assert {t.name for t in stored} == values.keys() and config == gguf_files.read(
-            tmp_path / "m.gguf"
-        )[0]
+        assert config == expected
+        assert {tensor.name for tensor in stored} == values.keys()
     parts[0].rename(tmp_path / "renamed.gguf")
     with pytest.raises(InputError, match=r"renamed\.gguf: is one of 3 parts"):
         gguf_files.read(tmp_path / "renamed.gguf")

@@ -169,7 +169,7 @@ BROKEN = {
         "jinja": b"",
     },
     "is not UTF-8": {"tokenizer_config": NAMED, "jinja": b"\xff{{"},
-    "damaged": {"tokenizer_config": NAMED, "chat_template": b"[]"},
+    "must hold a JSON object": {"tokenizer_config": NAMED, "chat_template": b"[]"},
 }
 
 

@@ -3,16 +3,13 @@
 Against the real files and the programs that define them: tests/oracles/published_tokenizers.py.
 """
 
-import base64
 import itertools
 import json
 
 import pytest
-import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxllm.config import InputError
 from jaxllm.data.loader import load_ranked, load_rows
@@ -20,118 +17,15 @@ from jaxllm.data.sources import DataConfig, Source
 from jaxllm.data.splits import examples
 from jaxllm.tokenizers import trained as ours
 from jaxllm.tokenizers.published import load_tokenizer, restore
-from jaxllm.tokenizers.trained import train
-from tests.tokenizers.chat_templates import CHATML, DEEPSEEK, GEMMA, LLAMA2, LLAMA3, plain
-from tests.tokenizers.test_trained import CORPUS, NASTY
-
-SPECIALS = {
-    "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    "llama3": [
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|eot_id|>",
-    ],
-    "deepseek": ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"],
-}
-CONFIGS = {
-    "chatml": {
-        "eos_token": "<|im_end|>",
-        "pad_token": {"content": "<|endoftext|>"},
-        "bos_token": None,
-    },
-    "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
-    "deepseek": {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"},
-    "gemma": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
-    "llama2": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
-}
-TEMPLATES = {
-    "chatml": CHATML,
-    "llama3": LLAMA3,
-    "deepseek": DEEPSEEK,
-    "gemma": GEMMA,
-    "llama2": LLAMA2,
-}
-PLAIN_ADDED = {
-    "chatml": ["<think>", "</think>", "<tool_call>"],
-    "llama3": ["<|eom_id|>"],
-    "deepseek": ["<｜User｜>", "<｜Assistant｜>"],
-}
-
-
-def byte_level(style):
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIALS[style],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_tokens(
-        [tokenizers.AddedToken(t, normalized=style == "deepseek") for t in PLAIN_ADDED[style]]
-    )
-    return tokenizer
-
-
-def byte_fallback(style):
-    """Gemma: a normaliser writes spaces as U+2581; Llama 2: Metaspace with a space before the text."""
-    special = ["<pad>", "<eos>", "<bos>"] if style == "gemma" else ["<unk>", "<s>", "</s>"]
-    turns = ["<start_of_turn>", "<end_of_turn>"] if style == "gemma" else []
-    letters = sorted(set("".join(CORPUS).replace(" ", "")) | {"▁"})
-    merges = [
-        ("t", "h"),
-        ("th", "e"),
-        ("▁", "the"),
-        ("▁", "q"),
-        ("▁", "h"),
-        ("e", "l"),
-        ("▁h", "el"),
-        ("狐", "狸"),
-    ]
-    pieces = [
-        *special,
-        *turns,
-        *(f"<0x{b:02X}>" for b in range(256)),
-        *letters,
-        *("".join(m) for m in merges),
-    ]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(
-            vocab=vocab, merges=merges, unk_token=special[0], fuse_unk=True, byte_fallback=True
-        )
-    )
-    strip = []
-    if style == "gemma":
-        tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        strip = [decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    tokenizer.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in special])
-    tokenizer.add_tokens(
-        [tokenizers.AddedToken(t, normalized=False) for t in turns]
-    )  # not special, as in Gemma 2
-    return tokenizer
-
-
-def write(folder, style, template=None, config=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    reference = (byte_level if style in SPECIALS else byte_fallback)(style)
-    reference.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(CONFIGS[style] if config is None else config)
-    )
-    if template:
-        (folder / "chat_template.jinja").write_text(template)
-    return reference
+from tests.tokenizers.chat_templates import CHATML, GEMMA, LLAMA3, plain
+from tests.tokenizers.small_tokenizers import (
+    TEMPLATES,
+    messages_of,
+    tokenizer_of_ours,
+    whole,
+    write,
+)
+from tests.tokenizers.test_trained import NASTY
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)
@@ -150,13 +44,6 @@ def made(style, tmp_path_factory):
 def shown(tokenizer, text):
     """Metaspace puts a space before a text only where there is none, and takes one away always."""
     return text.removeprefix(" " if tokenizer.dummy_prefix else "")
-
-
-def whole(tokenizer, ids):
-    """The text of ids, control tokens spelled out."""
-    names = {i: text for text, i in tokenizer.controls.items()}
-    data = b"".join(names[i].encode() if i in names else tokenizer.token_bytes(i) for i in ids)
-    return data.decode("utf-8", "replace")
 
 
 @pytest.mark.parametrize("text", [t for t in NASTY if "▁" not in t], ids=repr)
@@ -228,10 +115,6 @@ CHATS = [
 ]
 
 
-def messages_of(chat):
-    return [{"role": role, "content": content} for role, content in chat]
-
-
 @pytest.mark.parametrize("chat", CHATS, ids=range(len(CHATS)))
 def test_chat_ids_are_those_of_the_rendered_text_and_masks_agree(made, style, tmp_path, chat):
     """The mask of the generation blocks is that derived without them, and both are the assistant's words."""
@@ -240,34 +123,30 @@ def test_chat_ids_are_those_of_the_rendered_text_and_masks_agree(made, style, tm
     derived, messages = load_tokenizer(tmp_path), messages_of(chat)
     ids, mask = tokenizer.encode_chat(messages)
     reference.encode_special_tokens = False
-    assert (
-        ids
-        == reference.encode(
-            whole(tokenizer, ids).removeprefix(" " if style == "llama2" else ""),
-            add_special_tokens=False,
-        ).ids
-    )
+    text = whole(tokenizer, ids).removeprefix(" " if style == "llama2" else "")
+    assert ids == reference.encode(text, add_special_tokens=False).ids
     assert (ids, mask) == derived.encode_chat(messages)
-    runs = [
-        [i for i, _ in run]
-        for speaks, run in itertools.groupby(zip(ids, mask, strict=True), lambda x: x[1])
-        if speaks
-    ]
-    said = [m["content"] for m in messages if m["role"] == "assistant"]
-    assert len(runs) == len(said)
-    for run, content in zip(runs, said, strict=True):
+    contents = [m["content"] for m in messages if m["role"] == "assistant"]
+    for run, content in zip(masked_runs(ids, mask), contents, strict=True):
         assert run[-1] == tokenizer.end_id
-        assert tokenizer.decode(run).strip() in (
-            content.strip(),
-            content.split("</think>")[-1].strip(),
-        )
-    prompt, prompt_mask = derived.encode_chat(
-        messages[: len(messages) - (messages[-1]["role"] == "assistant")], reply=True
-    )
-    assert ids[: len(prompt)] == prompt or (
-        messages[-1]["role"] == "user" and prompt[: len(ids)] == ids
-    )
+        # A template may drop thoughts of the past.
+        without_thoughts = content.split("</think>")[-1]
+        assert tokenizer.decode(run).strip() in (content.strip(), without_thoughts.strip())
+    # What the model is shown before its last message is the beginning of the conversation.
+    answered = messages[-1]["role"] == "assistant"
+    shown = messages[:-1] if answered else messages
+    prompt, prompt_mask = derived.encode_chat(shown, reply=True)
+    assert ids[: len(prompt)] == prompt or (not answered and prompt[: len(ids)] == ids)
     assert prompt_mask == mask[: len(prompt)] + [False] * (len(prompt) - len(mask))
+
+
+def masked_runs(ids, mask):
+    """The ids of every run of the mask."""
+    runs = []
+    for inside, run in itertools.groupby(zip(ids, mask, strict=True), lambda pair: pair[1]):
+        if inside:
+            runs.append([token for token, _ in run])
+    return runs
 
 
 def test_control_tokens_in_messages_are_text(made, style):
@@ -277,9 +156,8 @@ def test_control_tokens_in_messages_are_text(made, style):
         [("user", f"a{''.join(tokens)}b {tokens[-1][:-1]}"), ("assistant", f"c {tokens[-1]}")]
     )
     good = messages_of([("user", "aXb"), ("assistant", "cX")])
-    controls = lambda ids: [
-        i for i in ids if i in tokenizer.controls.values() and i != tokenizer.controls.get("<unk>")
-    ]
+    known = set(tokenizer.controls.values()) - {tokenizer.controls.get("<unk>")}
+    controls = lambda ids: [token for token in ids if token in known]
     ids, mask = tokenizer.encode_chat(evil)
     assert controls(ids) == controls(tokenizer.encode_chat(good)[0])
     assert whole(tokenizer, ids).removeprefix(" ") == tokenizer._template.render(evil)[0]
@@ -354,12 +232,6 @@ def test_training_data_carries_tools_and_calls(tmp_path):
         list(examples(data, "chat", "train"))
 
 
-def tokenizer_of_ours():
-    return train(
-        iter(CORPUS), vocab_size=400, model_type="bpe", character_coverage=1.0, num_threads=1
-    )
-
-
 def test_masks_that_cannot_be_told_are_refused(tmp_path):
     twice = "{% for m in messages %}{{ m.role + m.content + m.content }}<|im_end|>{% endfor %}"
     hidden = "{% for m in messages %}{{ m.role }}<|im_end|>{% endfor %}"
@@ -404,83 +276,6 @@ def test_special_ids(tmp_path):
     assert tokenizer.eos_id == 1 and tokenizer.end_id == tokenizer.controls["<end_of_turn>"]
 
 
-def test_sentencepiece_models_of_others(tmp_path):
-    import io
-
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=out, vocab_size=400, model_type="bpe", byte_fallback=True,
-        character_coverage=1.0, minloglevel=2,
-    )  # fmt: skip
-    (tmp_path / "tokenizer.model").write_bytes(out.getvalue())
-    (tmp_path / "chat_template.jinja").write_text(LLAMA2)
-    tokenizer, sp = (
-        load_tokenizer(tmp_path),
-        sentencepiece.SentencePieceProcessor(model_proto=out.getvalue()),
-    )
-    for text in (*NASTY, "<s>a</s>", "the quick"):
-        assert tokenizer.encode(text) == sp.encode(text)
-        assert tokenizer.decode(sp.encode(text)) == sp.decode(sp.encode(text))
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
-    ids, mask = tokenizer.encode_chat(
-        messages_of([("user", "the </s>龘"), ("assistant", "quick 龘")])
-    )
-    assert ids[0] == 1 and ids.count(2) == 1
-    assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]).strip() == "quick 龘"
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """GPT-2's number of ranks: every byte, pairs of bytes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    tokens = [bytes([b]) for b in range(256)] + [
-        bytes(p) for p in itertools.product(range(256), repeat=2)
-    ]
-    lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens[:50_256])]
-    (folder / "gpt2.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
-    return folder
-
-
-def test_tiktoken_ranks(ranks, tmp_path):
-    tokenizer = load_tokenizer(ranks)
-    assert (
-        tokenizer.vocab_size == 50_257
-        and tokenizer.eos_id == tokenizer.pad_id == 50_256
-        and tokenizer.bos_id is None
-    )
-    for text in (*NASTY, "<|endoftext|>"):
-        assert tokenizer.decode(tokenizer.encode(text)) == text and 50_256 not in tokenizer.encode(
-            text
-        )
-    assert tokenizer.encode("a<|endoftext|>", parse_special=True) == [97, 50_256]
-    assert tokenizer.encode_batch(NASTY, num_threads=2) == [
-        tokenizer.encode(text) for text in NASTY
-    ]
-    lines = (ranks / "gpt2.tiktoken").read_bytes()
-    for name, content, error in (
-        ("gpt2.tiktoken", lines[:1000], "damaged, or not the 50,256 ranks"),
-        ("tokenizer.model", lines, "not the 128,000 ranks of llama3"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=f"{name}: .*{error}"):
-            load_tokenizer(tmp_path)
-        (tmp_path / name).unlink()
-
-
-def test_ranks_with_a_chat_template_and_added_tokens(ranks, tmp_path):
-    (tmp_path / "gpt2.tiktoken").write_bytes((ranks / "gpt2.tiktoken").read_bytes())
-    added = {
-        str(50_257 + i): {"content": text} for i, text in enumerate(("<|im_start|>", "<|im_end|>"))
-    }
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"added_tokens_decoder": added, "chat_template": CHATML})
-    )
-    tokenizer = load_tokenizer(tmp_path)
-    ids, mask = tokenizer.encode_chat(messages_of([("user", "<|im_end|>"), ("assistant", "狐😀")]))
-    assert tokenizer.vocab_size == 50_259 and tokenizer.end_id == 50_258 and ids.count(50_258) == 2
-    assert whole(tokenizer, [i for i, m in zip(ids, mask, strict=True) if m]) == "狐😀<|im_end|>"
-
-
 def test_stream_equals_decode(made):
     tokenizer, _ = made
     ids = [i for text in NASTY for i in [*tokenizer.encode(text), tokenizer.eos_id]]
@@ -492,31 +287,26 @@ def test_stream_equals_decode(made):
 def test_files_are_carried_byte_by_byte(made, style, tmp_path):
     tokenizer, _ = made
     tokenizer.save(tmp_path / "copy", {"from": "test"})
-    assert {
-        p.name: p.read_bytes() for p in (tmp_path / "copy").iterdir() if p.name != "jaxllm.json"
-    } == dict(tokenizer.model)
-    assert (
-        load_tokenizer(tmp_path / "copy").fingerprint
-        == tokenizer.fingerprint
-        == restore(tokenizer.model).fingerprint
-    )
+    copied = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+    del copied["jaxllm.json"]
+    assert copied == dict(tokenizer.model)
+    assert load_tokenizer(tmp_path / "copy").fingerprint == tokenizer.fingerprint
+    assert restore(tokenizer.model).fingerprint == tokenizer.fingerprint
     (tmp_path / "copy" / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(InputError, match="not the files that were saved"):
         load_tokenizer(tmp_path / "copy")
 
 
 def test_the_right_kind_is_chosen_or_one_line_says_why_not(tmp_path):
-    ours.train(
-        iter(CORPUS), vocab_size=400, model_type="bpe", character_coverage=1.0, num_threads=1
-    ).save(tmp_path / "ours")
+    tokenizer_of_ours().save(tmp_path / "ours")
     assert type(load_tokenizer(tmp_path / "ours")) is ours.Tokenizer
     with pytest.raises(InputError, match="no such tokenizer"):
         load_tokenizer(tmp_path / "nowhere")
     for number, (content, error) in enumerate(
         (
-            (b'{"model":', "tokenizer.json: damaged"),
-            (b"[]", "must be a JSON object"),
-            (b'{"model": {}, "decoder": {"type": "ByteLevel"}}', "no tokenizer"),
+            (b'{"model":', "tokenizer.json: not valid JSON"),
+            (b"[]", "must hold a JSON object, not a list"),
+            (b'{"model": {}, "decoder": {"type": "ByteLevel"}}', "not a tokenizer"),
             (b'{"model": {}, "added_tokens": [{}]}', "files are damaged"),
             (b'{"model": {"vocab": [["a", 0.0]]}}', "only BPE and SentencePiece"),
         )
