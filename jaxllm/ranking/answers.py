@@ -44,7 +44,9 @@ class Answers:
         _drop_partial_line(self._skipped)
         self.skipped = [_skipped_index(line, where) for line, where in read_lines(self._skipped)]
         rankings = read_rankings(self._rankings)
+        # Every answer is one line in one of the two files.
         self.count = len(rankings) + len(self.skipped)
+        # Compared by content, since rankings.jsonl has no sample numbers.
         expected = [
             sample for i, sample in enumerate(samples[: self.count]) if i not in self.skipped
         ]
@@ -84,10 +86,12 @@ class Answers:
         if self.count in self.skipped:
             self.skipped.remove(self.count)
             path = self._skipped
+        # The newest answer is the last line of its file. Bytes, since str.splitlines also cuts at U+2028.
         lines = path.read_bytes().splitlines(keepends=True)
         write_whole(path, b"".join(lines[:-1]))
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
+        # errors: a lone surrogate, which decoded tokens may hold, becomes "?".
         with path.open("a", encoding="utf-8", errors="replace") as file:
             file.write(json_line(line))
             file.flush()
@@ -102,6 +106,7 @@ def count_skipped(directory: epath.PathLike) -> int:
 
 
 def _skipped_index(line: Mapping[str, Any], where: str) -> int:
+    # Not isinstance(index, int), which holds for a bool as well.
     index = line.get("index")
     if type(index) is not int:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Orders of responses: as text, such as "B>A=D>C", as ranks, and the order in which they are shown."""
+"""Orders of responses: typed by a person, such as "B>A=D>C", as ranks, and as shown on a screen."""
 
 import string
 import unicodedata
@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxllm.config import InputError
 
+# As many responses as a person can name with one letter.
 LABELS = string.ascii_uppercase
 
 
@@ -27,6 +28,7 @@ def parse_order(text: str, num_responses: int) -> list[int]:
     """
     labels = list(LABELS[:num_responses])
     ranks: dict[str, int] = {}
+    # NFKC turns full-width letters and signs, which Chinese keyboards type, into ASCII.
     compact = "".join(unicodedata.normalize("NFKC", text).upper().split())
     for rank, group in enumerate(compact.split(">"), start=1):
         for label in group.split("="):
@@ -52,24 +54,13 @@ def _label_fault(label: str, labels: Sequence[str], ranks: Mapping[str, int]) ->
     return ""
 
 
-def format_order(ranks: Sequence[int]) -> str:
-    """The order that `parse_order` reads as these ranks.
-
-    >>> format_order([2, 1, 3, 2])
-    'B>A=D>C'
-    """
-    groups: dict[int, list[str]] = {}
-    for label, rank in zip(LABELS, ranks, strict=False):
-        groups.setdefault(rank, []).append(label)
-    return ">".join("=".join(groups[rank]) for rank in sorted(groups))
-
-
 def shown_order(seed: int, index: int, num_responses: int) -> np.ndarray:
     """The order int[K] in which the responses to sample `index` are shown: label j stands for response order[j].
 
     It is shuffled, so that the position of a response says nothing, and depends on the seed and the index only, so
     that a resumed session shows the same.
     """
+    # One generator per sample, not one for all: the order must not depend on how many were shown before.
     return np.random.default_rng([seed, index]).permutation(num_responses)
 
 
@@ -84,5 +75,6 @@ def unshuffle(shown_ranks: Sequence[int], order: np.ndarray) -> list[int]:
     [3, 2, 1]
     """
     ranks = np.empty(len(order), int)
+    # What is shown at position j is response order[j], so its rank goes there.
     ranks[order] = shown_ranks
     return ranks.tolist()

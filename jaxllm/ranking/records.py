@@ -26,6 +26,8 @@ def read_lines(path: epath.PathLike) -> list[tuple[dict[str, Any], str]]:
     """(fields, "path:line") of each record; a file whose name does not tell its format holds lines of JSON."""
     path = str(path)
     file_format = "jsonl" if format_of(path) == "text" else "auto"
+    # The reader of every stage's data, so that compressed files, tables and byte order marks work here too. min_chars is
+    # for pre-training texts: a short answer is a record.
     records = read_records(Source(path, format=file_format, min_chars=0))
     return [(record.fields, record.origin) for record in records]
 
@@ -66,6 +68,7 @@ def import_rankings(
       held_out: share of the prompts kept for evaluation, for lines without a split.
       max_prompts: read only the first so many lines; 0: all.
     """
+    # All lines are checked before one is used: nothing is written from a file with a bad line.
     rankings = []
     for line, where in read_lines(path)[: max_prompts or None]:
         rankings.append(_complete(line, where, annotator, held_out))
@@ -80,6 +83,7 @@ def _complete(
     line: Mapping[str, Any], where: str, annotator: str, held_out: float
 ) -> dict[str, Any]:
     """A checked ranking from a line of an imported file."""
+    # In the order of the fields in rankings.jsonl; fields that it does not have are left out.
     ranking: dict[str, Any] = {
         "messages": line.get("messages"),
         "responses": line.get("responses"),
@@ -105,6 +109,7 @@ def _complete(
 
 def split_of(messages: Sequence[Mapping[str, Any]], held_out: float) -> str:
     """The split of a prompt, by its content: it is the same in the data of every stage."""
+    # By a hash of what is asked, as in `data.format`: a prompt held out here must not be trained on elsewhere.
     content = question(known_parts(messages))
     data = DataConfig(held_out_fraction=held_out)
     return "held_out" if is_held_out(content, data) else "train"
@@ -132,6 +137,7 @@ def summarize(rankings: Sequence[Mapping[str, Any]], num_skipped: int) -> dict[s
     for ranking in rankings:
         num_responses += len(ranking["responses"])
         num_held_out += ranking["split"] == "held_out"
+        # Ties are counted in pairs, since pairs are what a reward model learns from.
         for rank, other in itertools.combinations(ranking["ranks"], 2):
             num_pairs += 1
             num_ties += rank == other
@@ -184,12 +190,13 @@ def _check_responses(line: Mapping[str, Any], where: str) -> None:
 
 
 def _check_ranks(ranks: Any, num_responses: int, where: str) -> None:
-    # type(...) is int: a bool is an int for isinstance, and true is not a rank.
+    # Not isinstance(rank, int), which holds for a bool as well.
     whole_numbers = isinstance(ranks, list) and all(type(rank) is int for rank in ranks)
     if not whole_numbers or len(ranks) != num_responses:
         raise InputError(
             f'{where}: ranks: must be {num_responses} whole numbers, 1 = best (or give an "order")'
         )
+    # Numbers with gaps may be scores, of which the largest is best: better to ask than to guess.
     levels = sorted(set(ranks))
     if levels != list(range(1, len(levels) + 1)):
         raise InputError(

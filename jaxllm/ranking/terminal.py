@@ -51,6 +51,7 @@ def ask_person(answers: Answers, annotator: str, seed: int, ask: Callable[[], st
         _show(sample, order, f"{index + 1} of {total}")
         reply = _read_reply(ask, len(order), can_undo=index > 0)
         if reply == "q":
+            # Not a plain return: the stage has no result yet.
             raise StageCut(
                 f"rank: {index} of {total} prompts answered; run the same command to resume"
             )
@@ -68,7 +69,7 @@ def _read_reply(ask: Callable[[], str], num_responses: int, can_undo: bool) -> s
     while True:
         try:
             text = ask()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt):  # Ctrl-D and Ctrl-C: every answer is on disk already
             return "q"
         except UnicodeDecodeError:
             # On a terminal that counts bytes, erasing a character may leave half of it.
@@ -90,6 +91,7 @@ def _read_reply(ask: Callable[[], str], num_responses: int, can_undo: bool) -> s
 def _show(sample: Mapping[str, Any], order: np.ndarray, title: str) -> None:
     """Print the prompt and its responses; label j is response order[j]."""
     console.rule(f"Prompt {title}")
+    # Text objects, not strings with markup: "[b]" in a response is shown as it was written.
     for message in sample["messages"]:
         role = Text(f"{message['role']}: ", style="bold")
         console.print(role + Text(_printable(message_text(message))))
@@ -100,8 +102,7 @@ def _show(sample: Mapping[str, Any], order: np.ndarray, title: str) -> None:
 
 def _printable(text: str) -> str:
     """The text without control characters, with which a response could move the cursor or recolor the screen."""
-    shown = ""
-    for character in text:
-        keep = character.isprintable() or character in "\n\t　"  # the last is U+3000, a wide space
-        shown += character if keep else "\N{REPLACEMENT CHARACTER}"
-    return shown
+    allowed = "\n\t\u3000"  # U+3000 is the wide space of Chinese text
+    return "".join(
+        c if c.isprintable() or c in allowed else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

@@ -29,7 +29,7 @@ from jaxllm.evaluation import measures
 from jaxllm.metrics import Work, held_out, peak_flops
 from jaxllm.models import lora, next_token, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.optim import learning_rate, make_optimizer
+from jaxllm.optim import learning_rate
 from jaxllm.runtime import tree_shapes
 from jaxllm.runtime.console import console
 from jaxllm.sharding import activation, param_shardings, place_params, replicated
@@ -54,6 +54,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     config: LanguageModelConfig = getattr(life, stage)
     mesh = workspace.mesh
     model = resolve_model(life.model, workspace.tokenizer().vocab_size, config.init_from)
+    # Documents alone can be learned from nothing; conversations need a model that knows the language.
     source = ""
     if stage != "pretrain" or config.init_from:
         source = workspace.source(config.init_from, "pretrain", stage)
@@ -65,6 +66,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
 
     step, layout = program(mesh, config, model, num_steps, workspace.seed)
     load_params = functools.partial(_initial_params, workspace, model, source)
+    # The weights under adapters are an argument of every step: in a closure, XLA would copy them as constants.
     base = lora.frozen(config.lora, load_params()) if config.lora.rank else {}
     directory = workspace.stage_dir(stage)
     write_model_card(directory, model, "policy", ("params",), config.lora, source)
@@ -75,9 +77,12 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         make = jax.jit(
             functools.partial(lora.init, config.lora), out_shardings=layout.shardings.params
         )
-        return layout.init(make(base, jax.random.fold_in(jax.random.key(workspace.seed), 1)))
+        # Fresh parameters are made from the seed's own key; adapters take the next one.
+        key = jax.random.fold_in(jax.random.key(workspace.seed), 1)
+        return layout.init(make(base, key))
 
     sharding = activation(mesh, "batch", None)
+    # Work counts every position of the rows, padding included: that is what the devices compute.
     tokens = config.batch_size * length
     flops = transformer.flops_per_token(model, length) * tokens
     return train.Training(
@@ -108,7 +113,7 @@ def resolve_model(model: ModelConfig, vocab_size: int, init_from: str = "") -> M
     Raises:
       InputError: the config's vocabulary is smaller than the tokenizer's.
     """
-    # How to compute is no part of which model it is: these two fields may be set along with init_from.
+    # These two fields say how to compute, not which model it is: they may be set along with init_from.
     remat = model.remat
     scan_unroll = model.scan_unroll
     if init_from and model == ModelConfig(remat=remat, scan_unroll=scan_unroll):
@@ -144,11 +149,13 @@ def _initial_params(workspace: Workspace, model: ModelConfig, source: str) -> An
     """
     shapes = transformer.abstract(model)
     if not source:
+        # Jitted with shardings, so that no device ever holds all of the parameters.
         shardings = param_shardings(workspace.mesh, shapes, transformer.axes(model))
         init = jax.jit(functools.partial(transformer.init, model), out_shardings=shardings)
         return init(jax.random.key(workspace.seed))
     params, _ = load_model(source, workspace.mesh)
     params = transformer.grow_vocab(lora.merge(params), model.vocab_size)
+    # Here the error names the source; in the step it would name an operation of the compiler's.
     tree_shapes.compare(params, shapes, source)
     return params
 
@@ -165,10 +172,12 @@ def _evaluation(
     measure = jax.jit(
         lambda params, batch, base: next_token.loss(params, batch, None, base, model=model)[2]
     )
+    # Of targets only, and the UTF-8 bytes of text that these stand for: bits per byte compare tokenizers.
     num_tokens = sum(packed.num_tokens for packed, _ in rows)
     num_bytes = sum(packed.num_bytes for packed, _ in rows)
 
     def evaluate(step: int, state: train.TrainState) -> dict[str, float]:
+        # The last evaluation gives the stage's result, so it takes all rows.
         limit = 0 if step >= num_steps else config.eval_batches
         batches = epoch_batches(
             rows, batch_size=config.batch_size, sharding=sharding, max_batches=limit
@@ -209,33 +218,29 @@ def program(
     num_steps: int,
     seed: int,
 ) -> tuple[Any, train.StateLayout]:
-    """The jitted step and the layout of its state, on real devices or on a planned mesh.
+    """The jitted step (state, batch, base) -> (state, metrics), and the layout of its state.
 
-    Returns:
-      step: (state, batch, base) -> (state, metrics); base: the frozen parameters under adapters, or {}.
-      layout: how the state is made and sharded.
+    base: the frozen parameters under adapters, or {}. The mesh may be a planned one.
     """
-    tx = make_optimizer(config.optim, num_steps, model.moe.bias_rate)
-    shapes, axes = lora.trained(config.lora, transformer.abstract(model), transformer.axes(model))
-    layout = train.state_layout(mesh, shapes, axes, tx)
     loss = functools.partial(
         next_token.loss, model=model, z_loss_coef=config.z_loss_coef, mtp_coef=config.mtp_coef
     )
-    step = train.make_step(
+    return config.make_step(
+        mesh,
         loss,
-        tx,
-        num_micro=config.num_micro,
+        transformer.abstract(model),
+        transformer.axes(model),
+        num_steps=num_steps,
         seed=seed,
-        state_shardings=layout.shardings,
-        spike_factor=config.optim.spike_factor,
+        bias_rate=model.moe.bias_rate,
     )
-    return step, layout
 
 
 def programs(
     mesh: jax.sharding.Mesh, stage: str, config: LanguageModelConfig, model: ModelConfig, seed: int
 ) -> tuple[list[train.Program], dict[str, Any]]:
     """What `jaxllm plan` compiles: ([the step], {role: shapes with shardings of what devices hold})."""
+    # Without num_steps the data decides, which is not read here; the number changes a schedule, not a shape.
     step, layout = program(mesh, config, model, max(config.num_steps, 1), seed)
     length = model.row_length(config.length, f"{stage}.length")
     batch = next_token.planned_rows(mesh, config.batch_size, length)

@@ -47,6 +47,7 @@ class RankConfig:
     """Share of the prompts kept for evaluation, if the lines of a file name no split."""
 
     def __post_init__(self) -> None:
+        # The form only: the function is imported when it is called, perhaps on another machine.
         known = self.annotator == "person" or re.fullmatch(r"file:.+|[\w.]+:\w+", self.annotator)
         require(
             bool(known), f"annotator: person, file:PATH or module:function, not {self.annotator!r}"
@@ -71,6 +72,7 @@ def run(
     config: RankConfig = getattr(life, stage)
     directory = workspace.stage_dir(stage)
     rankings = directory / "rankings.jsonl"
+    # One process asks, scores and writes; the others wait, then read the same files.
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         if config.annotator.startswith("file:"):
@@ -109,6 +111,7 @@ def _simulate(answers: Answers, config: RankConfig, seed: int) -> None:
     """Rank the samples without an answer by the scores of a function."""
     function = resolve_function(config.annotator, "annotator")
     name = config.annotator_name or config.annotator
+    # Marked in the log and in every line: a program's rankings must not pass for a person's.
     begin = answers.count
     total = len(answers.samples)
     console.print(
@@ -141,7 +144,8 @@ def _rank_scores(scores: np.ndarray, tie_margin: float) -> list[int]:
     """
     ranks = [0] * len(scores)
     rank = 0
-    best = np.inf
+    best = np.inf  # of the current group
+    # Best first; stable, so that equal scores keep the order of the responses.
     for i in np.argsort(-scores, kind="stable"):
         if best - scores[i] > tie_margin:
             rank += 1

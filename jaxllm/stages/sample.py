@@ -62,10 +62,12 @@ def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
             f"{stage}.sampling.max_new_tokens: leaves no room for a prompt in model.max_length "
             f"{model.max_length}; lower it"
         )
+    # A prompt and its response share the model's context.
     prompts = _load_prompts(config, tokenizer, max_length)
     path = workspace.stage_dir(stage) / "samples.jsonl"
     batch_size = whole_batch(workspace.mesh, min(config.batch_size, len(prompts)))
     num_done = _keep_whole_batches(path, batch_size)
+    # A generator: a batch is computed when the loop below asks for its first prompt.
     responses = complete(
         params,
         model,
@@ -79,6 +81,7 @@ def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
         batch_size=batch_size,
         start=num_done,
     )
+    # All processes have counted the lines before one appends to them.
     barrier("samples so far")
     # Every process takes part in the generation, and one of them writes.
     file = epath.Path(os.devnull if jax.process_index() else path).open("a")
@@ -94,6 +97,7 @@ def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
                 "seed": workspace.seed,
             }
             file.write(json_line(line))
+            # Only between batches: a run that stops within one would sample its rows again.
             count = i + 1
             if count % batch_size == 0:
                 file.flush()
@@ -104,6 +108,7 @@ def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
                     raise signals.stopped(
                         f"{stage}: {count} of {len(prompts)} prompts are answered"
                     )
+    # The file is closed, hence complete, before any process reads it.
     barrier("samples")
     return _summarize(read_metrics(path), config.num_responses)
 
@@ -128,6 +133,7 @@ def _keep_whole_batches(path: epath.Path, batch_size: int) -> int:
 
         lines    0 1 2 3-      kept  0 1      next batch  2 3
     """
+    # "stop" at a damaged line: the number of a line says which prompt it answers.
     lines = read_metrics(path, "stop")
     num_kept = len(lines) // batch_size * batch_size
     if jax.process_index() == 0:

@@ -45,6 +45,7 @@ class TokenizerConfig:
 def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
     """Train or copy the tokenizer, on process 0; the result holds the sample's size and seed, and the compression."""
     config: TokenizerConfig = getattr(life, stage)
+    # SentencePiece knows no devices; the others read the files of process 0.
     if jax.process_index():
         return {}
     target = workspace.stage_dir(stage) / "tokenizer"
@@ -83,6 +84,7 @@ def _train(config: TokenizerConfig, target: epath.Path, cache: epath.Path) -> di
         num_threads=config.num_threads or os.cpu_count() or 1,
     )
     tokenizer.save(target, {"model_type": config.model_type, **sample})
+    # On held-out text, since a vocabulary fits the text that it was trained on best.
     measured = compression(tokenizer, load_texts(config.data, "held_out", cache))
     _print_compression(measured)
     return {
@@ -109,7 +111,7 @@ def sample_texts(texts: Iterator[str], max_bytes: int, seed: int) -> tuple[list[
     total_bytes = 0
     kept_bytes = 0
     for text in texts:
-        size = len(text.encode("utf-8", "surrogatepass"))
+        size = len(text.encode("utf-8", "surrogatepass"))  # a lone surrogate must not end the run
         total_bytes += size
         number = rng.random()
         if number < threshold:
@@ -125,6 +127,7 @@ def sample_texts(texts: Iterator[str], max_bytes: int, seed: int) -> tuple[list[
 
 def _print_compression(measured: Mapping[str, float | None]) -> None:
     """Print the measures of `compression`, those in tokens next to the rule of thumb."""
+    # The rule of thumb is in tokens per text, so it has a value in those rows only.
     table = Table("held-out text", "measured", "rule of thumb", title="tokenizer: compression")
     for name, value in measured.items():
         number = "no such text" if value is None else f"{value:,.2f}"

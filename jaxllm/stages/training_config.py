@@ -1,6 +1,8 @@
-"""The config fields and checks that the stages share which train on examples: pretrain, sft, reward and dpo."""
+"""The config fields shared by the stages that train on examples (pretrain, sft, reward, dpo), and what follows from them."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -8,8 +10,9 @@ from jaxllm import train
 from jaxllm.config import require
 from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from jaxllm.data.sources import DataConfig
+from jaxllm.models import lora
 from jaxllm.models.lora import LoRAConfig
-from jaxllm.optim import OptimConfig
+from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.sharding import check_batch
 
@@ -18,6 +21,7 @@ from jaxllm.sharding import check_batch
 class TrainingConfig:
     """Data, batches, schedule and checkpoints of a training stage."""
 
+    # A stage declares a field again only where its default differs.
     data: DataConfig = DataConfig()
     """Training data, a share of it held out; reward and dpo without sources: the rankings of the rank stage."""
     init_from: str = ""
@@ -44,14 +48,12 @@ class TrainingConfig:
     """Saving."""
 
     def __post_init__(self) -> None:
+        divides = self.batch_size % self.num_micro == 0
         require(
-            self.batch_size % self.num_micro == 0,
-            f"num_micro: {self.num_micro} does not divide batch_size {self.batch_size}",
+            divides, f"num_micro: {self.num_micro} does not divide batch_size {self.batch_size}"
         )
-        require(
-            bool(self.num_steps or self.num_epochs),
-            "num_steps: must be positive, or 0 with num_epochs above 0",
-        )
+        some = self.num_steps > 0 or self.num_epochs > 0
+        require(some, "num_steps: must be positive, or 0 with num_epochs above 0")
 
     def check_batch(self, mesh: jax.sharding.Mesh, stage: str) -> None:
         """Raise InputError if the devices cannot share the examples of a microbatch equally."""
@@ -65,3 +67,40 @@ class TrainingConfig:
         """
         per_epoch = num_examples / self.batch_size
         return train.count_steps(self.num_steps, self.num_epochs, per_epoch, f"{stage}.num_epochs")
+
+    def make_step(
+        self,
+        mesh: jax.sharding.Mesh,
+        loss: Callable[..., Any],
+        shapes: Any,
+        axes: Any,
+        *,
+        num_steps: int,
+        seed: int,
+        bias_rate: float = 0.0,
+    ) -> tuple[Callable[..., Any], train.StateLayout]:
+        """The jitted step of a model, or of its adapters, and the layout of its state.
+
+        Args:
+          mesh: real devices, or a planned mesh.
+          loss: (params, batch, key, **frozen) -> `losses.Loss`.
+          shapes: abstract parameters of the model.
+          axes: their logical axes.
+          num_steps: length of the learning-rate schedule.
+          seed: of the step's randomness.
+          bias_rate: of the routers' biases (`make_optimizer`).
+
+        Returns:
+          (state, batch, **frozen) -> (state, metrics), and how the state is made and sharded.
+        """
+        tx = make_optimizer(self.optim, num_steps, bias_rate)
+        layout = train.state_layout(mesh, *lora.trained(self.lora, shapes, axes), tx)
+        step = train.make_step(
+            loss,
+            tx,
+            num_micro=self.num_micro,
+            seed=seed,
+            state_shardings=layout.shardings,
+            spike_factor=self.optim.spike_factor,
+        )
+        return step, layout

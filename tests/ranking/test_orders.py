@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.config import InputError
-from jaxllm.ranking.orders import format_order, parse_order, shown_order, unshuffle
+from jaxllm.ranking.orders import LABELS, parse_order, shown_order, unshuffle
 
 
 def dense(values):
@@ -15,6 +15,14 @@ def dense(values):
 
 
 RANKS = st.lists(st.integers(0, 5), min_size=1, max_size=26).map(dense)
+
+
+def format_order(ranks):
+    groups = [
+        "=".join(label for label, other in zip(LABELS, ranks, strict=False) if other == rank)
+        for rank in range(1, max(ranks) + 1)
+    ]
+    return ">".join(groups)
 
 
 @given(RANKS)
