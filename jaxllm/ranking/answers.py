@@ -91,7 +91,7 @@ class Answers:
         write_whole(path, b"".join(lines[:-1]))
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
-        # errors: a lone surrogate, which decoded tokens may hold, becomes "?".
+        # errors: a lone surrogate, which JSON may hold and UTF-8 may not, becomes "?".
         with path.open("a", encoding="utf-8", errors="replace") as file:
             file.write(json_line(line))
             file.flush()
