@@ -76,7 +76,7 @@ class Answers:
     def skip(self) -> None:
         """Leave the next sample without ranks."""
         index = self.count
-        self._append(self._skipped, {"index": index})
+        self._append(self._skipped, {"index": index})  # increments count
         self.skipped.append(index)
 
     def undo(self) -> None:
@@ -118,6 +118,7 @@ def _skipped_index(line: Mapping[str, Any], where: str) -> int:
 def _drop_partial_line(path: Path) -> None:
     """Drop a last line that was cut while it was written: it has no newline. Create the file if it does not exist."""
     data = path.read_bytes() if path.exists() else b""
+    # A line is complete when its newline is there: it is written last.
     complete = data[: data.rfind(b"\n") + 1]
     if complete != data:
         console.print(

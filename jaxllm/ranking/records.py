@@ -126,6 +126,7 @@ def summarize(rankings: Sequence[Mapping[str, Any]], num_skipped: int) -> dict[s
     Raises:
       InputError: there are no rankings, since every prompt was skipped.
     """
+    # Without rankings there is no mean, and nothing for the reward stage to read.
     if not rankings:
         raise InputError(
             "rank: every prompt was skipped; remove rank/skipped.jsonl in the run directory to rank again"
@@ -159,11 +160,13 @@ def _check_ranking(line: Mapping[str, Any], where: str) -> None:
     annotator = line.get("annotator")
     if not isinstance(annotator, str) or not annotator:
         raise InputError(f"{where}: annotator: name who ranked (or set rank.annotator_name)")
+    # Required, not guessed: every number made from simulated rankings is marked as such.
     if not isinstance(line.get("simulated"), bool):
         raise InputError(
             f"{where}: simulated: must be false for a person's ranking, true for a program's"
         )
     _check_split(line.get("split"), where)
+    # The time tells apart the sessions of one annotator; it is kept as text.
     try:
         datetime.datetime.fromisoformat(line["time"])
     except (KeyError, TypeError, ValueError):
@@ -183,6 +186,7 @@ def _check_responses(line: Mapping[str, Any], where: str) -> None:
     check_messages(messages, where)
     if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
         raise InputError(f"{where}: responses: must be a list of texts")
+    # One response has no pair; more than there are letters cannot be named.
     if not 2 <= len(responses) <= len(LABELS):
         raise InputError(
             f"{where}: responses: must be 2 to {len(LABELS)} texts to rank, not {len(responses)}"

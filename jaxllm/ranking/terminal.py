@@ -45,6 +45,7 @@ def ask_person(answers: Answers, annotator: str, seed: int, ask: Callable[[], st
     if answers.count < total:
         console.print(_HELP)
     while answers.count < total:
+        # Read again each time: an undo moves it back.
         index = answers.count
         sample = answers.samples[index]
         order = shown_order(seed, index, len(sample["responses"]))
@@ -74,6 +75,7 @@ def _read_reply(ask: Callable[[], str], num_responses: int, can_undo: bool) -> s
         except UnicodeDecodeError:
             # On a terminal that counts bytes, erasing a character may leave half of it.
             text = "\N{REPLACEMENT CHARACTER}"
+        # NFKC: a person who has just typed Chinese may still type full-width letters.
         command = unicodedata.normalize("NFKC", text).strip().lower()
         if command in ("q", "s") or (command == "u" and can_undo):
             return command
@@ -85,7 +87,7 @@ def _read_reply(ask: Callable[[], str], num_responses: int, can_undo: bool) -> s
             try:
                 return parse_order(text, num_responses)
             except InputError as error:
-                console.print(Text(str(error), style="red"))
+                console.print(Text(str(error), style="red"))  # and ask again
 
 
 def _show(sample: Mapping[str, Any], order: np.ndarray, title: str) -> None:

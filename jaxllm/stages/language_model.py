@@ -53,12 +53,13 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     """The training of the decoder in stage "pretrain" or "sft"; its result holds the held-out bits per byte."""
     config: LanguageModelConfig = getattr(life, stage)
     mesh = workspace.mesh
+    # The tokenizer decides the size of the vocabulary, so it comes before the model.
     model = resolve_model(life.model, workspace.tokenizer().vocab_size, config.init_from)
     # Documents alone can be learned from nothing; conversations need a model that knows the language.
     source = ""
     if stage != "pretrain" or config.init_from:
         source = workspace.source(config.init_from, "pretrain", stage)
-    config.check_batch(mesh, stage)
+    config.check_batch(mesh, stage)  # before the data, whose preparation may take hours
     length = model.row_length(config.length, f"{stage}.length")
     rows = _load_rows(workspace, stage, config, length)
     num_steps = config.count_steps(epoch_rows(rows["train"]), stage)
@@ -71,6 +72,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     directory = workspace.stage_dir(stage)
     write_model_card(directory, model, "policy", ("params",), config.lora, source)
 
+    # Called only if there is no checkpoint to resume from.
     def init() -> train.TrainState:
         if not base:
             return layout.init(load_params())
@@ -153,6 +155,8 @@ def _initial_params(workspace: Workspace, model: ModelConfig, source: str) -> An
         shardings = param_shardings(workspace.mesh, shapes, transformer.axes(model))
         init = jax.jit(functools.partial(transformer.init, model), out_shardings=shardings)
         return init(jax.random.key(workspace.seed))
+    # Adapters of the source are merged, since new ones are trained on plain weights. Tokens that the source does not
+    # know get the mean embedding, so that at first they are as likely as an average token.
     params, _ = load_model(source, workspace.mesh)
     params = transformer.grow_vocab(lora.merge(params), model.vocab_size)
     # Here the error names the source; in the step it would name an operation of the compiler's.
@@ -169,6 +173,7 @@ def _evaluation(
     base: Any,
 ) -> Callable[[int, train.TrainState], dict[str, float]]:
     """(step, state) -> nats per target token and bits per UTF-8 byte on held-out rows."""
+    # base is an argument here too, for the same reason as in the step. The key is None: no dropout.
     measure = jax.jit(
         lambda params, batch, base: next_token.loss(params, batch, None, base, model=model)[2]
     )
@@ -207,6 +212,7 @@ def _result(
         **held_out(metrics),
         "tokens_per_second": metrics.get("throughput/tokens_per_second", 0.0),
         "mfu": metrics.get("throughput/mfu", 0.0),
+        # A number that is almost surely different if any parameter is: it tells two runs apart at a glance.
         "norm": float(optax.tree.norm(state.params)),
     }
 
@@ -269,6 +275,7 @@ def _print_plan(
         num_dropped += sum(packed.num_dropped for packed, _ in mixture)
     num_rows = sum(packed.num_rows for packed, _ in rows["train"])
     dropped = f", {num_dropped} too long and dropped" if num_dropped else ""
+    # One number per source: weights may repeat a small source while a large one is read in part.
     epochs = epochs_of(rows["train"], num_steps, batch_size)
     passes = " + ".join(f"{count:.2f}" for count in epochs)
     sources = " of the sources" if len(epochs) > 1 else ""

@@ -96,6 +96,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     write_model_card(directory, model, kind, ("params",), config.lora, source)
     rankings = _load_rankings(workspace, stage, config, model)
     config.check_batch(mesh, stage)
+    # An epoch is over prompts, not pairs: all pairs of a prompt are in one batch, and are learned from once.
     num_steps = config.count_steps(len(rankings["train"]), stage)
 
     step, score, layout = _program(mesh, stage, config, model, num_steps, workspace.seed)
@@ -179,6 +180,7 @@ def _load_rankings(
     rankings = {}
     for split in ("train", "held_out"):
         rankings[split] = load_ranked(data, split, tokenizer, length)
+    # Held-out rankings need scores too, but may all be ties: they are only measured.
     if config.loss == "regression":
         _check_scores(stage, [*rankings["train"], *rankings["held_out"]])
     else:
@@ -224,7 +226,7 @@ def _program(
       score: (params, batch, **frozen) -> scores float32[B, K].
       layout: how the state is made and sharded.
     """
-    # Both score float32[B, K]; only the models differ.
+    # Two ways to score float32[B, K]; loss, step and measures are the same for both.
     if stage == "dpo":
         family = transformer
         score = functools.partial(implicit_rewards, model=model, beta=config.beta)
@@ -257,6 +259,7 @@ def _initial_params(
 
 def _frozen_params(stage: str, config: PreferenceConfig, policy: Any) -> dict[str, Any]:
     """Arguments of the step that stay fixed: base, the weights under adapters, and DPO's reference `ref`."""
+    # The reference is the policy before training, without adapters.
     if stage == "dpo":
         return {"base": lora.frozen(config.lora, policy), "ref": policy}
     return {"base": lora.frozen(config.lora, {"trunk": policy})}
@@ -313,6 +316,7 @@ def plan(
         "scores": jax.ShapeDtypeStruct(rows[:2], jnp.float32),
     }
     policy = place_params(mesh, transformer.abstract(model), transformer.axes(model))
+    # The reward model's decoder is one branch of its parameters, next to the scalar head.
     under_adapters = policy if stage == "dpo" else {"trunk": policy}
     base = lora.place_frozen(config.lora, under_adapters, replicated(mesh))
     if stage == "dpo":

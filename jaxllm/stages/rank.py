@@ -80,6 +80,7 @@ def run(
         else:
             _rank_samples(workspace, directory, config, ask)
     barrier("rank")
+    # From the file, so that the result also counts what an earlier run ranked.
     return records.summarize(records.read_rankings(rankings), count_skipped(directory))
 
 
@@ -100,6 +101,7 @@ def _rank_samples(
     workspace.require("sample", "rank")
     path = workspace.stage_dir("sample") / "samples.jsonl"
     answers = Answers(directory, records.read_samples(path, config.max_prompts))
+    # Answers given before an interruption are kept, whoever gave them.
     if config.annotator == "person":
         name = config.annotator_name or "person"
         ask_person(answers, name, workspace.seed, ask or terminal_input())
@@ -109,7 +111,9 @@ def _rank_samples(
 
 def _simulate(answers: Answers, config: RankConfig, seed: int) -> None:
     """Rank the samples without an answer by the scores of a function."""
+    # Resolved first: a missing function is an error before anything is printed or written.
     function = resolve_function(config.annotator, "annotator")
+    # The whole specification by default, so that rankings of two functions can be told apart.
     name = config.annotator_name or config.annotator
     # Marked in the log and in every line: a program's rankings must not pass for a person's.
     begin = answers.count

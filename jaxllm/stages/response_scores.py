@@ -144,11 +144,13 @@ def breakdown(
 
     scores, ranks: [N, K] as in `held_out_metrics`.
     """
+    # By K: many responses make many pairs. By distance: neighbors in rank are hard to tell apart for anyone.
     report: dict[str, Any] = {
         "accuracy_by_k": measures.accuracy_by(scores, ranks, "k"),
         "accuracy_by_distance": measures.accuracy_by(scores, ranks, "distance"),
         "reliability": measures.reliability(measures.pair_margins(scores, ranks)),
     }
+    # The annotators' agreement is the ceiling of any reward model's accuracy.
     agreement = measures.annotator_agreement(examples)
     if agreement:
         report["annotator_agreement"], report["annotator_agreement_pairs"] = agreement

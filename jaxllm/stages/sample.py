@@ -12,7 +12,7 @@ from jaxllm.config import InputError, require
 from jaxllm.config.ranges import NonNegativeInt, PositiveInt
 from jaxllm.data.loader import PromptExample, load_prompts
 from jaxllm.data.sources import DataConfig
-from jaxllm.generate import SamplingConfig, complete, whole_batch
+from jaxllm.generate import Completion, SamplingConfig, complete, whole_batch
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, read_metrics, write_whole
 from jaxllm.sharding import barrier
@@ -83,22 +83,13 @@ def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
     )
     # All processes have counted the lines before one appends to them.
     barrier("samples so far")
+    about = {"source": source, "seed": workspace.seed}
     # Every process takes part in the generation, and one of them writes.
     file = epath.Path(os.devnull if jax.process_index() else path).open("a")
     with file, workspace.signals as signals:
-        for i, completions in enumerate(responses, start=num_done):
-            split, prompt = prompts[i]
-            line = {
-                "messages": prompt.messages,
-                "responses": [tokenizer.decode(completion.ids) for completion in completions],
-                "finished": [completion.finished for completion in completions],
-                "split": split,
-                "source": source,
-                "seed": workspace.seed,
-            }
-            file.write(json_line(line))
+        for count, completions in enumerate(responses, start=num_done + 1):
+            file.write(json_line(_sample(*prompts[count - 1], completions, tokenizer) | about))
             # Only between batches: a run that stops within one would sample its rows again.
-            count = i + 1
             if count % batch_size == 0:
                 file.flush()
                 console.print(
@@ -113,11 +104,24 @@ def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
     return _summarize(read_metrics(path), config.num_responses)
 
 
+def _sample(
+    split: str, prompt: PromptExample, completions: Sequence[Completion], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """A line of samples.jsonl; finished: whether a response ended by itself, before max_new_tokens."""
+    return {
+        "messages": prompt.messages,
+        "responses": [tokenizer.decode(completion.ids) for completion in completions],
+        "finished": [completion.finished for completion in completions],
+        "split": split,
+    }
+
+
 def _load_prompts(
     config: SampleConfig, tokenizer: Tokenizer, max_length: int
 ) -> list[tuple[str, PromptExample]]:
     """(split, prompt) of the prompts to sample, those of the training split first."""
     prompts = []
+    # In a fixed order: the number of a line in samples.jsonl is the number of its prompt.
     for split, count in (("train", config.num_prompts), ("held_out", config.num_held_out)):
         if count:  # loading an empty split is an error, also if nothing is wanted of it
             for prompt in load_prompts(config.data, split, tokenizer, max_length)[:count]:
@@ -143,6 +147,7 @@ def _keep_whole_batches(path: epath.Path, batch_size: int) -> int:
 
 def _summarize(lines: Sequence[dict[str, Any]], num_responses: int) -> dict[str, Any]:
     """The stage's result from the lines of samples.jsonl."""
+    # Over all lines of the file, those of an interrupted run included.
     total = 0
     num_finished = 0
     num_characters = 0

@@ -56,6 +56,7 @@ def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
 
 def _copy(init_from: str, target: epath.Path) -> dict[str, Any]:
     """Save the tokenizer of a stage directory, which is in a subfolder, or of a downloaded model, which is not."""
+    # Nothing is trained or measured: the text may not even be there.
     folder = epath.Path(init_from).expanduser()
     inside = folder / "tokenizer"
     tokenizer = load_tokenizer(inside if inside.exists() else folder)
@@ -64,6 +65,7 @@ def _copy(init_from: str, target: epath.Path) -> dict[str, Any]:
 
 
 def _train(config: TokenizerConfig, target: epath.Path, cache: epath.Path) -> dict[str, Any]:
+    # A sample, so that time and memory of the training do not grow with the corpus.
     texts, corpus_bytes = sample_texts(
         load_texts(config.data, "train", cache), config.sample_bytes, config.sample_seed
     )

@@ -48,6 +48,7 @@ class TrainingConfig:
     """Saving."""
 
     def __post_init__(self) -> None:
+        # What does not need the devices is checked here, so that the error names the line of the config file.
         divides = self.batch_size % self.num_micro == 0
         require(
             divides, f"num_micro: {self.num_micro} does not divide batch_size {self.batch_size}"
@@ -65,6 +66,7 @@ class TrainingConfig:
 
         Raises InputError if they are more than devices can count.
         """
+        # A fraction: the last batch of an epoch is completed from the next one.
         per_epoch = num_examples / self.batch_size
         return train.count_steps(self.num_steps, self.num_epochs, per_epoch, f"{stage}.num_epochs")
 
@@ -93,6 +95,7 @@ class TrainingConfig:
         Returns:
           (state, batch, **frozen) -> (state, metrics), and how the state is made and sharded.
         """
+        # Optimizer state exists for trained parameters only, which is what makes adapters cheap.
         tx = make_optimizer(self.optim, num_steps, bias_rate)
         layout = train.state_layout(mesh, *lora.trained(self.lora, shapes, axes), tx)
         step = train.make_step(
