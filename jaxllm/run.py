@@ -16,6 +16,7 @@ from rich.text import Text
 from jaxllm import stages
 from jaxllm.config import InputError, complete, to_tree
 from jaxllm.life import Config, with_defaults
+from jaxllm.loop import run_training
 from jaxllm.metrics import require_finite
 from jaxllm.runtime import checkpoint, goodput
 from jaxllm.runtime.console import console
@@ -23,7 +24,7 @@ from jaxllm.runtime.files import read_json, read_metrics
 from jaxllm.runtime.processes import Signals, join
 from jaxllm.sharding import barrier, make_mesh
 from jaxllm.stages import Stage
-from jaxllm.train import Training, run_training
+from jaxllm.train import Training
 from jaxllm.workspace import Workspace
 
 
