@@ -1,4 +1,4 @@
-"""The whole program: a life from text to PPO, run twice, killed in every stage, and used."""
+"""The whole program: one life from text to PPO, run twice, killed in every stage; then its models are used."""
 
 import itertools
 import json
@@ -19,19 +19,18 @@ from tests.conftest import ROOT, jaxllm
 LIFE = Config().stages
 
 
-def test_every_stage_leaves_its_result_and_says_what_is_next(tiny_run):
+def test_every_stage_writes_its_result_and_prints_the_next_command(tiny_run):
     log = (tiny_run / "log.txt").read_text()
     for stage, following in itertools.pairwise(LIFE):
-        assert (tiny_run / stage / "result.json").exists() and (
-            tiny_run / stage / "config.json"
-        ).exists()
+        for name in ("result.json", "config.json"):
+            assert (tiny_run / stage / name).exists()
         assert f"next: jaxllm {following} configs/tiny.yaml" in " ".join(log.split())
     for name in ("report.html", "report.md", "report.json"):
         assert (tiny_run / name).stat().st_size > 500
     assert "SIMULATED" in log
 
 
-def test_the_numbers_of_the_tiny_life_are_those_of_a_model_that_learnt(tiny_run):
+def test_the_numbers_of_the_tiny_life_are_those_of_a_trained_model(tiny_run):
     result = json.loads((tiny_run / "evaluate" / "result.json").read_text())
     stages = result["stages"]
     assert stages["pretrain"]["bits_per_byte"] < result["xz_bits_per_byte"]
@@ -55,7 +54,7 @@ def test_a_second_run_does_nothing_and_says_so(tiny_run):
     assert {p for p in before if p.is_file() and before[p] != after[p]} == set()
 
 
-# A line each stage prints in its middle; the process is killed when it appears.
+# A line that each stage prints halfway; the process is killed when it appears.
 MIDDLE = {
     "tokenizer": "tokenizer: ",
     "pretrain": "pretrain 90/160",
@@ -72,7 +71,8 @@ MIDDLE = {
     "stages", [["pretrain", "rank", "ppo"], pytest.param(LIFE, marks=pytest.mark.slow)], ids=len
 )
 def test_killed_in_some_or_every_stage_it_ends_with_the_same_bits(tiny_run, tmp_path, stages):
-    directory, log = tmp_path / "run", ""
+    directory = tmp_path / "run"
+    log = ""
     for stage in stages:
         process = jaxllm(
             "run", "configs/tiny.yaml", "--run-dir", str(directory), stdout=subprocess.DEVNULL
@@ -87,7 +87,7 @@ def test_killed_in_some_or_every_stage_it_ends_with_the_same_bits(tiny_run, tmp_
         process.stderr.close()
         assert process.returncode == -signal.SIGKILL, log
         assert not (directory / stage / "result.json").exists(), (
-            f"{stage} was finished already when it was killed"
+            f"{stage} had finished when it was killed"
         )
     process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(directory))
     _, rest = process.communicate(timeout=200)
@@ -95,11 +95,12 @@ def test_killed_in_some_or_every_stage_it_ends_with_the_same_bits(tiny_run, tmp_
     for stage in ("pretrain", "sft", "reward", "ppo"):
         same_checkpoint(tiny_run / stage, directory / stage)
     for name in ("sample/samples.jsonl", "rank/rankings.jsonl"):
-        rows = [json_lines(d / name) for d in (tiny_run, directory)]
-        assert [strip(r) for r in rows[0]] == [strip(r) for r in rows[1]]
+        expected = [outcome(line) for line in json_lines(tiny_run / name)]
+        assert [outcome(line) for line in json_lines(directory / name)] == expected
     for stage in ("pretrain", "ppo"):
-        series = [json_lines(d / stage / "metrics.jsonl") for d in (tiny_run, directory)]
-        assert [metrics(line) for line in series[0]] == [metrics(line) for line in series[1]]
+        name = f"{stage}/metrics.jsonl"
+        expected = [metrics(line) for line in json_lines(tiny_run / name)]
+        assert [metrics(line) for line in json_lines(directory / name)] == expected
 
 
 def json_lines(path):
@@ -116,53 +117,50 @@ def test_killed_between_the_last_step_and_the_result_it_only_writes_the_result(t
     assert process.returncode == 0, log
     for stage in ("pretrain", "sft", "reward", "ppo"):
         same_checkpoint(tiny_run / stage, directory / stage)
-        ours, theirs = (
-            json.loads((d / stage / "result.json").read_text()) for d in (directory, tiny_run)
-        )
-        own = {"wall_seconds", "peak_memory_bytes"}
-        assert {k: v for k, v in ours.items() if k not in own} == {
-            k: v for k, v in theirs.items() if k not in own
-        }
+        written = json.loads((directory / stage / "result.json").read_text())
+        expected = json.loads((tiny_run / stage / "result.json").read_text())
+        assert outcome(written) == outcome(expected)
 
 
-def strip(record):
-    return {k: v for k, v in record.items() if k not in ("time", "source")}
+# What differs between two runs with the same outcome.
+OWN = {"time", "source", "wall_seconds", "peak_memory_bytes"}
+
+
+def outcome(record):
+    return {name: value for name, value in record.items() if name not in OWN}
 
 
 def metrics(line):
-    return {k: v for k, v in line.items() if k != "time" and not k.startswith("throughput")}
-
-
-def same_checkpoint(one, two):
-    """The newest checkpoints of two stage directories hold the same bits, optimizer state included."""
-    trees = []
-    for directory in (one, two):
-        steps = sorted(
-            int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit()
-        )
-        path = (directory / "checkpoints" / str(steps[-1])).resolve()
-        handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        args = {"restore_args": None}
-        meta = handler.metadata(path).item_metadata.tree
-        args = ocp.args.PyTreeRestore(restore_args=_as_numpy(meta))
-        trees.append((steps[-1], _flat(handler.restore(path, args=args))))
-    assert trees[0][0] == trees[1][0] and trees[0][1].keys() == trees[1][1].keys()
-    for name, value in trees[0][1].items():
-        np.testing.assert_array_equal(value, trees[1][1][name], err_msg=f"{one.name}: {name}")
-
-
-def _as_numpy(meta):
-    import jax
-
-    return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), meta)
-
-
-def _flat(tree):
-    import jax
-
     return {
-        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        name: value for name, value in outcome(line).items() if not name.startswith("throughput")
     }
+
+
+def same_checkpoint(directory, other):
+    """The newest checkpoints of two stage directories hold the same bits, optimizer state included."""
+    step, leaves = newest_checkpoint(directory)
+    other_step, other_leaves = newest_checkpoint(other)
+    assert step == other_step
+    assert leaves.keys() == other_leaves.keys()
+    for name, leaf in leaves.items():
+        np.testing.assert_array_equal(leaf, other_leaves[name], err_msg=f"{directory.name}: {name}")
+
+
+def newest_checkpoint(directory):
+    """(step, {name: NumPy array}) of a stage directory, read by Orbax alone."""
+    import jax
+
+    entries = (directory / "checkpoints").iterdir()
+    step = max(int(entry.name) for entry in entries if entry.name.isdigit())
+    path = (directory / "checkpoints" / str(step)).resolve()
+    handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+        handler.metadata(path).item_metadata.tree,
+    )
+    tree = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return step, {jax.tree_util.keystr(key): leaf for key, leaf in leaves}
 
 
 def generate(*args):
@@ -173,37 +171,24 @@ def generate(*args):
 
 
 def test_generate_prints_only_text_and_repeats_itself(tiny_run):
-    greedy = [
-        "--prompt",
-        "The soup tastes great. I love it.",
-        "--chat",
-        "--temperature",
-        0,
-        "--max-new-tokens",
-        12,
-    ]
-    assert generate(tiny_run / "sft", *greedy).strip() == "good 好"
+    greedy = ["--chat", "--temperature", 0, "--max-new-tokens", 12]
+    answer = generate(tiny_run / "sft", "--prompt", "The soup tastes great. I love it.", *greedy)
+    assert answer.strip() == "good 好"
     sampled = ["--prompt", "The", "--num-samples", 3, "--max-new-tokens", 8, "--seed", 7]
     first = generate(tiny_run / "pretrain", *sampled)
-    assert first == generate(tiny_run / "pretrain", *sampled) and len(first.splitlines()) >= 3
+    assert first == generate(tiny_run / "pretrain", *sampled)
+    assert len(first.splitlines()) >= 3
 
 
 @pytest.mark.slow
 def test_the_best_of_n_is_the_one_the_reward_model_scores_highest(tiny_run):
-    asked = [
-        "--prompt",
-        "The soup tastes great.",
-        "--chat",
-        "--max-new-tokens",
-        8,
-        "--temperature",
-        1.5,
-    ]
-    drawn = generate(tiny_run / "sft", *asked, "--num-samples", 6).splitlines()
-    best = generate(
-        tiny_run / "sft", *asked, "--best-of", 6, "--reward-from", tiny_run / "reward"
-    ).splitlines()
-    assert len(best) == 1 and best[0] in drawn and len(set(drawn)) > 1
+    options = ["--chat", "--max-new-tokens", 8, "--temperature", 1.5]
+    asked = ["--prompt", "The soup tastes great.", *options]
+    sampled = generate(tiny_run / "sft", *asked, "--num-samples", 6).splitlines()
+    best_of = ["--best-of", 6, "--reward-from", tiny_run / "reward"]
+    (best,) = generate(tiny_run / "sft", *asked, *best_of).splitlines()
+    assert best in sampled
+    assert len(set(sampled)) > 1
     process = jaxllm("generate", str(tiny_run / "sft"), "--prompt", "x", "--best-of", "4")
     _, log = process.communicate(timeout=60)
     assert process.returncode == 2 and "--reward-from" in log
@@ -221,16 +206,10 @@ def test_the_rest_of_the_family_runs_from_the_command_line(tiny_run, tmp_path):
         --ppo.num-steps 2 --ppo.lora.rank 4 --ppo.ptx.coef 0.5 --ppo.ema-decay 0.5
         --evaluate.num-prompts 8 --evaluate.max-accuracy-examples 16
     """)
-    for command in (["dpo"], ["run", "--stages", "reward", "rloo", "ppo", "evaluate"]):
-        name, *stages = command
-        where = [
-            "configs/tiny.yaml",
-            "--run-dir",
-            str(directory),
-            "--rloo.init-from",
-            str(directory / "dpo"),
-        ]
-        process = jaxllm(name, *where, *stages, *overrides)
+    overrides += ["--run-dir", str(directory), "--rloo.init-from", str(directory / "dpo")]
+    stages = ["--stages", "reward", "rloo", "ppo", "evaluate"]
+    for command in (["dpo", "configs/tiny.yaml"], ["run", "configs/tiny.yaml", *stages]):
+        process = jaxllm(*command, *overrides)
         _, log = process.communicate(timeout=300)
         assert process.returncode == 0, log
     result = json.loads((directory / "evaluate" / "result.json").read_text())
@@ -241,27 +220,27 @@ def test_the_rest_of_the_family_runs_from_the_command_line(tiny_run, tmp_path):
     ).strip()
     assert "RLOO" in (directory / "report.md").read_text()
     rollouts = json_lines(directory / "ppo" / "rollouts.jsonl")
-    assert {line["step"] for line in rollouts} == {1, 2} and all(
-        line["prompt"] for line in rollouts
-    )
+    assert {line["step"] for line in rollouts} == {1, 2}
+    assert all(line["prompt"] for line in rollouts)
 
 
 def test_chat_streams_and_keeps_the_conversation(tiny_run):
-    process = jaxllm(
-        "chat",
-        str(tiny_run / "ppo"),
-        "--temperature",
-        "0",
-        "--max-new-tokens",
-        "16",
-        stdin=subprocess.PIPE,
-    )
-    turns = "The soup is bad. I hate it.\n\n/reset\n这家酒店很好，下次还会来。\nThe room is dirty and broken. I want a refund.\n/quit\n"
-    out, log = process.communicate(turns, timeout=120)
+    greedy = ["--temperature", "0", "--max-new-tokens", "16"]
+    process = jaxllm("chat", str(tiny_run / "ppo"), *greedy, stdin=subprocess.PIPE)
+    turns = [
+        "The soup is bad. I hate it.",
+        "",
+        "/reset",
+        "这家酒店很好，下次还会来。",
+        "The room is dirty and broken. I want a refund.",
+        "/quit",
+    ]
+    out, log = process.communicate("".join(f"{turn}\n" for turn in turns), timeout=120)
     assert process.returncode == 0, log
     lines = out.splitlines()
-    assert len(lines) == 3 and lines[0] == "bad 差" and lines[1] == "good 好"
-    assert log.count("forgotten") == 1  # the third message does not fit beside the second turn
+    assert len(lines) == 3
+    assert lines[:2] == ["bad 差", "good 好"]
+    assert log.count("forgotten") == 1  # the third message does not fit along with the second turn
 
 
 def test_every_config_loads_round_trips_and_has_a_model():
@@ -287,7 +266,6 @@ def test_help_explains_every_option(command):
     text = "\n".join(line.strip("│ ") for line in out.splitlines())
     options = re.split(r"^(?=--)", text, flags=re.MULTILINE)[1:]
     assert len(options) >= 6
-    for option in (
-        options
-    ):  # a sentence before its default; tyro prints the default alone where there is none
+    # A sentence comes before the default; an option without help has the default alone.
+    for option in options:
         assert re.search(r"\w.?\.\s+\((default|required)", option), f"not explained: {option}"

@@ -62,7 +62,7 @@ TABLE: tuple[Stage, ...] = (
         help="train the tokenizer",
         section="jaxllm.stages.tokenizer:TokenizerConfig",
         section_help="Stage 1; without data of its own it reads pretrain.data.",
-        run="jaxllm.stages.tokenizer:build",
+        run="jaxllm.stages.tokenizer:run",
     ),
     Stage(
         name="pretrain",
@@ -94,7 +94,7 @@ TABLE: tuple[Stage, ...] = (
         help="draw K responses to each prompt",
         section="jaxllm.stages.sample:SampleConfig",
         section_help="Stage 4.",
-        run="jaxllm.stages.sample:build",
+        run="jaxllm.stages.sample:run",
     ),
     Stage(
         name="rank",
@@ -102,7 +102,7 @@ TABLE: tuple[Stage, ...] = (
         help="rank them: a person, a file or a simulated annotator",
         section="jaxllm.stages.rank:RankConfig",
         section_help="Stage 5.",
-        run="jaxllm.stages.rank:build",
+        run="jaxllm.stages.rank:run",
     ),
     Stage(
         name="reward",

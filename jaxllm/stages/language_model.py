@@ -1,13 +1,13 @@
-"""Pre-training and supervised fine-tuning: the next-token loss over packed rows.
+"""Pre-training and supervised fine-tuning (SFT): the next-token loss over packed rows.
 
-Pre-training goes over documents, from fresh parameters; fine-tuning over conversations, from the pre-trained ones,
-where the loss falls on the assistant's tokens only, its end included.
+Pre-training starts from fresh parameters and reads documents. Fine-tuning starts from the pre-trained model and reads
+conversations, in which only the assistant's tokens, the end of turn included, are targets.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,9 +15,9 @@ import optax
 
 from jaxllm import train
 from jaxllm.config import InputError
-from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jaxllm.config.ranges import NonNegativeFloat, PositiveInt
 from jaxllm.data.loader import (
-    Rows,
+    Mixture,
     epoch_batches,
     epoch_rows,
     epochs_of,
@@ -25,181 +25,196 @@ from jaxllm.data.loader import (
     load_rows,
     make_batch_at,
 )
-from jaxllm.data.sources import DataConfig
 from jaxllm.evaluation import measures
 from jaxllm.metrics import Work, held_out, peak_flops
-from jaxllm.model_store import load_model, read_model_card, write_model_card
 from jaxllm.models import lora, next_token, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.lora import LoRAConfig
-from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
+from jaxllm.optim import learning_rate
 from jaxllm.runtime import tree_shapes
-from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.runtime.console import console
-from jaxllm.sharding import activation, check_batch, param_shardings, place_params, replicated
-from jaxllm.workspace import Workspace
+from jaxllm.sharding import activation, param_shardings, place_params, replicated
+from jaxllm.stages.training_config import TrainingConfig
+from jaxllm.workspace import Workspace, load_model, read_model_card, write_model_card
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModelConfig:
+class LanguageModelConfig(TrainingConfig):
     """Training on next tokens."""
 
-    data: DataConfig = DataConfig()
-    """What to train on; a share of it is held out."""
-    init_from: str = ""
-    """Stage directory to start from; empty: the stage before (pre-training: fresh parameters)."""
-    num_steps: NonNegativeInt = 0
-    """Optimizer updates; 0: as many as num_epochs takes."""
-    num_epochs: NonNegativeFloat = 1.0
-    """Passes over the data, where num_steps is 0."""
-    batch_size: PositiveInt = 16
-    """Rows per update, over all devices and microbatches."""
-    num_micro: PositiveInt = 1
-    """Microbatches per update (gradient accumulation)."""
-    length: NonNegativeInt = 0
-    """Tokens per row; 0: model.max_length."""
     z_loss_coef: NonNegativeFloat = 0.0
     """Coefficient of logsumexp^2 (PaLM)."""
     mtp_coef: NonNegativeFloat = 0.3
     """Weight of the losses of model.mtp_modules, together (DeepSeek-V3, eq. 25)."""
-    log_every: PositiveInt = 10
-    """Steps per logged interval."""
-    eval_every: PositiveInt = 200
-    """Steps between evaluations on the held-out split."""
     eval_batches: PositiveInt = 16
-    """Batches of an evaluation during training; the final one takes all of the held-out split."""
-    optim: OptimConfig = OptimConfig()
-    """Optimizer and schedule."""
-    lora: LoRAConfig = LoRAConfig()
-    """Train adapters on the model started from, in place of all parameters."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    """Saving."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size % self.num_micro:
-            raise ValueError(
-                f"num_micro: {self.num_micro} does not divide batch_size {self.batch_size}"
-            )
-        if not self.num_steps and not self.num_epochs:
-            raise ValueError("num_steps: must be positive, or 0 with num_epochs above 0")
+    """Batches per evaluation during training; the final one uses the whole held-out split."""
 
 
 def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
-    """The training of the decoder in stage "pretrain" or "sft"; the result has its held-out bits per byte."""
+    """The training of the decoder in stage "pretrain" or "sft"; its result holds the held-out bits per byte."""
     config: LanguageModelConfig = getattr(life, stage)
+    mesh = workspace.mesh
+    # The tokenizer decides the size of the vocabulary, so it comes before the model.
     model = resolve_model(life.model, workspace.tokenizer().vocab_size, config.init_from)
-    kind = "document" if stage == "pretrain" else "chat"
-    fresh = stage == "pretrain" and not config.init_from
-    source = "" if fresh else workspace.source(config.init_from, "pretrain", stage)
-    mesh, directory = workspace.mesh, workspace.stage_dir(stage)
-    check_batch(
-        mesh, config.batch_size // config.num_micro, f"{stage}.batch_size / {stage}.num_micro"
-    )
-    tokenizer, length = workspace.tokenizer(), model.row_length(config.length, f"{stage}.length")
-    cache = workspace.run_dir / "cache"
-    rows = {
-        split: load_rows(config.data, kind, split, tokenizer, length, cache)
-        for split in ("train", "held_out")
-    }
-    per_epoch = epoch_rows(rows["train"]) / config.batch_size
-    num_steps = train.count_steps(
-        config.num_steps, config.num_epochs, per_epoch, f"{stage}.num_epochs"
-    )
-    describe(stage, rows, model, num_steps, config.batch_size)
-    step, placed = program(mesh, config, model, num_steps, workspace.seed)
-    whole, axes = transformer.abstract(model), transformer.axes(model)
-    seed, sharding = workspace.seed, activation(mesh, "batch", None)
+    # Documents alone can be learned from nothing; conversations need a model that knows the language.
+    source = ""
+    if stage != "pretrain" or config.init_from:
+        source = workspace.source(config.init_from, "pretrain", stage)
+    config.check_batch(mesh, stage)  # before the data, whose preparation may take hours
+    length = model.row_length(config.length, f"{stage}.length")
+    rows = _load_rows(workspace, stage, config, length)
+    num_steps = config.count_steps(epoch_rows(rows["train"]), stage)
+    _print_plan(stage, rows, model, num_steps, config.batch_size)
 
-    def first() -> Any:
-        if not source:
-            init = jax.jit(
-                functools.partial(transformer.init, model),
-                out_shardings=param_shardings(mesh, whole, axes),
-            )
-            return init(jax.random.key(seed))
-        params = transformer.grow_vocab(lora.merge(load_model(source, mesh)[0]), model.vocab_size)
-        tree_shapes.compare(params, whole, source)
-        return params
-
-    base = lora.frozen(config.lora, first()) if config.lora.rank else {}
-    measure = jax.jit(
-        lambda params, batch, base: next_token.loss(params, batch, None, base, model=model)[2]
-    )
-
-    def evaluation(step: int, state: train.TrainState) -> dict[str, float]:
-        limit = 0 if step >= num_steps else config.eval_batches
-        batches = epoch_batches(
-            rows["held_out"], batch_size=config.batch_size, sharding=sharding, max_batches=limit
-        )
-        nats = measures.run(functools.partial(measure, base=base), state.params, batches)["loss"]
-        counts = (
-            sum(getattr(r, name) for r, _ in rows["held_out"])
-            for name in ("num_tokens", "num_bytes")
-        )
-        return {"eval/loss": nats, "eval/bits_per_byte": measures.bits_per_byte(nats, *counts)}
-
-    def start() -> train.TrainState:
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        make = jax.jit(
-            functools.partial(lora.init, config.lora), out_shardings=placed.shardings.params
-        )
-        return placed.init(make(base, key) if base else first())
-
+    step, layout = program(mesh, config, model, num_steps, workspace.seed)
+    load_params = functools.partial(_initial_params, workspace, model, source)
+    # The weights under adapters are an argument of every step: in a closure, XLA would copy them as constants.
+    base = lora.frozen(config.lora, load_params()) if config.lora.rank else {}
+    directory = workspace.stage_dir(stage)
     write_model_card(directory, model, "policy", ("params",), config.lora, source)
+
+    # Called only if there is no checkpoint to resume from.
+    def init() -> train.TrainState:
+        if not base:
+            return layout.init(load_params())
+        make = jax.jit(
+            functools.partial(lora.init, config.lora), out_shardings=layout.shardings.params
+        )
+        # Fresh parameters are made from the seed's own key; adapters take the next one.
+        key = jax.random.fold_in(jax.random.key(workspace.seed), 1)
+        return layout.init(make(base, key))
+
+    sharding = activation(mesh, "batch", None)
+    # Work counts every position of the rows, padding included: that is what the devices compute.
     tokens = config.batch_size * length
-
-    def result(state: train.TrainState, metrics: Mapping[str, float]) -> dict[str, Any]:
-        return {
-            "parameters": transformer.num_params(model),
-            "steps": num_steps,
-            "tokens": num_steps * tokens,
-            "train_loss": metrics["train/loss"],
-            **held_out(metrics),
-            "tokens_per_second": metrics.get("throughput/tokens_per_second", 0.0),
-            "mfu": metrics.get("throughput/mfu", 0.0),
-            "norm": float(optax.tree.norm(state.params)),
-        }
-
+    flops = transformer.flops_per_token(model, length) * tokens
     return train.Training(
         data=fingerprint([*rows["train"], *rows["held_out"]]),
-        init=start,
-        abstract=placed.abstract,
+        init=init,
+        abstract=layout.abstract,
         step=functools.partial(step, base=base),
         batch_at=make_batch_at(
-            rows["train"], batch_size=config.batch_size, seed=seed, sharding=sharding
+            rows["train"], batch_size=config.batch_size, seed=workspace.seed, sharding=sharding
         ),
         num_steps=num_steps,
         settings=config,
-        work=Work(tokens, transformer.flops_per_token(model, length) * tokens, peak_flops(mesh)),
-        evaluate=evaluation,
+        work=Work(tokens, flops, peak_flops(mesh)),
+        evaluate=_evaluation(config, model, rows["held_out"], sharding, num_steps, base),
         best="eval/bits_per_byte",
-        result=result,
+        result=functools.partial(_result, model, num_steps, tokens),
         schedules={"train/learning_rate": learning_rate(config.optim, num_steps)},
         shown=("loss", "eval/bits_per_byte"),
     )
 
 
 def resolve_model(model: ModelConfig, vocab_size: int, init_from: str = "") -> ModelConfig:
-    """The model with the tokenizer's vocabulary; a larger one given in the config is padding and stays.
+    """The model config with its vocabulary size filled in from the tokenizer.
 
-    Where the config gives no model, it is that of init_from, with as many more rows as the tokenizer needs.
+    A larger vocabulary in the config is kept, as padding. If the config describes no model and `init_from` names a
+    stage directory, that stage's model is taken, with the rows that the tokenizer needs added to its vocabulary.
+
+    Raises:
+      InputError: the config's vocabulary is smaller than the tokenizer's.
     """
-    how = {name: getattr(model, name) for name in ("remat", "scan_unroll")}
-    if init_from and model == ModelConfig(**how):
-        model = dataclasses.replace(read_model_card(init_from)[0], **how)
-        return dataclasses.replace(model, vocab_size=max(model.vocab_size, vocab_size))
+    # These two fields say how to compute, not which model it is: they may be set along with init_from.
+    remat = model.remat
+    scan_unroll = model.scan_unroll
+    if init_from and model == ModelConfig(remat=remat, scan_unroll=scan_unroll):
+        recorded, _ = read_model_card(init_from)
+        rows = max(recorded.vocab_size, vocab_size)
+        return dataclasses.replace(recorded, remat=remat, scan_unroll=scan_unroll, vocab_size=rows)
     if model.vocab_size and model.vocab_size < vocab_size:
         raise InputError(
-            f"model.vocab_size: {model.vocab_size} is below the tokenizer's {vocab_size}; set it to 0 to take the tokenizer's"
+            f"model.vocab_size: {model.vocab_size} is below the tokenizer's {vocab_size}; "
+            "set it to 0 to take the tokenizer's"
         )
     return dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size)
 
 
-def plan(
-    mesh: jax.sharding.Mesh, life: Any, stage: str
-) -> tuple[list[train.Program], dict[str, Any]]:
-    """`programs` of a stage of this config."""
-    return programs(mesh, stage, getattr(life, stage), life.model, life.seed)
+def _load_rows(
+    workspace: Workspace, stage: str, config: LanguageModelConfig, length: int
+) -> dict[str, Mixture]:
+    """The packed rows of `length` tokens of both splits: {"train", "held_out"}."""
+    kind = "document" if stage == "pretrain" else "chat"
+    tokenizer = workspace.tokenizer()
+    cache = workspace.run_dir / "cache"
+    rows = {}
+    for split in ("train", "held_out"):
+        rows[split] = load_rows(config.data, kind, split, tokenizer, length, cache)
+    return rows
+
+
+def _initial_params(workspace: Workspace, model: ModelConfig, source: str) -> Any:
+    """Parameters that training starts from: those of stage directory `source`, or fresh ones if it is empty.
+
+    Raises:
+      InputError: the source's model has other shapes than `model`.
+    """
+    shapes = transformer.abstract(model)
+    if not source:
+        # Jitted with shardings, so that no device ever holds all of the parameters.
+        shardings = param_shardings(workspace.mesh, shapes, transformer.axes(model))
+        init = jax.jit(functools.partial(transformer.init, model), out_shardings=shardings)
+        return init(jax.random.key(workspace.seed))
+    # Adapters of the source are merged, since new ones are trained on plain weights. Tokens that the source does not
+    # know get the mean embedding, so that at first they are as likely as an average token.
+    params, _ = load_model(source, workspace.mesh)
+    params = transformer.grow_vocab(lora.merge(params), model.vocab_size)
+    # Here the error names the source; in the step it would name an operation of the compiler's.
+    tree_shapes.compare(params, shapes, source)
+    return params
+
+
+def _evaluation(
+    config: LanguageModelConfig,
+    model: ModelConfig,
+    rows: Mixture,
+    sharding: jax.sharding.Sharding,
+    num_steps: int,
+    base: Any,
+) -> Callable[[int, train.TrainState], dict[str, float]]:
+    """(step, state) -> nats per target token and bits per UTF-8 byte on held-out rows."""
+    # base is an argument here too, for the same reason as in the step. The key is None: no dropout.
+    measure = jax.jit(
+        lambda params, batch, base: next_token.loss(params, batch, None, base, model=model)[2]
+    )
+    # Of targets only, and the UTF-8 bytes of text that these stand for: bits per byte compare tokenizers.
+    num_tokens = sum(packed.num_tokens for packed, _ in rows)
+    num_bytes = sum(packed.num_bytes for packed, _ in rows)
+
+    def evaluate(step: int, state: train.TrainState) -> dict[str, float]:
+        # The last evaluation gives the stage's result, so it takes all rows.
+        limit = 0 if step >= num_steps else config.eval_batches
+        batches = epoch_batches(
+            rows, batch_size=config.batch_size, sharding=sharding, max_batches=limit
+        )
+        nats = measures.run(functools.partial(measure, base=base), state.params, batches)["loss"]
+        return {
+            "eval/loss": nats,
+            "eval/bits_per_byte": measures.bits_per_byte(nats, num_tokens, num_bytes),
+        }
+
+    return evaluate
+
+
+def _result(
+    model: ModelConfig,
+    num_steps: int,
+    tokens_per_step: int,
+    state: train.TrainState,
+    metrics: Mapping[str, float],
+) -> dict[str, Any]:
+    """The stage's result.json; metrics: the newest value of every metric by name."""
+    return {
+        "parameters": transformer.num_params(model),
+        "steps": num_steps,
+        "tokens": num_steps * tokens_per_step,
+        "train_loss": metrics["train/loss"],
+        **held_out(metrics),
+        "tokens_per_second": metrics.get("throughput/tokens_per_second", 0.0),
+        "mfu": metrics.get("throughput/mfu", 0.0),
+        # A number that is almost surely different if any parameter is: it tells two runs apart at a glance.
+        "norm": float(optax.tree.norm(state.params)),
+    }
 
 
 def program(
@@ -209,50 +224,63 @@ def program(
     num_steps: int,
     seed: int,
 ) -> tuple[Any, train.StateLayout]:
-    """(the step: state, batch, base -> state, metrics; where its state is placed), on real devices or planned ones."""
-    tx = make_optimizer(config.optim, num_steps, model.moe.bias_rate)
-    placed = train.state_layout(
-        mesh, *lora.trained(config.lora, transformer.abstract(model), transformer.axes(model)), tx
-    )
-    learn = functools.partial(
+    """The jitted step (state, batch, base) -> (state, metrics), and the layout of its state.
+
+    base: the frozen parameters under adapters, or {}. The mesh may be a planned one.
+    """
+    loss = functools.partial(
         next_token.loss, model=model, z_loss_coef=config.z_loss_coef, mtp_coef=config.mtp_coef
     )
-    settings: dict[str, Any] = {
-        "num_micro": config.num_micro,
-        "seed": seed,
-        "spike_factor": config.optim.spike_factor,
-    }
-    return train.make_step(learn, tx, state_shardings=placed.shardings, **settings), placed
+    return config.make_step(
+        mesh,
+        loss,
+        transformer.abstract(model),
+        transformer.axes(model),
+        num_steps=num_steps,
+        seed=seed,
+        bias_rate=model.moe.bias_rate,
+    )
 
 
 def programs(
     mesh: jax.sharding.Mesh, stage: str, config: LanguageModelConfig, model: ModelConfig, seed: int
 ) -> tuple[list[train.Program], dict[str, Any]]:
-    """(what an update runs, {role: its state}), as shapes with their shardings."""
-    step, placed = program(mesh, config, model, max(config.num_steps, 1), seed)
-    shape = (config.batch_size, length := model.row_length(config.length, f"{stage}.length"))
-    batch = next_token.planned_rows(mesh, *shape)
-    whole = place_params(mesh, transformer.abstract(model), transformer.axes(model))
-    base = lora.place_frozen(config.lora, whole, replicated(mesh))
-    flops = transformer.flops_per_token(model, length) * math.prod(shape)
-    update = train.Program("step", step, (placed.abstract, batch), {"base": base}, flops)
-    return [update], {"policy": placed.abstract, "base": base}
+    """What `jaxllm plan` compiles: ([the step], {role: shapes with shardings of what devices hold})."""
+    # Without num_steps the data decides, which is not read here; the number changes a schedule, not a shape.
+    step, layout = program(mesh, config, model, max(config.num_steps, 1), seed)
+    length = model.row_length(config.length, f"{stage}.length")
+    batch = next_token.planned_rows(mesh, config.batch_size, length)
+    params = place_params(mesh, transformer.abstract(model), transformer.axes(model))
+    base = lora.place_frozen(config.lora, params, replicated(mesh))
+    flops = transformer.flops_per_token(model, length) * math.prod((config.batch_size, length))
+    update = train.Program("step", step, (layout.abstract, batch), {"base": base}, flops)
+    return [update], {"policy": layout.abstract, "base": base}
 
 
-def describe(
-    stage: str,
-    rows: Mapping[str, Sequence[tuple[Rows, float]]],
-    model: ModelConfig,
-    num_steps: int,
-    batch: int,
-):
-    """Say what is about to happen, before the first compilation."""
-    train_rows = sum(r.num_rows for r, _ in rows["train"])
-    passes = " + ".join(f"{passes:.2f}" for passes in epochs_of(rows["train"], num_steps, batch))
-    dropped = sum(r.num_dropped for split in rows.values() for r, _ in split)
-    examples = {split: sum(r.num_examples for r, _ in rows[split]) for split in rows}
+def plan(
+    mesh: jax.sharding.Mesh, life: Any, stage: str
+) -> tuple[list[train.Program], dict[str, Any]]:
+    """`programs` of a stage of this config."""
+    return programs(mesh, stage, getattr(life, stage), life.model, life.seed)
+
+
+def _print_plan(
+    stage: str, rows: Mapping[str, Mixture], model: ModelConfig, num_steps: int, batch_size: int
+) -> None:
+    """Print the amount of data, parameters and steps; the first compilation, which follows, may take minutes."""
+    num_examples = {}
+    num_dropped = 0
+    for split, mixture in rows.items():
+        num_examples[split] = sum(packed.num_examples for packed, _ in mixture)
+        num_dropped += sum(packed.num_dropped for packed, _ in mixture)
+    num_rows = sum(packed.num_rows for packed, _ in rows["train"])
+    dropped = f", {num_dropped} too long and dropped" if num_dropped else ""
+    # One number per source: weights may repeat a small source while a large one is read in part.
+    epochs = epochs_of(rows["train"], num_steps, batch_size)
+    passes = " + ".join(f"{count:.2f}" for count in epochs)
+    sources = " of the sources" if len(epochs) > 1 else ""
     console.print(
-        f"{stage}: {examples['train']:,} training and {examples['held_out']:,} held-out examples in {train_rows:,} rows"
-        f"{f', {dropped} too long and dropped' if dropped else ''}; {transformer.num_params(model):,} parameters, "
-        f"{num_steps} steps = {passes} epochs{' of the sources' if len(rows['train']) > 1 else ''}"
+        f"{stage}: {num_examples['train']:,} training and {num_examples['held_out']:,} held-out "
+        f"examples in {num_rows:,} rows{dropped}; {transformer.num_params(model):,} parameters, "
+        f"{num_steps} steps = {passes} epochs{sources}"
     )

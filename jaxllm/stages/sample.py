@@ -1,22 +1,23 @@
-"""Sample: K responses to each prompt, drawn from the fine-tuned model for ranking."""
+"""Sample: the fine-tuned model writes K responses to each prompt, to be ranked."""
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
-from jaxllm.config import InputError
+from jaxllm.config import InputError, require
 from jaxllm.config.ranges import NonNegativeInt, PositiveInt
 from jaxllm.data.loader import PromptExample, load_prompts
 from jaxllm.data.sources import DataConfig
-from jaxllm.generate import SamplingConfig, complete, whole_batch
-from jaxllm.model_store import load_model
+from jaxllm.generate import Completion, SamplingConfig, complete, whole_batch
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, read_jsonl, write_whole
 from jaxllm.runtime.processes import barrier
-from jaxllm.workspace import Workspace
+from jaxllm.tokenizers.trained import Tokenizer
+from jaxllm.workspace import Workspace, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,90 +33,132 @@ class SampleConfig:
     num_held_out: NonNegativeInt = 200
     """Prompts of the held-out split, for measuring the reward model."""
     num_responses: PositiveInt = 4
-    """Responses drawn to each prompt (K)."""
+    """Responses sampled for each prompt (K)."""
     batch_size: PositiveInt = 32
     """Prompts per batch."""
     sampling: SamplingConfig = SamplingConfig()
-    """How responses are drawn."""
+    """How responses are sampled."""
 
     def __post_init__(self) -> None:
-        if self.num_responses < 2:
-            raise ValueError("num_responses: at least 2 responses are needed to rank them")
+        require(
+            self.num_responses >= 2, "num_responses: at least 2 responses are needed to rank them"
+        )
 
 
-def build(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
-    """`run` with the stage's section."""
-    return run(workspace, getattr(life, stage))
+def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
+    """Write samples.jsonl, one line per prompt; an interrupted run resumes after its last full batch.
 
-
-def run(workspace: Workspace, config: SampleConfig) -> dict[str, Any]:
-    """Write samples.jsonl, a line per prompt; a killed run goes on after its last whole batch."""
-    source = workspace.source(config.init_from, "sft", "sample")
+    Raises:
+      InputError: no model to sample from, no usable prompts, or no room for them.
+      Stopped: after a signal, between two batches.
+    """
+    config: SampleConfig = getattr(life, stage)
+    source = workspace.source(config.init_from, "sft", stage)
     params, model = load_model(source, workspace.mesh)
-    tokenizer, path = workspace.tokenizer(), workspace.stage_dir("sample") / "samples.jsonl"
-    limit = model.max_length - config.sampling.max_new_tokens
-    if limit < 1:
+    tokenizer = workspace.tokenizer()
+    max_length = model.max_length - config.sampling.max_new_tokens
+    if max_length < 1:
         raise InputError(
-            f"sample.sampling.max_new_tokens: leaves no room for a prompt in model.max_length {model.max_length}"
+            f"{stage}.sampling.max_new_tokens: leaves no room for a prompt in model.max_length "
+            f"{model.max_length}; lower it"
         )
-    prompts: list[tuple[str, PromptExample]] = []
-    for split, count in (("train", config.num_prompts), ("held_out", config.num_held_out)):
-        prompts += (
-            [(split, p) for p in load_prompts(config.data, split, tokenizer, limit)[:count]]
-            if count
-            else []
-        )
+    # A prompt and its response share the model's context.
+    prompts = _load_prompts(config, tokenizer, max_length)
+    path = workspace.stage_dir(stage) / "samples.jsonl"
     batch_size = whole_batch(workspace.mesh, min(config.batch_size, len(prompts)))
-    done = _keep_whole_batches(path, batch_size)
-    asked, stops = [prompt.ids for _, prompt in prompts], tokenizer.stop_ids
-    settings = {
-        "sampling": config.sampling,
-        "stop_ids": stops,
-        "pad_id": tokenizer.pad_id,
-        "seed": workspace.seed,
-    }
-    settings |= {"num_samples": config.num_responses, "batch_size": batch_size, "start": done}
-    drawn = complete(params, model, asked, mesh=workspace.mesh, **settings)
+    num_done = _keep_whole_batches(path, batch_size)
+    # A generator: a batch is computed when the loop below asks for its first prompt.
+    responses = complete(
+        params,
+        model,
+        [prompt.ids for _, prompt in prompts],
+        mesh=workspace.mesh,
+        sampling=config.sampling,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+        seed=workspace.seed,
+        num_samples=config.num_responses,
+        batch_size=batch_size,
+        start=num_done,
+    )
+    # All processes have counted the lines before one appends to them.
     barrier("samples so far")
+    about = {"source": source, "seed": workspace.seed}
+    # Every process takes part in the generation, and one of them writes.
     file = epath.Path(os.devnull if jax.process_index() else path).open("a")
     with file, workspace.signals as signals:
-        for i, completions in enumerate(drawn, start=done):
-            split, prompt = prompts[i]
-            line = {
-                "messages": prompt.messages,
-                "responses": [tokenizer.decode(c.ids) for c in completions],
-                "finished": [c.finished for c in completions],
-                **{"split": split, "source": source, "seed": workspace.seed},
-            }
-            file.write(json_line(line))
-            if (i + 1) % batch_size == 0:
+        for count, completions in enumerate(responses, start=num_done + 1):
+            file.write(json_line(_sample(*prompts[count - 1], completions, tokenizer) | about))
+            # Only between batches: a run that stops within one would sample its rows again.
+            if count % batch_size == 0:
                 file.flush()
                 console.print(
-                    f"sample {i + 1}/{len(prompts)} prompts, {config.num_responses} responses each"
+                    f"{stage} {count}/{len(prompts)} prompts, {config.num_responses} responses each"
                 )
-                if signals.stop_after() and i + 1 < len(prompts):
-                    raise signals.stopped(f"sample: {i + 1} of {len(prompts)} prompts are answered")
+                if signals.stop_after() and count < len(prompts):
+                    raise signals.stopped(
+                        f"{stage}: {count} of {len(prompts)} prompts are answered"
+                    )
+    # The file is closed, hence complete, before any process reads it.
     barrier("samples")
-    lines = read_jsonl(path)
-    responses = [r for line in lines for r in line["responses"]]
+    return _summarize(read_jsonl(path), config.num_responses)
+
+
+def _sample(
+    split: str, prompt: PromptExample, completions: Sequence[Completion], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """A line of samples.jsonl; finished: whether a response ended by itself, before max_new_tokens."""
     return {
-        **{
-            "prompts": len(lines),
-            "responses": len(responses),
-            "responses_per_prompt": config.num_responses,
-        },
-        "finished": sum(f for line in lines for f in line["finished"]) / len(responses),
-        "mean_characters": sum(map(len, responses)) / len(responses),
+        "messages": prompt.messages,
+        "responses": [tokenizer.decode(completion.ids) for completion in completions],
+        "finished": [completion.finished for completion in completions],
+        "split": split,
     }
+
+
+def _load_prompts(
+    config: SampleConfig, tokenizer: Tokenizer, max_length: int
+) -> list[tuple[str, PromptExample]]:
+    """(split, prompt) of the prompts to sample, those of the training split first."""
+    prompts = []
+    # In a fixed order: the number of a line in samples.jsonl is the number of its prompt.
+    for split, count in (("train", config.num_prompts), ("held_out", config.num_held_out)):
+        if count:  # loading an empty split is an error, also if nothing is wanted of it
+            for prompt in load_prompts(config.data, split, tokenizer, max_length)[:count]:
+                prompts.append((split, prompt))
+    return prompts
 
 
 def _keep_whole_batches(path: epath.Path, batch_size: int) -> int:
-    """Drop what a killed run wrote past its last whole batch; the number of lines kept.
+    """Drop the lines after the last full batch, or after a damaged line; returns the number of lines kept.
 
-    Batches then have the same rows as in a run never cut, and so the same bits. What follows a damaged line is drawn again.
+    The remaining batches then have the same rows, and so the same bits, as in a run that was not interrupted. In
+    batches of 2, interrupted while the fourth line was written:
+
+        lines    0 1 2 3-      kept  0 1      next batch  2 3
     """
+    # "stop" at a damaged line: the number of a line says which prompt it answers.
     lines = read_jsonl(path, "stop")
-    keep = len(lines) // batch_size * batch_size
+    num_kept = len(lines) // batch_size * batch_size
     if jax.process_index() == 0:
-        write_whole(path, "".join(map(json_line, lines[:keep])))
-    return keep
+        write_whole(path, "".join(map(json_line, lines[:num_kept])))
+    return num_kept
+
+
+def _summarize(lines: Sequence[dict[str, Any]], num_responses: int) -> dict[str, Any]:
+    """The stage's result from the lines of samples.jsonl."""
+    # Over all lines of the file, those of an interrupted run included.
+    total = 0
+    num_finished = 0
+    num_characters = 0
+    for line in lines:
+        total += len(line["responses"])
+        num_finished += sum(line["finished"])
+        num_characters += sum(map(len, line["responses"]))
+    return {
+        "prompts": len(lines),
+        "responses": total,
+        "responses_per_prompt": num_responses,
+        "finished": num_finished / total,
+        "mean_characters": num_characters / total,
+    }

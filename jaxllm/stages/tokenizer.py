@@ -1,9 +1,9 @@
-"""The tokenizer stage: train SentencePiece on the training split, measure compression on the held-out one."""
+"""The tokenizer stage: train SentencePiece on the training split, measure compression on the held-out split."""
 
 import dataclasses
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import jax
@@ -29,11 +29,11 @@ class TokenizerConfig:
     data: DataConfig = DataConfig()
     """Text to train on; without sources that of pretrain."""
     vocab_size: Annotated[int, NOT_BOOL, Ge(270), Le(MAX_VOCAB_SIZE)] = 4096
-    """Tokens, with the special ones and the 256 bytes."""
+    """Tokens, including the special ones and the 256 bytes."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """Byte-pair encoding or a unigram language model."""
     character_coverage: Annotated[float, NOT_BOOL, FINITE, Ge(0.9), Le(1.0)] = 0.9995
-    """Share of the characters that get a token of their own; the rest is spelled in bytes."""
+    """Share of the characters that get their own token; the rest is spelled in bytes."""
     sample_bytes: ByteCount = 100_000_000
     """Train on a random sample of at most this many bytes."""
     sample_seed: Seed = 0
@@ -42,27 +42,39 @@ class TokenizerConfig:
     """Training threads; 0: one per core."""
 
 
-def build(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
-    """`run` with the stage's section."""
-    return run(workspace, getattr(life, stage))
-
-
-def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
-    """Train, save and measure, on process 0; the result records the sample's size and seed."""
+def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
+    """Train or copy the tokenizer, on process 0; the result holds the sample's size and seed, and the compression."""
+    config: TokenizerConfig = getattr(life, stage)
+    # SentencePiece knows no devices; the others read the files of process 0.
     if jax.process_index():
         return {}
-    target, cache = workspace.stage_dir("tokenizer") / "tokenizer", workspace.run_dir / "cache"
+    target = workspace.stage_dir(stage) / "tokenizer"
     if config.init_from:
-        folder = epath.Path(config.init_from).expanduser()
-        inside = folder / "tokenizer"
-        tokenizer = load_tokenizer(inside if inside.exists() else folder)
-        tokenizer.save(target)
-        return {"vocab_size": tokenizer.vocab_size, "init_from": config.init_from}
+        return _copy(config.init_from, target)
+    return _train(config, target, workspace.run_dir / "cache")
+
+
+def _copy(init_from: str, target: epath.Path) -> dict[str, Any]:
+    """Save the tokenizer of a stage directory, which is in a subfolder, or of a downloaded model, which is not."""
+    # Nothing is trained or measured: the text may not even be there.
+    folder = epath.Path(init_from).expanduser()
+    inside = folder / "tokenizer"
+    tokenizer = load_tokenizer(inside if inside.exists() else folder)
+    tokenizer.save(target)
+    return {"vocab_size": tokenizer.vocab_size, "init_from": init_from}
+
+
+def _train(config: TokenizerConfig, target: epath.Path, cache: epath.Path) -> dict[str, Any]:
+    # A sample, so that time and memory of the training do not grow with the corpus.
     texts, corpus_bytes = sample_texts(
         load_texts(config.data, "train", cache), config.sample_bytes, config.sample_seed
     )
-    sample = {"sample_bytes": sum(len(t.encode()) for t in texts), "sample_documents": len(texts)}
-    sample |= {"sample_seed": config.sample_seed, "corpus_bytes": corpus_bytes}
+    sample = {
+        "sample_bytes": sum(len(text.encode()) for text in texts),
+        "sample_documents": len(texts),
+        "sample_seed": config.sample_seed,
+        "corpus_bytes": corpus_bytes,
+    }
     console.print(
         f"tokenizer: {len(texts):,} of the texts ({sample['sample_bytes']:,} of {corpus_bytes:,} bytes)"
     )
@@ -74,8 +86,9 @@ def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
         num_threads=config.num_threads or os.cpu_count() or 1,
     )
     tokenizer.save(target, {"model_type": config.model_type, **sample})
+    # On held-out text, since a vocabulary fits the text that it was trained on best.
     measured = compression(tokenizer, load_texts(config.data, "held_out", cache))
-    print_compression(measured)
+    _print_compression(measured)
     return {
         "vocab_size": tokenizer.vocab_size,
         "model_type": config.model_type,
@@ -85,32 +98,41 @@ def run(workspace: Workspace, config: TokenizerConfig) -> dict[str, Any]:
 
 
 def sample_texts(texts: Iterator[str], max_bytes: int, seed: int) -> tuple[list[str], int]:
-    """(a uniform sample of at most max_bytes, bytes of the whole corpus); memory stays near max_bytes.
+    """(a uniform sample of the texts, of at most max_bytes; bytes of the whole corpus).
 
-    Every text gets a random number, and those below a falling threshold stay: the same sample in one pass as by
-    sorting all of them. The sample keeps the corpus's order.
+    Every text gets a random number, and the texts whose number is below a threshold are kept. The threshold falls
+    whenever more than max_bytes are kept, so that one pass with memory for about max_bytes finds the sample that
+    sorting all texts by their numbers would. A single text may exceed max_bytes. With room for two texts:
+
+        number  0.42  0.91  0.30  0.85  0.11      the threshold falls to 0.9, 0.81, ..., 0.39
+        kept      .     .     x     .     x       in the order of the corpus
     """
-    draw, threshold = random.Random(seed), 1.0
-    kept: list[tuple[float, str, int]] = []
-    total = kept_bytes = 0
+    rng = random.Random(seed)
+    threshold = 1.0
+    kept: list[tuple[float, str, int]] = []  # (number, text, bytes)
+    total_bytes = 0
+    kept_bytes = 0
     for text in texts:
-        size = len(text.encode("utf-8", "surrogatepass"))
-        total += size
-        if (number := draw.random()) < threshold:
+        size = len(text.encode("utf-8", "surrogatepass"))  # a lone surrogate must not end the run
+        total_bytes += size
+        number = rng.random()
+        if number < threshold:
             kept.append((number, text, size))
             kept_bytes += size
         while kept_bytes > max_bytes and len(kept) > 1:
             threshold *= 0.9
+            # At least one text stays: the one that every lower threshold would keep longest.
             kept = [item for item in kept if item[0] < threshold] or [min(kept)]
-            kept_bytes = sum(item[2] for item in kept)
-    return [text for _, text, _ in kept], total
+            kept_bytes = sum(size for _, _, size in kept)
+    return [text for _, text, _ in kept], total_bytes
 
 
-def print_compression(measured: dict[str, float | None]) -> None:
+def _print_compression(measured: Mapping[str, float | None]) -> None:
+    """Print the measures of `compression`, those in tokens next to the rule of thumb."""
+    # The rule of thumb is in tokens per text, so it has a value in those rows only.
     table = Table("held-out text", "measured", "rule of thumb", title="tokenizer: compression")
     for name, value in measured.items():
+        number = "no such text" if value is None else f"{value:,.2f}"
         thumb = f"{RULE_OF_THUMB:,}" if name.startswith("tokens_per") else ""
-        table.add_row(
-            name.replace("_", " "), "no such text" if value is None else f"{value:,.2f}", thumb
-        )
+        table.add_row(name.replace("_", " "), number, thumb)
     console.print(table)

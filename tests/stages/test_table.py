@@ -20,9 +20,9 @@ from tests.stages import toy
 @pytest.fixture
 def table(monkeypatch):
     """The table with one more row, and the config that has its section."""
-    longer = (*stages.TABLE, toy.ROW)
-    monkeypatch.setattr(stages, "TABLE", longer)
-    monkeypatch.setattr(run, "Config", life.config_class(longer))
+    with_toy = (*stages.TABLE, toy.ROW)
+    monkeypatch.setattr(stages, "TABLE", with_toy)
+    monkeypatch.setattr(run, "Config", life.config_class(with_toy))
     monkeypatch.chdir(ROOT)
 
 
@@ -38,34 +38,33 @@ def do(directory, *flags):
 
 
 def test_it_is_run_and_resumed_with_the_same_bits(table, directory, tmp_path, capsys):
-    whole = do(directory)
-    assert whole["distance"] < 0.3
+    uninterrupted = do(directory)
+    assert uninterrupted["distance"] < 0.3
     other = tmp_path / "other"
     shutil.copytree(directory, other, ignore=shutil.ignore_patterns("toy"))
 
-    class Cut(Exception):
+    class Interrupted(Exception):
         pass
 
-    fit = run.run_training
+    run_training = run.run_training
 
-    def cut_after_20(directory, title, training, keeping, logging):
+    def interrupted_after_20(directory, title, training, *rest):
         def evaluate(step, state):
             if step == 20:
-                raise Cut
+                raise Interrupted
             return training.evaluate(step, state)
 
-        return fit(directory, title, training._replace(evaluate=evaluate), keeping, logging)
+        return run_training(directory, title, training._replace(evaluate=evaluate), *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "run_training", cut_after_20)
-        with pytest.raises(Cut):
+        patch.setattr(run, "run_training", interrupted_after_20)
+        with pytest.raises(Interrupted):
             do(other)
-    assert (
-        not (other / "toy" / "result.json").exists()
-        and (other / "toy" / "checkpoints" / "10").exists()
-    )
+    assert not (other / "toy" / "result.json").exists()
+    assert (other / "toy" / "checkpoints" / "10").exists()
     resumed = do(other)
-    assert resumed["at"] == whole["at"] and resumed["distance"] == whole["distance"]
+    assert resumed["at"] == uninterrupted["at"]
+    assert resumed["distance"] == uninterrupted["distance"]
     capsys.readouterr()
     do(other)
     assert "finished already" in capsys.readouterr().err
@@ -81,7 +80,8 @@ def test_another_config_of_it_is_refused(table, directory, capsys):
 def test_it_is_planned(table):
     config = load(run.Config, ROOT / "configs" / "tiny.yaml")
     (program,), held = planning.stage_programs(config, "toy", planned_mesh(config.mesh, 8))
-    assert program.name == "step" and held.keys() == {"policy"}
+    assert program.name == "step"
+    assert held.keys() == {"policy"}
     with pytest.raises(InputError, match=r"--stage rank: is not known; known: pretrain, .*, toy"):
         planning.plan(config, planning.PlanArgs("x", "v5p:2x2x1", stage="rank"))
 
@@ -97,18 +97,19 @@ def test_it_is_in_the_report_the_help_and_the_config(table, directory, capsys):
 
 
 def test_only_run_trains():
-    """No stage calls the loop: a stage is a record, and jaxllm.run runs it."""
+    """No stage calls the loop: a stage returns a record, and jaxllm.run runs it."""
     for file in (ROOT / "jaxllm" / "stages").glob("*.py"):
-        assert "run_training" not in file.read_text() and "train.fit" not in file.read_text(), (
-            file.name
-        )
+        source = file.read_text()
+        assert "run_training" not in source, file.name
+        assert "train.fit" not in source, file.name
 
 
-def test_every_row_names_what_is_there():
+def test_every_row_names_what_exists():
     for row in stages.TABLE:
         for spec in filter(None, (row.section, row.run, row.programs)):
             assert stages.load(spec) is not None
-        assert row.trains == bool(row.programs) and bool(row.title) == (row.kind == "policy")
+        assert row.trains == bool(row.programs)
+        assert bool(row.title) == (row.kind == "policy")
 
 
 def test_the_readme_says_how_many_calls_it_is_to_the_forward_pass(directory, monkeypatch):

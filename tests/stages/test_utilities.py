@@ -1,10 +1,10 @@
-"""The reward model against known utilities: rankings drawn from a Plackett-Luce model, learnt by the real stage.
+"""The reward model against known utilities: the real stage is trained on rankings sampled from a Plackett-Luce model.
 
     python -m pytest tests/stages/test_utilities.py -m slow -n 0 -s        with its figures: 15 minutes on 2 cores
 
-A ranking of K responses is the order of their utilities plus Gumbel noise, so that of any two the better one is ranked
-first with probability sigmoid(difference of utilities): no model can be right more often than the sign of the true
-difference is (the Bayes ceiling), and the true difference is calibrated.
+A ranking of K responses is the order of their utilities plus Gumbel noise. Of any two responses the better one is then
+ranked first with probability sigmoid(difference of utilities). The sign of the true difference is therefore right as
+often as any model can be (the Bayes ceiling), and the true difference is calibrated.
 """
 
 import json
@@ -24,25 +24,31 @@ WORDS = [
     "good", "bad", "room", "food", "staff", "view", "door", "lamp",
     "soup", "rain", "chair", "phone", "light", "music", "bread", "wine",
 ]  # fmt: skip
-TIMES = "morning", "night"
+TIMES = ["morning", "night"]
 
 
 def utilities(prompt: str, responses: list[str], weights: np.ndarray) -> np.ndarray:
-    """A sum over the words, and another one in another prompt: not a function of the response alone."""
-    of = weights[TIMES.index(prompt.split()[-1])]
-    return np.array(
-        [sum(of[WORDS.index(word)] for word in response.split()) for response in responses]
-    )
+    """Of each response, the sum of its words' weights float[2, words], which depend on the prompt's time of day.
+
+    The time of day matters so that a model must read the prompt.
+    """
+    word_utilities = weights[TIMES.index(prompt.split()[-1])]
+    sums = []
+    for response in responses:
+        sums.append(sum(word_utilities[WORDS.index(word)] for word in response.split()))
+    return np.array(sums)
 
 
 def records(rng: np.random.Generator, count: int, weights: np.ndarray):
     """Rankings of K = 2 to 9 responses of 1 to 4 words, in the order of utility plus Gumbel noise."""
     for i in range(count):
         prompt = f"{i} {rng.choice(TIMES)}"
-        texts = {
-            " ".join(rng.choice(WORDS, rng.integers(1, 5))): 0 for _ in range(rng.integers(2, 10))
-        }
-        responses = [*texts, "door lamp soup rain"][: max(2, len(texts))]
+        texts = [
+            " ".join(rng.choice(WORDS, rng.integers(1, 5))) for _ in range(rng.integers(2, 10))
+        ]
+        different = list(dict.fromkeys(texts))
+        # If all texts are the same one, a second is added.
+        responses = [*different, "door lamp soup rain"][: max(2, len(different))]
         noisy = utilities(prompt, responses, weights) + rng.gumbel(size=len(responses))
         yield {
             "prompt": prompt,
@@ -77,16 +83,17 @@ def test_the_reward_model_recovers_the_utilities(tiny_run, tmp_path, loss, seed)
     assert process.returncode == 0, log
     result = json.loads((directory / "reward" / "result.json").read_text())
 
-    best = []  # the true utilities' difference, better minus worse as ranked, of every held-out pair
+    true_margins = []  # of every held-out pair: utility of the one ranked better, minus the other's
     data = DataConfig(sources=(Source(str(file)),), held_out_fraction=0.15)
     for example in examples(data, "ranked", "held_out"):
-        true = utilities(example.messages[-1]["content"], example.responses, weights)
-        best.append(measures.pair_margins(true[None], np.array([example.ranks])))
-    margins = np.concatenate(best)
+        scores = utilities(example.messages[-1]["content"], example.responses, weights)
+        true_margins.append(measures.pair_margins(scores[None], np.array([example.ranks])))
+    margins = np.concatenate(true_margins)
     ceiling = (margins > 0).mean() + 0.5 * (margins == 0).mean()
     print(
-        f"{loss}: accuracy {result['accuracy']:.4f}, Bayes ceiling {ceiling:.4f}, expected calibration error "
-        f"{result['calibration_error']:.4f} (true utilities: {measures.calibration_error(margins):.4f}), {len(margins)} pairs"
+        f"{loss}: accuracy {result['accuracy']:.4f}, Bayes ceiling {ceiling:.4f}, "
+        f"expected calibration error {result['calibration_error']:.4f} "
+        f"(true utilities: {measures.calibration_error(margins):.4f}), {len(margins)} pairs"
     )
     assert len(margins) == result["pairs"]
     assert ceiling - result["accuracy"] < 0.01

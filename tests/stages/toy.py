@@ -1,4 +1,4 @@
-"""A stage from outside the package, for test_table.py: it learns where a point is, from noisy looks at it."""
+"""A stage from outside the package, for test_table.py: it estimates a point from noisy observations of it."""
 
 import dataclasses
 from typing import Any
@@ -22,12 +22,12 @@ TARGET = np.array([1.0, -2.0, 0.5], np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class ToyConfig:
-    """How long to look."""
+    """How many observations."""
 
     num_steps: PositiveInt = 40
     """Updates."""
     batch_size: PositiveInt = 8
-    """Looks per update."""
+    """Observations per update."""
     num_micro: PositiveInt = 1
     """Microbatches per update."""
     log_every: PositiveInt = 10
@@ -35,7 +35,7 @@ class ToyConfig:
     eval_every: PositiveInt = 20
     """Steps between evaluations."""
     data: DataConfig = DataConfig()
-    """No sources: what is looked at is made here."""
+    """No sources: observations are made here."""
     optim: OptimConfig = OptimConfig(learning_rate=0.3, schedule="linear", weight_decay=0.0)
     """Optimizer and schedule."""
     checkpoint: CheckpointConfig = CheckpointConfig(save_every=10)
@@ -45,7 +45,7 @@ class ToyConfig:
 ROW = Stage(
     name="toy",
     kind="reward",
-    help="learn where a point is",
+    help="estimate a point",
     section="tests.stages.toy:ToyConfig",
     section_help="The toy.",
     run="tests.stages.toy:build",
@@ -57,38 +57,41 @@ ROW = Stage(
 
 def _loss(params: Any, batch: jax.Array, key: Any) -> Any:
     del key
-    error = jnp.square(params["scale"][None] - batch).sum(-1)
-    return error.sum(), jnp.float32(len(batch)), {"loss": (error.sum(), jnp.float32(len(batch)))}
+    error = jnp.square(params["scale"][None] - batch).sum()
+    weight = jnp.float32(len(batch))
+    return error, weight, {"loss": (error, weight)}
 
 
 def _program(mesh: Any, config: ToyConfig) -> tuple[Any, train.StateLayout]:
     tx = make_optimizer(config.optim, config.num_steps)
     shapes = {"scale": jax.ShapeDtypeStruct((3,), jnp.float32)}
-    placed = train.state_layout(mesh, shapes, {"scale": (None,)}, tx)
-    return train.make_step(
-        _loss, tx, state_shardings=placed.shardings, num_micro=config.num_micro
-    ), placed
+    layout = train.state_layout(mesh, shapes, {"scale": (None,)}, tx)
+    step = train.make_step(_loss, tx, state_shardings=layout.shardings, num_micro=config.num_micro)
+    return step, layout
 
 
 def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
-    config, mesh = getattr(life, stage), workspace.mesh
-    step, placed = _program(mesh, config)
+    config: ToyConfig = getattr(life, stage)
+    mesh = workspace.mesh
+    step, layout = _program(mesh, config)
 
     def batch_at(number: int) -> jax.Array:
-        noise = np.random.default_rng([life.seed, number]).normal(0.0, 0.1, (config.batch_size, 3))
+        # A function of the step number alone, as of every stage: a resumed run gets the same batches.
+        rng = np.random.default_rng([life.seed, number])
+        noise = rng.normal(0.0, 0.1, (config.batch_size, 3))
         return jax.device_put(TARGET + noise.astype(np.float32), replicated(mesh))
 
     def evaluate(step: int, state: train.TrainState) -> dict[str, float]:
         return {"eval/distance": float(jnp.linalg.norm(state.params["scale"] - TARGET))}
 
     return train.Training(
-        init=lambda: placed.init({"scale": jnp.zeros(3)}),
-        abstract=placed.abstract,
+        init=lambda: layout.init({"scale": jnp.zeros(3)}),
+        abstract=layout.abstract,
         step=step,
         batch_at=batch_at,
         num_steps=config.num_steps,
         settings=config,
-        data="looks",
+        data="observations",
         work=Work(config.batch_size),
         evaluate=evaluate,
         best="eval/distance",
@@ -100,9 +103,9 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
 
 
 def plan(mesh: Any, life: Any, stage: str) -> tuple[list[train.Program], dict[str, Any]]:
-    config = getattr(life, stage)
-    step, placed = _program(mesh, config)
+    config: ToyConfig = getattr(life, stage)
+    step, layout = _program(mesh, config)
     batch = jax.ShapeDtypeStruct((config.batch_size, 3), jnp.float32, sharding=replicated(mesh))
-    return [
-        train.Program("step", step, (placed.abstract, batch), {}, 6.0 * 3 * config.batch_size)
-    ], {"policy": placed.abstract}
+    flops = 6.0 * 3 * config.batch_size
+    program = train.Program("step", step, (layout.abstract, batch), {}, flops)
+    return [program], {"policy": layout.abstract}

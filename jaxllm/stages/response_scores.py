@@ -1,0 +1,157 @@
+"""Scores of K responses to each prompt, by the reward model or by DPO's policy, and how well they agree with rankings.
+
+Shapes: B or N prompts, K responses of a prompt, T positions.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm import losses
+from jaxllm.data.loader import RankedExample, ranked_epoch
+from jaxllm.evaluation import measures
+from jaxllm.models import lora, scalar, transformer
+from jaxllm.models.config import ModelConfig
+from jaxllm.runtime.transfer import fetch
+from jaxllm.train import TrainState
+
+
+def reward_scores(params: Any, batch: Any, *, base: Any, model: ModelConfig) -> jax.Array:
+    """Scores float32[B, K] of the reward model, read at the last token of each response.
+
+    Args:
+      params: trainable parameters: {"trunk", "head"}, the trunk's or its adapters.
+      batch: {tokens, segment_ids}, each int32[B, K, T]; the K responses are rows of one forward pass.
+      base: frozen parameters under adapters, or {}.
+      model: config of the decoder.
+    """
+    B, K, T = batch["tokens"].shape
+    tokens = batch["tokens"].reshape(B * K, T)
+    segment_ids = batch["segment_ids"].reshape(B * K, T)
+    # Rows are independent: the K responses of a prompt do not attend to each other.
+    values = scalar.apply(lora.join(base, params), model, tokens, segment_ids)
+    return scalar.last_value(values, segment_ids).reshape(B, K)
+
+
+def implicit_rewards(
+    params: Any, batch: Any, *, base: Any, ref: Any, model: ModelConfig, beta: float
+) -> jax.Array:
+    """beta * (log policy - log reference) of each response, float32[B, K] (Rafailov et al. 2023, eq. 5).
+
+    Args:
+      params: trainable parameters of the policy, all or its adapters.
+      batch: {tokens, segment_ids int32[B, K, T], loss_mask bool[B, K, T]}.
+      base: frozen parameters under adapters, or {}.
+      ref: parameters of the reference policy.
+      model: config of both.
+      beta: strength of the implicit KL penalty.
+    """
+    # The gradient of the reference is 0 in any case; stopping it spares the backward pass.
+    policy = reply_logprobs(lora.join(base, params), batch, model)
+    return beta * (policy - jax.lax.stop_gradient(reply_logprobs(ref, batch, model)))
+
+
+def reply_logprobs(params: Any, batch: Any, model: ModelConfig) -> jax.Array:
+    """Log-probability float32[B, K] of each response, its end of turn included, summed over tokens.
+
+    loss_mask is True on the response. With a prompt of two tokens, a response of three and padding, position t
+    predicts token t + 1:
+
+        tokens     p p a b e -      targets    p a b e - -
+        loss_mask  . . 1 1 1 .      summed     . 1 1 1 . .
+    """
+    B, K, T = batch["tokens"].shape
+    tokens = batch["tokens"].reshape(B * K, T)
+    segment_ids = batch["segment_ids"].reshape(B * K, T)
+    loss_mask = batch["loss_mask"].reshape(B * K, T)
+    targets, mask = losses.next_token_targets(tokens, segment_ids, loss_mask)
+    hidden = transformer.apply(params, model, tokens, segment_ids)
+    stats = losses.token_logprobs(
+        hidden, transformer.head(params), targets, cap=model.logit_softcap
+    )
+    # Summed, not averaged over tokens: eq. 5 compares the probabilities of complete responses.
+    return jnp.where(mask, stats.logprob, 0.0).sum(1).reshape(B, K)
+
+
+def normalize_scores(state: TrainState, scores: np.ndarray, how: str) -> TrainState:
+    """The state with a head whose scores have mean zero (Ouyang et al. 2022, section 3.5).
+
+    Args:
+      state: of the reward model.
+      scores: float[N] of all training responses under that state.
+      how: "centre" shifts; "unit" also scales to variance one; "none" changes nothing. None of them changes the order
+        of two responses.
+    """
+    head = state.params["head"]
+    shift = 0.0 if how == "none" else float(scores.mean())
+    # The floor keeps a constant reward model finite.
+    gain = 1.0 / max(float(scores.std()), 1e-6) if how == "unit" else 1.0
+    # The head is kernel . hidden + bias, so that (score - shift) * gain has this kernel and this bias.
+    kernel = head["kernel"] * jnp.float32(gain)
+    bias = (head["bias"] - jnp.float32(shift)) * jnp.float32(gain)
+    return state._replace(params={**state.params, "head": {"kernel": kernel, "bias": bias}})
+
+
+def score_split(
+    score: Callable[[Any, Any], jax.Array],
+    params: Any,
+    examples: Sequence[RankedExample],
+    *,
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(scores float32[N, K], ranks int32[N, K]) of N examples; rank 0 marks an absent response."""
+    # Fetched after the loop, so that the devices need not wait for the host between batches.
+    scores = []
+    ranks = []
+    for batch in ranked_epoch(examples, batch_size=batch_size, sharding=sharding):
+        scores.append(score(params, batch))
+        ranks.append(batch["ranks"])
+    # The last batch is filled up with empty prompts, which are cut off here.
+    count = len(examples)
+    return np.concatenate(fetch(scores))[:count], np.concatenate(fetch(ranks))[:count]
+
+
+def held_out_metrics(scores: np.ndarray, ranks: np.ndarray) -> dict[str, float]:
+    """Pairwise loss, pairwise and top-1 accuracy, calibration error, and the number of pairs.
+
+    Args:
+      scores: float32[N, K].
+      ranks: int32[N, K], 1 = best, equal = tie, 0 = absent.
+    """
+    # Always the plain pairwise loss, so that runs with different training losses can be compared.
+    _, _, sums = losses.pairwise(jnp.array(scores), jnp.array(ranks))
+    means = {}
+    for name, (total, weight) in sums.items():
+        means[name] = float(total) / max(float(weight), 1.0)
+    margins = measures.pair_margins(scores, ranks)
+    return {
+        "loss": means["loss"],
+        "accuracy": means["accuracy"],
+        "top1_accuracy": means["top1"],
+        "calibration_error": measures.calibration_error(margins),
+        "pairs": float(len(margins)),
+    }
+
+
+def breakdown(
+    scores: np.ndarray, ranks: np.ndarray, examples: Sequence[RankedExample]
+) -> dict[str, Any]:
+    """Accuracy by K and by difference in rank, the reliability curve, and the annotators' agreement if several ranked.
+
+    scores, ranks: [N, K] as in `held_out_metrics`.
+    """
+    # By K: many responses make many pairs. By distance: neighbors in rank are hard to tell apart for anyone.
+    report: dict[str, Any] = {
+        "accuracy_by_k": measures.accuracy_by(scores, ranks, "k"),
+        "accuracy_by_distance": measures.accuracy_by(scores, ranks, "distance"),
+        "reliability": measures.reliability(measures.pair_margins(scores, ranks)),
+    }
+    # The annotators' agreement is the ceiling of any reward model's accuracy.
+    agreement = measures.annotator_agreement(examples)
+    if agreement:
+        report["annotator_agreement"], report["annotator_agreement_pairs"] = agreement
+    return report
