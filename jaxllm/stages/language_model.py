@@ -21,9 +21,9 @@ from jaxllm.data.loader import (
     epoch_batches,
     epoch_rows,
     epochs_of,
-    fingerprint,
     load_rows,
     make_batch_at,
+    rows_fingerprint,
 )
 from jaxllm.data.sources import DataConfig
 from jaxllm.evaluation import measures
@@ -160,7 +160,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         }
 
     return train.Training(
-        data=fingerprint([*rows["train"], *rows["held_out"]]),
+        data=rows_fingerprint([*rows["train"], *rows["held_out"]]),
         init=start,
         abstract=placed.abstract,
         step=functools.partial(step, base=base),

@@ -27,7 +27,7 @@ from jaxllm.config.ranges import (
 )
 from jaxllm.data.loader import (
     PromptExample,
-    fingerprint,
+    examples_fingerprint,
     load_prompts,
     load_rows,
     make_batch_at,
@@ -372,7 +372,7 @@ def build_training(workspace: Workspace, life: Any, stage: str) -> train.Trainin
         return {"steps": config.num_steps, **held_out(metrics), **more}
 
     return train.Training(
-        data=fingerprint([*prompts["train"], *prompts["held_out"]]),
+        data=examples_fingerprint([*prompts["train"], *prompts["held_out"]]),
         # Copies: making a state donates, and reference and reward model stay.
         init=lambda: first_state(parts, config, mesh, *jax.tree.map(jnp.copy, starts)),
         abstract=abstract_state(parts, config, mesh),

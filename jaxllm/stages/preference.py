@@ -27,7 +27,7 @@ from jaxllm.config.ranges import (
 )
 from jaxllm.data.loader import (
     RankedExample,
-    fingerprint,
+    examples_fingerprint,
     load_ranked,
     make_ranked_batch_at,
     ranked_epoch,
@@ -214,7 +214,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         }
 
     return train.Training(
-        data=fingerprint([*rankings["train"], *rankings["held_out"]]),
+        data=examples_fingerprint([*rankings["train"], *rankings["held_out"]]),
         init=lambda: place.init(jax.jit(first, out_shardings=place.shardings.params)(policy)),
         abstract=place.abstract,
         step=functools.partial(step, **fixed),

@@ -28,8 +28,9 @@ from jaxllm.config.functions import FunctionName, resolve_function
 from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, ProportionBelowOne
 from jaxllm.data.file_formats import format_of
 from jaxllm.data.format import is_held_out
-from jaxllm.data.messages import check_messages, known_parts, message_text, prompt_text, question
-from jaxllm.data.sources import DataConfig, Source, read_records
+from jaxllm.data.messages import message_text, prompt_text, question
+from jaxllm.data.schema import check_messages, known_parts
+from jaxllm.data.sources import Source, read_records
 from jaxllm.rl.score_functions import score_all
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, write_whole
@@ -449,7 +450,7 @@ def _complete(line: dict[str, Any], where: str, config: RankConfig) -> dict[str,
 def _split(messages: Sequence[Mapping[str, Any]], held_out: float) -> str:
     """By content, as the data of every stage is split: a prompt stands on the same side in all of them."""
     content = question(known_parts(messages))
-    return "held_out" if is_held_out(content, DataConfig(held_out_fraction=held_out)) else "train"
+    return "held_out" if is_held_out(content, held_out) else "train"
 
 
 def _summary(rankings: list[dict[str, Any]], skipped: int) -> dict[str, Any]:

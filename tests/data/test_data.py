@@ -118,7 +118,7 @@ def test_prompts_and_replies_never_cross_the_split(tmp_path):
 
 def test_the_split_is_a_function_of_the_content_and_the_salt(tmp_path):
     config = data(Source(review_file(tmp_path)))
-    shares = [sum(is_held_out(f"{i}", config) for i in range(4000)) / 4000]
+    shares = [sum(is_held_out(f"{i}", config.held_out_fraction) for i in range(4000)) / 4000]
     assert abs(shares[0] - 0.3) < 0.03
     salted = data(*config.sources, split_salt="x")
     assert [e.text for e in examples(config, "document", "train")] != [

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import InputError
-from jaxllm.data import cache, file_formats, readers, store
+from jaxllm.data import cache, file_formats, readers
 from jaxllm.data.sources import DataConfig, Source, read_records
 from jaxllm.data.store import load_texts, open_store
 from jaxllm.tokenizers.trained import train
@@ -354,7 +354,6 @@ def test_tables_are_prepared_whole_and_a_format_that_is_said_is_the_same_store(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(readers, "PART_BYTES", 100)
-    monkeypatch.setattr(store, "PART_BYTES", 100)
     settings = {"vocab_size": 300, "model_type": "bpe", "character_coverage": 1.0, "num_threads": 1}
     tokenizer = train(iter(["some text of a line"] * 50), **settings)
     lines = [f"some\ntext {i}" for i in range(60)]

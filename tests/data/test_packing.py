@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import InputError
-from jaxllm.data import loader, packing
+from jaxllm.data import batches as global_batches
+from jaxllm.data import mixture as orders
+from jaxllm.data import packing
 from jaxllm.data.format import Example
 from jaxllm.data.loader import (
     epoch_batches,
@@ -84,7 +86,7 @@ def rows_of(plan, lengths, length):
         pieces = [slice(offsets[e] + a, offsets[e] + b) for r, e, a, b in plan if r == row]
         sizes = np.array([p.stop - p.start for p in pieces])
         joined = (np.concatenate([array[p] for p in pieces]) for array in (tokens, mask))
-        rows.append(packing.materialise(*joined, sizes, length, 0))
+        rows.append(packing.build_row(*joined, sizes, length, 0))
     return rows
 
 
@@ -237,19 +239,19 @@ def test_a_mixture_keeps_its_proportions(text_data, tokenizer, tmp_path):
 )
 def test_the_shares_of_a_mixture_are_exact(weights, number):
     """Never off by more rows than there are sources, and by none after each round."""
-    phase = loader._Stretch(0, loader._shares(weights), [0] * len(weights))
-    assert sum(phase.until(number)) == number
-    for count, weight in zip(phase.until(number), weights, strict=True):
+    phase = orders.Interval(0, orders._shares(weights), [0] * len(weights))
+    assert sum(phase.counts(number)) == number
+    for count, weight in zip(phase.counts(number), weights, strict=True):
         assert abs(count - number * weight / sum(weights)) < len(weights) + 1e-3
-    step = [b - a for a, b in zip(phase.until(number), phase.until(number + 1), strict=True)]
+    step = [b - a for a, b in zip(phase.counts(number), phase.counts(number + 1), strict=True)]
     assert sorted(step) == [0] * (len(weights) - 1) + [1]
-    assert phase.until(7 * sum(phase.shares)) == [7 * share for share in phase.shares]
+    assert phase.counts(7 * sum(phase.shares)) == [7 * share for share in phase.shares]
 
 
 def test_an_epoch_by_size_sees_every_row_as_often_as_asked():
     """Sizes 30 and 20 with 1 and 2.5 epochs: 80 rows."""
-    phase = loader._Stretch(0, loader._shares([30 * 1.0, 20 * 2.5]), [0, 0])
-    order = loader._order([30, 20], [phase], seed=3)
+    phase = orders.Interval(0, orders._shares([30 * 1.0, 20 * 2.5]), [0, 0])
+    order = orders.make_order([30, 20], [phase], seed=3)
     drawn = [order(i) for i in range(80)]
     assert sorted(row for source, row in drawn if source == 0) == [*range(30)]
     assert (
@@ -276,7 +278,9 @@ def test_a_curriculum_changes_the_shares_and_not_the_order_inside_a_source(
         for c in ((), CURRICULUM)
     ]
     sizes = [rows.num_rows for rows, _ in mixtures[0]]
-    orders = [loader._order(sizes, loader._phases(mixture, 8), seed=5) for mixture in mixtures]
+    orders = [
+        orders.make_order(sizes, orders.intervals(mixture, 8), seed=5) for mixture in mixtures
+    ]
     drawn = [[order(i) for i in range(8 * 40)] for order in orders]
     for source in (0, 1):
         one, two = ([row for s, row in each if s == source] for each in drawn)
@@ -340,7 +344,9 @@ def test_rows_are_the_same_for_any_hosts_workers_and_after_any_resume(
         parts = []
         for host in range(hosts):
             mixture, made = load(f"cache-{hosts}-{host}"), []
-            order = loader._order([r.num_rows for r, _ in mixture], loader._phases(mixture, 8), 5)
+            order = orders.make_order(
+                [r.num_rows for r, _ in mixture], orders.intervals(mixture, 8), 5
+            )
 
             def row(i, step, mixture=mixture, order=order, made=made):
                 made.append(i)
@@ -367,7 +373,7 @@ def test_only_the_rows_of_local_devices_are_made(monkeypatch):
         "make_array_from_callback",
         lambda shape, s, part: [part(i) for i in local(s, shape).values()],
     )
-    batch = loader._place(rows, 8, sharding)
+    batch = global_batches.global_batch(rows, 8, sharding)
     assert sorted(made) == [2, 3, 4, 5] and [int(x[0, 0]) for x in batch["x"]] == [2, 3, 4, 5]
 
 

@@ -16,9 +16,14 @@ import numpy as np
 import pytest
 
 from jaxllm.config import InputError
-from jaxllm.data import cache, format, readers, sources, store
+from jaxllm.data import cache, format, readers, sources, units
 from jaxllm.data.contamination import measure_contamination, some_documents
-from jaxllm.data.loader import PromptExample, fingerprint, load_rows
+from jaxllm.data.loader import (
+    PromptExample,
+    examples_fingerprint,
+    load_rows,
+    rows_fingerprint,
+)
 from jaxllm.data.sources import DataConfig, Source, read_records
 from jaxllm.data.splits import examples
 from jaxllm.data.store import open_store
@@ -37,12 +42,8 @@ def tokenizer():
 @pytest.fixture
 def small(monkeypatch):
     """Units, runs and chunks so small that a little text makes many."""
-    for module, name, value in (
-        (readers, "PART_BYTES", 600),
-        (store, "PART_BYTES", 600),
-        (store, "_RUN", 16),
-    ):
-        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(readers, "PART_BYTES", 600)
+    monkeypatch.setattr(units, "RUN", 16)
 
 
 def texts_of(each, tokenizer):
@@ -162,15 +163,15 @@ def test_tokens_take_two_bytes_where_the_vocabulary_fits(tmp_path, tokenizer):
 PREPARE = """
 import sys
 from pathlib import Path
-from jaxllm.data import readers, store
+from jaxllm.data import readers, store, workers
 from jaxllm.data.sources import DataConfig, Source
 from jaxllm.tokenizers.trained import Tokenizer
-readers.PART_BYTES = store.PART_BYTES = 20_000
-store._IN_PROCESS = int(sys.argv[4])
+readers.PART_BYTES = 20_000
+workers.IN_PROCESS = int(sys.argv[4])
 data = DataConfig((Source(sys.argv[1]),), held_out_fraction=0.1)
 share = (int(sys.argv[5]), 3)
 found = store.open_store(data, "document", Tokenizer.load(sys.argv[2]), Path(sys.argv[3]), share)
-assert store._IN_PROCESS == 0 or "jax" not in sys.modules  # what a worker imports; the progress line needs it
+assert workers.IN_PROCESS == 0 or "jax" not in sys.modules  # what a worker imports; the progress line needs it
 print(found["train"][0].key)
 """
 
@@ -361,11 +362,11 @@ def test_a_large_file_is_checked_again_only_when_its_times_change(tmp_path, monk
 MEMORY = """
 import sys
 from pathlib import Path
-from jaxllm.data import readers, store
+from jaxllm.data import readers, store, units
 from jaxllm.data.sources import DataConfig, Source
 from jaxllm.tokenizers.trained import Tokenizer
-readers.PART_BYTES = store.PART_BYTES = 200_000
-store._RUN = 2048
+readers.PART_BYTES = 200_000
+units.RUN = 2048
 data = DataConfig((Source(sys.argv[1]),))
 found = store.open_store(data, "document", Tokenizer.load(sys.argv[2]), Path(sys.argv[3]))
 assert sum(map(len, store.load_texts(data, "train", Path(sys.argv[3])))) > 1e6
@@ -540,7 +541,9 @@ def test_the_fingerprint_names_contents_not_places(tmp_path, tokenizer):
     data = DataConfig((Source(path),), held_out_fraction=0.1)
 
     def print_of(data, length=32, kind="document"):
-        return fingerprint(load_rows(data, kind, "train", tokenizer, length, tmp_path / "cache"))
+        return rows_fingerprint(
+            load_rows(data, kind, "train", tokenizer, length, tmp_path / "cache")
+        )
 
     first = print_of(data)
     shutil.copy(path, tmp_path / "b.txt")
@@ -560,9 +563,9 @@ def test_the_fingerprint_names_contents_not_places(tmp_path, tokenizer):
     assert len({first, *others, print_of(data)}) == 7
     prompts = [PromptExample([{"role": "user", "content": "q"}], [1, 2])]
     assert (
-        fingerprint(prompts)
-        == fingerprint(list(prompts))
-        != fingerprint([prompts[0]._replace(answer="a")])
+        examples_fingerprint(prompts)
+        == examples_fingerprint(list(prompts))
+        != examples_fingerprint([prompts[0]._replace(answer="a")])
     )
 
 

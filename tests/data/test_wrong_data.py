@@ -231,7 +231,7 @@ def test_calls_without_content_are_said(tmp_path, call):
     prompt = one(tmp_path, "prompt", {"messages": [USER, call]})
     assert (prompt.question(), prompt.answer) == ("how warm?", SPELLED)
     chat = one(tmp_path, "chat", {"messages": [call, REPLY]})
-    assert (chat.question(), chat.learnt()) == (SPELLED, SPELLED + "21 degrees")
+    assert (chat.question(), chat.target_text()) == (SPELLED, SPELLED + "21 degrees")
     assert prompt_text([USER, call]) == SPELLED and prompt_text([USER, call, RESULT]) == "21"
     chat = one(tmp_path, "chat", {"messages": [USER, call, RESULT, REPLY]})
     assert json.loads(chat.question()) == [
@@ -239,7 +239,7 @@ def test_calls_without_content_are_said(tmp_path, call):
         {k: v for k, v in call.items() if v is not None},
         RESULT,
     ]
-    assert chat.whole() == f"how warm?\n{SPELLED}\n21\n21 degrees"
+    assert chat.full_text() == f"how warm?\n{SPELLED}\n21\n21 degrees"
     for kind, more in (("prompt", {}), ("ranked", {"responses": ["a", "b"], "ranks": [1, 2]})):
         asked = one(tmp_path, kind, {"messages": [USER, call, RESULT], **more})
         assert asked.messages[-1] == RESULT and asked.answer == ""

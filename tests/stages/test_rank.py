@@ -574,7 +574,7 @@ def test_a_prompt_is_on_the_side_it_has_in_the_data_of_every_stage(workspace, tm
     rank.run(workspace, dataclasses.replace(write(tmp_path / "in.jsonl", *lines), held_out=0.3))
     data = DataConfig(held_out_fraction=0.3)
     for i, line in enumerate(rankings(workspace)):
-        assert (line["split"] == "held_out") == is_held_out(f"question {i}", data)
+        assert (line["split"] == "held_out") == is_held_out(f"question {i}", data.held_out_fraction)
 
 
 @pytest.mark.parametrize(("name", "line"), [("sample", {"split": "test"}), ("rank", {"number": 3})])
