@@ -68,6 +68,7 @@ def global_batch(row: Callable[[int], Row], batch_size: int, sharding: Any) -> B
 
     def array(name: str, shape: tuple[int, ...]) -> jax.Array:
         def piece(index: Any) -> np.ndarray:
+            # One slice for each dimension: the rows, then what this device holds of each.
             rows, *rest = index
             values = np.stack([row(i)[name] for i in range(batch_size)[rows]])
             return values[(slice(None), *rest)]

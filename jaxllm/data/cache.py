@@ -28,6 +28,7 @@ from jaxllm.config import InputError
 _ALWAYS_READ = 1 << 20
 # Seconds after which a builder on another machine that writes nothing counts as dead.
 _SILENT = 600
+# "~" separates the fields of a partial folder's name.
 _HOST = socket.gethostname().replace("~", "-")
 _LOCK = ".lock"
 
@@ -63,6 +64,7 @@ def build_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> bool:
         if not folder.exists():
             raise
     finally:
+        # After success neither exists any more.
         for path in (new, partial):
             shutil.rmtree(path, ignore_errors=True)
     return True
@@ -72,6 +74,7 @@ def get_or_build(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[s
     """Returns the metadata of a folder, after building it if it does not exist or is damaged."""
     while (meta := open_valid(folder)) is None:
         if not build_once(folder, make):
+            # Another process is building it.
             time.sleep(0.1)
     return meta
 
@@ -102,6 +105,7 @@ def open_valid(folder: Path) -> dict[str, Any] | None:
 
 def clean(cache: Path) -> None:
     """Removes what builders that were killed left behind."""
+    # These have no lock; `write_json` takes milliseconds.
     for file in (cache / "files").glob(".new-*"):
         if time.time() - file.stat().st_mtime > _SILENT:
             file.unlink(missing_ok=True)
@@ -148,6 +152,7 @@ def _first_damaged(folder: Path, checksums: dict[str, Any]) -> str | None:
 def _is_intact(folder: Path, name: str, size: int, digest: str) -> bool:
     path = folder / name
     stored = folder / ".times"
+    # The size is checked first: it costs nothing, and finds files that were cut.
     if path.stat().st_size != size:
         return False
     known = json.loads(stored.read_text()) if stored.exists() else {}
@@ -186,6 +191,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def key_of(*values: Any) -> str:
     """A name for JSON values: 32 hex digits of their sha256."""
+    # Keys are names of folders on disk: another spelling here would orphan every cache.
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -242,6 +248,7 @@ class ArrayFile:
             InputError: the file has become shorter since it was opened.
         """
         size = max(0, stop - start) * self.dtype.itemsize
+        # pread moves no file position, which threads would share.
         data = os.pread(self._file.fileno(), size, start * self.dtype.itemsize)
         if len(data) != size:
             raise InputError(

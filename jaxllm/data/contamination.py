@@ -33,7 +33,7 @@ def measure_contamination(
     result = {}
     if hits:
         result["ngrams"] = float(np.concatenate(hits).mean())
-        result["examples"] = float(np.mean([hit.any() for hit in hits]))
+        result["examples"] = float(np.mean(list(map(np.any, hits))))
     result["counted"] = float(len(hits))
     result["shorter"] = float(len(texts) - len(hits))
     return result
@@ -80,6 +80,7 @@ def _streamed(examples: Examples, n: int) -> Iterator[np.ndarray]:
             if not len(part):
                 continue
             sizes = part["size"].astype(np.int64)
+            # Adjacent examples are one read.
             tokens, _ = examples.tokens.read(part["start"], sizes)
             # Where the example of each n-gram ends: an n-gram may not reach into the next example.
             ends_at = np.repeat(np.cumsum(sizes), sizes)[: max(0, len(tokens) - n + 1)]

@@ -57,10 +57,14 @@ def join_units(
     with contextlib.ExitStack() as stack:
         stays = stack.enter_context(open(folder / "stays", "w+b"))
         _write_stays(stays.fileno(), runs, opened)
-        files = {name: stack.enter_context(open(folder / name, "wb")) for name in counts}
+        files = {}
+        for name in counts:
+            files[name] = stack.enter_context(open(folder / name, "wb"))
+        # Runs are in the order of the examples, so the tables are too.
         for run in runs:
             unit = units[run.unit]
             table = opened(unit.folder / "examples", EXAMPLE[kind])
+            # Numbers within the unit become numbers within the store.
             examples = table.read(run.begin, run.begin + run.size).copy()
             examples["start"] += int(first_tokens[run.unit])
             if kind == "chat":
@@ -72,6 +76,7 @@ def join_units(
                 files[name].write(kept.tobytes())
                 counts[name][0] += int(kept["size"].sum(dtype=np.int64))
                 counts[name][1] += int(kept["bytes"].sum(dtype=np.int64))
+    # One byte for each example of the corpus: on disk only while it is needed.
     os.remove(folder / "stays")
     return {"counts": counts}
 
@@ -108,13 +113,12 @@ def _write_stays(stays: int, runs: Sequence[_Run], opened: Opener) -> None:
         row[1:-1] = np.searchsorted(hashes, limits)
         row[-1] = run.size
     for begins, ends in itertools.pairwise(cuts.T if runs else ()):
-        keys = [
-            _read_keys(run, begin, end, opened)
-            for run, begin, end in zip(runs, begins, ends, strict=True)
-        ]
-        numbers = [
-            np.int64(run.first) + part["index"] for run, part in zip(runs, keys, strict=True)
-        ]
+        keys = []
+        numbers = []
+        for run, begin, end in zip(runs, begins, ends, strict=True):
+            keys.append(_read_keys(run, begin, end, opened))
+            # int64: `index` is uint32, which the examples of all units can exceed.
+            numbers.append(np.int64(run.first) + keys[-1]["index"])
         sides = _decide(np.concatenate(keys), np.concatenate(numbers))
         parts = np.split(sides, np.cumsum(ends - begins)[:-1])
         for run, begin, part in zip(runs, begins, parts, strict=True):

@@ -73,6 +73,7 @@ def guess(head: str, is_complete: bool = True) -> Literal["jsonl", "csv", "tsv",
     if _OBJECT.match(head):
         return "jsonl"
     lines = [line for line in re.split(r"\r?\n", head) if line]
+    # A cut line has fewer cells than the others.
     if not is_complete:
         lines = lines[:-1]
     if _is_table(lines, "\t"):
@@ -88,6 +89,7 @@ def _is_table(lines: Sequence[str], delimiter: str) -> bool:
         return False
     if len(rows) < _MIN_ROWS or len({len(row) for row in rows}) != 1 or len(rows[0]) < 2:
         return False
+    # Prose has no tabs in the same number on each line.
     if delimiter == "\t":
         return True
     num_prose = sum(map(_is_prose, rows))

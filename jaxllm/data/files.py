@@ -51,6 +51,7 @@ def resolve(path: str) -> list[str]:
     """The files that a source's path names, sorted. Raises InputError if there are none, and for a folder."""
     if not path:
         raise InputError("data.sources: a source needs a path")
+    # Inside a package a glob works as it does elsewhere.
     if path.startswith("pkg://"):
         path = _package_path(path)
     names, is_folder = _remote(path) if "://" in path else _local(path)
@@ -72,6 +73,7 @@ def _local(path: str) -> tuple[list[str], bool]:
     if os.path.isfile(path):
         return [path], False
     if os.path.exists(path):
+        # A device or a pipe is neither a file nor a folder.
         return [], os.path.isdir(path)
     return [name for name in sorted(glob.glob(path, recursive=True)) if os.path.isfile(name)], False
 
@@ -102,6 +104,7 @@ def _package_path(path: str) -> str:
             f"{path}: package {package} is not installed; pip install {package} (demos: 'jaxllm[demo]')"
         )
     root = Path(spec.submodule_search_locations[0]).resolve()
+    # pkg://PACKAGE/../.. would read any file.
     if not (root / inside).resolve().is_relative_to(root):
         raise InputError(f"{path}: leaves the package's folder; name a file inside it")
     return str(root / inside)
@@ -111,7 +114,7 @@ def filesystem(path: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the name of the file in it."""
     try:
         return fsspec.core.url_to_fs(path)
-    except ImportError:
+    except ImportError:  # s3fs or gcsfs
         raise InputError(
             f"{path}: reading it needs another package; pip install 'jaxllm[data]'"
         ) from None
@@ -178,6 +181,7 @@ class _Zstd(io.RawIOBase):
                 break
             if self._frame.eof:
                 self._frame = self._new_frame()
+            # May be empty: a frame's header gives no bytes yet.
             self._ready = memoryview(self._frame.decompress(data))
             self._inside = not self._frame.eof
         if not self._ready and self._inside:
@@ -190,6 +194,7 @@ class _Zstd(io.RawIOBase):
 
 def extra(name: str, path: str) -> Any:
     """A module of the extra [data]. Raises InputError, which says what to install, if it is missing."""
+    # Imported when a file needs it: the base install has none of these packages.
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -94,6 +94,7 @@ def assign_splits(
     for record in records:
         example = make_example(kind, data.sources[index], record, index)
         given = record.fields.get("split")
+        # Empty cells of a table: the record does not say.
         if given not in (None, "", "train", "held_out"):
             raise InputError(
                 f"{record.origin}: split must be train or held_out, not {given!r:.40}; rename it"
@@ -120,6 +121,7 @@ def _split_of(example: Example, record: Record, kind: str, data: DataConfig) -> 
 def is_held_out(content: str, fraction: float, salt: str = "") -> bool:
     """Whether a content is in the held-out split: sha256(salt + content), as a number in [0, 1), is below fraction."""
     hashed = hashlib.sha256((salt + content).encode("utf-8", "surrogatepass")).digest()
+    # Python compares the integer with the float exactly, so machines agree on every content.
     return int.from_bytes(hashed[:8]) < fraction * 2**64
 
 
@@ -178,9 +180,11 @@ def _messages(source: Source, record: Record, with_reply: bool) -> Messages:
         messages = record.fields["messages"]
     else:
         messages = _from_fields(record)
+    # Also what templates made: a reply of empty fields is found here.
     messages = check_messages(messages, record.origin)
     if source.prompt or "messages" not in record.fields:
         _require_prompt(messages, record.origin)
+    # A prompt may come with its reply, which is the answer (see `_answer`), not part of what is asked.
     if not with_reply and messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     last_roles = ("assistant",) if with_reply else ("user", "tool")

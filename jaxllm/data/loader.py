@@ -54,6 +54,7 @@ def load_rows(
         raise InputError(f"length: rows of {length} tokens hold no target; set it to at least 2")
     folder = Path(cache_dir)
     share = (jax.process_index(), jax.process_count())
+    # Both splits are tokenized together; the second call finds them in the cache.
     found = open_store(data, kind, tokenizer, folder, share)[split]
     counts = [len(source.table) for source in found]
     if not any(counts):
@@ -65,14 +66,17 @@ def load_rows(
         rows = pack_rows(data, kind, source_examples, length, tokenizer, folder)
         phases = tuple((phase.step, phase.weights[index]) for phase in data.curriculum)
         rows = rows._replace(phases=phases)
+        # All conversations of a source may have been dropped as too long.
         if rows.num_rows:
             kept.append(index)
+            # Without weights every row is used as often as `epochs` says.
             weight = source_examples.source.weight or float(rows.num_rows * rows.epochs)
             mixture.append((rows, weight))
     if not mixture:
         raise InputError(
             f"data.sources: every {kind} example of the {split} split is too long for {length} tokens"
         )
+    # Bits per byte would divide by zero.
     if not any(rows.num_bytes for rows, _ in mixture):
         raise InputError(
             f"data.sources: no {kind} example of the {split} split has a target that stands for text "
@@ -96,6 +100,7 @@ def _check_curriculum(data: DataConfig, kept: Sequence[int]) -> None:
 
 def rows_fingerprint(mixture: Mixture) -> str:
     """A name for everything that the batches of a mixture depend on, except for seed and batch size."""
+    # A resumed run compares this with its checkpoint's: the values and their order are fixed.
     return key_of(*((r.fingerprint, weight, r.epochs, r.phases) for r, weight in mixture))
 
 
@@ -131,11 +136,13 @@ def epoch_batches(
     """
     ends = np.cumsum([rows.num_rows for rows, _ in mixture])
     total = int(ends[-1])
+    # A sample is spread evenly: the first rows would be those of the first source.
     count = min(total, max_batches * batch_size or total)
 
     def row(number: int) -> Row:
         source = int(np.searchsorted(ends, number, "right"))
         rows, _ = mixture[source]
+        # ends[source] - num_rows is the number of the source's first row.
         return rows.row(number - int(ends[source]) + rows.num_rows)
 
     return epoch(np.linspace(0, total - 1, count).astype(int), row, batch_size, sharding)
@@ -146,6 +153,7 @@ def epoch_batches(
 
 def examples_fingerprint(loaded: Sequence[PromptExample] | Sequence[RankedExample]) -> str:
     """A name for the contents of loaded prompts or rankings."""
+    # Prompts and rankings are tuples of JSON values.
     return key_of(*loaded)
 
 
@@ -162,9 +170,11 @@ def load_prompts(
             "sampling.max_new_tokens: leaves no room for a prompt in model.max_length; lower it"
         )
     prompts = []
+    found = []
     kept = []
-    found = shuffled(examples(data, "prompt", split))
-    for example in found:
+    for example in shuffled(examples(data, "prompt", split)):
+        found.append(example.source)
+        # With the beginning of the reply, which the template writes.
         ids, _ = example.encode(tokenizer, reply=True)
         if len(ids) <= max_length:
             prompts.append(PromptExample(example.messages, ids, example.answer))
@@ -179,7 +189,7 @@ def load_prompts(
             f"data.sources: every prompt of the {split} split is longer than {max_length} tokens; "
             "give shorter ones, or raise model.max_length"
         )
-    require_room(data, "prompt", split, [example.source for example in found], kept, max_length)
+    require_room(data, "prompt", split, found, kept, max_length)
     return prompts
 
 
@@ -247,8 +257,8 @@ def _encode_ranked(
     example: Example, data: DataConfig, tokenizer: Tokenizer, length: int
 ) -> RankedExample | None:
     """None: the ranking is too long, and data.too_long is "drop"."""
-    encoded = [example.encode(tokenizer, response) for response in example.responses]
-    longest = max(len(ids) for ids, _ in encoded)
+    rows, masks = zip(*(example.encode(tokenizer, r) for r in example.responses), strict=True)
+    longest = max(map(len, rows))
     if longest > length and data.too_long == "error":
         raise InputError(
             f"{example.origin}: prompt and response take {longest} tokens and the limit is {length}; "
@@ -256,8 +266,8 @@ def _encode_ranked(
         )
     if longest > length and data.too_long == "drop":
         return None
-    rows = []
-    for ids, mask in encoded:
+    cut_rows = []
+    for ids, mask in zip(rows, masks, strict=True):
         if not any(mask[:length]):
             raise InputError(
                 f"{example.origin}: no token of a response is left in {length} tokens; raise the "
@@ -265,9 +275,10 @@ def _encode_ranked(
             )
         # Up to the end of the turn, where a rollout ends too: some templates write a newline after it.
         end_of_turn = len(mask) - mask[::-1].index(True)
-        rows.append(ids[: min(length, end_of_turn)])
+        cut_rows.append(ids[: min(length, end_of_turn)])
+    # All rows begin with it; what follows is the reply.
     prompt, _ = example.encode(tokenizer, reply=True)
-    return RankedExample(rows, example.ranks, len(prompt), example.scores, example.annotator)
+    return RankedExample(cut_rows, example.ranks, len(prompt), example.scores, example.annotator)
 
 
 def make_ranked_batch_at(
@@ -298,6 +309,7 @@ def ranked_epoch(
 def _ranked_row(ranked: Sequence[RankedExample]) -> Callable[[int], Row]:
     """Number -> the arrays [K, T] and [K] of a ranking: K the most responses, T the longest rounded up to 16."""
     num_responses = max(len(example.rows) for example in ranked)
+    # Of all rankings, not of a batch: one shape is one compilation.
     longest = max(len(ids) for example in ranked for ids in example.rows)
     length = -(-longest // 16) * 16
 

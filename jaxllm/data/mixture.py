@@ -50,10 +50,11 @@ SINGLE_SOURCE = [Interval(0, [1], [0])]
 
 def intervals(mixture: Mixture, batch_size: int) -> list[Interval]:
     """One interval for the weights of the mixture, and one for each phase of the curriculum."""
-    first = _shares([weight for _, weight in mixture])
-    result = [Interval(0, first, [0] * len(mixture))]
-    for changes in zip(*(rows.phases for rows, _ in mixture), strict=True):
-        steps, weights = zip(*changes, strict=True)
+    rows, weights = zip(*mixture, strict=True)
+    result = [Interval(0, _shares(weights), [0] * len(mixture))]
+    # A phase is stored with each source: (step, weight of the source).
+    for phase in zip(*(source.phases for source in rows), strict=True):
+        steps, weights = zip(*phase, strict=True)
         begin = steps[0] * batch_size
         # Each source continues where it was.
         result.append(Interval(begin, _shares(weights), result[-1].counts(begin)))
@@ -61,8 +62,9 @@ def intervals(mixture: Mixture, batch_size: int) -> list[Interval]:
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
-    """Integers in exactly the proportion of the weights, as decimals: 0.3 is 3/10, not a sum of powers of two."""
-    exact = [fractions.Fraction(str(weight)) for weight in weights]
+    """Integers in exactly the proportion of the weights: 0.3 and 1.0 give 3 and 10."""
+    # By their decimals: the float 0.3 itself is a fraction with a denominator of 2^54.
+    exact = list(map(fractions.Fraction, map(str, weights)))
     scale = math.lcm(*(weight.denominator for weight in exact))
     integers = [int(weight * scale) for weight in exact]
     divisor = math.gcd(*integers)

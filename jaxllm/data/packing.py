@@ -36,6 +36,7 @@ def concat_and_split(sizes: Iterable[np.ndarray], length: int) -> Iterator[np.nd
     document = 0
     for chunk in sizes:
         starts = total + np.cumsum(chunk, dtype=np.int64) - chunk
+        # Membership is asked once a row; a search in the array would be slower.
         is_start = set(starts.tolist())
         total += int(chunk.sum())
         offsets = []
@@ -43,6 +44,7 @@ def concat_and_split(sizes: Iterable[np.ndarray], length: int) -> Iterator[np.nd
             offset += length if offset + length in is_start else length - 1
             offsets.append(offset)
         begins = np.array(offsets, np.int64)
+        # The document that a row begins in: the last one that starts at or before it.
         index = np.searchsorted(starts, begins, "right") - 1
         yield np.stack([document + index, begins - starts[index]], axis=1)
         document += len(chunk)
@@ -74,6 +76,7 @@ def best_fit(lengths: Sequence[int], length: int) -> np.ndarray:
             raise ValueError(f"example {example} has {size} tokens, a row {length}")
         fitting = free_bits >> size
         if fitting:
+            # Of the rows that fit, the one with the least free tokens.
             lowest_bit = (fitting & -fitting).bit_length() - 1
             free = size + lowest_bit
             row = rows_with_free[free].popleft()

@@ -55,8 +55,10 @@ def split(path: str, given: Format, unit: str, size: int, lines: Sequence[int]) 
 def read_part(part: Part, given: Format, unit: str) -> Iterator[Record]:
     """The records of a part of a file. Raises InputError, with the line, if something cannot be read."""
     kind = format_of(part.path, given)
+    # Once for each file, in its first part.
     if kind == "text" and given == "auto" and not part.start:
         check_is_text(part.path)
+    # Errors while records are read, not only while the file is opened: decompression fails late.
     with readable(part.path):
         yield from _read_text(part, unit) if kind == "text" else _READERS[kind](part)
 
@@ -82,6 +84,7 @@ def _lines(part: Part) -> Generator[tuple[str, str]]:
             if part.stop and offset >= part.stop:
                 return
             text = line
+            # Only at the beginning of the file: elsewhere U+FEFF is a character of the text.
             if not offset:
                 check_head(line, part.path)
                 text = line.removeprefix(_BOM)
@@ -89,6 +92,11 @@ def _lines(part: Part) -> Generator[tuple[str, str]]:
             origin = f"{part.path}:{number}"
             yield origin, decoded(text, origin)
             number += 1
+
+
+def _texts(part: Part) -> Generator[str]:
+    for _, line in _lines(part):
+        yield line
 
 
 def _read_text(part: Part, unit: str) -> Iterator[Record]:
@@ -115,8 +123,8 @@ def _read_json(part: Part) -> Iterator[Record]:
     if _is_jsonl(part):
         yield from _read_jsonl(part)
         return
-    text = "".join(line for _, line in _lines(part))
-    values = parse(text, part.path, "write a list of objects, or one a line")
+    # A list is parsed as a whole; the line of a record in it is not known, so its number is used.
+    values = parse("".join(_texts(part)), part.path, "write a list of objects, or one a line")
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise InputError(f"{part.path}: must hold a list of objects, or one object a line")
     for number, value in enumerate(values, start=1):
@@ -125,8 +133,9 @@ def _read_json(part: Part) -> Iterator[Record]:
 
 def _is_jsonl(part: Part) -> bool:
     """Whether the first line that is not blank is a complete JSON object."""
-    with contextlib.closing(_lines(part)) as lines:
-        first = next((line for _, line in lines if line.strip()), "")
+    # Closed at once: the file is opened again to be read.
+    with contextlib.closing(_texts(part)) as lines:
+        first = next(filter(str.strip, lines), "")
     try:
         return first.lstrip().startswith("{") and isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
@@ -164,9 +173,9 @@ def _rows(part: Part, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(number of its first line, cells) of each row that is not blank."""
     # By default a cell may hold 128 kB only; a text can be longer.
     csv.field_size_limit(1 << 30)
-    lines = (line for _, line in _lines(part))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = csv.reader(_texts(part), delimiter=delimiter, strict=True)
     while True:
+        # A quoted cell can hold newlines, so a row may take several lines.
         number = reader.line_num + 1
         try:
             row = next(reader, None)
@@ -189,22 +198,22 @@ def _parquet(path: str) -> Iterator[Any]:
 
 def _row_groups(path: str) -> list[Part]:
     """Parts of a Parquet file: as many row groups as have PART_BYTES together."""
-    with readable(path), _parquet(path) as table:
-        groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
     parts = []
     begin = 0  # the part's first group
-    line = 1
+    line = 1  # the number of its first row
     size = 0
     rows = 0
-    for number, group in enumerate(groups, start=1):
-        size += group.total_byte_size
-        rows += group.num_rows
-        if size >= PART_BYTES or number == len(groups):
-            parts.append(Part(path, begin, number, line))
-            begin = number
-            line += rows
-            size = 0
-            rows = 0
+    with readable(path), _parquet(path) as table:
+        for number in range(table.num_row_groups):
+            group = table.metadata.row_group(number)
+            size += group.total_byte_size
+            rows += group.num_rows
+            if size >= PART_BYTES or number == table.num_row_groups - 1:
+                parts.append(Part(path, begin, number + 1, line))
+                begin = number + 1
+                line += rows
+                size = 0
+                rows = 0
     return parts or [Part(path)]
 
 
@@ -249,6 +258,7 @@ def _read_array_record(part: Part) -> Iterator[Record]:
             values = reader.read(start, min(start + _BATCH_RECORDS, stop))
             for number, value in enumerate(values, start=start + 1):
                 origin = f"{part.path}:{number}"
+                # The format holds bytes; what they are is for its users to agree on.
                 text = decoded(value, origin)
                 fields = parse_object(text, origin) if text.startswith("{") else {"text": text}
                 yield present(fields, origin)

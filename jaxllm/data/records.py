@@ -33,9 +33,10 @@ def present(fields: dict[str, Any], origin: str) -> Record:
     empty = frozenset(name for name, value in fields.items() if _is_null(value))
     if empty:
         fields = {name: value for name, value in fields.items() if name not in empty}
+    # A Parquet file gives every message the fields that any of them has.
     messages = fields.get("messages")
     if isinstance(messages, list):
-        fields = {**fields, "messages": [_without_nulls(message) for message in messages]}
+        fields = {**fields, "messages": list(map(_without_nulls, messages))}
     return Record(fields, origin, empty)
 
 
@@ -50,7 +51,7 @@ def _without_nulls(message: Any) -> Any:
     kept = {name: value for name, value in message.items() if not _is_null(value)}
     calls = kept.get("tool_calls")
     if isinstance(calls, list):
-        kept["tool_calls"] = [_without_nulls(call) for call in calls]
+        kept["tool_calls"] = list(map(_without_nulls, calls))
     if isinstance(kept.get("function"), dict):
         kept["function"] = _without_nulls(kept["function"])
     return kept
@@ -62,7 +63,8 @@ def spelled(value: Any, origin: str) -> str:
     Raises:
         InputError: bytes, and numbers for which JSON has no spelling.
     """
-    if isinstance(value, np.generic | np.ndarray):  # from a function
+    # Functions may yield these; files cannot hold them.
+    if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if isinstance(value, str):
         return value

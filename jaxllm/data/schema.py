@@ -27,6 +27,7 @@ class Message(TypedDict, total=False):
     role: Required[Role]
     content: str
     reasoning_content: str
+    # Functions and arguments, which chat templates read in different forms.
     tool_calls: list[dict[str, Any]]
     tool_call_id: str
     name: str
@@ -58,6 +59,7 @@ def check_messages(messages: Any, origin: str) -> Messages:
         InputError: these are not messages, or the last one is an empty reply.
     """
     checked: Any = _checked(_MESSAGES, messages, origin, _MESSAGE_NEEDS, "messages")
+    # A message that calls functions may say nothing.
     for number, message in enumerate(checked):
         calls = message["role"] == "assistant" and message.get("tool_calls")
         if "content" not in message and not calls:
@@ -71,7 +73,11 @@ def check_messages(messages: Any, origin: str) -> Messages:
 
 def known_parts(messages: Sequence[Mapping[str, Any]]) -> Messages:
     """Checked messages with the fields of `Message` only, in its order."""
-    return [{k: m[k] for k in Message.__annotations__ if m.get(k) is not None} for m in messages]
+    known = []
+    for message in messages:
+        names = filter(message.__contains__, Message.__annotations__)
+        known.append({name: message[name] for name in names})
+    return known
 
 
 def check_tools(tools: Any, origin: str) -> list[dict[str, Any]]:
@@ -109,13 +115,15 @@ def _checked(
     try:
         return schema.validate_python(value)
     except pydantic.ValidationError as error:
+        # One is enough for a line; the next run finds the next.
         first = error.errors(include_url=False)[0]
     # Two steps into a value name the field. A third is the index of a call, or an alternative of a type.
     path = ".".join(str(step) for step in (field, *first["loc"][:2]) if step != "")
     if first["type"] == "missing":
         wrong = "is missing"
     else:
-        wrong = f"{first['msg'].replace('Input should', 'must')}, not {first['input']!r:.60}"
+        wrong = first["msg"].replace("Input should", "must").replace("dictionary", "object")
+        wrong += f", not {first['input']!r:.60}"
     raise InputError(f"{origin}: {path}: {wrong}; {needs}")
 
 
@@ -127,4 +135,6 @@ def _is_empty_reply(message: Mapping[str, Any]) -> bool:
 
 def _ranks_of(scores: Sequence[float]) -> list[int]:
     """1 + the number of better scores: equal scores are a tie."""
-    return [1 + sum(other > score for other in scores) for score in scores]
+    # The index of the first equal score is the number of better ones.
+    best_first = sorted(scores, reverse=True)
+    return [1 + best_first.index(score) for score in scores]

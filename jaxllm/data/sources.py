@@ -67,10 +67,12 @@ class Source:
     """Take a sample of this many texts, those with the smallest hashes; 0: take all."""
 
     def __post_init__(self) -> None:
+        # Epochs say how often rows are used when weights follow from sizes; a weight says it directly.
         require(not self.weight or self.epochs == 1, "epochs: must be 1 if a weight is given")
         _check_pattern("match", self.match, "")
         for pattern, replacement in self.replace:
             _check_pattern("replace", pattern, replacement)
+        # With `match`, the fields of a template are known before any file is read.
         groups = re.compile(self.match).groupindex
         require(
             "text" not in groups,
@@ -127,8 +129,10 @@ class DataConfig:
     """What to do with a conversation or prompt that is too long (documents are split)."""
 
     def __post_init__(self) -> None:
+        # A weight of 0 would be read as "by size" next to weights that are shares.
         weighted = {source.weight > 0 for source in self.sources}
         require(len(weighted) <= 1, "sources: give every source a weight, or none")
+        # From 0, where the weights of the sources themselves apply.
         steps = [0, *(phase.step for phase in self.curriculum)]
         require(steps == sorted(set(steps)), "curriculum: steps must be positive and rise")
         for phase in self.curriculum:
@@ -147,6 +151,7 @@ def read_records(source: Source, parts: Sequence[Part] | None = None) -> Iterato
     Raises:
         InputError: something cannot be read, with its line.
     """
+    # Read once for all parts of a source.
     excluded = excluded_digests(source)
     kept = (
         record for record in raw_records(source, parts) if not dropped(source, record, excluded)
@@ -170,6 +175,7 @@ def files(source: Source) -> list[str]:
 
 def digest(text: str) -> bytes:
     """16 bytes of a text's sha256."""
+    # 16 bytes: among 10^12 texts two equal digests have a probability of 10^-15.
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
 
 
@@ -208,6 +214,7 @@ def dropped(source: Source, record: Record, excluded: frozenset[bytes]) -> str:
     text = record.fields.get("text")
     if not isinstance(text, str):
         return ""
+    # Cheap tests first: most texts that are dropped are empty lines.
     if len(text.strip()) < source.min_chars:
         return f"shorter than min_chars {source.min_chars}"
     if source.max_chars and len(text) > source.max_chars:
@@ -219,6 +226,7 @@ def dropped(source: Source, record: Record, excluded: frozenset[bytes]) -> str:
         if not match:
             return "without a match"
         groups = match.groupdict()
+        # A group that took no part in the match gives no field.
         record.fields.update({name: groups[name] for name in groups if groups[name] is not None})
     return ""
 
@@ -229,13 +237,14 @@ def raw_records(source: Source, parts: Sequence[Part] | None = None) -> Iterator
         records = _function_records(source.path)
     else:
         if parts is None:
-            parts = [Part(file) for file in resolve(source.path)]
+            parts = list(map(Part, resolve(source.path)))
         read = lambda part: read_part(part, source.format, source.record)
         records = itertools.chain.from_iterable(map(read, parts))
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in source.replace]
     for record in records:
         text = record.fields.get(source.text_field)
         if isinstance(text, str):
+            # In the order of the config: a later pattern sees what an earlier one wrote.
             for pattern, replacement in patterns:
                 text = pattern.sub(replacement, text)
             record.fields["text"] = text
@@ -263,5 +272,6 @@ def _function_records(path: str) -> Iterator[Record]:
             raise InputError(
                 f"{origin}: has no spelling in JSON ({reason}); yield texts, numbers and lists"
             ) from None
+        # The spelling is only for these checks; the record keeps its values.
         check_unicode(text, origin)
         yield present(dict(fields), origin)

@@ -33,6 +33,7 @@ def examples(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
         raise InputError(
             f"data.sources: is empty, and {kind} examples are needed; name at least one source"
         )
+    # Reasons are looked for at the end only: that reads a source again.
     counts = [0] * len(data.sources)
     for example in _distinct(data, kind, split):
         counts[example.source] += 1
@@ -49,6 +50,7 @@ def _distinct(data: DataConfig, kind: str, split: str) -> Iterator[Example]:
         for example, side in _all_examples(data, kind):
             if side == "held_out":
                 held_out.add(_leak_key(example, kind))
+    # 16 bytes of hash for each example, not its text.
     seen: set[bytes] = set()
     for example, side in _all_examples(data, kind):
         if side != split or _leak_key(example, kind) in held_out:
@@ -71,6 +73,7 @@ def _leak_key(example: Example, kind: str) -> bytes:
 
 def shuffled(stream: Iterable[Example]) -> list[Example]:
     """Examples in the order of their contents' hashes: a fixed shuffle, so the first n are a random sample."""
+    # Hashes order prompts alike on every machine, whatever order the files have.
     return sorted(stream, key=Example.digest)
 
 
@@ -80,6 +83,7 @@ def nothing_there(data: DataConfig, kind: str, split: str) -> InputError:
     nothing = f"not a single {kind} example in the {split} split"
     if split == "held_out":
         return InputError(f"{paths}: {nothing}; raise data.held_out_fraction or give more text")
+    # Texts have no templates or schema that could drop them.
     if kind == "text":
         return InputError(f"{paths}: {nothing}; give text that is not held out")
     reasons = _reasons(data, kind, 0)
@@ -104,6 +108,7 @@ def require_examples(
     for index, source in enumerate(data.sources):
         if counts[index]:
             continue
+        # Whoever marks all records of a source as held out means it.
         if split == "train" and set(_destinations(data, kind, index)) != {_MARKED}:
             reasons = _reasons(data, kind, index)
             raise InputError(f"{source.path}: {nothing} ({reasons}); fix the source or remove it")
@@ -125,6 +130,7 @@ def require_room(
     for index in sorted(set(found) - set(kept)):
         path = data.sources[index].path
         long = f"every {kind} example of the {split} split is longer than {size} tokens"
+        # In training a source would silently have no part; in evaluation it only makes the sample smaller.
         if split == "train":
             raise InputError(f"{path}: {long}; raise the length or remove the source")
         _report(f"data: {path}: {long}")
@@ -149,6 +155,7 @@ def _destinations(data: DataConfig, kind: str, index: int) -> Counter[str]:
     """Counts of where the records of a source that are not dropped went instead of into training."""
     counts = Counter[str]()
     for record in read_records(data.sources[index]):
+        # One record at a time, to have its own "split" next to the example's.
         ((_, side),) = assign_splits(data, kind, index, [record])
         counts[_destination(record.fields.get("split"), side)] += 1
     return counts
@@ -159,6 +166,7 @@ def _destination(given: str | None, side: str | None) -> str:
         return _MARKED
     if side == "held_out":
         return "held out by the hash of their content"
+    # A record in the training split is here only if an equal one of another source came first.
     return "in another source too" if side else "with a prompt that is held out"
 
 

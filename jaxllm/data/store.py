@@ -39,6 +39,7 @@ class Tokens:
         self._folders = folders
         self._dtype = dtype
         self._masked = masked
+        # Units are read in any order and by several threads; the cache closes files that are not in use.
         self._opened = functools.lru_cache(maxsize=MAX_OPEN_FILES)(ArrayFile)
 
     def read(self, starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -66,6 +67,7 @@ class Tokens:
 
         starts 10 13 20, sizes 3 2 4, one unit from token 0:  (0, 10, 15) (0, 20, 24)
         """
+        # "right" - 1: the last unit that begins at or before the token; units without tokens are skipped.
         units = np.searchsorted(self.bases, starts, "right") - 1
         is_apart = np.ones(len(starts), bool)
         is_apart[1:] = (starts[1:] != starts[:-1] + sizes[:-1]) | (units[1:] != units[:-1])
@@ -115,23 +117,25 @@ def open_store(
             f"data.sources: is empty, and {kind} examples are needed; name at least one source"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    # Before any work, so that a full disk gets space again.
     clean(folder)
     units = list_units(data, kind, tokenizer, folder)
     metas = prepare(units, tokenizer, share)
     folders = [unit.folder for unit in units]
     counts = [meta["tokens"] for meta in metas]
     tokens = Tokens(folders, counts, token_dtype(tokenizer), masked=kind == "chat")
+    # The same unit may belong to two sources, whose examples are then duplicates of each other.
     key = key_of([(unit.source, unit.folder.name) for unit in units])
     store = folder / f"{kind}-{key}"
     meta = get_or_build(store, lambda to: join_units(to, units, tokens.bases[:-1], kind))
     parts = [part for unit in units for part in unit.parts]
-    found = {split: [] for split in SPLITS}
+    found: dict[str, list[Examples]] = {}
     for split, (index, source) in itertools.product(SPLITS, enumerate(data.sources)):
         name = f"{split}-{index}"
         num_tokens, num_bytes = meta["counts"][name]
         table = ArrayFile(store / name, EXAMPLE[kind])
         examples = Examples(source, tokens, table, num_tokens, num_bytes, parts, f"{key}-{name}")
-        found[split].append(examples)
+        found.setdefault(split, []).append(examples)
     return found
 
 
@@ -143,15 +147,17 @@ def load_texts(data: DataConfig, split: str, cache_dir: Any = None) -> Iterator[
     """
     if not data.sources:
         raise InputError("data.sources: is empty, and texts are needed; name at least one source")
-    chats = tuple(source for source in data.sources if _is_chat(source))
-    plain = tuple(source for source in data.sources if source not in chats)
+    by_kind: dict[str, list[Source]] = {"document": [], "chat": []}
+    for source in data.sources:
+        by_kind["chat" if _is_chat(source) else "document"].append(source)
     is_empty = True
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(cache_dir or temporary)
-        for kind, sources in (("document", plain), ("chat", chats)):
+        for kind, sources in by_kind.items():
             if not sources:
                 continue
-            some = dataclasses.replace(data, sources=sources, curriculum=())
+            # A curriculum has a weight for each of all sources.
+            some = dataclasses.replace(data, sources=tuple(sources), curriculum=())
             for text in _kept_texts(some, kind, split, folder):
                 is_empty = False
                 yield text
@@ -166,9 +172,10 @@ def _kept_texts(data: DataConfig, kind: str, split: str, folder: Path) -> Iterat
     example's `start` is its number. A second pass over the records then picks them by number.
     """
     tables = [examples.table for examples in open_store(data, kind, None, folder)[split]]
-    require_examples(data, kind, split, [len(table) for table in tables], word="text")
+    require_examples(data, kind, split, list(map(len, tables)), word="text")
     kept = _starts(tables)
     wanted = next(kept, None)
+    # The same order as in `open_store`: units in the order of the sources, records in that of the files.
     number = 0
     for unit in list_units(data, kind, None, folder):
         for item in distinct_items(unit):
@@ -188,6 +195,7 @@ def _is_chat(source: Source) -> bool:
     """Whether a source gives conversations; without templates its first record tells."""
     if source.prompt:
         return True
+    # One record decides: a source that mixes kinds is refused later, with the line.
     first = next(iter(read_records(source)), None)
     if first is None or "text" in first.fields:
         return False

@@ -15,7 +15,7 @@ from jaxllm.data.sources import read_records
 from jaxllm.data.units import EXAMPLE, KEY, SPLITS, Unit, token_dtype
 from jaxllm.tokenizers.trained import Tokenizer
 
-# A chunk is encoded at once: it ends at so many examples or characters.
+# A chunk is encoded in one call and is in memory at once: it ends at so many examples or characters.
 _CHUNK_EXAMPLES = 1024
 _CHUNK_CHARS = 1 << 20
 
@@ -40,7 +40,7 @@ def write_unit(folder: Path, unit: Unit, tokenizer: Tokenizer | None) -> dict[st
         for name in ("tokens", "mask", "examples", "keys"):
             files[name] = stack.enter_context(open(folder / name, "wb"))
         for chunk in _chunks(distinct_items(unit)):
-            examples = [item.example for item in chunk]
+            examples, digests, sides = zip(*chunk, strict=True)
             ids, masks = _encode(examples, unit.kind, tokenizer)
             table = _example_table(examples, ids, unit, first_token=total)
             table["bytes"] = _scored_bytes(examples, ids, masks, tokenizer)
@@ -52,7 +52,8 @@ def write_unit(folder: Path, unit: Unit, tokenizer: Tokenizer | None) -> dict[st
             files["mask"].write(mask.tobytes())
             files["examples"].write(table.tobytes())
             total += size
-            keys += [(item.digest, item.side) for item in chunk]
+            keys += zip(digests, sides, strict=True)
+            # A run is complete only when it has RUN keys, so that run i holds examples [i RUN, (i + 1) RUN).
             while len(keys) >= units.RUN:
                 files["keys"].write(_sorted_run(keys[: units.RUN]).tobytes())
                 keys = keys[units.RUN :]
@@ -74,6 +75,7 @@ def distinct_items(unit: Unit) -> Iterator[Item]:
         key = (example.digest(), 1 + SPLITS.index(split))
         if key in seen:
             continue
+        # A bounded memory of what was seen lately.
         if len(seen) >= units.RUN:
             seen.clear()
         seen.add(key)
@@ -99,24 +101,27 @@ def _encode(
 ) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[bool]]]:
     """(token ids, target mask) of each example; no masks for documents, where all tokens but the first are targets."""
     if tokenizer is None:
+        # The dummy token; its mask is not needed.
         return [[0]] * len(examples), []
     if kind == "chat":
-        ids, masks = zip(*(example.encode(tokenizer) for example in examples), strict=True)
+        encoded = [example.encode(tokenizer) for example in examples]
+        ids, masks = zip(*encoded, strict=True)
         return ids, masks
     encoded = tokenizer.encode_batch([example.text for example in examples])
-    return [tokenizer.document(ids) for ids in encoded], []
+    return list(map(tokenizer.document, encoded)), []
 
 
 def _example_table(
     examples: Sequence[Example], ids: Sequence[Sequence[int]], unit: Unit, first_token: int
 ) -> np.ndarray:
     """EXAMPLE[kind][examples] without the bytes, which `_scored_bytes` counts."""
-    sizes = np.array([len(example_ids) for example_ids in ids], np.int64)
+    sizes = np.array(list(map(len, ids)), np.int64)
     table = np.zeros(len(examples), EXAMPLE[unit.kind])
     table["start"] = first_token + np.cumsum(sizes) - sizes
     table["size"] = sizes
     if unit.kind == "chat":
         number_of = {part.path: number for number, part in enumerate(unit.parts)}
+        # A path can hold colons, a line number cannot.
         for row, example in zip(table, examples, strict=True):
             path, _, line = example.origin.rpartition(":")
             row["part"] = number_of[path]
@@ -163,6 +168,7 @@ def _token_sizes(tokenizer: Tokenizer) -> np.ndarray:
 def _sorted_run(keys: Sequence[tuple[bytes, int]]) -> np.ndarray:
     """KEY[len(keys)] in the order of the hashes; `index` is the position before sorting."""
     digests, sides = zip(*keys, strict=True) if keys else ((), ())
+    # Big-endian, so that numbers are ordered as bytes are.
     halves = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2)
     run = np.zeros(len(keys), KEY)
     run["high"] = halves[:, 0]

@@ -76,9 +76,8 @@ def list_units(
         )
         for pieces in _grouped(source, folder):
             key = key_of(*settings, [_piece_key(piece, source) for piece in pieces])
-            parts = tuple(piece.part for piece in pieces)
-            size = sum(piece.size for piece in pieces)
-            units.append(Unit(folder / f"unit-{key}", data, kind, index, parts, size))
+            parts, _, sizes = zip(*pieces, strict=True)
+            units.append(Unit(folder / f"unit-{key}", data, kind, index, parts, sum(sizes)))
     return units
 
 

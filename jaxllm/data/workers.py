@@ -1,23 +1,22 @@
 """Builds the units that are missing, in worker processes where there is much text.
 
-A worker is this module run as a program, with a pipe to the process that started it. It is not a pool of
-`multiprocessing`, whose workers import the main script again: jaxllm's would load JAX in each of them, and a user's
-script without a `__main__` guard would run a second time.
+A worker is this module run as a program, with a pipe to the process that started it. It is not a process of
+`multiprocessing`, which imports the main script again: a user's script without a `__main__` guard would run twice.
 """
 
 import contextlib
 import functools
 import os
-import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -47,6 +46,7 @@ def prepare(
 
     share: (index of this process, number of processes) that prepare the same cache.
     """
+    # Two sources with the same file and settings have one folder.
     metas = {unit.folder: open_valid(unit.folder) for unit in units}
     # Each process begins at a different unit; a unit that another one is building is skipped.
     first = share[0] * len(units) // share[1]
@@ -58,24 +58,30 @@ def prepare(
     is_quiet = total < IN_PROCESS or share[0] > 0
     bar = Progress(*columns, console=Console(stderr=True), disable=is_quiet)
     task = bar.add_task("", total=total)
-    with bar, _workers(num_workers, tokenizer) as connections:
+    with bar, _workers(num_workers) as connections:
         while missing:
             built_elsewhere = []
-            for unit, done in _build(missing, tokenizer, connections):
-                if done:
+            for unit, result in _build(missing, tokenizer, connections):
+                if isinstance(result, Exception):
+                    raise result
+                if result:
                     bar.advance(task, unit.size)
                 else:
                     built_elsewhere.append(unit)
+            # Nothing is left that this process could build.
             if len(built_elsewhere) == len(missing):
                 time.sleep(0.1)
             missing = built_elsewhere
-    return [metas[unit.folder] or get_or_build(*_recipe(unit, tokenizer)) for unit in units]
+    for unit in units:
+        if metas[unit.folder] is None:
+            metas[unit.folder] = get_or_build(unit.folder, _writer(unit, tokenizer))
+    return [metas[unit.folder] for unit in units]
 
 
 def _build(
     units: Sequence[Unit], tokenizer: Tokenizer | None, connections: Sequence[Connection]
-) -> Iterator[tuple[Unit, bool]]:
-    """Yields (unit, whether it is complete), as they become ready; False: another process is building it."""
+) -> Iterator[tuple[Unit, bool | Exception]]:
+    """Yields each unit as it becomes ready, with the result of `build_once` or the error that it raised."""
     waiting: deque[Unit] = deque()
     for unit in units:
         # A user's function runs in this process only: it may use what the user's script has set up.
@@ -83,32 +89,39 @@ def _build(
         if connections and not is_function:
             waiting.append(unit)
         else:
-            yield unit, build_once(*_recipe(unit, tokenizer))
+            yield unit, build_once(unit.folder, _writer(unit, tokenizer))
     idle = list(connections)
     busy: dict[Connection, Unit] = {}
-    while waiting or busy:
-        while waiting and idle:
-            connection = idle.pop()
-            busy[connection] = waiting.popleft()
-            _send(connection, busy[connection])
-        for connection in wait(list(busy)):
-            yield busy.pop(connection), _result(connection)
-            idle.append(connection)
+    try:
+        while waiting or busy:
+            # One unit at a time for each worker: whoever is ready first gets the next one.
+            while waiting and idle:
+                connection = idle.pop()
+                busy[connection] = waiting.popleft()
+                connection.send((busy[connection], tokenizer and tokenizer.model))
+            for connection in wait(list(busy)):
+                yield busy.pop(connection), connection.recv()
+                idle.append(connection)
+    except (EOFError, OSError):
+        raise InputError(
+            "data: a process that tokenizes has ended: its error is above, or it was killed (out "
+            "of memory?); run again to resume"
+        ) from None
 
 
-def _recipe(unit: Unit, tokenizer: Tokenizer | None) -> tuple[Any, Any]:
-    """The arguments of `build_once` and `get_or_build`."""
-    return unit.folder, functools.partial(write_unit, unit=unit, tokenizer=tokenizer)
+def _writer(unit: Unit, tokenizer: Tokenizer | None) -> Callable[[Path], dict[str, Any]]:
+    return functools.partial(write_unit, unit=unit, tokenizer=tokenizer)
 
 
 def _num_cores() -> int:
+    # In a container this process may have fewer cores than the machine.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 @contextlib.contextmanager
-def _workers(count: int, tokenizer: Tokenizer | None) -> Iterator[list[Connection]]:
+def _workers(count: int) -> Iterator[list[Connection]]:
     """Connections to worker processes, which end with the context."""
     processes = []
     connections = []
@@ -117,15 +130,15 @@ def _workers(count: int, tokenizer: Tokenizer | None) -> Iterator[list[Connectio
     env = {**os.environ, "PYTHONPATH": search_path}
     try:
         for _ in range(count):
-            ours, other_end = Pipe()
+            connection, other_end = Pipe()
+            connections.append(connection)
             fd = other_end.fileno()
             command = [sys.executable, "-P", "-m", __name__, str(fd)]
-            processes.append(subprocess.Popen(command, pass_fds=[fd], env=env))
-            connections.append(ours)
-            # Closed here, so that the end of the worker is the end of the pipe.
+            # Its standard input stays open for as long as this process lives: see `_end_with_parent`.
+            worker = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[fd], env=env)
+            processes.append(worker)
+            # With this copy open, the end of the worker would not be the end of the pipe.
             other_end.close()
-        for connection in connections:
-            _send(connection, tokenizer and tokenizer.model)
         yield connections
     finally:
         for process in processes:
@@ -135,52 +148,25 @@ def _workers(count: int, tokenizer: Tokenizer | None) -> Iterator[list[Connectio
             connection.close()
 
 
-def _send(connection: Connection, value: Any) -> None:
-    try:
-        connection.send(value)
-    except OSError:
-        raise _worker_ended() from None
-
-
-def _result(connection: Connection) -> bool:
-    try:
-        result = connection.recv()
-    except (EOFError, OSError):
-        raise _worker_ended() from None
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def _worker_ended() -> InputError:
-    return InputError(
-        "data: a process that tokenizes has ended: its error is above, or it was killed (out of "
-        "memory?); run again to resume"
-    )
-
-
 def _work(connection: Connection) -> None:
-    """The program of a worker: receives the tokenizer's model, then units; sends back `build_once` of each."""
+    """The program of a worker: receives (unit, tokenizer's model), and sends back the result of `build_once`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
-    model = connection.recv()
-    tokenizer = restore(model) if model else None
-    units: queue.SimpleQueue[Unit] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, units), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Each message has the model; it is loaded once.
+    load = functools.lru_cache(maxsize=1)(restore)
     while True:
+        unit, model = connection.recv()
         try:
-            result = build_once(*_recipe(units.get(), tokenizer))
+            result = build_once(unit.folder, _writer(unit, model and load(model)))
         except (InputError, OSError) as error:
             result = error
         connection.send(result)
 
 
-def _receive(connection: Connection, units: queue.SimpleQueue) -> None:
-    """Receives units, and ends the process in the middle of its work when the one that started it has ended."""
-    try:
-        while True:
-            units.put(connection.recv())
-    except (EOFError, OSError):
-        os._exit(1)
+def _end_with_parent() -> None:
+    """Ends a worker in the middle of its work when the process that started it was killed."""
+    sys.stdin.read()
+    os._exit(1)
 
 
 if __name__ == "__main__":
