@@ -105,7 +105,7 @@ def open_valid(folder: Path) -> dict[str, Any] | None:
 
 def clean(cache: Path) -> None:
     """Removes what builders that were killed left behind."""
-    # These have no lock; `write_json` takes milliseconds.
+    # These have no lock; `_write_json` takes milliseconds.
     for file in (cache / "files").glob(".new-*"):
         if time.time() - file.stat().st_mtime > _SILENT:
             file.unlink(missing_ok=True)
@@ -167,7 +167,7 @@ def _is_intact(folder: Path, name: str, size: int, digest: str) -> bool:
 
 
 def _store_times(folder: Path, names: Iterable[str]) -> None:
-    write_json(folder / ".times", {name: _times(folder / name) for name in names})
+    _write_json(folder / ".times", {name: _times(folder / name) for name in names})
 
 
 def _times(path: Path) -> list[int]:
@@ -182,7 +182,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically: a reader sees the old or the new file."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".new-", delete=False) as file:
         json.dump(value, file)
@@ -222,7 +222,7 @@ def fingerprint_file(path: str, every: int, cache: Path) -> dict[str, Any]:
     # A write within the clock's resolution of the last one might not change the times.
     if is_large and time.time_ns() - changed > 2e9:
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, fingerprint)
+        _write_json(record, fingerprint)
     return fingerprint
 
 

@@ -22,7 +22,7 @@ _BATCH_ROWS = 1024
 _BATCH_RECORDS = 256
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
     """[start, stop) of a file: bytes of its lines, its row groups or its records; stop 0: to the end."""
 
     path: str
@@ -31,7 +31,9 @@ class Part(NamedTuple):
     line: int = 1  # the number of its first record
 
 
-def split(path: str, given: Format, unit: str, size: int, lines: Sequence[int]) -> list[Part]:
+def split_file(
+    path: str, given: Format, unit: str, size: int, lines: Sequence[int]
+) -> list[FilePart]:
     """The parts of about PART_BYTES of a file.
 
     Args:
@@ -48,11 +50,13 @@ def split(path: str, given: Format, unit: str, size: int, lines: Sequence[int]) 
     # Only where each line is a record can a file be cut between lines: a quoted cell can hold a newline.
     is_by_line = kind == "jsonl" or (kind == "text" and unit == "line")
     if not is_by_line or len(lines) < 2 or compression_of(path):
-        return [Part(path)]
-    return [Part(path, i * PART_BYTES, (i + 1) * PART_BYTES, 1 + n) for i, n in enumerate(lines)]
+        return [FilePart(path)]
+    return [
+        FilePart(path, i * PART_BYTES, (i + 1) * PART_BYTES, 1 + n) for i, n in enumerate(lines)
+    ]
 
 
-def read_part(part: Part, given: Format, unit: str) -> Iterator[Record]:
+def read_part(part: FilePart, given: Format, unit: str) -> Iterator[Record]:
     """The records of a part of a file. Raises InputError, with the line, if something cannot be read."""
     kind = format_of(part.path, given)
     # Once for each file, in its first part.
@@ -63,7 +67,7 @@ def read_part(part: Part, given: Format, unit: str) -> Iterator[Record]:
         yield from _read_text(part, unit) if kind == "text" else _READERS[kind](part)
 
 
-def _lines(part: Part) -> Generator[tuple[str, str]]:
+def _lines(part: FilePart) -> Generator[tuple[str, str]]:
     """("path:number", line) of the lines that begin in a part; a byte order mark is not part of the first.
 
     A line belongs to the part in which it begins. Three lines, cut at byte 6 ("|"):
@@ -94,12 +98,12 @@ def _lines(part: Part) -> Generator[tuple[str, str]]:
             number += 1
 
 
-def _texts(part: Part) -> Generator[str]:
+def _texts(part: FilePart) -> Generator[str]:
     for _, line in _lines(part):
         yield line
 
 
-def _read_text(part: Part, unit: str) -> Iterator[Record]:
+def _read_text(part: FilePart, unit: str) -> Iterator[Record]:
     if unit == "line":
         for origin, line in _lines(part):
             yield Record({"text": line.rstrip("\r\n")}, origin)
@@ -112,13 +116,13 @@ def _read_text(part: Part, unit: str) -> Iterator[Record]:
             yield Record({"text": "".join(texts).strip("\r\n")}, origins[0])
 
 
-def _read_jsonl(part: Part) -> Iterator[Record]:
+def _read_jsonl(part: FilePart) -> Iterator[Record]:
     for origin, line in _lines(part):
         if line.strip():
             yield present(parse_object(line, origin), origin)
 
 
-def _read_json(part: Part) -> Iterator[Record]:
+def _read_json(part: FilePart) -> Iterator[Record]:
     """A list of objects; or one object a line, since some name JSONL .json."""
     if _is_jsonl(part):
         yield from _read_jsonl(part)
@@ -131,7 +135,7 @@ def _read_json(part: Part) -> Iterator[Record]:
         yield present(value, f"{part.path}:{number}")
 
 
-def _is_jsonl(part: Part) -> bool:
+def _is_jsonl(part: FilePart) -> bool:
     """Whether the first line that is not blank is a complete JSON object."""
     # Closed at once: the file is opened again to be read.
     with contextlib.closing(_texts(part)) as lines:
@@ -142,15 +146,15 @@ def _is_jsonl(part: Part) -> bool:
         return False
 
 
-def _read_csv(part: Part) -> Iterator[Record]:
+def _read_csv(part: FilePart) -> Iterator[Record]:
     return _read_table(part, ",")
 
 
-def _read_tsv(part: Part) -> Iterator[Record]:
+def _read_tsv(part: FilePart) -> Iterator[Record]:
     return _read_table(part, "\t")
 
 
-def _read_table(part: Part, delimiter: str) -> Iterator[Record]:
+def _read_table(part: FilePart, delimiter: str) -> Iterator[Record]:
     """The rows, with the names of the columns from the first one. The line of a row is the one where it begins."""
     rows = _rows(part, delimiter)
     _, names = next(rows, (1, []))
@@ -169,7 +173,7 @@ def _read_table(part: Part, delimiter: str) -> Iterator[Record]:
         yield Record(dict(zip(names, row, strict=True)), f"{part.path}:{number}")
 
 
-def _rows(part: Part, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _rows(part: FilePart, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(number of its first line, cells) of each row that is not blank."""
     # By default a cell may hold 128 kB only; a text can be longer.
     csv.field_size_limit(1 << 30)
@@ -196,7 +200,7 @@ def _parquet(path: str) -> Iterator[Any]:
         yield parquet.ParquetFile(file)
 
 
-def _row_groups(path: str) -> list[Part]:
+def _row_groups(path: str) -> list[FilePart]:
     """Parts of a Parquet file: as many row groups as have PART_BYTES together."""
     parts = []
     begin = 0  # the part's first group
@@ -209,15 +213,15 @@ def _row_groups(path: str) -> list[Part]:
             size += group.total_byte_size
             rows += group.num_rows
             if size >= PART_BYTES or number == table.num_row_groups - 1:
-                parts.append(Part(path, begin, number + 1, line))
+                parts.append(FilePart(path, begin, number + 1, line))
                 begin = number + 1
                 line += rows
                 size = 0
                 rows = 0
-    return parts or [Part(path)]
+    return parts or [FilePart(path)]
 
 
-def _read_parquet(part: Part) -> Iterator[Record]:
+def _read_parquet(part: FilePart) -> Iterator[Record]:
     number = part.line
     with _parquet(part.path) as table:
         groups = list(range(part.start, part.stop or table.num_row_groups))
@@ -241,15 +245,15 @@ def _array_record(path: str) -> Iterator[Any]:
             yield reader
 
 
-def _record_ranges(path: str, size: int) -> list[Part]:
+def _record_ranges(path: str, size: int) -> list[FilePart]:
     """Parts of an ArrayRecord file, of equally many records."""
     with readable(path), _array_record(path) as reader:
         count = reader.num_records()
     step = max(1, count * PART_BYTES // max(size, PART_BYTES))
-    return [Part(path, start, start + step, start + 1) for start in range(0, count, step)]
+    return [FilePart(path, start, start + step, start + 1) for start in range(0, count, step)]
 
 
-def _read_array_record(part: Part) -> Iterator[Record]:
+def _read_array_record(part: FilePart) -> Iterator[Record]:
     """Records that are JSON objects, or else UTF-8 texts."""
     with _array_record(part.path) as reader:
         count = reader.num_records()

@@ -24,7 +24,7 @@ from jaxllm.config.ranges import (
 )
 from jaxllm.data.file_formats import Format
 from jaxllm.data.files import resolve
-from jaxllm.data.readers import Part, read_part
+from jaxllm.data.readers import FilePart, read_part
 from jaxllm.data.records import Record, check_unicode, present
 
 
@@ -143,7 +143,7 @@ class DataConfig:
             )
 
 
-def read_records(source: Source, parts: Sequence[Part] | None = None) -> Iterator[Record]:
+def read_records(source: Source, parts: Sequence[FilePart] | None = None) -> Iterator[Record]:
     """The records of a source (or of some parts of it), in the order of its files, after `replace` and the filters.
 
     The text becomes the field "text"; other fields stay, except those that are null.
@@ -231,13 +231,13 @@ def dropped(source: Source, record: Record, excluded: frozenset[bytes]) -> str:
     return ""
 
 
-def raw_records(source: Source, parts: Sequence[Part] | None = None) -> Iterator[Record]:
+def raw_records(source: Source, parts: Sequence[FilePart] | None = None) -> Iterator[Record]:
     """All records of a source, before any is dropped."""
     if source.path.startswith("py://"):
         records = _function_records(source.path)
     else:
         if parts is None:
-            parts = list(map(Part, resolve(source.path)))
+            parts = list(map(FilePart, resolve(source.path)))
         read = lambda part: read_part(part, source.format, source.record)
         records = itertools.chain.from_iterable(map(read, parts))
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in source.replace]

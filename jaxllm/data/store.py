@@ -17,7 +17,7 @@ import numpy as np
 from jaxllm.config import InputError
 from jaxllm.data.cache import ArrayFile, clean, get_or_build, key_of
 from jaxllm.data.deduplication import MAX_OPEN_FILES, join_units
-from jaxllm.data.readers import Part
+from jaxllm.data.readers import FilePart
 from jaxllm.data.sources import DataConfig, Source, read_records
 from jaxllm.data.splits import nothing_there, require_examples
 from jaxllm.data.tokenization import distinct_items
@@ -86,7 +86,7 @@ class Examples(NamedTuple):
     table: ArrayFile  # EXAMPLE[kind]
     num_tokens: int
     num_bytes: int  # UTF-8 bytes that the targets stand for
-    parts: Sequence[Part]
+    parts: Sequence[FilePart]
     key: str  # names the contents, the tokenizer and the split
 
     def origin(self, example: Any) -> str:

@@ -1,4 +1,4 @@
-"""Units: pieces of about 32 MB of a source, each tokenized separately into a cache folder of its own.
+"""Units: pieces of about 32 MB of a source, each tokenized into its own cache folder.
 
 The folder is named by a key of everything its content depends on: file contents, the source's settings, the tokenizer,
 and the split. So new text is all that is tokenized again. It holds, in the order of the records:
@@ -21,7 +21,7 @@ from jaxllm.data import readers, sources
 from jaxllm.data.cache import fingerprint_file, key_of
 from jaxllm.data.file_formats import format_of
 from jaxllm.data.files import compression_of, remote_info
-from jaxllm.data.readers import Part
+from jaxllm.data.readers import FilePart
 from jaxllm.data.sources import DataConfig, Source, read_records
 from jaxllm.tokenizers.trained import Tokenizer
 
@@ -49,12 +49,12 @@ class Unit(NamedTuple):
     data: DataConfig
     kind: str
     source: int  # index into data.sources
-    parts: tuple[Part, ...]
+    parts: tuple[FilePart, ...]
     size: int  # bytes
 
 
 class _Piece(NamedTuple):
-    part: Part
+    part: FilePart
     version: str  # changes with the content
     size: int  # bytes
 
@@ -116,7 +116,7 @@ def _grouped(source: Source, folder: Path) -> Iterator[list[_Piece]]:
     """The pieces of each unit. A function, or a sample of a source, is one unit."""
     names = sources.files(source)
     if not names:
-        yield [_Piece(Part(source.path), _function_version(source), 0)]
+        yield [_Piece(FilePart(source.path), _function_version(source), 0)]
         return
     group: list[_Piece] = []
     for name in names:
@@ -125,7 +125,7 @@ def _grouped(source: Source, folder: Path) -> Iterator[list[_Piece]]:
         else:
             info = fingerprint_file(name, readers.PART_BYTES, folder)
         lines = info.get("lines", ())
-        parts = readers.split(name, source.format, source.record, info["size"], lines)
+        parts = readers.split_file(name, source.format, source.record, info["size"], lines)
         for part in parts:
             group.append(_Piece(part, info["version"], info["size"] // len(parts)))
             # A sample (max_records) is chosen among all records, so it cannot be cut.

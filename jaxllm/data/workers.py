@@ -143,7 +143,7 @@ def _workers(count: int) -> Iterator[list[Connection]]:
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()
         for connection in connections:
             connection.close()
 

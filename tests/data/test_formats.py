@@ -335,7 +335,7 @@ def test_a_byte_order_mark_is_skipped_once_and_parts_keep_their_lines(tmp_path, 
     ):
         path = write(tmp_path / f"a.{kind}", BOM + "\n".join(spelled).encode())
         found = cache.fingerprint_file(path, 100, tmp_path)
-        parts = readers.split(path, "auto", "line", found["size"], found["lines"])
+        parts = readers.split_file(path, "auto", "line", found["size"], found["lines"])
         records = list(read_records(Source(path), parts))
         assert len(parts) > 10 and [r.fields["text"] for r in records] == lines
         assert [r.origin for r in records] == [f"{path}:{n}" for n in range(1, 61)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxllm.config import InputError
 from jaxllm.data import batches as global_batches
-from jaxllm.data import mixture as orders
+from jaxllm.data import mixture as order_of_rows
 from jaxllm.data.format import Example
 from jaxllm.data.loader import (
     epoch_batches,
@@ -95,7 +95,7 @@ def test_a_mixture_keeps_its_proportions(text_data, tokenizer, tmp_path):
 )
 def test_the_shares_of_a_mixture_are_exact(weights, number):
     """Never off by more rows than there are sources, and by none after each round."""
-    phase = orders.Interval(0, orders._shares(weights), [0] * len(weights))
+    phase = order_of_rows.Interval(0, order_of_rows._shares(weights), [0] * len(weights))
     assert sum(phase.counts(number)) == number
     for count, weight in zip(phase.counts(number), weights, strict=True):
         assert abs(count - number * weight / sum(weights)) < len(weights) + 1e-3
@@ -106,8 +106,8 @@ def test_the_shares_of_a_mixture_are_exact(weights, number):
 
 def test_an_epoch_by_size_sees_every_row_as_often_as_asked():
     """Sizes 30 and 20 with 1 and 2.5 epochs: 80 rows."""
-    phase = orders.Interval(0, orders._shares([30 * 1.0, 20 * 2.5]), [0, 0])
-    order = orders.make_order([30, 20], [phase], seed=3)
+    phase = order_of_rows.Interval(0, order_of_rows._shares([30 * 1.0, 20 * 2.5]), [0, 0])
+    order = order_of_rows.make_order([30, 20], [phase], seed=3)
     drawn = [order(i) for i in range(80)]
     assert sorted(row for source, row in drawn if source == 0) == [*range(30)]
     assert (
@@ -135,7 +135,8 @@ def test_a_curriculum_changes_the_shares_and_not_the_order_inside_a_source(
     ]
     sizes = [rows.num_rows for rows, _ in mixtures[0]]
     orders = [
-        orders.make_order(sizes, orders.intervals(mixture, 8), seed=5) for mixture in mixtures
+        order_of_rows.make_order(sizes, order_of_rows.intervals(mixture, 8), seed=5)
+        for mixture in mixtures
     ]
     drawn = [[order(i) for i in range(8 * 40)] for order in orders]
     for source in (0, 1):
@@ -200,8 +201,8 @@ def test_rows_are_the_same_for_any_hosts_workers_and_after_any_resume(
         parts = []
         for host in range(hosts):
             mixture, made = load(f"cache-{hosts}-{host}"), []
-            order = orders.make_order(
-                [r.num_rows for r, _ in mixture], orders.intervals(mixture, 8), 5
+            order = order_of_rows.make_order(
+                [r.num_rows for r, _ in mixture], order_of_rows.intervals(mixture, 8), 5
             )
 
             def row(i, step, mixture=mixture, order=order, made=made):

@@ -101,7 +101,7 @@ def test_parts_of_a_file_are_its_lines_with_their_numbers(tmp_path, small):
         path = tmp_path / "a.txt"
         path.write_bytes((end.join(lines)).encode())
         found = cache.fingerprint_file(str(path), readers.PART_BYTES, tmp_path)
-        parts = readers.split(str(path), "auto", "line", found["size"], found["lines"])
+        parts = readers.split_file(str(path), "auto", "line", found["size"], found["lines"])
         records = [r for part in parts for r in sources.read_records(Source(str(path)), [part])]
         assert len(parts) > 20 and [r.fields["text"] for r in records] == lines
         assert [r.origin for r in records] == [f"{path}:{n}" for n in range(1, 301)]
