@@ -72,6 +72,15 @@ def load_rows(
             # Without weights every row is used as often as `epochs` says.
             weight = source_examples.source.weight or float(rows.num_rows * rows.epochs)
             mixture.append((rows, weight))
+    _check_targets(mixture, kind, split, length)
+    with_examples = np.flatnonzero(counts).tolist()
+    require_room(data, kind, split, with_examples, kept, length)
+    if split == "train":
+        _check_curriculum(data, kept)
+    return mixture
+
+
+def _check_targets(mixture: Mixture, kind: str, split: str, length: int) -> None:
     if not mixture:
         raise InputError(
             f"data.sources: every {kind} example of the {split} split is too long for {length} tokens"
@@ -82,11 +91,6 @@ def load_rows(
             f"data.sources: no {kind} example of the {split} split has a target that stands for text "
             "(a first token is not a target); give longer texts"
         )
-    with_examples = np.flatnonzero(counts).tolist()
-    require_room(data, kind, split, with_examples, kept, length)
-    if split == "train":
-        _check_curriculum(data, kept)
-    return mixture
 
 
 def _check_curriculum(data: DataConfig, kept: Sequence[int]) -> None:

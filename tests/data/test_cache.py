@@ -9,10 +9,9 @@ import time
 
 import pytest
 
-from jaxllm.data import cache
-from jaxllm.data.loader import (
-    load_rows,
-)
+from jaxllm.config import InputError
+from jaxllm.data import cache, workers
+from jaxllm.data.loader import load_rows
 from jaxllm.data.sources import DataConfig, Source
 from tests.conftest import ROOT
 from tests.data.test_store import write
@@ -84,9 +83,7 @@ def whole(corpus):
 
 
 @pytest.mark.parametrize("in_process", [1 << 30, 0], ids=["alone", "workers"])
-def test_killed_it_goes_on_where_it_was_and_ends_with_the_same_bytes(
-    corpus, whole, tmp_path, in_process
-):
+def test_after_a_kill_it_resumes_and_ends_with_the_same_bytes(corpus, whole, tmp_path, in_process):
     process = prepare(corpus, tmp_path, in_process)
     units = lambda: {p: (p / "meta.json").stat().st_ino for p in tmp_path.glob("unit-*")}
     while len(units()) < 5:
@@ -116,6 +113,19 @@ def test_processes_that_prepare_the_same_cache_do_not_disturb_each_other(corpus,
     ]
     assert len({finished(p) for p in processes}) == 1
     assert contents(tmp_path) == whole
+
+
+def test_a_mistake_that_a_worker_finds_and_a_worker_that_dies_are_one_line(
+    tmp_path, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(workers, "IN_PROCESS", 0)
+    chats = [{"prompt": "q", "response": "r"}, {"prompt": "q"}]
+    data = DataConfig((Source(write(tmp_path / "c.jsonl", chats)),))
+    with pytest.raises(InputError, match=r"c.jsonl:2: the conversation must end"):
+        load_rows(data, "chat", "train", tokenizer, 32, tmp_path / "cache")
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    with pytest.raises(InputError, match="data: a process that tokenizes has ended"):
+        load_rows(data, "chat", "train", tokenizer, 32, tmp_path / "cache")
 
 
 KILLED = """

@@ -18,7 +18,8 @@ def write(path, text):
 
 
 def data(*sources, **fields):
-    return DataConfig(tuple(sources), **{"held_out_fraction": 0.3, **fields})
+    fields.setdefault("held_out_fraction", 0.3)
+    return DataConfig(tuple(sources), **fields)
 
 
 def texts(source):

@@ -44,7 +44,8 @@ def write(path, *records):
 
 def load(kind, tokenizer, cache, *sources, split="train", length=64, **fields):
     """The examples of one kind by the road that stages take."""
-    data = DataConfig(sources, **{"held_out_fraction": 0.0, **fields})
+    fields.setdefault("held_out_fraction", 0.0)
+    data = DataConfig(sources, **fields)
     if kind == "text":
         return list(load_texts(data, split, cache))
     if kind == "prompt":

@@ -77,7 +77,8 @@ def spell(kind, texts):
 
 
 def read(path, **fields):
-    return list(read_records(Source(str(path), **{"min_chars": 0, **fields})))
+    fields.setdefault("min_chars", 0)
+    return list(read_records(Source(str(path), **fields)))
 
 
 def texts(path, **fields):
@@ -184,7 +185,7 @@ def test_a_row_that_does_not_fit_is_refused_with_its_line(tmp_path, kind, conten
 
 @pytest.mark.parametrize("name", ["a.dat", "a.jsonl_", "a.csv1", "a.2024", "a.dat.gz", "noname"])
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv"])
-def test_json_and_tables_under_an_unknown_suffix_are_refused_with_the_mend(tmp_path, name, kind):
+def test_json_and_tables_under_an_unknown_suffix_are_refused_with_the_fix(tmp_path, name, kind):
     content = spell(kind, TEXTS).encode()
     path = write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
     found = "jsonl" if kind == "json" else kind
@@ -388,7 +389,7 @@ def test_a_home_folder_is_expanded_and_a_folder_is_refused_with_a_glob(tmp_path,
         read("a\0.txt")
 
 
-def test_a_path_that_exists_is_taken_as_it_is(tmp_path, monkeypatch):
+def test_a_path_that_exists_is_not_expanded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("[a].txt", "~.txt", "a*.txt", "a b.txt"):
         write(tmp_path / name, name)

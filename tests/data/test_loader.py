@@ -243,7 +243,7 @@ def test_evaluation_sees_every_row_once(text_data, tokenizer, tmp_path):
     assert len(list(epoch_batches(mixture, batch_size=8, sharding=sharding, max_batches=1))) == 1
 
 
-def test_the_store_is_reused_and_made_anew_for_other_data(text_data, tokenizer, tmp_path):
+def test_the_store_is_reused_and_built_again_for_other_data(text_data, tokenizer, tmp_path):
     cache = tmp_path / "cache"
     load = lambda: load_rows(text_data, "document", "train", tokenizer, 32, cache)
     load()

@@ -143,7 +143,7 @@ def test_tokens_take_two_bytes_where_the_vocabulary_fits(tmp_path, tokenizer):
     assert (unit / "tokens").stat().st_size == 2 * (len(tokenizer.encode("one two three")) + 2)
 
 
-# --- formats and places
+# --- formats and object stores
 
 
 def write_array_record(path, values):
@@ -280,7 +280,7 @@ def test_a_changed_object_is_tokenized_again(tmp_path, tokenizer, bucket):
 # --- fingerprints and n-grams
 
 
-def test_the_fingerprint_names_contents_not_places(tmp_path, tokenizer):
+def test_the_fingerprint_names_contents_not_paths(tmp_path, tokenizer):
     path = write(tmp_path / "a.txt", [f"line {i} of a text" for i in range(100)])
     data = DataConfig((Source(path),), held_out_fraction=0.1)
 

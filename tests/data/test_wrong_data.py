@@ -64,7 +64,7 @@ def test_a_null_field_of_a_template_is_empty_text(tmp_path, null):
 
 
 @pytest.mark.parametrize("null", [None, float("nan")], ids=str)
-def test_null_is_absent_beside_what_is_there(tmp_path, null):
+def test_null_is_absent_next_to_values(tmp_path, null):
     absent = dict.fromkeys(
         ("system", "messages", "tools", "split", "text", "scores", "answer", "annotator"), null
     )
@@ -247,7 +247,7 @@ RESULT, REPLY = {"role": "tool", "content": "21"}, {"role": "assistant", "conten
 @pytest.mark.parametrize(
     "call", [CALL, {**CALL, "content": None}, {**CALL, "content": ""}], ids=str
 )
-def test_calls_without_content_are_said(tmp_path, call):
+def test_calls_without_content_are_part_of_the_text(tmp_path, call):
     prompt = one(tmp_path, "prompt", {"messages": [USER, call]})
     assert (prompt.question(), prompt.answer) == ("how warm?", SPELLED)
     chat = one(tmp_path, "chat", {"messages": [call, REPLY]})
