@@ -151,7 +151,7 @@ def test_prompt_longer_than_the_context(capsys, run_dir):
 def test_prompt_longer_than_the_limit_of_ppo(capsys, config, run_dir):
     fresh(run_dir, "ppo")
     line = refused(capsys, "ppo", config(), "--run-dir", run_dir, "--ppo.max-prompt-length", 8)
-    assert re.search(r"txt:\d+: the prompt takes \d+ tokens and 8 fit beside the response", line)
+    assert re.search(r"txt:\d+: the prompt takes \d+ tokens and 8 fit next to the response", line)
 
 
 def test_response_longer_than_the_limit(capsys, config, run_dir):

@@ -1,4 +1,10 @@
-"""Folders that are written whole or not at all, by any number of processes, and checked when they are opened."""
+"""Cache folders: written completely or not at all, by any number of processes, and verified when they are opened.
+
+A folder is filled under a temporary name and renamed when it is complete, so a reader never sees half of one:
+
+    .new~abc  ->  .partial~NAME~HOST~abc  ->  NAME
+    created       locked, being filled        complete, with checksums in meta.json
+"""
 
 import contextlib
 import fcntl
@@ -10,7 +16,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +24,21 @@ import numpy as np
 
 from jaxllm.config import InputError
 
-_ALWAYS_READ = 1 << 20  # larger files are read again only if their times have changed
-_SILENT = 600  # seconds after which a preparation elsewhere that writes nothing counts as dead
+# Larger files (in bytes) are hashed again only if their times have changed.
+_ALWAYS_READ = 1 << 20
+# Seconds after which a builder on another machine that writes nothing counts as dead.
+_SILENT = 600
+# "~" separates the fields of a partial folder's name.
 _HOST = socket.gethostname().replace("~", "-")
 _LOCK = ".lock"
 
 
 def build_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> bool:
-    """Fill a folder by make(partial folder) -> what to remember; False: another process is at it, come back later."""
+    """Fills a folder by calling make(partial folder), which returns the metadata to store with it.
+
+    Returns:
+        False if another process is building the folder: call again later.
+    """
     if folder.exists():
         return True
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -35,72 +48,64 @@ def build_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> bool:
     partial = folder.parent / f".partial~{folder.name}~{_HOST}~{new.name.removeprefix('.new~')}"
     try:
         with open(new / _LOCK, "w") as lock:
-            with contextlib.suppress(
-                OSError
-            ):  # file systems without locks: there the time of the last write tells
+            # Some file systems have no locks; there the time of the last write decides.
+            with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            os.replace(
-                new, partial
-            )  # whoever sees it finds it locked, from here until it has its last name
+            # Locked before it gets the name that others look for: they never see it unlocked.
+            os.replace(new, partial)
             meta = make(partial)
-            sums = {
-                p.name: [p.stat().st_size, sha256(p)]
-                for p in sorted(partial.iterdir())
-                if p.name != _LOCK
-            }
-            (partial / "meta.json").write_text(json.dumps({**meta, "files": sums}))
-            _remember_times(partial, sums)
+            checksums = _checksums(partial)
+            (partial / "meta.json").write_text(json.dumps({**meta, "files": checksums}))
+            _store_times(partial, checksums)
             os.replace(partial, folder)
             (folder / _LOCK).unlink(missing_ok=True)
     except OSError:
-        if not folder.exists():  # another process may have been faster, with the same contents
+        # Another process may have been faster, with the same contents.
+        if not folder.exists():
             raise
     finally:
+        # After success neither exists any more.
         for path in (new, partial):
             shutil.rmtree(path, ignore_errors=True)
     return True
 
 
 def get_or_build(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """What is remembered of a folder, which is made if it is not there or damaged."""
+    """Returns the metadata of a folder, after building it if it does not exist or is damaged."""
     while (meta := open_valid(folder)) is None:
         if not build_once(folder, make):
+            # Another process is building it.
             time.sleep(0.1)
     return meta
 
 
 def open_valid(folder: Path) -> dict[str, Any] | None:
-    """What is remembered of a folder; None where there is none. A damaged one is named and removed."""
+    """Returns the metadata of a folder, or None if it does not exist; reports and removes a damaged one."""
     if not folder.exists():
         return None
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        wrong = next(
-            (
-                n
-                for n, (size, digest) in meta["files"].items()
-                if not _is_whole(folder, n, size, digest)
-            ),
-            None,
-        )
+        damaged = _first_damaged(folder, meta["files"])
     except (OSError, ValueError, KeyError):
-        meta, wrong = {}, "meta.json"
-    if wrong is None:
+        meta, damaged = {}, "meta.json"
+    if damaged is None:
         return meta
     print(
-        f"data: {folder / wrong} is damaged (its size or checksum differs); made again",
+        f"data: {folder / damaged} is damaged (its size or checksum differs); building it again",
         file=sys.stderr,
         flush=True,
     )
+    # Renamed before it is removed: other processes see all of the folder or nothing.
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial~damaged~"))
-    with contextlib.suppress(FileNotFoundError):  # another process has done so
+    with contextlib.suppress(FileNotFoundError):  # another process has removed it
         os.replace(folder, aside)
     shutil.rmtree(aside, ignore_errors=True)
     return None
 
 
 def clean(cache: Path) -> None:
-    """Remove what preparations that have died left behind."""
+    """Removes what builders that were killed left behind."""
+    # These have no lock; `_write_json` takes milliseconds.
     for file in (cache / "files").glob(".new-*"):
         if time.time() - file.stat().st_mtime > _SILENT:
             file.unlink(missing_ok=True)
@@ -110,94 +115,126 @@ def clean(cache: Path) -> None:
 
 
 def _is_alive(partial: Path) -> bool:
-    """Whether a process still writes: on this machine it holds the lock, elsewhere it has written lately."""
+    """Whether its builder is running: on this machine it holds the lock, elsewhere it has written lately."""
     try:
         with open(partial / _LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A lock taken on this machine is released when its process dies; elsewhere it proves nothing.
         if f"~{_HOST}~" in partial.name:
             return False
     except BlockingIOError:
         return True
-    except OSError:  # a folder without a lock, or a file system without
+    except OSError:  # a folder without a lock file, or a file system without locks
         pass
-    times = [path.stat().st_mtime for path in (partial, *partial.glob("*")) if path.exists()]
-    return time.time() - max(times, default=0.0) < _SILENT
+    last_write = 0.0
+    for path in (partial, *partial.glob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            last_write = max(last_write, path.stat().st_mtime)
+    return time.time() - last_write < _SILENT
 
 
-def _is_whole(folder: Path, name: str, size: int, digest: str) -> bool:
-    path, times = folder / name, folder / ".times"
+def _checksums(folder: Path) -> dict[str, tuple[int, str]]:
+    """{name: (bytes, sha256)} of the files in a folder, without its lock."""
+    checksums = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != _LOCK:
+            checksums[path.name] = (path.stat().st_size, sha256(path))
+    return checksums
+
+
+def _first_damaged(folder: Path, checksums: dict[str, Any]) -> str | None:
+    for name, (size, digest) in checksums.items():
+        if not _is_intact(folder, name, size, digest):
+            return name
+    return None
+
+
+def _is_intact(folder: Path, name: str, size: int, digest: str) -> bool:
+    path = folder / name
+    stored = folder / ".times"
+    # The size is checked first: it costs nothing, and finds files that were cut.
     if path.stat().st_size != size:
         return False
-    known = json.loads(times.read_text()) if times.exists() else {}
-    if size > _ALWAYS_READ and known.get(name) == _times(path):
+    known = json.loads(stored.read_text()) if stored.exists() else {}
+    same_times = known.get(name) == _times(path)
+    if size > _ALWAYS_READ and same_times:
         return True
     if sha256(path) != digest:
         return False
-    if known.get(name) != _times(path):  # a copied cache
-        _remember_times(folder, [*known, name])
+    if not same_times:  # the cache was copied
+        _store_times(folder, [*known, name])
     return True
 
 
-def _remember_times(folder: Path, names: Any) -> None:
-    write_json(folder / ".times", {name: _times(folder / name) for name in names})
+def _store_times(folder: Path, names: Iterable[str]) -> None:
+    _write_json(folder / ".times", {name: _times(folder / name) for name in names})
 
 
 def _times(path: Path) -> list[int]:
-    """What changes with every write; the second cannot be set back."""
+    """[modified, changed] in nanoseconds; every write changes both, and no program can set back the second."""
     info = path.stat()
     return [info.st_mtime_ns, info.st_ctime_ns]
 
 
 def sha256(path: Path) -> str:
+    """The hash of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """At once: a reader sees the old or the new file."""
+def _write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically: a reader sees the old or the new file."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".new-", delete=False) as file:
         json.dump(value, file)
     os.replace(file.name, path)
 
 
 def key_of(*values: Any) -> str:
-    """One name for JSON values."""
+    """A name for JSON values: 32 hex digits of their sha256."""
+    # Keys are names of folders on disk: another spelling here would orphan every cache.
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def fingerprint_file(path: str, every: int, cache: Path) -> dict[str, Any]:
-    """{"size", "version": sha256, "lines": newlines before each multiple of `every`} of a local file, as it is now.
+    """{"size": bytes, "version": sha256, "lines": newlines before each multiple of `every`} of a local file.
 
-    A large one is read once, until its times change.
+    A large file is read once; the record in cache/files is used until the file's times change.
     """
-    record, file = cache / "files" / f"{key_of(os.path.abspath(path), every)}.json", Path(path)
-    info = [file.stat().st_size, *_times(file)]
-    if (
-        info[0] > _ALWAYS_READ
-        and record.exists()
-        and (known := json.loads(record.read_text()))["info"] == info
-    ):
-        return known
-    digest, lines, total = hashlib.sha256(), [], 0
+    file = Path(path)
+    record = cache / "files" / f"{key_of(os.path.abspath(path), every)}.json"
+    size = file.stat().st_size
+    modified, changed = _times(file)
+    info = [size, modified, changed]
+    is_large = size > _ALWAYS_READ
+    if is_large and record.exists():
+        known = json.loads(record.read_text())
+        if known["info"] == info:
+            return known
+    digest = hashlib.sha256()
+    lines = []
+    newlines = 0
     with open(path, "rb") as opened:
         while chunk := opened.read(every):
-            lines.append(total)
-            total += chunk.count(b"\n")
+            lines.append(newlines)
+            newlines += chunk.count(b"\n")
             digest.update(chunk)
-    found = {"info": info, "size": info[0], "version": digest.hexdigest(), "lines": lines}
-    if (
-        info[0] > _ALWAYS_READ and time.time_ns() - info[2] > 2e9
-    ):  # a change right now might not change the times
+    fingerprint = {"info": info, "size": size, "version": digest.hexdigest(), "lines": lines}
+    # A write within the clock's resolution of the last one might not change the times.
+    if is_large and time.time_ns() - changed > 2e9:
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, found)
-    return found
+        _write_json(record, fingerprint)
+    return fingerprint
 
 
 class ArrayFile:
-    """A one-dimensional array in a file. It is read by pread: mapped pages would count as the process's memory."""
+    """A one-dimensional array in a file.
+
+    It is read by pread and not mapped: mapped pages would count as memory of the process.
+    """
 
     def __init__(self, path: Path, dtype: Any):
-        self.path, self.dtype = path, np.dtype(dtype)
+        self.path = path
+        self.dtype = np.dtype(dtype)
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the object
         self._size = os.fstat(self._file.fileno()).st_size // self.dtype.itemsize
 
@@ -205,15 +242,21 @@ class ArrayFile:
         return self._size
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop); safe from any thread. Raises InputError where the file has become shorter."""
+        """Elements [start, stop); safe from any thread.
+
+        Raises:
+            InputError: the file has become shorter since it was opened.
+        """
         size = max(0, stop - start) * self.dtype.itemsize
+        # pread moves no file position, which threads would share.
         data = os.pread(self._file.fileno(), size, start * self.dtype.itemsize)
         if len(data) != size:
             raise InputError(
-                f"{self.path}: has lost its end since it was opened; run again to make it anew"
+                f"{self.path}: has become shorter since it was opened; run again to rebuild it"
             )
         return np.frombuffer(data, self.dtype)
 
-    def chunks(self, size: int = 1 << 16):
-        """The whole array, piece by piece."""
-        return (self.read(i, min(i + size, len(self))) for i in range(0, len(self), size))
+    def chunks(self, size: int = 1 << 16) -> Iterator[np.ndarray]:
+        """The whole array, `size` elements at a time."""
+        for start in range(0, len(self), size):
+            yield self.read(start, min(start + size, len(self)))

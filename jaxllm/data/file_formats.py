@@ -1,4 +1,4 @@
-"""What is in a file: by what its source says, else by its name, and by its first bytes where the name says nothing."""
+"""The format of a file: as its source says, or by its name, or by its first bytes if the name does not tell."""
 
 import csv
 import re
@@ -21,18 +21,12 @@ _BY_SUFFIX: dict[str, Format] = {
     "array_record": "array_record",
     "arrayrecord": "array_record",
 }
-_TEXTS = (
-    "txt",
-    "text",
-    "md",
-    "markdown",
-    "rst",
-    "tex",
-    "log",
-    "py",
-)  # taken for text whatever they hold
-_HEAD = 1 << 16  # bytes that tell
-_NO_TEXT = (  # first bytes, what they tell, and the mend
+# Files of these suffixes are text, whatever they hold.
+_TEXTS = ("txt", "text", "md", "markdown", "rst", "tex", "log", "py")
+# Bytes at the beginning of a file that are inspected.
+_HEAD = 1 << 16
+# First bytes of files that are not text, what they are, and what to do.
+_NOT_TEXT = (
     (
         re.compile(rb"PAR1[\0-\x1f]"),
         "Parquet",
@@ -45,66 +39,76 @@ _NO_TEXT = (  # first bytes, what they tell, and the mend
     (re.compile(rb"PK\x03\x04"), "a zip archive", "unpack it"),
     (re.compile(rb"\xff\xfe|\xfe\xff"), "UTF-16 text", "convert it to UTF-8"),
 )
-_OBJECT = re.compile(
-    r'\s*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:'
-)  # how records in JSON begin, and no prose does
-_ROWS = 4  # lines that make a table, the names of its columns included
+# How records in JSON begin, and prose does not: {"name":
+_OBJECT = re.compile(r'\s*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
+# Fewer lines, that of the column names included, are not taken for a table.
+_MIN_ROWS = 4
 
 
 def format_of(path: str, given: Format = "auto") -> Format:
-    """What is in a file, compressed or not: what is given, else by its name in any case; "text" where it is unknown."""
+    """The format that is given, or else that of the file's suffix, in any case; "text" if the suffix is unknown."""
     return given if given != "auto" else _BY_SUFFIX.get(suffix_of(path), "text")
 
 
 def check_is_text(path: str) -> None:
-    """Raises InputError where a file whose suffix says nothing holds JSON or a table: it is no text to learn."""
+    """Raises InputError if a file of an unknown suffix holds JSON or a table, which would be learned as text."""
     suffix = suffix_of(path)
     if suffix in _TEXTS:
         return
     with readable(path), opened(path) as file:
         head = file.read(_HEAD)
-    if found := guess(head.decode("utf-8-sig", errors="ignore"), whole=len(head) < _HEAD):
-        what = "JSON" if found == "jsonl" else "a table"
+    kind = guess(head.decode("utf-8-sig", errors="ignore"), is_complete=len(head) < _HEAD)
+    if kind:
+        content = "JSON" if kind == "jsonl" else "a table"
         unknown = f"and its suffix .{suffix} is not known" if suffix else "and has no suffix"
-        mend = f'set the source\'s format to "{found}", or to "text" to take it as it is'
-        raise InputError(f"{path}: seems to hold {what} {unknown}; {mend}")
+        fix = f'set the source\'s format to "{kind}", or to "text" to read it unchanged'
+        raise InputError(f"{path}: seems to hold {content} {unknown}; {fix}")
 
 
-def guess(head: str, whole: bool = True) -> Literal["jsonl", "csv", "tsv", ""]:
-    """The format of records that a text begins with; "" for everything else, prose above all."""
+def guess(head: str, is_complete: bool = True) -> Literal["jsonl", "csv", "tsv", ""]:
+    """The format of the records that a text begins with; "" for everything else, above all prose.
+
+    is_complete: whether head is the whole text; if not, its last line is cut.
+    """
     if _OBJECT.match(head):
         return "jsonl"
     lines = [line for line in re.split(r"\r?\n", head) if line]
-    lines = lines if whole else lines[:-1]  # the last one is cut
+    # A cut line has fewer cells than the others.
+    if not is_complete:
+        lines = lines[:-1]
     if _is_table(lines, "\t"):
         return "tsv"
     return "csv" if _is_table(lines, ",") else ""
 
 
 def _is_table(lines: Sequence[str], delimiter: str) -> bool:
-    """Whether all lines have the same number of cells, more than one, and commas do not part clauses or thousands."""
+    """Whether all lines have the same number of cells, more than one, and commas do not separate clauses or thousands."""
     try:
         rows = list(csv.reader(lines, delimiter=delimiter, strict=True))
-    except csv.Error:  # quotes that no table has
+    except csv.Error:  # quotes that a table cannot have
         return False
-    if len(rows) < _ROWS or len({len(row) for row in rows}) != 1 or len(rows[0]) < 2:
+    if len(rows) < _MIN_ROWS or len({len(row) for row in rows}) != 1 or len(rows[0]) < 2:
         return False
-    return delimiter == "\t" or (_are_names(rows[0]) and 2 * sum(map(_is_prose, rows)) <= len(rows))
+    # Prose has no tabs in the same number on each line.
+    if delimiter == "\t":
+        return True
+    num_prose = sum(map(_is_prose, rows))
+    return _are_names(rows[0]) and 2 * num_prose <= len(rows)
 
 
 def _are_names(cells: Sequence[str]) -> bool:
-    return len(set(cells)) == len(cells) and all(
-        0 < len(name) <= 64 and name[0].isalpha() for name in cells
-    )
+    if len(set(cells)) != len(cells):
+        return False
+    return all(0 < len(name) <= 64 and name[0].isalpha() for name in cells)
 
 
 def _is_prose(row: Sequence[str]) -> bool:
-    """A comma of prose has a space behind it, one that parts cells has none."""
+    """Prose has a space after a comma; a table does not."""
     return any(cell.startswith(" ") for cell in row[1:])
 
 
 def check_head(head: bytes, path: str) -> None:
-    """Raises InputError where a file's first bytes are those of something else than UTF-8 text."""
-    for pattern, what, mend in _NO_TEXT:
+    """Raises InputError if a file's first bytes are those of something other than UTF-8 text."""
+    for pattern, content, fix in _NOT_TEXT:
         if pattern.match(head):
-            raise InputError(f"{path}: holds {what}, not UTF-8 text; {mend}")
+            raise InputError(f"{path}: holds {content}, not UTF-8 text; {fix}")

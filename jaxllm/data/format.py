@@ -1,30 +1,31 @@
-"""Records -> examples: documents, conversations, prompts, rankings, each on its side of the split.
+"""Records -> examples: documents, conversations, prompts, and rankings, each assigned to a split.
 
-Which side of the split a content is on depends on its hash alone. For a text that is the text before any template:
-a review held out of pre-training is held out of every task made from it. Where a prompt is cut from a text, the
-prompt has a side of its own, and what would put a held-out prompt into training is left out of both.
+The split of a content depends on its hash alone. The content is the text before any template: a review that is held
+out of pretraining is held out of every task made from it. Where a prompt is cut from a text, prompt and text each
+have a split by their own hash, and an example whose text is in training and whose prompt is held out is in neither:
+
+    text     prompt       document    conversation    prompt, ranking
+    train    train        train       train           train
+    train    held out     train       neither         held out
+    held out train        held out    held out        train
+    held out held out     held out    held out        held out
+
+A record may also name its split itself, in the field "split".
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxllm.config import InputError
-from jaxllm.data.messages import (
-    Messages,
-    as_json,
-    check_messages,
-    known_parts,
-    message_text,
-    question,
-)
+from jaxllm.data.messages import as_json, message_text, question
 from jaxllm.data.records import Record, spelled
+from jaxllm.data.schema import Messages, check_messages, check_ranking, check_tools
 from jaxllm.data.sources import DataConfig, Source, digest
 from jaxllm.data.templates import fill
 from jaxllm.tokenizers.trained import Tokenizer
 
 KINDS = ("document", "chat", "prompt", "ranked")
-_LARGEST = 3.4e38  # of a float32, which scores become
 
 
 class Example(NamedTuple):
@@ -36,46 +37,52 @@ class Example(NamedTuple):
     ranks: list[int]  # 1 = best, equal = tie
     source: int  # index into DataConfig.sources
     origin: str  # "path:line"
-    scores: tuple[float, ...] = ()  # of the responses, where the record has them
+    scores: tuple[float, ...] = ()  # of the responses, if the record has them
     answer: str = ""  # what a verifiable reward compares with
     annotator: str = ""  # who ranked
     tools: Sequence[Any] = ()  # of a chat: descriptions of the functions that may be called
 
     def content(self) -> str:
-        """What makes two examples the same one."""
-        ranking = (
-            [self.responses, self.ranks, self.scores, self.annotator] if self.responses else []
-        )
-        tools = [self.tools] if self.tools else []
-        return as_json([self.text, self.messages, *ranking, *tools])
+        """A JSON text that is equal for duplicates: where an example comes from is not part of it."""
+        # The hash of this text is stored in caches: neither order nor spelling may change.
+        fields: list[Any] = [self.text, self.messages]
+        if self.responses:
+            fields += [self.responses, self.ranks, self.scores, self.annotator]
+        if self.tools:
+            fields.append(self.tools)
+        return as_json(fields)
 
     def digest(self) -> bytes:
         """16 bytes of the content's sha256."""
         return digest(self.content())
 
-    def learnt(self) -> str:
+    def target_text(self) -> str:
         """The text whose tokens are targets."""
-        return self.text or "".join(
-            message_text(m) for m in self.messages if m["role"] == "assistant"
-        )
+        if self.text:
+            return self.text
+        return "".join(message_text(m) for m in self.messages if m["role"] == "assistant")
 
-    def whole(self) -> str:
-        """All of its text."""
+    def full_text(self) -> str:
+        """All of its text; messages are joined by newlines."""
         return self.text or "\n".join(map(message_text, self.messages))
 
     def question(self) -> str:
-        """What the model is asked: one message as it is, or all messages before the reply."""
+        """What the model is asked: a single message's text, or all messages before the reply as JSON."""
         return question(self.messages)
 
     def encode(
         self, tokenizer: Tokenizer, *replies: str, reply: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """`encode_chat` of its messages, and of replies to them; what the template refuses is named by its place."""
+        """`Tokenizer.encode_chat` of the messages, followed by assistant replies.
+
+        Raises:
+            InputError: the chat template refuses the messages; the error names their file and line.
+        """
         messages = [*self.messages, *({"role": "assistant", "content": text} for text in replies)]
+        # A template may distinguish no tools from an empty list.
+        inputs = {"tools": self.tools} if self.tools else {}
         try:
-            return tokenizer.encode_chat(
-                messages, reply=reply, **({"tools": self.tools} if self.tools else {})
-            )
+            return tokenizer.encode_chat(messages, reply=reply, **inputs)
         except InputError as error:
             raise InputError(f"{self.origin}: {error}") from None
 
@@ -83,36 +90,49 @@ class Example(NamedTuple):
 def assign_splits(
     data: DataConfig, kind: str, index: int, records: Iterable[Record]
 ) -> Iterator[tuple[Example, str | None]]:
-    """(example, its side of the split, None for neither) of every record of source number `index`."""
+    """Yields (example, its split, or None for neither) for every record of source number `index`."""
     for record in records:
-        example, given = _make(kind, data.sources[index], record, index), record.fields.get("split")
+        example = make_example(kind, data.sources[index], record, index)
+        given = record.fields.get("split")
+        # Empty cells of a table: the record does not say.
         if given not in (None, "", "train", "held_out"):
             raise InputError(
                 f"{record.origin}: split must be train or held_out, not {given!r:.40}; rename it"
             )
-        yield example, given or _side(example, record, kind, data)
+        yield example, given or _split_of(example, record, kind, data)
 
 
-def _side(example: Example, record: Record, kind: str, data: DataConfig) -> str | None:
-    """A prompt or ranking goes by its prompt; a document by its text; a conversation by its text, and to the
-    training side only if its prompt is there as well."""
-    prompt_held = kind != "document" and is_held_out(example.question(), data)
+def _split_of(example: Example, record: Record, kind: str, data: DataConfig) -> str | None:
+    """The split by the table of the module docstring."""
+    fraction = data.held_out_fraction
+    salt = data.split_salt
+    prompt_held_out = kind != "document" and is_held_out(example.question(), fraction, salt)
     if kind in ("prompt", "ranked"):
-        return "held_out" if prompt_held else "train"
+        return "held_out" if prompt_held_out else "train"
     text = record.fields.get("text")
-    if is_held_out(text, data) if isinstance(text, str) else prompt_held:
+    # A conversation that was not made from a text goes by its prompt alone.
+    is_text = isinstance(text, str)
+    text_held_out = is_held_out(text, fraction, salt) if is_text else prompt_held_out
+    if text_held_out:
         return "held_out"
-    return None if prompt_held else "train"
+    return None if prompt_held_out else "train"
 
 
-def is_held_out(content: str, data: DataConfig) -> bool:
-    """Whether a content belongs to the held-out split: sha256(salt + content), as a number in 0..1, is small."""
-    digest = hashlib.sha256((data.split_salt + content).encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8]) < data.held_out_fraction * 2**64
+def is_held_out(content: str, fraction: float, salt: str = "") -> bool:
+    """Whether a content is in the held-out split: sha256(salt + content), as a number in [0, 1), is below fraction."""
+    hashed = hashlib.sha256((salt + content).encode("utf-8", "surrogatepass")).digest()
+    # Python compares the integer with the float exactly, so machines agree on every content.
+    return int.from_bytes(hashed[:8]) < fraction * 2**64
 
 
-def _make(kind: str, source: Source, record: Record, index: int) -> Example:
-    fields, origin = record.fields, record.origin
+def make_example(kind: str, source: Source, record: Record, index: int = 0) -> Example:
+    """The example of a record of source number `index`.
+
+    Raises:
+        InputError: the record does not hold an example of this kind.
+    """
+    fields = record.fields
+    origin = record.origin
     if kind == "document":
         text = fields.get("text")
         if not isinstance(text, str):
@@ -120,59 +140,73 @@ def _make(kind: str, source: Source, record: Record, index: int) -> Example:
                 f"{origin}: a document needs the field {source.text_field!r} with a string; set text_field"
             )
         return Example(text, [], [], [], index, origin)
-    messages, tools = _messages(source, record, with_reply=kind == "chat"), fields.get("tools", [])
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise InputError(f'{origin}: "tools" must be a list of objects')
+    messages = _messages(source, record, with_reply=kind == "chat")
+    tools = check_tools(fields["tools"], origin) if "tools" in fields else []
     if tools and kind != "chat":
-        raise InputError(f'{origin}: "tools" are for conversations only; a {kind} has none')
-    if kind == "prompt":
-        return Example("", messages, [], [], index, origin, answer=_answer(source, record))
+        raise InputError(
+            f'{origin}: "tools" are for conversations only; remove them from this {kind} record'
+        )
+    example = Example("", messages, [], [], index, origin)
     if kind == "chat":
-        return Example("", messages, [], [], index, origin, tools=tools)
-    responses = _responses(fields, origin)
-    scores = _scores(fields, responses, origin)
-    ranks = _checked_ranks(fields.get("ranks") or _ranks_of(scores), responses, origin)
-    who = spelled(fields.get("annotator", ""), origin)
-    return Example("", messages, responses, ranks, index, origin, tuple(scores), annotator=who)
+        return example._replace(tools=tools)
+    if kind == "prompt":
+        return example._replace(answer=_answer(source, record))
+    ranking = check_ranking(fields, origin)
+    return example._replace(
+        responses=ranking["responses"],
+        ranks=ranking.get("ranks", []),
+        scores=tuple(ranking.get("scores", [])),
+        annotator=spelled(fields.get("annotator", ""), origin),
+    )
 
 
 def _answer(source: Source, record: Record) -> str:
-    """The right answer of a prompt's record: its `answer`, else its reply, else nothing."""
+    """The right answer of a prompt: the record's `answer`, or else its reply, or else nothing."""
     if "answer" in record.fields:
         return spelled(record.fields["answer"], record.origin)
     if source.prompt:
         return fill(source.response, record)
-    messages = record.fields.get("messages") or [{}]
-    if messages[-1].get("role") == "assistant":
+    messages = record.fields.get("messages")
+    if messages and messages[-1].get("role") == "assistant":
         return message_text(messages[-1])
     return spelled(record.fields.get("response", ""), record.origin)
 
 
 def _messages(source: Source, record: Record, with_reply: bool) -> Messages:
     """The conversation up to its last user message, or with the assistant's reply to it."""
-    if source.prompt or "messages" not in record.fields:
-        messages = _filled(source, record, with_reply) if source.prompt else _of_fields(record)
-        check_messages(messages, record.origin)
-        if not all(m["content"].strip() for m in messages if m["role"] == "user"):
-            raise InputError(
-                f"{record.origin}: the prompt is empty, so nothing is asked; remove the record"
-            )
-    else:
+    if source.prompt:
+        messages = _from_templates(source, record, with_reply)
+    elif "messages" in record.fields:
         messages = record.fields["messages"]
-        check_messages(messages, record.origin)
+    else:
+        messages = _from_fields(record)
+    # Also what templates made: a reply of empty fields is found here.
+    messages = check_messages(messages, record.origin)
+    if source.prompt or "messages" not in record.fields:
+        _require_prompt(messages, record.origin)
+    # A prompt may come with its reply, which is the answer (see `_answer`), not part of what is asked.
     if not with_reply and messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    wanted = ("assistant",) if with_reply else ("user", "tool")
-    if not messages or messages[-1]["role"] not in wanted:
+    last_roles = ("assistant",) if with_reply else ("user", "tool")
+    if not messages or messages[-1]["role"] not in last_roles:
         raise InputError(
-            f'{record.origin}: the conversation must end with the {wanted[0]}; give "messages", or "prompt" and '
-            '"response", or templates in the source'
+            f'{record.origin}: the conversation must end with the {last_roles[0]}; give "messages", '
+            'or "prompt" and "response", or templates in the source'
         )
-    return known_parts(messages)
+    return messages
 
 
-def _filled(source: Source, record: Record, with_reply: bool) -> Messages:
-    """The conversation of a source's templates; a system message of empty fields is left out."""
+def _require_prompt(messages: Messages, origin: str) -> None:
+    """Raises InputError if a user's message is blank: templates of empty fields, or an empty "prompt"."""
+    for message in messages:
+        if message["role"] == "user" and not message["content"].strip():
+            raise InputError(
+                f"{origin}: the prompt is empty, so nothing is asked; remove the record"
+            )
+
+
+def _from_templates(source: Source, record: Record, with_reply: bool) -> Messages:
+    """The conversation of a source's templates; a system message without text is left out."""
     system = fill(source.system, record)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": fill(source.prompt, record)})
@@ -181,60 +215,13 @@ def _filled(source: Source, record: Record, with_reply: bool) -> Messages:
     return messages
 
 
-def _of_fields(record: Record) -> Messages:
+def _from_fields(record: Record) -> Messages:
     """The conversation of the fields "system", "prompt" and "response"."""
-    if "response" in record.fields and "prompt" not in record.fields:
+    fields = record.fields
+    if "response" in fields and "prompt" not in fields:
         raise InputError(f'{record.origin}: has a "response" without a "prompt"; give both')
-    names = {"system": "system", "user": "prompt", "assistant": "response"}
-    return [
-        {"role": role, "content": record.fields[name]}
-        for role, name in names.items()
-        if name in record.fields
-    ]
-
-
-def _responses(fields: Mapping[str, Any], origin: str) -> list[str]:
-    responses = fields.get("responses")
-    if (
-        not isinstance(responses, list)
-        or len(responses) < 2
-        or not all(isinstance(r, str) for r in responses)
-    ):
-        raise InputError(f'{origin}: a ranking needs "responses", a list of at least 2 strings')
-    return responses
-
-
-def _scores(fields: Mapping[str, Any], responses: Sequence[str], origin: str) -> list[float]:
-    """The scores of the responses; none where the record has none."""
-    scores = fields.get("scores")
-    if scores is None:
-        return []
-    finite = lambda x: (
-        isinstance(x, int | float) and not isinstance(x, bool) and -_LARGEST <= x <= _LARGEST
-    )
-    if (
-        not isinstance(scores, list)
-        or len(scores) != len(responses)
-        or not all(map(finite, scores))
-    ):
-        raise InputError(
-            f'{origin}: "scores" must be one finite number for each of {len(responses)} responses'
-        )
-    return scores
-
-
-def _ranks_of(scores: Sequence[float]) -> list[int]:
-    """1 + the number of better scores: equal scores are a tie."""
-    return [1 + sum(other > score for other in scores) for score in scores]
-
-
-def _checked_ranks(ranks: Any, responses: Sequence[str], origin: str) -> list[int]:
-    good = isinstance(ranks, list) and all(
-        type(rank) is int and 1 <= rank < 2**31 for rank in ranks
-    )
-    if not good or len(ranks) != len(responses):
-        raise InputError(
-            f'{origin}: a ranking needs "ranks", one integer from 1 (best) for each of {len(responses)} responses, '
-            'or "scores", one number for each'
-        )
-    return ranks
+    messages = []
+    for role, name in (("system", "system"), ("user", "prompt"), ("assistant", "response")):
+        if name in fields:
+            messages.append({"role": role, "content": fields[name]})
+    return messages

@@ -1,4 +1,4 @@
-"""One record: a JSON object or a row of a table, what is absent in it, and how its values stand in a text."""
+"""Records: a JSON object or a row of a table; which of its fields are absent, and its values as text."""
 
 import json
 import re
@@ -8,59 +8,63 @@ import numpy as np
 
 from jaxllm.config import InputError
 
-_DEEPEST = (
-    200  # levels of lists and objects in one another; Python's own limit depends on where it reads
-)
-_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # may be half of a surrogate pair
-
-
-_decode = json.JSONDecoder().decode  # json.loads looks for its options each time
-_NONE: frozenset[str] = frozenset()
+# Levels of lists and objects inside one another. Python's own limit depends on the depth of its call stack.
+_MAX_DEPTH = 200
+# May be half of a surrogate pair.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+# json.loads would look for its options at each call.
+_decode = json.JSONDecoder().decode
+_NO_FIELDS: frozenset[str] = frozenset()
 
 
 class Record(NamedTuple):
-    """One record: its fields, the place it came from, for error messages, and which fields are there without a value."""
+    """The fields of a record that have a value; where it comes from; and its fields without a value."""
 
     fields: dict[str, Any]
     origin: str  # "path:line"
-    empty: frozenset[str] = _NONE
+    empty: frozenset[str] = _NO_FIELDS
 
 
 def present(fields: dict[str, Any], origin: str) -> Record:
-    """The record of these fields, without those that are null: null is absent, in messages and their calls as well.
+    """The record of these fields, in which null is absent, also in messages and their calls.
 
-    A table has no other way to leave a value out; where a number was wanted pandas writes NaN for it.
+    A table has no other way to leave a value out; pandas writes NaN for it in a column of numbers.
     """
-    empty = [
-        name
-        for name, value in fields.items()
-        if value is None or (isinstance(value, float) and value != value)
-    ]
+    empty = frozenset(name for name, value in fields.items() if _is_null(value))
     if empty:
         fields = {name: value for name, value in fields.items() if name not in empty}
-    if isinstance(messages := fields.get("messages"), list):
-        fields = {**fields, "messages": [_without_nulls(message) for message in messages]}
-    return Record(fields, origin, frozenset(empty) if empty else _NONE)
+    # A Parquet file gives every message the fields that any of them has.
+    messages = fields.get("messages")
+    if isinstance(messages, list):
+        fields = {**fields, "messages": list(map(_without_nulls, messages))}
+    return Record(fields, origin, empty)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def _without_nulls(message: Any) -> Any:
-    """A message, a call in it or its function, without nulls; the arguments of a call keep theirs."""
+    """A message, a call in it, or its function, without nulls; the arguments of a call keep theirs."""
     if not isinstance(message, dict):
         return message
-    kept = {name: value for name, value in message.items() if value is not None and value == value}
-    if isinstance(calls := kept.get("tool_calls"), list):
-        kept["tool_calls"] = [_without_nulls(call) for call in calls]
+    kept = {name: value for name, value in message.items() if not _is_null(value)}
+    calls = kept.get("tool_calls")
+    if isinstance(calls, list):
+        kept["tool_calls"] = list(map(_without_nulls, calls))
     if isinstance(kept.get("function"), dict):
         kept["function"] = _without_nulls(kept["function"])
     return kept
 
 
 def spelled(value: Any, origin: str) -> str:
-    """A field's value as text: a text as it is, numbers, true, false, lists and objects as JSON spells them.
+    """A field's value as text: a text unchanged; numbers, true, false, lists and objects as JSON spells them.
 
-    Raises InputError on bytes and on numbers that JSON has no spelling for.
+    Raises:
+        InputError: bytes, and numbers for which JSON has no spelling.
     """
-    if isinstance(value, np.generic | np.ndarray):  # of a function
+    # Functions may yield these; files cannot hold them.
+    if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if isinstance(value, str):
         return value
@@ -81,33 +85,38 @@ def _text_of(value: Any) -> str:
     return str(value)
 
 
-def parse(text: str, origin: str, mend: str = "write one object per line") -> Any:
-    """The value of a JSON text. Raises InputError where it is none, is nested too deep, or is not valid Unicode."""
+def parse(text: str, origin: str, fix: str = "write one object per line") -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        InputError: not JSON, nested too deeply, a number of thousands of digits, or invalid Unicode.
+    """
     try:
         value = _decode(text)
     except RecursionError:
-        raise too_deep(origin) from None
+        raise _too_deep(origin) from None
     except json.JSONDecodeError as error:
-        if text.startswith("\ufeff"):  # of a file that was put behind another one
-            mend = "remove the byte order mark at its start"
-        raise InputError(f"{origin}: not valid JSON: {error}; {mend}") from None
-    except ValueError:  # Python's limit for the digits of a whole number
+        if text.startswith("\ufeff"):  # a file that was appended to another one
+            fix = "remove the byte order mark at its start"
+        raise InputError(f"{origin}: not valid JSON: {error}; {fix}") from None
+    except ValueError:  # Python's limit for the digits of an integer
         raise InputError(
-            f"{origin}: holds a number of thousands of digits; write it as a text"
+            f"{origin}: has a number of thousands of digits; write it as a text"
         ) from None
-    if text.count("[") + text.count("{") > _DEEPEST and _depth(value) > _DEEPEST:
-        raise too_deep(origin)
-    if "\\" in text and _HALF_PAIR.search(text):
+    # The brackets of a text bound its depth, and few texts have so many: most values are not walked.
+    if text.count("[") + text.count("{") > _MAX_DEPTH and _depth(value) > _MAX_DEPTH:
+        raise _too_deep(origin)
+    if "\\" in text and _SURROGATE.search(text):
         check_unicode(json.dumps(value, ensure_ascii=False), origin)
     return value
 
 
-def too_deep(origin: str) -> InputError:
-    return InputError(f"{origin}: nested more than {_DEEPEST} deep; flatten it")
+def _too_deep(origin: str) -> InputError:
+    return InputError(f"{origin}: nested more than {_MAX_DEPTH} deep; flatten it")
 
 
 def check_unicode(text: str, origin: str) -> None:
-    """Raises InputError where a text holds half of a surrogate pair, which no UTF-8 text can."""
+    """Raises InputError if a text has half of a surrogate pair, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -118,7 +127,7 @@ def check_unicode(text: str, origin: str) -> None:
 
 
 def parse_object(line: str, origin: str) -> dict[str, Any]:
-    """The JSON object of a line. Raises InputError where it holds none."""
+    """The JSON object of a line. Raises InputError if it has none."""
     value = parse(line, origin)
     if not isinstance(value, dict):
         raise InputError(
@@ -128,7 +137,7 @@ def parse_object(line: str, origin: str) -> dict[str, Any]:
 
 
 def decoded(value: bytes, origin: str) -> str:
-    """UTF-8 as text. Raises InputError where it is not, or holds a NUL byte, which no text does."""
+    """UTF-8 as text. Raises InputError if it is not UTF-8, or has a NUL byte, which a text never has."""
     if 0 in value:
         raise InputError(
             f"{origin}: holds a NUL byte, so it is not UTF-8 text; convert or repair the file"
@@ -142,11 +151,14 @@ def decoded(value: bytes, origin: str) -> str:
 
 
 def _depth(value: Any) -> int:
-    """Levels of lists and objects in one another."""
-    depth, level = 0, [value]
-    while level := [each for each in level if isinstance(each, list | dict)]:
-        level = [
-            child for each in level for child in (each.values() if isinstance(each, dict) else each)
-        ]
+    """Levels of lists and objects inside one another, found level by level: recursion has a limit of its own."""
+    depth = 0
+    level = [value]
+    while True:
+        containers = [item for item in level if isinstance(item, list | dict)]
+        if not containers:
+            return depth
         depth += 1
-    return depth
+        level = []
+        for container in containers:
+            level += container.values() if isinstance(container, dict) else container

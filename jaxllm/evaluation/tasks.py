@@ -27,10 +27,10 @@ from rich.table import Table
 import jaxllm
 from jaxllm.config import InputError, to_tree
 from jaxllm.config.ranges import NonNegativeInt, PositiveInt, Seed
-from jaxllm.data.format import Example, assign_splits
+from jaxllm.data.format import Example, make_example
 from jaxllm.data.messages import message_text
 from jaxllm.data.records import Record, spelled
-from jaxllm.data.sources import DataConfig, Source, files, read_records
+from jaxllm.data.sources import Source, files, read_records
 from jaxllm.evaluation import measures
 from jaxllm.evaluation.scoring import Model, fit, generate_texts, score_rows, split, windows
 from jaxllm.generate import SamplingConfig
@@ -146,7 +146,7 @@ def _item(record: Record) -> Example:
     known = {
         "messages" if asked == "messages" else "prompt": fields[asked]
     }  # checked as training prompts are
-    item, _ = next(assign_splits(DataConfig((Source(),)), "prompt", 0, [Record(known, origin)]))
+    item = make_example("prompt", Source(), Record(known, origin))
     if choices is None:
         return item._replace(answer=_answer(fields, origin))
     return _with_choices(item, choices, fields.get("answer"))

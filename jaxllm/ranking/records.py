@@ -17,8 +17,9 @@ from etils import epath
 from jaxllm.config import InputError
 from jaxllm.data.file_formats import format_of
 from jaxllm.data.format import is_held_out
-from jaxllm.data.messages import check_messages, known_parts, question
-from jaxllm.data.sources import DataConfig, Source, read_records
+from jaxllm.data.messages import question
+from jaxllm.data.schema import check_messages, known_parts
+from jaxllm.data.sources import Source, read_records
 from jaxllm.ranking.orders import LABELS, parse_order
 
 
@@ -111,8 +112,7 @@ def split_of(messages: Sequence[Mapping[str, Any]], held_out: float) -> str:
     """The split of a prompt, by its content: it is the same in the data of every stage."""
     # By a hash of what is asked, as in `data.format`: a prompt held out here must not be trained on elsewhere.
     content = question(known_parts(messages))
-    data = DataConfig(held_out_fraction=held_out)
-    return "held_out" if is_held_out(content, data) else "train"
+    return "held_out" if is_held_out(content, held_out) else "train"
 
 
 def now() -> str:

@@ -21,9 +21,9 @@ from jaxllm.data.loader import (
     epoch_batches,
     epoch_rows,
     epochs_of,
-    fingerprint,
     load_rows,
     make_batch_at,
+    rows_fingerprint,
 )
 from jaxllm.evaluation import measures
 from jaxllm.metrics import Work, held_out, peak_flops
@@ -88,7 +88,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     tokens = config.batch_size * length
     flops = transformer.flops_per_token(model, length) * tokens
     return train.Training(
-        data=fingerprint([*rows["train"], *rows["held_out"]]),
+        data=rows_fingerprint([*rows["train"], *rows["held_out"]]),
         init=init,
         abstract=layout.abstract,
         step=functools.partial(step, base=base),

@@ -20,7 +20,7 @@ from jaxllm.config import InputError, require
 from jaxllm.config.ranges import FINITE, NOT_BOOL, NonNegativeFloat, PositiveFloat, PositiveInt
 from jaxllm.data.loader import (
     RankedExample,
-    fingerprint,
+    examples_fingerprint,
     load_ranked,
     make_ranked_batch_at,
 )
@@ -133,7 +133,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     tokens = math.prod(batch_at(0)["tokens"].shape)
     flops = _flops_per_token(stage, config, model) * tokens
     return train.Training(
-        data=fingerprint([*rankings["train"], *rankings["held_out"]]),
+        data=examples_fingerprint([*rankings["train"], *rankings["held_out"]]),
         init=init,
         abstract=layout.abstract,
         step=functools.partial(step, **frozen),

@@ -11,7 +11,7 @@ import numpy as np
 from jaxllm import train
 from jaxllm.data.loader import (
     PromptExample,
-    fingerprint,
+    examples_fingerprint,
     load_prompts,
     load_rows,
     make_batch_at,
@@ -55,7 +55,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     score = make_scorer(spec, programs, frozen, tokenizer.decode, mesh, f"{stage}.rewards")
     host = _host_work(workspace, spec, tokenizer, score, prompts["train"], stage)
     return train.Training(
-        data=fingerprint([*prompts["train"], *prompts["held_out"]]),
+        data=examples_fingerprint([*prompts["train"], *prompts["held_out"]]),
         # Copies: making a state donates its parameters, and reference and reward model may share them.
         init=lambda: initial_state(
             layouts, config, mesh, *jax.tree.map(jnp.copy, (models.actor, models.critic))

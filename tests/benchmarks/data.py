@@ -1,10 +1,10 @@
-"""What preparing a corpus costs: seconds, MB/s, and memory, which must not grow with the corpus; padding of chats.
+"""The cost of preparing a corpus: seconds, MB/s, and memory, which must not grow with the corpus; padding of chats.
 
     python tests/benchmarks/data.py [--megabytes 100 1000] [--padding configs/quickstart.yaml]
 
-Lines are made in a temporary folder and prepared by a fresh process without JAX; another one then draws batches.
-Peak memory is ru_maxrss of the process, and of the largest of its workers. With --padding, the share of padding in
-the rows of a config's conversations, with a tokenizer trained as the config says.
+The corpus is written to a temporary folder and prepared by a new process without JAX; another one then makes
+batches. Peak memory is ru_maxrss of the process, and of the largest of its workers. With --padding: the share of
+padding in the rows of a config's conversations, with a tokenizer trained as the config says.
 """
 
 import argparse
@@ -71,55 +71,50 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, nargs="*", default=[100, 1000])
     parser.add_argument("--padding", default="")
     args = parser.parse_args()
-    lines = []
     for megabytes in args.megabytes:
         with tempfile.TemporaryDirectory() as folder:
-            size = write_corpus(Path(folder), megabytes)
-            found = run(PREPARE, folder) | run(
-                f"    LENGTH, BATCH, STEPS = {LENGTH}, {BATCH}, {STEPS}" + DRAW, folder
-            )
-            again = run(PREPARE, folder)["seconds"]
-            lines.append(
-                {
-                    "MB": size / 1e6,
-                    "MB/s": size / 1e6 / found["seconds"],
-                    **found,
-                    "open_seconds": again,
-                }
-            )
-            print(json.dumps({k: round(v, 2) for k, v in lines[-1].items()}), flush=True)
+            size = write_corpus(Path(folder), megabytes) / 1e6
+            # Three processes: the first tokenizes, the second reads, the third finds all of it in the cache.
+            prepared = run(PREPARE, folder)
+            batches = run(f"    LENGTH, BATCH, STEPS = {LENGTH}, {BATCH}, {STEPS}" + DRAW, folder)
+            again = run(PREPARE, folder)
+        numbers = {"MB": size, "MB/s": size / prepared["seconds"], **prepared, **batches}
+        numbers["open_seconds"] = again["seconds"]
+        rounded = {name: round(value, 2) for name, value in numbers.items()}
+        print(json.dumps(rounded), flush=True)
     if args.padding:
         print(json.dumps(padding(args.padding)))
 
 
 def write_corpus(folder: Path, megabytes: int) -> int:
     """Lines of words by Zipf's law, 5% of them repeated; and a tokenizer trained on the first."""
-    rng, draw = random.Random(0), np.random.default_rng(0)
-    words = np.array(
-        [
-            "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9)))
-            for _ in range(20_000)
-        ]
-    )
+    rng = random.Random(0)
+    sampler = np.random.default_rng(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = np.array(["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(20_000)])
+    # Zipf's law: the n-th word is n times rarer than the first.
     share = 1 / np.arange(1, len(words) + 1)
     first = []
     with open(folder / "corpus.txt", "w") as file:
         while file.tell() < megabytes * 1_000_000:
-            picked = words[draw.choice(len(words), (20_000, 15), p=share / share.sum())]
-            block = [" ".join(line) for line in picked]
+            picked = words[sampler.choice(len(words), (20_000, 15), p=share / share.sum())]
+            block = list(map(" ".join, picked))
             first = first or block
+            # The repeated lines make the store look for duplicates across all units.
             file.write("\n".join([*block, *first[:1000]]) + "\n")
-    settings = {
-        "vocab_size": 4096,
-        "model_type": "bpe",
-        "character_coverage": 1.0,
-        "num_threads": 2,
-    }
-    tokenizers.train(iter(first[:10_000]), **settings).save(folder / "tokenizer")
+    tokenizer = tokenizers.train(
+        iter(first[:10_000]),
+        vocab_size=4096,
+        model_type="bpe",
+        character_coverage=1.0,
+        num_threads=2,
+    )
+    tokenizer.save(folder / "tokenizer")
     return (folder / "corpus.txt").stat().st_size
 
 
 def run(script: str, folder: str) -> dict[str, float]:
+    """The numbers that a script prints. A new process: the peak of memory cannot be reset."""
     path = Path(folder) / "script.py"
     path.write_text(COMMON + script)
     root = str(Path(__file__).parents[2])
@@ -131,35 +126,33 @@ def run(script: str, folder: str) -> dict[str, float]:
 
 
 def padding(config_path: str) -> dict[str, float]:
-    """Of the training rows of a config's conversations."""
+    """The share of padding in the training rows of a config's conversations."""
     from jaxllm.config import load
     from jaxllm.life import Config, with_defaults
     from jaxllm.stages.tokenizer import sample_texts
 
     config = with_defaults(load(Config, config_path))
     began = time.monotonic()
-    texts, _ = sample_texts(
-        load_texts(config.tokenizer.data, "train"), config.tokenizer.sample_bytes, 0
+    settings = config.tokenizer
+    texts, _ = sample_texts(load_texts(settings.data, "train"), settings.sample_bytes, 0)
+    tokenizer = tokenizers.train(
+        iter(texts),
+        vocab_size=settings.vocab_size,
+        model_type=settings.model_type,
+        character_coverage=settings.character_coverage,
+        num_threads=2,
     )
-    fields = {
-        name: getattr(config.tokenizer, name)
-        for name in ("vocab_size", "model_type", "character_coverage")
-    }
-    tokenizer = tokenizers.train(iter(texts), **fields, num_threads=2)
+    length = config.sft.length or config.model.max_length
+    num_rows = 0
+    used = 0
     with tempfile.TemporaryDirectory() as folder:
-        length = config.sft.length or config.model.max_length
-        mixture = load_rows(config.sft.data, "chat", "train", tokenizer, length, folder)
-        used = sum(
-            int((rows.row(i)["segment_ids"] > 0).sum())
-            for rows, _ in mixture
-            for i in range(rows.num_rows)
-        )
-        total = length * sum(rows.num_rows for rows, _ in mixture)
-    return {
-        "rows": total // length,
-        "padding": 1 - used / total,
-        "seconds": time.monotonic() - began,
-    }
+        for rows, _ in load_rows(config.sft.data, "chat", "train", tokenizer, length, folder):
+            num_rows += rows.num_rows
+            for number in range(rows.num_rows):
+                # Segment 0 is padding.
+                used += int((rows.row(number)["segment_ids"] > 0).sum())
+    seconds = time.monotonic() - began
+    return {"rows": num_rows, "padding": 1 - used / (length * num_rows), "seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ def write(path, text):
 
 
 def data(*sources, **fields):
-    return DataConfig(tuple(sources), **{"held_out_fraction": 0.3, **fields})
+    fields.setdefault("held_out_fraction", 0.3)
+    return DataConfig(tuple(sources), **fields)
 
 
 def texts(source):
@@ -118,7 +119,7 @@ def test_prompts_and_replies_never_cross_the_split(tmp_path):
 
 def test_the_split_is_a_function_of_the_content_and_the_salt(tmp_path):
     config = data(Source(review_file(tmp_path)))
-    shares = [sum(is_held_out(f"{i}", config) for i in range(4000)) / 4000]
+    shares = [sum(is_held_out(f"{i}", config.held_out_fraction) for i in range(4000)) / 4000]
     assert abs(shares[0] - 0.3) < 0.03
     salted = data(*config.sources, split_salt="x")
     assert [e.text for e in examples(config, "document", "train")] != [
@@ -188,7 +189,7 @@ def test_texts_are_those_of_the_examples(tmp_path):
 
 
 BAD_LINES = {
-    '{"messages": 3}': 'must be a list',
+    '{"messages": 3}': 'messages: must be a valid list, not 3',
     '{"prompt": "a", "response": ""}': "last reply is empty",
     '{"prompt": "a"}': "must end with the assistant",
     '{"messages": [{"role": "robot", "content": "x"}]}': "needs a role",
@@ -219,7 +220,7 @@ BAD_RANKINGS = [
 @pytest.mark.parametrize("fields", BAD_RANKINGS, ids=str)
 def test_a_malformed_ranking_is_refused_with_its_number(tmp_path, fields):
     path = write(tmp_path / "r.jsonl", json.dumps({"prompt": "q", **fields}))
-    with pytest.raises(InputError, match=r"r.jsonl:1: a ranking needs"):
+    with pytest.raises(InputError, match=r"r.jsonl:1: .*; a ranking needs"):
         list(examples(data(Source(path)), "ranked", "train"))
 
 
@@ -233,7 +234,7 @@ def test_nothing_there_is_one_clear_line(tmp_path):
         "no such file; give": data(Source(str(tmp_path / "*.nope"))),
         "package nosuchpackage is not installed": data(Source("pkg://nosuchpackage/x.txt")),
         "latin.txt:2: not UTF-8": data(Source(str(latin))),
-        "none given": data(),
+        "is empty": data(),
         "needs a path": data(Source()),
         "no function 'nope'": data(Source("py://json:nope")),
         "nosuchmodule": data(Source("py://nosuchmodule:f")),

@@ -22,7 +22,7 @@ def tokenizer():
 
 @pytest.fixture(autouse=True)
 def _all_lines_are_new():
-    splits._say.cache_clear()
+    splits._report.cache_clear()
 
 
 def record(i, **more):
@@ -44,7 +44,8 @@ def write(path, *records):
 
 def load(kind, tokenizer, cache, *sources, split="train", length=64, **fields):
     """The examples of one kind by the road that stages take."""
-    data = DataConfig(sources, **{"held_out_fraction": 0.0, **fields})
+    fields.setdefault("held_out_fraction", 0.0)
+    data = DataConfig(sources, **fields)
     if kind == "text":
         return list(load_texts(data, split, cache))
     if kind == "prompt":
@@ -79,7 +80,7 @@ def test_a_source_that_is_filtered_away_is_refused_with_the_reason(
     )
     with pytest.raises(InputError) as error:
         load(kind, tokenizer, tmp_path / "cache", good, bad)
-    wanted = f"{bad.path}: not a single {kind} example in the train split (records: {reason}); mend the source"
+    wanted = f"{bad.path}: not a single {kind} example in the train split (records: {reason}); fix the source"
     assert str(error.value).startswith(wanted) and "\n" not in str(error.value)
 
 
@@ -113,7 +114,7 @@ def test_all_held_out_by_chance_is_refused_and_by_their_own_word_is_named(
     validation = [record(30, split="held_out"), record(31, split="held_out"), record(32, text="")]
     marked = Source(write(tmp_path / "marked.jsonl", *validation), weight=1.0)
     for kind in LOADERS:
-        splits._say.cache_clear()
+        splits._report.cache_clear()
         assert load(kind, tokenizer, tmp_path / "cache", good, marked)
         lines = capsys.readouterr().err.splitlines()
         assert lines == [f"data: {marked.path}: not a single {kind} example in the train split"]

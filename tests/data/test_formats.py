@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import InputError
-from jaxllm.data import cache, file_formats, readers, store
+from jaxllm.data import cache, file_formats, readers
 from jaxllm.data.sources import DataConfig, Source, read_records
 from jaxllm.data.store import load_texts, open_store
 from jaxllm.tokenizers.trained import train
@@ -77,7 +77,8 @@ def spell(kind, texts):
 
 
 def read(path, **fields):
-    return list(read_records(Source(str(path), **{"min_chars": 0, **fields})))
+    fields.setdefault("min_chars", 0)
+    return list(read_records(Source(str(path), **fields)))
 
 
 def texts(path, **fields):
@@ -184,7 +185,7 @@ def test_a_row_that_does_not_fit_is_refused_with_its_line(tmp_path, kind, conten
 
 @pytest.mark.parametrize("name", ["a.dat", "a.jsonl_", "a.csv1", "a.2024", "a.dat.gz", "noname"])
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv"])
-def test_json_and_tables_under_an_unknown_suffix_are_refused_with_the_mend(tmp_path, name, kind):
+def test_json_and_tables_under_an_unknown_suffix_are_refused_with_the_fix(tmp_path, name, kind):
     content = spell(kind, TEXTS).encode()
     path = write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
     found = "jsonl" if kind == "json" else kind
@@ -335,7 +336,7 @@ def test_a_byte_order_mark_is_skipped_once_and_parts_keep_their_lines(tmp_path, 
     ):
         path = write(tmp_path / f"a.{kind}", BOM + "\n".join(spelled).encode())
         found = cache.fingerprint_file(path, 100, tmp_path)
-        parts = readers.split(path, "auto", "line", found["size"], found["lines"])
+        parts = readers.split_file(path, "auto", "line", found["size"], found["lines"])
         records = list(read_records(Source(path), parts))
         assert len(parts) > 10 and [r.fields["text"] for r in records] == lines
         assert [r.origin for r in records] == [f"{path}:{n}" for n in range(1, 61)]
@@ -354,7 +355,6 @@ def test_tables_are_prepared_whole_and_a_format_that_is_said_is_the_same_store(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(readers, "PART_BYTES", 100)
-    monkeypatch.setattr(store, "PART_BYTES", 100)
     settings = {"vocab_size": 300, "model_type": "bpe", "character_coverage": 1.0, "num_threads": 1}
     tokenizer = train(iter(["some text of a line"] * 50), **settings)
     lines = [f"some\ntext {i}" for i in range(60)]
@@ -389,7 +389,7 @@ def test_a_home_folder_is_expanded_and_a_folder_is_refused_with_a_glob(tmp_path,
         read("a\0.txt")
 
 
-def test_a_path_that_exists_is_taken_as_it_is(tmp_path, monkeypatch):
+def test_a_path_that_exists_is_not_expanded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("[a].txt", "~.txt", "a*.txt", "a b.txt"):
         write(tmp_path / name, name)

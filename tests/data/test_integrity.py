@@ -30,7 +30,8 @@ def lines(path, *records):
 
 
 def config(*sources, **fields):
-    return DataConfig(tuple(sources), **{"held_out_fraction": 0.0, **fields})
+    fields.setdefault("held_out_fraction", 0.0)
+    return DataConfig(tuple(sources), **fields)
 
 
 def first_text(data, tokenizer, cache):
@@ -80,7 +81,7 @@ def test_the_cache_goes_by_content_not_by_time(tmp_path, tokenizer):
     assert first_text(data, tokenizer, cache) == "hello two"
 
 
-def test_the_cache_sees_what_a_function_yields_beside_excluded_files(
+def test_the_cache_sees_what_a_function_yields_next_to_excluded_files(
     tmp_path, tokenizer, monkeypatch, capsys
 ):
     (tmp_path / "integrity_rows.py").write_text(

@@ -64,7 +64,7 @@ def test_a_null_field_of_a_template_is_empty_text(tmp_path, null):
 
 
 @pytest.mark.parametrize("null", [None, float("nan")], ids=str)
-def test_null_is_absent_beside_what_is_there(tmp_path, null):
+def test_null_is_absent_next_to_values(tmp_path, null):
     absent = dict.fromkeys(
         ("system", "messages", "tools", "split", "text", "scores", "answer", "annotator"), null
     )
@@ -129,7 +129,7 @@ REFUSED = [
     ("prompt", {"prompt": None}, {}, "must end with the user"),
     ("prompt", {"messages": None}, {}, "must end with the user"),
     ("chat", {"messages": [{"role": "user", "content": None}]}, {}, "a message needs a role"),
-    ("chat", {"messages": [None]}, {}, '"messages" must be a list of objects'),
+    ("chat", {"messages": [None]}, {}, "messages.0: must be a valid object, not None"),
     (
         "chat",
         {"instruction": "a", "input": None, "output": None},
@@ -144,34 +144,54 @@ REFUSED = [
         ALPACA,
         "{input} is not a field; known: instruction, output",
     ),
-    ("ranked", {"prompt": "q", "responses": ["a", None], "ranks": [1, 2]}, {}, 'needs "responses"'),
-    ("ranked", {"prompt": "q", "responses": None, "ranks": [1, 2]}, {}, 'needs "responses"'),
-    ("ranked", {"prompt": "q", "responses": ["a", "b"], "ranks": None}, {}, 'needs "ranks"'),
-    ("ranked", {"prompt": "q", "responses": ["a", "b"], "ranks": [1, None]}, {}, 'needs "ranks"'),
-    ("ranked", {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2**40]}, {}, 'needs "ranks"'),
+    (
+        "ranked",
+        {"prompt": "q", "responses": ["a", None], "ranks": [1, 2]},
+        {},
+        "responses.1: must be",
+    ),
+    ("ranked", {"prompt": "q", "responses": None, "ranks": [1, 2]}, {}, "responses: is missing"),
+    (
+        "ranked",
+        {"prompt": "q", "responses": ["a", "b"], "ranks": None},
+        {},
+        "0 ranks for 2 responses",
+    ),
+    (
+        "ranked",
+        {"prompt": "q", "responses": ["a", "b"], "ranks": [1, None]},
+        {},
+        "ranks.1: must be",
+    ),
+    (
+        "ranked",
+        {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2**40]},
+        {},
+        "ranks.1: must be",
+    ),
     (
         "ranked",
         {"prompt": "q", "responses": ["a", "b"], "scores": [1, None]},
         {},
-        '"scores" must be one finite',
+        "scores.1: must be",
     ),
     (
         "ranked",
         {"prompt": "q", "responses": ["a", "b"], "scores": [1, 10**400]},
         {},
-        '"scores" must be one finite',
+        "scores.1: must be",
     ),
     (
         "ranked",
         {"prompt": "q", "responses": ["a", "b"], "scores": [1, 1e300]},
         {},
-        '"scores" must be one finite',
+        "scores.1: must be",
     ),
     (
         "ranked",
         {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2], "scores": 5},
         {},
-        '"scores" must be',
+        "scores: must be a valid list",
     ),
 ]
 
@@ -227,11 +247,11 @@ RESULT, REPLY = {"role": "tool", "content": "21"}, {"role": "assistant", "conten
 @pytest.mark.parametrize(
     "call", [CALL, {**CALL, "content": None}, {**CALL, "content": ""}], ids=str
 )
-def test_calls_without_content_are_said(tmp_path, call):
+def test_calls_without_content_are_part_of_the_text(tmp_path, call):
     prompt = one(tmp_path, "prompt", {"messages": [USER, call]})
     assert (prompt.question(), prompt.answer) == ("how warm?", SPELLED)
     chat = one(tmp_path, "chat", {"messages": [call, REPLY]})
-    assert (chat.question(), chat.learnt()) == (SPELLED, SPELLED + "21 degrees")
+    assert (chat.question(), chat.target_text()) == (SPELLED, SPELLED + "21 degrees")
     assert prompt_text([USER, call]) == SPELLED and prompt_text([USER, call, RESULT]) == "21"
     chat = one(tmp_path, "chat", {"messages": [USER, call, RESULT, REPLY]})
     assert json.loads(chat.question()) == [
@@ -239,7 +259,7 @@ def test_calls_without_content_are_said(tmp_path, call):
         {k: v for k, v in call.items() if v is not None},
         RESULT,
     ]
-    assert chat.whole() == f"how warm?\n{SPELLED}\n21\n21 degrees"
+    assert chat.full_text() == f"how warm?\n{SPELLED}\n21\n21 degrees"
     for kind, more in (("prompt", {}), ("ranked", {"responses": ["a", "b"], "ranks": [1, 2]})):
         asked = one(tmp_path, kind, {"messages": [USER, call, RESULT], **more})
         assert asked.messages[-1] == RESULT and asked.answer == ""
@@ -250,12 +270,12 @@ def test_calls_without_content_are_said(tmp_path, call):
     [
         (
             {"role": "assistant", "content": "a", "tool_calls": "call"},
-            '"tool_calls" must be a list of objects',
+            "messages.1.tool_calls: must be a valid list",
         ),
-        ({"role": "assistant", "tool_calls": [3]}, '"tool_calls" must be a list of objects'),
+        ({"role": "assistant", "tool_calls": [3]}, "messages.1.tool_calls: must be a valid object"),
         ({"role": "assistant", "tool_calls": []}, "a message needs a role"),
         ({"role": "user", "tool_calls": CALLS}, "a message needs a role"),
-        ({"role": "user", "content": "a", "name": 3}, '"name" of a message must be a string'),
+        ({"role": "user", "content": "a", "name": 3}, "messages.1.name: must be a valid string"),
         ({"role": ["user"], "content": "a"}, "a message needs a role"),
     ],
     ids=str,

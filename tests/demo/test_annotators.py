@@ -64,7 +64,7 @@ def test_no_word_is_both_positive_and_negative():
         ("jaxllm.demo.annotators:POSITIVE", "no function"),
     ],
 )
-def test_resolve_says_how_to_mend(spec, word):
+def test_resolve_says_how_to_fix(spec, word):
     with pytest.raises(InputError, match=word) as caught:
         resolve_function(spec, "annotator")
     assert "\n" not in str(caught.value)

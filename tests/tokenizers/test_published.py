@@ -220,7 +220,7 @@ def test_training_data_carries_tools_and_calls(tmp_path):
     data = DataConfig((Source(str(path)),))
     (example,) = examples(data, "chat", "train")
     assert example.encode(tokenizer) == tokenizer.encode_chat(CALLING, tools=TOOLS)
-    assert '"查询"' in example.learnt() and "it is" not in example.learnt()
+    assert '"查询"' in example.target_text() and "it is" not in example.target_text()
     with pytest.raises(
         InputError, match=r"chats\.jsonl:1: tools: the chat template of a tokenizer trained here"
     ):

@@ -1,0 +1,174 @@
+"""Builds the units that are missing, in worker processes where there is much text.
+
+A worker is this module run as a program, with a pipe to the process that started it. It is not a process of
+`multiprocessing`, which imports the main script again: a user's script without a `__main__` guard would run twice.
+"""
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from jaxllm.config import InputError
+from jaxllm.data.cache import build_once, get_or_build, open_valid
+from jaxllm.data.tokenization import write_unit
+from jaxllm.data.units import Unit
+from jaxllm.tokenizers.published import restore
+from jaxllm.tokenizers.trained import Tokenizer
+
+# Bytes of text below which starting workers takes longer than the work.
+IN_PROCESS = 1 << 24
+
+
+def prepare(
+    units: Sequence[Unit], tokenizer: Tokenizer | None, share: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Returns the metadata of each unit, after building those that are missing.
+
+    share: (index of this process, number of processes) that prepare the same cache.
+    """
+    # Two sources with the same file and settings have one folder.
+    metas = {unit.folder: open_valid(unit.folder) for unit in units}
+    # Each process begins at a different unit; a unit that another one is building is skipped.
+    first = share[0] * len(units) // share[1]
+    by_folder = {unit.folder: unit for unit in (*units[first:], *units[:first])}
+    missing = [unit for unit in by_folder.values() if metas[unit.folder] is None]
+    total = sum(unit.size for unit in missing)
+    num_workers = 0 if total < IN_PROCESS else min(len(missing), _num_cores())
+    columns = (TextColumn("data:"), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    is_quiet = total < IN_PROCESS or share[0] > 0
+    bar = Progress(*columns, console=Console(stderr=True), disable=is_quiet)
+    task = bar.add_task("", total=total)
+    with bar, _workers(num_workers) as connections:
+        while missing:
+            built_elsewhere = []
+            for unit, result in _build(missing, tokenizer, connections):
+                if isinstance(result, Exception):
+                    raise result
+                if result:
+                    bar.advance(task, unit.size)
+                else:
+                    built_elsewhere.append(unit)
+            # Nothing is left that this process could build.
+            if len(built_elsewhere) == len(missing):
+                time.sleep(0.1)
+            missing = built_elsewhere
+    for unit in units:
+        if metas[unit.folder] is None:
+            metas[unit.folder] = get_or_build(unit.folder, _writer(unit, tokenizer))
+    return [metas[unit.folder] for unit in units]  # pyright: ignore[reportReturnType]
+
+
+def _build(
+    units: Sequence[Unit], tokenizer: Tokenizer | None, connections: Sequence[Connection]
+) -> Iterator[tuple[Unit, bool | Exception]]:
+    """Yields each unit as it becomes ready, with the result of `build_once` or the error that it raised."""
+    waiting: deque[Unit] = deque()
+    for unit in units:
+        # A user's function runs in this process only: it may use what the user's script has set up.
+        is_function = unit.data.sources[unit.source].path.startswith("py://")
+        if connections and not is_function:
+            waiting.append(unit)
+        else:
+            yield unit, build_once(unit.folder, _writer(unit, tokenizer))
+    idle = list(connections)
+    busy: dict[Connection, Unit] = {}
+    try:
+        while waiting or busy:
+            # One unit at a time for each worker: whoever is ready first gets the next one.
+            while waiting and idle:
+                connection = idle.pop()
+                busy[connection] = waiting.popleft()
+                connection.send((busy[connection], tokenizer and tokenizer.model))
+            ready: Any = wait(list(busy))
+            for connection in ready:
+                yield busy.pop(connection), connection.recv()
+                idle.append(connection)
+    except (EOFError, OSError):
+        raise InputError(
+            "data: a process that tokenizes has ended: its error is above, or it was killed (out "
+            "of memory?); run again to resume"
+        ) from None
+
+
+def _writer(unit: Unit, tokenizer: Tokenizer | None) -> Callable[[Path], dict[str, Any]]:
+    return functools.partial(write_unit, unit=unit, tokenizer=tokenizer)
+
+
+def _num_cores() -> int:
+    # In a container this process may have fewer cores than the machine.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _workers(count: int) -> Iterator[list[Connection]]:
+    """Connections to worker processes, which end with the context."""
+    processes = []
+    connections = []
+    # The same search path, without the current directory that `-m` would put before it (-P).
+    search_path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    env = {**os.environ, "PYTHONPATH": search_path}
+    try:
+        for _ in range(count):
+            connection, other_end = Pipe()
+            connections.append(connection)
+            fd = other_end.fileno()
+            command = [sys.executable, "-P", "-m", __name__, str(fd)]
+            # Its standard input stays open for as long as this process lives: see `_end_with_parent`.
+            worker = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[fd], env=env)
+            processes.append(worker)
+            # With this copy open, the end of the worker would not be the end of the pipe.
+            other_end.close()
+        yield connections
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+        for connection in connections:
+            connection.close()
+
+
+def _work(connection: Connection) -> None:
+    """The program of a worker: receives (unit, tokenizer's model), and sends back the result of `build_once`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Each message has the model; it is loaded once.
+    load = functools.lru_cache(maxsize=1)(restore)
+    while True:
+        unit, model = connection.recv()
+        try:
+            result = build_once(unit.folder, _writer(unit, model and load(model)))
+        except (InputError, OSError) as error:
+            result = error
+        connection.send(result)
+
+
+def _end_with_parent() -> None:
+    """Ends a worker in the middle of its work when the process that started it was killed."""
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    _work(Connection(int(sys.argv[1])))
