@@ -8,10 +8,11 @@ from typing import Any, TextIO
 import jax
 
 from jaxllm.config import InputError
-from jaxllm.generate import SamplingConfig, complete, stream
-from jaxllm.models import scalar, transformer
+from jaxllm.generate import SamplingConfig, complete
+from jaxllm.models import decode, scalar
 from jaxllm.models.config import ModelConfig
 from jaxllm.sharding import MeshConfig, make_mesh
+from jaxllm.streaming import stream
 from jaxllm.tokenizers.trained import StreamDecoder, Tokenizer
 from jaxllm.workspace import load_model, load_policy
 
@@ -92,7 +93,7 @@ def converse(
             f"--max-new-tokens: {sampling.max_new_tokens} leaves no room for a message in the context of "
             f"{model.max_length} tokens; lower it"
         )
-    params = jax.jit(lambda p: transformer.unstack(p, transformer.decoding(model)))(params)
+    params = jax.jit(lambda p: decode.unstack(p, decode.decoding_config(model)))(params)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     tokenizer.encode_chat(

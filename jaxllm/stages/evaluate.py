@@ -19,9 +19,10 @@ from jaxllm.data.splits import examples, shuffled
 from jaxllm.data.store import load_texts, open_store
 from jaxllm.evaluation import measures, tasks
 from jaxllm.evaluation.tasks import ScoringConfig
-from jaxllm.generate import SamplingConfig, complete, completions, response_logprobs, roll_out
+from jaxllm.generate import SamplingConfig, complete, roll_out
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.score_functions import score_all
+from jaxllm.rollouts import completions, response_logprobs
 from jaxllm.runtime.console import console
 from jaxllm.sharding import fetch
 from jaxllm.stages import names

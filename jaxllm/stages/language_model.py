@@ -140,7 +140,8 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     def start() -> train.TrainState:
         key = jax.random.fold_in(jax.random.key(seed), 1)
         make = jax.jit(
-            functools.partial(lora.init, config.lora), out_shardings=placed.shardings.params
+            functools.partial(lora.init, config.lora, axes=axes),
+            out_shardings=placed.shardings.params,
         )
         return placed.init(make(base, key) if base else first())
 
@@ -209,10 +210,9 @@ def program(
     seed: int,
 ) -> tuple[Any, train.StateLayout]:
     """(the step: state, batch, base -> state, metrics; where its state is placed), on real devices or planned ones."""
-    tx = make_optimizer(config.optim, num_steps, model.moe.bias_rate)
-    placed = train.state_layout(
-        mesh, *lora.trained(config.lora, transformer.abstract(model), transformer.axes(model)), tx
-    )
+    shapes, axes = lora.trained(config.lora, transformer.abstract(model), transformer.axes(model))
+    tx = make_optimizer(config.optim, num_steps, axes, model.moe.bias_rate)
+    placed = train.state_layout(mesh, shapes, axes, tx)
     learn = functools.partial(
         next_token.loss, model=model, z_loss_coef=config.z_loss_coef, mtp_coef=config.mtp_coef
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxllm import generate, losses, train
+from jaxllm import generate, losses, rollouts, train
 from jaxllm.config.ranges import (
     AnyFloat,
     NonNegativeFloat,
@@ -39,7 +39,7 @@ from jaxllm.evaluation import measures
 from jaxllm.generate import Rollout, SamplingConfig
 from jaxllm.losses import Metrics, Moments
 from jaxllm.metrics import Work, held_out
-from jaxllm.models import lora, next_token, scalar, transformer
+from jaxllm.models import decode, lora, next_token, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
@@ -324,7 +324,7 @@ class Setup(NamedTuple):
     def logprobs(self, params: Any, rollout: Rollout) -> losses.TokenStats:
         """Of the responses, under a decoder at the temperature they are drawn at."""
         temperature = self.config.sampling.temperature
-        return generate.response_logprobs(
+        return rollouts.response_logprobs(
             params, rollout, config=self.model, temperature=temperature
         )
 
@@ -427,8 +427,11 @@ def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: T
     for each in (model, reward_model):
         check_lengths(config, each, stage)
     setup = Setup(config, model, reward_model, tokenizer, workspace.seed)
+    with_head = scalar.axes(reward_model)
     actor, actor_base = split(
-        config.lora, first_scalar(ref, model, reward, config) if setup.shares_trunk else ref
+        config.lora,
+        first_scalar(ref, model, reward, config) if setup.shares_trunk else ref,
+        with_head if setup.shares_trunk else transformer.axes(model),
     )
     there = role_meshes(config, mesh)
 
@@ -444,7 +447,7 @@ def load_roles(workspace: Workspace, config: PPOConfig, stage: str, tokenizer: T
     critic, critic_base = {}, {}
     if setup.has_critic:
         critic, critic_base = split(
-            config.lora, first_scalar(ref, model, reward, config, of_reward=True)
+            config.lora, first_scalar(ref, model, reward, config, of_reward=True), with_head
         )
         places = jax.tree.map(lambda leaf: leaf.sharding, frozen_critic(setup, there["critic"]))
         critic_base = reshard_across_meshes(critic_base, there["critic"], places)
@@ -480,16 +483,18 @@ def first_scalar(
     return {"trunk": reward["trunk"] if reward and of_reward else ref, "head": head}
 
 
-def split(config: LoRAConfig, params: Any) -> tuple[Any, Any]:
+def split(config: LoRAConfig, params: Any, axes: Any) -> tuple[Any, Any]:
     """(trained, frozen). Adapters of the same kind that are there already are what is trained."""
     trunk = params.get("trunk", {})
     if config.rank and "lora" in trunk:
-        fresh = jax.eval_shape(lambda: lora.init(config, lora.merge(params), jax.random.key(0)))
+        fresh = jax.eval_shape(
+            lambda: lora.init(config, lora.merge(params), jax.random.key(0), axes)
+        )
         own = {**params, "trunk": {"lora": {"layers": trunk["lora"]["layers"]}}}
         if jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, own):
             return own, {"trunk": {**trunk, "lora": {"scale": trunk["lora"]["scale"]}}}
     merged = lora.merge(params)
-    return lora.init(config, merged, jax.random.key(0)), lora.frozen(config, merged)
+    return lora.init(config, merged, jax.random.key(0), axes), lora.frozen(config, merged)
 
 
 def load_all_prompts(
@@ -522,7 +527,7 @@ def make_score(
         if on_texts:
             texts = [
                 setup.tokenizer.decode(c.ids)
-                for c in generate.completions(fetch(rollout), setup.stop_ids)
+                for c in rollouts.completions(fetch(rollout), setup.stop_ids)
             ]
         asked, answers = [prompt_text(p.messages) for p in prompts], [p.answer for p in prompts]
         total, metrics = jnp.zeros(()), {}
@@ -603,8 +608,9 @@ def build(setup: Setup, mesh: jax.sharding.Mesh) -> Parts:
         mixed: Any = None,
     ):
         """(update step, where the state lives) of parameters with these shapes and logical axes."""
-        tx = make_optimizer(optim, updates)
-        placed = train.state_layout(mesh, *lora.trained(config.lora, *family), tx)
+        shapes, axes = lora.trained(config.lora, *family)
+        tx = make_optimizer(optim, updates, axes)
+        placed = train.state_layout(mesh, shapes, axes, tx)
         settings = {
             "state_shardings": placed.shardings,
             "mixed": mixed,
@@ -704,9 +710,9 @@ def draw_elsewhere(mesh: jax.sharding.Mesh, drawing: Drawing) -> Callable[..., R
 
 
 def narrow(model: ModelConfig, params: Any) -> Any:
-    """Matrices in the type they are decoded in; norms and biases stay float32, as in `transformer.unstack`."""
+    """Matrices in the type they are decoded in; norms and biases stay float32, as in `decode.unstack`."""
     dtype, stacked = (
-        transformer.decoding(model).compute_dtype,
+        decode.decoding_config(model).compute_dtype,
         {name for name, *_ in transformer.stacks(model)},
     )
 
@@ -985,7 +991,7 @@ def end_at_strings(rollout: Rollout, setup: Setup) -> Rollout:
     """Cut responses at the configured stop strings; without any the rollout stays on its devices."""
     if not setup.config.stop_strings:
         return rollout
-    cut = generate.cut_at_strings(fetch(rollout), setup.config.stop_strings, setup.tokenizer.decode)
+    cut = rollouts.cut_at_strings(fetch(rollout), setup.config.stop_strings, setup.tokenizer.decode)
     mask, finished = (
         jax.device_put(getattr(cut, n), getattr(rollout, n).sharding) for n in ("mask", "finished")
     )
@@ -1086,7 +1092,7 @@ def actor_loss(params: Any, batch: Experience, key: Any, base: Any, *, setup: Se
     del key  # no dropout: the ratio of the first minibatch is exactly 1
     config, mask = setup.config, batch.mask
     policy = setup.policy(params, base)
-    hidden = generate.response_hidden(policy, batch, setup.model)
+    hidden = rollouts.response_hidden(policy, batch, setup.model)
     targets, head = batch.tokens[:, -mask.shape[1] :], transformer.head(policy)
     temperature, cap = config.sampling.temperature, setup.model.logit_softcap
     stats = losses.token_logprobs(hidden, head, targets, temperature=temperature, cap=cap)
@@ -1129,12 +1135,12 @@ def ptx_loss(params: Any, batch: Any, key: Any, base: Any, *, setup: Setup) -> l
 
 def response_values(params: Any, batch: Rollout | Experience, *, model: ModelConfig) -> jax.Array:
     """The critic's value float32[B, R] of the state each response token was chosen in (the place before it)."""
-    return scalar.read(params["head"], generate.response_hidden(params["trunk"], batch, model))
+    return scalar.read(params["head"], rollouts.response_hidden(params["trunk"], batch, model))
 
 
 def reward_scores(params: Any, rollout: Rollout, *, model: ModelConfig) -> jax.Array:
     """The reward model's score float32[B] of each response, read at its last token."""
-    segments, positions = generate.row_inputs(rollout)
+    segments, positions = rollouts.row_inputs(rollout)
     return scalar.last_value(
         scalar.apply(params, model, rollout.tokens, segments, positions), segments
     )
@@ -1188,7 +1194,7 @@ def make_evaluation(
                 [*scores, *ended[:count].tolist()],
                 [*kls, *kl(params, rollout)[:count].tolist()],
             )
-            responses += generate.completions(fetch(rollout), setup.stop_ids)[:count]
+            responses += rollouts.completions(fetch(rollout), setup.stop_ids)[:count]
         return {
             "eval/score": float(np.mean(scores)),
             "eval/kl": float(np.mean(kls)),
@@ -1227,7 +1233,7 @@ class SampleTable:
             write_whole(self.path, "".join(map(json_line, kept)))
             self._file = self.path.open("a", encoding="utf-8")
         self._last = step
-        rows = zip(prompts, generate.completions(first, self.setup.stop_ids), scores, strict=False)
+        rows = zip(prompts, rollouts.completions(first, self.setup.stop_ids), scores, strict=False)
         for prompt, response, score in rows:
             text = {
                 "prompt": prompt_text(prompt.messages),

@@ -182,15 +182,16 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     fixed = frozen_parts(stage, config, policy)
     batches = {"batch_size": config.batch_size, "sharding": activation(mesh, "batch", None, None)}
     measure = functools.partial(jax.jit(scores), **fixed)
+    axes = (transformer if is_dpo else scalar).axes(model)
 
     def first(policy: Any) -> Any:
         key = jax.random.fold_in(jax.random.key(workspace.seed), 1)
         if is_dpo:
             return lora.init(
-                config.lora, jax.tree.map(jnp.copy, policy), key
+                config.lora, jax.tree.map(jnp.copy, policy), key, axes
             )  # a copy: the reference stays
         head, adapters = jax.random.split(key)
-        return lora.init(config.lora, scalar.init(policy, model, head), adapters)
+        return lora.init(config.lora, scalar.init(policy, model, head), adapters, axes)
 
     def evaluation(step: int, state: train.TrainState) -> dict[str, float]:
         every, ranks = all_scores(measure, state.params, rankings["held_out"], batches)
@@ -254,10 +255,9 @@ def program(
     scores = functools.partial(reward_scores, model=model)
     if stage == "dpo":
         scores = functools.partial(implicit_rewards, model=model, beta=config.beta)
-    tx = make_optimizer(config.optim, num_steps)
-    place = train.state_layout(
-        mesh, *lora.trained(config.lora, family.abstract(model), family.axes(model)), tx
-    )
+    shapes, axes = lora.trained(config.lora, family.abstract(model), family.axes(model))
+    tx = make_optimizer(config.optim, num_steps, axes)
+    place = train.state_layout(mesh, shapes, axes, tx)
 
     def loss(params: Any, batch: Any, key: Any, **frozen: Any) -> losses.Loss:
         del key  # no dropout

@@ -39,7 +39,7 @@ def rms(x, scale, eps):
 
 
 def one_block(model, weights, x, places):
-    return transformer._merge(transformer.Block, model, weights)(
+    return transformer.merge_module(transformer.Block, model, weights)(
         x, places, jnp.ones_like(places), False
     )[0][0]
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxllm.models import layers, transformer
+from jaxllm.models import self_attention, transformer
+from jaxllm.models.rope import RopeScaling
 from jaxllm.pretrained import families
 from tests.pretrained.test_families import ARRAYS, RECORD, load, logits_of, relative, tokens
 
@@ -32,7 +33,7 @@ def leaves(change):
 
 def interleaved_rotary(model, params, patch):
     """Pairs side by side in place of halves."""
-    half_split = layers.rope
+    half_split = self_attention.rope
 
     def rope(x, **how):
         apart = jnp.concatenate([x[..., 0::2], x[..., 1::2]], -1)
@@ -41,7 +42,7 @@ def interleaved_rotary(model, params, patch):
             x.shape
         )
 
-    patch.setattr(layers, "rope", rope)
+    patch.setattr(self_attention, "rope", rope)
     return model, params
 
 
@@ -85,7 +86,7 @@ def last_layer_everywhere(stack):
     return jax.tree.map(lambda w: jnp.broadcast_to(w[-1:], w.shape), stack)
 
 
-NO_SCALING = layers.ModelConfig().rope_scaling
+NO_SCALING = RopeScaling()
 MUTATIONS = {
     "interleaved rotary": ("llama3", interleaved_rotary),
     "interleaved rotary, in part of the head": ("deepseek_v3", interleaved_rotary),
