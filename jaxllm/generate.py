@@ -37,33 +37,22 @@ _CHECK_EVERY = 8
 class Prefill(NamedTuple):
     """The state after the prompts, one row per sample."""
 
-    hidden: jax.Array
-    """[rows, D]: the last hidden state."""
-    cache: KVCache
-    """Keys and values of the prompts, with room for responses."""
-    segment_ids: jax.Array
-    """int32[rows, length]: 0 where the cache holds padding, 1 elsewhere."""
-    lengths: jax.Array
-    """int32[rows]: number of prompt tokens."""
+    hidden: jax.Array  # [rows, D]: the last hidden state
+    cache: KVCache  # keys and values of the prompts, with room for responses
+    segment_ids: jax.Array  # int32[rows, length]: 0 where the cache holds padding, 1 elsewhere
+    lengths: jax.Array  # int32[rows]: number of prompt tokens
 
 
 class _DecodeState(NamedTuple):
     """The carry of the decode loop."""
 
-    step: jax.Array
-    """int32[]: number of tokens sampled so far."""
-    tokens: jax.Array
-    """int32[rows, R]: responses."""
-    mask: jax.Array
-    """bool[rows, R]: response tokens up to and including the stop token."""
-    logprobs: jax.Array
-    """float32[rows, R]."""
-    finished: jax.Array
-    """bool[rows]: whether the stop token was sampled."""
-    last: jax.Array
-    """int32[rows]: the token sampled last, which is not in the cache yet."""
-    cache: KVCache
-    """Keys and values of all other tokens."""
+    step: jax.Array  # int32[]: number of tokens sampled so far
+    tokens: jax.Array  # int32[rows, R]: responses
+    mask: jax.Array  # bool[rows, R]: response tokens up to and including the stop token
+    logprobs: jax.Array  # float32[rows, R]
+    finished: jax.Array  # bool[rows]: whether the stop token was sampled
+    last: jax.Array  # int32[rows]: the token sampled last, which is not in the cache yet
+    cache: KVCache  # keys and values of all other tokens
 
 
 def generate(
@@ -100,10 +89,11 @@ def generate(
     rows = B * num_samples
     config = decode.decoding_config(config)
     params = decode.unstack(params, config)
+    # A prompt keeps its random numbers whatever batch it is in, if the caller numbers it.
     index = jnp.arange(B, dtype=jnp.int32) if index is None else index
     keys = row_keys(key, index, num_samples)
     hidden, cache, segment_ids, lengths = prefill(params, config, tokens, mask, P, num_samples)
-    stops = jnp.array(stop_ids, jnp.int32)
+    stops = jnp.array(stop_ids, jnp.int32)  # may be empty: then no row ever finishes
 
     def sample(
         hidden: jax.Array, step: jax.Array, finished: jax.Array
@@ -122,9 +112,11 @@ def generate(
     def decode_one(segment_ids: jax.Array, state: _DecodeState) -> _DecodeState:
         """Feeds the last token of each row, and samples the next."""
         step = state.step
+        # The token of step - 1 is fed: it is at offset P + step - 1 of the cache, after `lengths` real prompt tokens.
         hidden, cache = decode_step(
             params, config, state.last, lengths + step - 1, segment_ids, state.cache, P + step - 1
         )
+        # The stop token itself still counts as part of the response.
         alive = ~state.finished
         token, logprob, finished = sample(hidden, step, state.finished)
         return _DecodeState(
@@ -137,6 +129,7 @@ def generate(
             cache=cache,
         )
 
+    # The first token comes from the prefill; it is not in the cache until the first decode step.
     first = jnp.zeros((), jnp.int32)
     token, logprob, finished = sample(hidden, first, jnp.zeros(rows, bool))
     state = _DecodeState(
@@ -148,6 +141,7 @@ def generate(
         last=token,
         cache=cache,
     )
+    # One compiled loop for each size of the cache. The segments of new positions are 1, as of every response token.
     for end in _cache_ends(R):
         growth = P + end - segment_ids.shape[1]
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, growth)), constant_values=1)
@@ -172,6 +166,7 @@ def _decode_until(
         return (state.step < end) & ~state.finished.all()
 
     def decode_several(state: _DecodeState) -> _DecodeState:
+        # The inner loop has no condition, so that devices need not agree after every step.
         count = jnp.minimum(_CHECK_EVERY, end - state.step)
         return jax.lax.fori_loop(0, count, lambda _, state: decode_one(state), state)
 
@@ -209,6 +204,7 @@ def prefill(
     prompt_ids = mask.astype(jnp.int32)
     # New tokens are of the prompt's segment, 1; causality hides positions that are not written yet.
     segment_ids = jnp.concatenate([prompt_ids, jnp.ones((B, length - P), jnp.int32)], axis=1)
+    # - - a b has positions 0 0 0 1; those of padding do not matter.
     positions = jnp.maximum(jnp.cumsum(prompt_ids, axis=1) - 1, 0)
     cache = decode.empty_cache(config, B, length)
     hidden, cache = decode.apply_cached(params, config, tokens, positions, segment_ids, cache, 0)
@@ -217,6 +213,7 @@ def prefill(
         return jnp.repeat(x, num_samples, axis=0)
 
     return Prefill(
+        # Left-padded prompts all end at the last position.
         hidden=repeat(hidden[:, -1]),
         # The dimension of rows is the fourth from the end, with or without stacked layers before it.
         cache=jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=x.ndim - 4), cache),
@@ -325,6 +322,7 @@ def roll_out(
         batch = list(prompts[begin : begin + batch_size])
         filling = [batch[0]] * (batch_size - len(batch))
         tokens, mask = left_pad(batch + filling, length, pad_id)
+        # Numbered over all batches, so that responses do not depend on the batch size.
         index = begin + np.arange(batch_size, dtype=np.int32)
         matrices = activation(mesh, "batch", None)
         yield (

@@ -14,9 +14,9 @@ from jax import Array
 
 from jaxllm.sharding import constrain_scored, constrain_weights, in_blocks, memories, mesh_size
 
-Pair = tuple[Array, Array]  # (sum, weight)
+Pair = tuple[Array, Array]  # (sum, weight), each float32[]
 Metrics = dict[str, Pair]
-Loss = tuple[Array, Array, Metrics]
+Loss = tuple[Array, Array, Metrics]  # (sum, weight, metrics); the loss is sum / weight
 
 # Logits of one block, float32 elements in one memory: 256 MiB. Larger batches are scored in more blocks.
 _BLOCK_ELEMENTS = 1 << 26
@@ -25,14 +25,11 @@ _BLOCK_ELEMENTS = 1 << 26
 class TokenStats(NamedTuple):
     """What losses need of the logits at every position, each float32[B, T]."""
 
-    logprob: Array
-    """log p(target)."""
-    logsumexp: Array
-    """Log of the partition function."""
-    entropy: Array
-    """In nats."""
+    logprob: Array  # log p(target)
+    logsumexp: Array  # log of the partition function
+    entropy: Array  # in nats
+    # log p of the most likely token; greedy decoding takes the target where logprob equals it
     top: Array
-    """log p of the most likely token; greedy decoding takes the target where logprob equals it."""
 
 
 class _BlockStats(NamedTuple):
@@ -56,21 +53,16 @@ def token_logprobs(
     """Log-probabilities of targets under softmax(softcap(hidden @ head.T, cap) / temperature).
 
     The vocabulary is processed in blocks whose logits are recomputed in the backward pass, so that [B, T, V] never
-    exists. On a mesh each block of the head is gathered once per pass, and its gradient reduced once.
+    exists. On a mesh each block of the head is gathered once per pass, and its gradient reduced once. This is the only
+    code for log-probabilities: training, evaluation, the reference's KL and PPO's ratio all call it.
 
-    This is the only code for log-probabilities: training, evaluation, the reference's KL and PPO's ratio all call it.
-
-    Args:
-      hidden: [B, T, D] hidden states.
-      head: float32[V, D] output matrix.
-      targets: int32[B, T].
-      temperature: divisor of the logits.
-      cap: of `softcap`; 0: none.
-      block_elements: most logits in a block over all devices; 0: as many as fit _BLOCK_ELEMENTS per memory.
+    hidden: [B, T, D]; head: float32[V, D]; targets: int32[B, T]; block_elements: most logits in a block over all devices,
+    0: _BLOCK_ELEMENTS for each memory.
     """
     B, T, _ = hidden.shape
     V = head.shape[0]
     limit = block_elements or _BLOCK_ELEMENTS * memories()
+    # The vocabulary is padded to `length` entries in `count` blocks.
     count, length = _blocks(V, -(-B * T * V // limit))
     token_ids = jnp.arange(length, dtype=jnp.int32)
     # In float32, so that the gradient of the hidden states is summed over blocks in float32.
@@ -84,10 +76,12 @@ def token_logprobs(
         )
         logits = softcap(logits, cap) / temperature
         if length > V:
-            logits = jnp.where(block_ids[None, None] < V, logits, -1e30)  # rows of padding
+            # Rows of padding get probability 0. Not -inf, of which a block of padding alone would make NaN.
+            logits = jnp.where(block_ids[None, None] < V, logits, -1e30)
         return _block_stats(logits, block_ids[None, None] == targets[..., None])
 
     if count == 1:
+        # Nothing is recomputed: the logits are small enough to keep for the backward pass.
         return _combine(jax.tree.map(lambda x: x[None], score(head, token_ids)))
     head = constrain_weights(jnp.pad(head, ((0, length - V), (0, 0))), "vocab", "embed")
     blocks = (in_blocks(head, 0, count), in_blocks(token_ids, 0, count))
@@ -97,10 +91,7 @@ def token_logprobs(
 
 
 def _blocks(vocab_size: int, wanted: int) -> tuple[int, int]:
-    """(number of blocks, vocabulary size padded to a multiple of it on every shard).
-
-    It is the number wanted, or up to twice as many where those divide the vocabulary evenly.
-    """
+    """(number of blocks: as wanted, or up to twice as many if those divide the vocabulary evenly; padded vocabulary)."""
     shards = mesh_size("tensor")
     wanted = min(max(wanted, 1), vocab_size)
     even = (n for n in range(wanted, 2 * wanted + 1) if vocab_size % (n * shards) == 0)
@@ -112,7 +103,7 @@ def _block_stats(logits: Array, is_target: Array) -> _BlockStats:
     """logits: float32[B, T, V / count]; is_target: bool of that shape, True at the target."""
     # Subtracting the largest logit changes no result, so it needs no gradient.
     top = jax.lax.stop_gradient(logits.max(-1))
-    below = logits - top[..., None]
+    below = logits - top[..., None]  # at most 0, so that exp cannot overflow
     exp = jnp.exp(below)
     return _BlockStats(
         top=top,
@@ -128,6 +119,7 @@ def _combine(blocks: _BlockStats) -> TokenStats:
     With z the logits less their maximum: entropy = log sum exp(z) - sum exp(z) z / sum exp(z).
     """
     top = blocks.top.max(0)
+    # Each block's sums are relative to its own largest logit; `share` makes them relative to the largest of all.
     below = blocks.top - top[None]
     share = jnp.exp(below)
     total = (share * blocks.total).sum(0)
@@ -156,21 +148,14 @@ def next_token_targets(
 
         tokens   a b | c d e      targets  b c d e -      mask  1 . 1 1 .
 
-    Position 1 predicts nothing: the next token belongs to another document.
-
-    Args:
-      tokens: int32[B, T].
-      segment_ids: int32[B, T], 0 for padding.
-      loss_mask: bool[B, T], True where a token may be a target.
-      distance: of the target; 1: the next token.
-
-    Returns:
-      (targets int32[B, T], mask bool[B, T]).
+    Position 1 predicts nothing: the next token is another document's. tokens, segment_ids (0: padding): int32[B, T];
+    loss_mask: bool[B, T], True where a token may be a target. Returns (int32[B, T], bool[B, T]).
     """
 
     def shift(x: Array) -> Array:
         return jnp.pad(x[:, distance:], ((0, 0), (0, distance)))
 
+    # The zeros that are shifted in are padding, so the last positions of a row predict nothing.
     mask = (shift(segment_ids) == segment_ids) & (segment_ids > 0) & shift(loss_mask)
     return shift(tokens), mask
 
@@ -184,6 +169,7 @@ def language_model(stats: TokenStats, mask: Array, z_loss_coef: float = 0.0) -> 
     nats = -(stats.logprob * weight).sum()
     count = weight.sum()
     z = (jnp.square(stats.logsumexp) * weight).sum()
+    # The loss as a metric is without z-loss, so that runs can be compared.
     metrics: Metrics = {"loss": (nats, count)}
     if z_loss_coef:
         metrics["z_loss"] = (z_loss_coef * z, count)
@@ -200,16 +186,15 @@ def pairwise(
 ) -> Loss:
     """Bradley-Terry loss over all pairs, -mean log sigmoid(r_better - r_worse - margin) (Ouyang et al. 2022, eq. 1).
 
-    Args:
-      scores: float32[B, K].
-      ranks: int32[B, K]; 1 is best, equal ranks are a tie (dropped), 0 is no such response.
-      margins: float32[B, K, K], by how much i should exceed j (Touvron et al. 2023, eq. 2); None: 0.
-      label_smoothing: the probability that a label is wrong (Mitchell 2023).
-      per_prompt: a prompt counts once, however many pairs it has, and not at all without a pair; if False, every pair
-        counts once.
+    scores: float32[B, K]; ranks: int32[B, K], where 1 is best, equal ranks are a tie (dropped) and 0 is no such response;
+    margins: float32[B, K, K], by how much i should exceed j (Touvron et al. 2023, eq. 2); label_smoothing: probability
+    that a label is wrong (Mitchell 2023). per_prompt: a prompt counts once, however many pairs it has, and not at all
+    without a pair; if False, every pair counts once.
     """
-    better = _pairs(ranks).astype(jnp.float32)  # [B, K, K]
-    gap = scores[:, :, None] - scores[:, None, :] - (0.0 if margins is None else margins)
+    better = _pairs(ranks).astype(jnp.float32)  # [B, K, K]: i is better than j
+    gap = scores[:, :, None] - scores[:, None, :]  # [B, K, K]: i over j
+    gap = gap - (0.0 if margins is None else margins)
+    # With ties dropped, `better` holds each pair once: (i, j) or (j, i).
     right = jax.nn.log_sigmoid(gap)
     wrong = jax.nn.log_sigmoid(-gap)
     nats = -better * ((1.0 - label_smoothing) * right + label_smoothing * wrong)
@@ -221,17 +206,14 @@ def plackett_luce(scores: Array, ranks: Array, *, per_prompt: bool = True) -> Lo
     """Negative log-likelihood of a ranking under Plackett-Luce (Luce 1959; Plackett 1975), a mean over choices.
 
     The best response is chosen among all by a softmax of scores, the next among the rest, and so on. A response competes
-    with those ranked strictly worse, so that with K = 2 this is `pairwise` without ties. With ranks 1 2 2 3 the choices
-    are
-
-        a over b c d,   b over d,   c over d
-
-    scores: float32[B, K]; ranks: int32[B, K] as in `pairwise`.
+    with those ranked strictly worse, so that with K = 2 this is `pairwise` without ties. With ranks 1 2 2 3 of a b c d the
+    choices are a over b c d, b over d, and c over d. scores: float32[B, K]; ranks: int32[B, K] as in `pairwise`.
     """
     worse = _pairs(ranks)  # [B, K, K]: j is worse than i
     itself = jnp.eye(ranks.shape[1], dtype=bool)[None]
+    # exp(-inf) = 0: others do not take part in the choice. A row always has itself, so no sum is empty.
     rivals = jnp.where(worse | itself, scores[:, None, :], -jnp.inf)
-    choices = worse.any(2)
+    choices = worse.any(2)  # the last response, and one that does not exist, choose nothing
     nats = jnp.where(choices, jax.nn.logsumexp(rivals, axis=2) - scores, 0.0)
     count = choices.astype(jnp.float32).sum(1)
     return _per_prompt(nats.sum(1), count, per_prompt, ranking_metrics(scores, ranks))
@@ -240,11 +222,9 @@ def plackett_luce(scores: Array, ranks: Array, *, per_prompt: bool = True) -> Lo
 def score_regression(
     scores: Array, targets: Array, ranks: Array, *, per_prompt: bool = True
 ) -> Loss:
-    """Half the squared error of scores to targets, both float32[B, K].
-
-    ranks: int32[B, K] as in `pairwise`; 0, no such response, is left out.
-    """
+    """Half the squared error of scores to targets, both float32[B, K]; ranks: int32[B, K] as in `pairwise`."""
     exists = (ranks > 0).astype(jnp.float32)
+    # Masked twice: the inner one keeps a NaN of a missing target out of the gradient.
     error = 0.5 * exists * jnp.square(jnp.where(ranks > 0, scores - targets, 0.0))
     return _per_prompt(error.sum(1), exists.sum(1), per_prompt, ranking_metrics(scores, ranks))
 
@@ -265,9 +245,10 @@ def ranking_metrics(scores: Array, ranks: Array) -> Metrics:
     scores: float32[B, K]; ranks: int32[B, K] as in `pairwise`.
     """
     better = _pairs(ranks).astype(jnp.float32)
-    gap = scores[:, :, None] - scores[:, None, :]
+    gap = scores[:, :, None] - scores[:, None, :]  # [B, K, K]
     right = better * ((gap > 0).astype(jnp.float32) + 0.5 * (gap == 0).astype(jnp.float32))
     has_pair = better.sum((1, 2)) > 0
+    # Several responses may share the best rank; any of them is right.
     best_rank = jnp.where(ranks > 0, ranks, jnp.iinfo(jnp.int32).max).min(1, keepdims=True)
     best = (ranks == best_rank) & has_pair[:, None]
     chosen = jnp.argmax(jnp.where(ranks > 0, scores, -jnp.inf), axis=1)
@@ -295,16 +276,10 @@ def token_rewards(
 
         mask  1 1 1 . .      rewards  k k k+score 0 0
 
-    Args:
-      scores: float32[B], of the responses.
-      logprobs: float32[B, R], of the policy.
-      ref_logprobs: float32[B, R], of the reference.
-      mask: bool[B, R], True up to and including the end token.
-      kl_coef: float32[] or float.
-
-    Returns:
-      float32[B, R].
+    scores: float32[B]; logprobs of the policy and of the reference: float32[B, R]; mask: bool[B, R], True up to and
+    including the end token. Returns float32[B, R].
     """
+    # A token is the last one if it counts and the next one does not.
     last = mask & ~jnp.concatenate([mask[:, 1:], jnp.zeros_like(mask[:, :1])], axis=1)
     kl = jnp.where(mask, kl_k1(logprobs - ref_logprobs), 0.0)
     return jnp.where(last, scores[:, None], 0.0) - kl_coef * kl
@@ -323,6 +298,7 @@ def gae(
     rewards = jnp.where(mask, rewards, 0.0)
     values = jnp.where(mask, values, 0.0)
 
+    # The recursion runs from the last position to the first; beyond the mask rewards and values are 0, and so is A.
     def back(later: tuple[Array, Array], now: tuple[Array, Array]) -> Any:
         next_value, next_advantage = later
         reward, value = now
@@ -330,6 +306,7 @@ def gae(
         return (value, advantage), advantage
 
     zero = jnp.zeros_like(values[:, 0])
+    # Scans go over the first dimension: [R, B].
     _, advantages = jax.lax.scan(back, (zero, zero), (rewards.T, values.T), reverse=True)
     advantages = jnp.where(mask, advantages.T, 0.0)
     return advantages, advantages + values
@@ -346,18 +323,20 @@ def group_advantages(scores: Array, kind: str) -> Array:
     if kind == "rloo":
         # s - mean of the others = (s - mean of all) * K / (K - 1)
         return centered * (K / (K - 1))
+    # Equal scores teach nothing: 0 / 1e-6 = 0.
     return centered / (scores.std(1, keepdims=True) + 1e-6)
 
 
 def whiten(x: Array, mask: Array, eps: float = 1e-8, *, centre: bool = True) -> Array:
     """(x - mean) / std over the mask, with the population variance (as OpenAI's tf.nn.moments); 0 elsewhere.
 
-    x: float32 of any shape; mask: bool of that shape. centre=False keeps the mean, for rewards (Ziegler et al. 2019;
-    Huang et al., detail 17).
+    x: float32 of any shape; mask: bool of it. centre=False keeps the mean, for rewards (Ziegler et al. 2019; Huang et al.,
+    detail 17).
     """
     count = jnp.maximum(mask.astype(jnp.float32).sum(), 1.0)
     mean = _sum(x, mask) / count
     variance = _sum(jnp.square(x - mean), mask) / count
+    # eps keeps a constant x finite: it becomes 0.
     white = (x - mean) * jax.lax.rsqrt(variance + eps)
     return jnp.where(mask, white if centre else white + mean, 0.0)
 
@@ -374,15 +353,10 @@ def policy(
 ) -> Loss:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), summed over response tokens.
 
-    Args:
-      logprobs: float32[B, R], of the policy that is trained.
-      old_logprobs: float32[B, R], of the policy that sampled.
-      advantages: float32[B, R].
-      mask: bool[B, R], True at response tokens.
-      clip_low: the ratio is clipped to at least 1 - clip_low ...
-      clip_high: ... and at most 1 + clip_high (two limits: Yu et al. 2025, section 3.1).
-      dual_clip: above 1 it also bounds the loss of a token with a negative advantage by dual_clip * |advantage| (Ye et
-        al. 2020, eq. 5).
+    logprobs of the policy that is trained and old_logprobs of the one that sampled, advantages: float32[B, R]; mask:
+    bool[B, R], True at response tokens. The ratio is clipped to 1 - clip_low .. 1 + clip_high (two limits: Yu et al.
+    2025, section 3.1). dual_clip > 1 also bounds the loss of a token with a negative advantage by dual_clip *
+    |advantage| (Ye et al. 2020, eq. 5).
     """
     count = mask.astype(jnp.float32).sum()
     # Beyond the mask everything is garbage, and 0 * inf in a gradient is NaN: it is replaced before any computation.
@@ -390,6 +364,7 @@ def policy(
     advantages = jnp.where(mask, advantages, 0.0)
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    # The smaller gain: moving the ratio beyond its limits is not rewarded, but moving it the wrong way is punished.
     gain = jnp.minimum(ratio * advantages, clipped * advantages)
     if dual_clip:
         gain = jnp.where(advantages < 0, jnp.maximum(gain, dual_clip * advantages), gain)
@@ -398,6 +373,7 @@ def policy(
     metrics = {
         "policy_loss": (loss, count),
         "clip_fraction": (_sum(outside, mask), count),
+        # KL(old || new), since the old policy sampled.
         "approx_kl": (_sum(kl_k3(-log_ratio), mask), count),
         "ratio": (_sum(ratio, mask), count),
     }
@@ -407,13 +383,15 @@ def policy(
 def value(values: Array, old_values: Array, returns: Array, mask: Array, *, clip: float) -> Loss:
     """Half the squared error, the larger of clipped and unclipped (as OpenAI baselines' ppo2); clip 0: unclipped.
 
-    values, old_values, returns: float32[B, R]; mask: bool[B, R]. A clipped value is within `clip` of the old one.
+    values, old_values, returns: float32[B, R]; mask: bool[B, R].
     """
     count = mask.astype(jnp.float32).sum()
+    # As in `policy`: beyond the mask everything is garbage.
     values = jnp.where(mask, values, 0.0)
     old_values = jnp.where(mask, old_values, 0.0)
     returns = jnp.where(mask, returns, 0.0)
     error = jnp.square(values - returns)
+    # A clipped value is within `clip` of the old one.
     near = old_values + jnp.clip(values - old_values, -clip, clip) if clip else values
     clipped_error = jnp.square(near - returns)
     loss = 0.5 * _sum(jnp.maximum(error, clipped_error), mask)
@@ -422,10 +400,8 @@ def value(values: Array, old_values: Array, returns: Array, mask: Array, *, clip
 
 
 def kl_k1(log_ratio: Array) -> Array:
-    """Unbiased estimate of KL(p || q) at samples of p, from log p - log q of any shape (Schulman 2020, "k1").
-
-    This one is for rewards: the gradient of k3 as a reward is not that of the KL.
-    """
+    """Unbiased estimate of KL(p || q) at samples of p, from log p - log q of any shape (Schulman 2020, "k1")."""
+    # This one is for rewards: the gradient of k3 as a reward is not that of the KL.
     return log_ratio
 
 
@@ -441,16 +417,9 @@ def adapt_kl_coef(
 
     The error (kl / target - 1), clipped to +-0.2, changes the coefficient by that share of batch_size / horizon.
 
-    Args:
-      kl_coef: float32[].
-      kl: float32[] nats, the mean over responses of the KL summed over their tokens.
-      target: of kl, in nats.
-      horizon: in responses.
-      batch_size: responses since the last change.
-
-    Returns:
-      The new coefficient, float32[].
+    kl_coef: float32[]; kl: float32[] nats, a mean over responses of sums over tokens; horizon, batch_size: in responses.
     """
+    # Proportional control with a bounded step, so that one unusual batch moves the coefficient little.
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return kl_coef * (1.0 + error * batch_size / horizon)
 
@@ -458,16 +427,14 @@ def adapt_kl_coef(
 class Moments(NamedTuple):
     """Running moments, each float32[]."""
 
-    count: Any
-    """Number of values."""
-    mean: Any
-    """Their mean."""
-    m2: Any
-    """Sum of their squared deviations from the mean."""
+    count: Any  # number of values
+    mean: Any  # their mean
+    m2: Any  # sum of their squared deviations from the mean
 
 
 def update_moments(moments: Moments, x: Array, mask: Array) -> Moments:
     """Adds x (float32 of any shape) where mask is True, as if all values were seen at once (Chan et al. 1979, eq. 2.1)."""
+    # A mask that is all False must change nothing: each division is by at least 1.
     n = mask.astype(jnp.float32).sum()
     mean = _sum(x, mask) / jnp.maximum(n, 1.0)
     total = moments.count + n
@@ -478,5 +445,5 @@ def update_moments(moments: Moments, x: Array, mask: Array) -> Moments:
 
 
 def _sum(x: Array, mask: Array) -> Array:
-    """Sum over the mask; beyond it x may hold anything, inf and NaN included."""
+    """Sum over the mask, beyond which x may hold anything, inf and NaN included."""
     return jnp.where(mask, x, 0.0).sum()

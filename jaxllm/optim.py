@@ -68,6 +68,7 @@ def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
     warmup = config.warmup_steps
     rest = max(num_steps - warmup, 1)
     decay = max(int(num_steps * config.decay_fraction), 1)
+    # Optax counts the steps of a joined schedule from its boundary: those of `after` from the end of warm-up.
     after = {
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, end, rest),
@@ -92,6 +93,7 @@ def make_optimizer(
       axes: a tree like the trained parameters, whose leaves say which of them decay (`models.parameters.Axes`).
       bias_rate: step of the routers' biases, against the sign of their gradient (`models.moe.balance`); 0: none.
     """
+    # Clip the gradient, scale it by Adam's moments, add the decay, and only then multiply by the learning rate.
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     if config.state_dtype != "float32":
         adam = _store_moments_as(jnp.dtype(config.state_dtype), adam)
@@ -102,6 +104,7 @@ def make_optimizer(
     )
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    # Outermost, so that neither clipping nor the learning rate changes the step of a router's bias.
     return _move_router_biases(bias_rate, optimizer) if bias_rate else optimizer
 
 
@@ -131,6 +134,7 @@ def _store_moments_as(
 ) -> optax.GradientTransformation:
     """Adam whose moments are rounded to a narrower type between updates."""
 
+    # The count of steps stays an integer.
     def cast(state: Any, dtype: Any) -> Any:
         mu = jax.tree.map(lambda x: x.astype(dtype), state.mu)
         nu = jax.tree.map(lambda x: x.astype(dtype), state.nu)

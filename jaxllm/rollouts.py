@@ -25,25 +25,19 @@ class Rollout(NamedTuple):
         mask                  1 1 .
     """
 
-    tokens: jax.Array
-    """int32[B, P + R]: left-padded prompt, response, padding."""
-    prompt_mask: jax.Array
-    """bool[B, P]: tokens of the prompt."""
-    mask: jax.Array
-    """bool[B, R]: response tokens up to and including the stop token."""
+    tokens: jax.Array  # int32[B, P + R]: left-padded prompt, response, padding
+    prompt_mask: jax.Array  # bool[B, P]: tokens of the prompt
+    mask: jax.Array  # bool[B, R]: response tokens up to and including the stop token
+    # float32[B, R]: the sampler's, at its temperature and before top-k and top-p
     logprobs: jax.Array
-    """float32[B, R]: the sampler's, at its temperature and before top-k and top-p."""
-    finished: jax.Array
-    """bool[B]: whether the response ended with a stop token."""
+    finished: jax.Array  # bool[B]: whether the response ended with a stop token
 
 
 class Completion(NamedTuple):
     """One sampled response."""
 
-    ids: list[int]
-    """Its tokens, without the stop token."""
-    finished: bool
-    """Whether it ended with a stop token."""
+    ids: list[int]  # its tokens, without the stop token
+    finished: bool  # whether it ended with a stop token
 
 
 def left_pad(

@@ -74,6 +74,7 @@ def sample_token(
     logits = constrain(logits, "batch", "vocab")
     logits = losses.softcap(constrain(logits, "batch", None), softcap) / sampling.divisor
     logprobs = jax.nn.log_softmax(logits, axis=-1)
+    # The log-probabilities are those of the whole softmax: training compares them with the model's own.
     if sampling.greedy:
         token = jnp.argmax(logits, axis=-1)
     else:
@@ -94,10 +95,12 @@ def keep_likely(logprobs: jax.Array, top_k: int, top_p: float) -> jax.Array:
         before it     0    0.5  0.75 0.9      the sum of the more likely ones
         kept          y    y    -    -        where that sum is below top_p
     """
+    # Tokens as likely as the k-th are all kept.
     if top_k and top_k < logprobs.shape[-1]:
         floor = jax.lax.top_k(logprobs, top_k)[0][:, -1:]
         logprobs = jnp.where(logprobs < floor, -jnp.inf, logprobs)
     if top_p < 1.0:
+        # Most likely first; negated, since sort is ascending.
         ordered = -jnp.sort(-jax.nn.softmax(logprobs, axis=-1), axis=-1)
         before = jnp.cumsum(ordered, axis=-1) - ordered
         last = (before < top_p).astype(jnp.int32).sum(-1, keepdims=True) - 1
@@ -125,6 +128,7 @@ def inverse_transform(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     ends = jnp.cumsum(totals, axis=-1)
     target = (uniform * ends[:, -1])[:, None]
     block, before = _first_above(ends, target, totals)
+    # [B, 128]: the weights of the block chosen.
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     offset, _ = _first_above(jnp.cumsum(inside, axis=-1), target - before[:, None], inside)
     return (block * _BLOCK + offset).astype(jnp.int32)
@@ -138,6 +142,7 @@ def _first_above(
     Rounding may leave no such index; then it is that of the largest weight. ends: running sums of the weights, both
     float32[B, n]; target: float32[B, 1].
     """
+    # An index without weight has the running sum of the one before it.
     above = (ends > target) & (weights > 0)
     index = jnp.where(above.any(-1), jnp.argmax(above, axis=-1), jnp.argmax(weights, axis=-1))
 

@@ -32,6 +32,7 @@ def stream(
     check_lengths(config, len(prompt), sampling)
     config = decode.decoding_config(config)
     start, step = _stream_steps(config, sampling)
+    # A multiple of 32, so that prompts of similar length share a compilation.
     length = padded_length(len(prompt), 32, config, sampling)
     tokens, mask = left_pad([prompt], length, pad_id)
     key = row_keys(jax.random.key(seed), jnp.zeros(1, jnp.int32), 1)
@@ -41,6 +42,7 @@ def stream(
         if sampled in stop_ids:
             return
         yield sampled
+        # The last token needs no step after it.
         if number < sampling.max_new_tokens:
             token, cache = step(
                 params,
@@ -64,6 +66,7 @@ def _stream_steps(
         cap = config.logit_softcap
         return sample_token(hidden, keys, number, params["unembed"], sampling, cap)[0]
 
+    # The cache has the size of the context from the start, so that no step is compiled again.
     @jax.jit
     def start(params, tokens, mask, keys):
         hidden, cache, segment_ids, lengths = prefill(

@@ -63,6 +63,7 @@ def attention(
       [B, T, N, W] in q's dtype. Scores and softmax are computed in float32.
     """
     scale = scale or 1 / math.sqrt(q.shape[-1])
+    # Kernels take whole rows only, not queries against a cache.
     if q_offset is None:
         rows = WholeRows(q_segment_ids, kv_segment_ids, window, scale, softcap, q_order)
         kernel = _kernel(q, k, v, rows)
@@ -72,9 +73,11 @@ def attention(
     K = k.shape[2]
     # N = K * group: the queries of a group share a key head.
     q = q.reshape(B, T, K, N // K, H)
+    # [B, K, group, T, S]
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
+    # Positions of the queries among the keys, int[T].
     if q_order is None:
         positions = jnp.arange(T) + (0 if q_offset is None else q_offset)
     else:

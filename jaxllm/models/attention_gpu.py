@@ -18,6 +18,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, softcap: float) -> bool:
     It needs scores without a soft cap, 16-bit numbers, an even number of tokens, and shapes that the mesh divides. Its
     other requirements depend on its version and the device, so it is asked.
     """
+    # cuDNN sees the arrays of one device, so each of them must have the same part.
     rows, context, tensor = shards("batch"), shards("seq"), shards("heads")
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
@@ -42,6 +43,7 @@ def _refusal(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any) -> str
     Any other error is not a refusal and is raised, such as the compiler running out of memory. So is ValueError, which
     JAX raises for arrays that do not fit together.
     """
+    # XLA's compiler reports all its failures as RuntimeError; only the text tells them apart.
     try:
         _compile(queries, keys, dtype)
     except RuntimeError as error:
@@ -62,10 +64,11 @@ def _compile(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any) -> Non
     S = keys[1]
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        # As `gpu_attention` calls it: causal where the queries are all of the row, and not only a shard of it.
         out = jax.nn.dot_product_attention(
             q, k, v, mask=mask, implementation="cudnn", is_causal=T == S
         )
-        return out.astype(jnp.float32).sum()
+        return out.astype(jnp.float32).sum()  # a scalar, for the gradient
 
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in (queries, keys, keys)]
     mask = jax.ShapeDtypeStruct((B, 1, T, S), jnp.bool_)
@@ -108,6 +111,7 @@ def gpu_attention(
         kv_segment_ids: jax.Array,
         positions: jax.Array,
     ) -> jax.Array:
+        # [B, 1, T, S]: the same for all heads.
         mask = visible(positions, q_segment_ids, kv_segment_ids, rows.window)[:, None]
         # The values of latent attention are narrower than its keys; cuDNN wants one size.
         wide = jnp.pad(v, [(0, 0)] * 3 + [(0, q.shape[-1] - v.shape[-1])])

@@ -10,18 +10,13 @@ import numpy as np
 class WholeRows(NamedTuple):
     """How rows attend to themselves: what a kernel needs along with queries, keys and values."""
 
-    q_segment_ids: jax.Array
-    """int32[B, T], in the order of the queries."""
-    kv_segment_ids: jax.Array
-    """int32[B, T], in the order of the row."""
-    window: int | None
-    """How many positions a query sees, its own included; None: all up to its own."""
-    scale: float
-    """Factor of the scores."""
-    softcap: float = 0.0
-    """Bound of the scores, by tanh; 0: none."""
+    q_segment_ids: jax.Array  # int32[B, T], in the order of the queries
+    kv_segment_ids: jax.Array  # int32[B, T], in the order of the row
+    window: int | None  # how many positions a query sees, its own included; None: all up to its own
+    scale: float  # factor of the scores
+    softcap: float = 0.0  # bound of the scores, by tanh; 0: none
+    # int[T], the position of each query, where they are permuted (`sharding.zigzag_order`)
     q_order: np.ndarray | None = None
-    """Position of each query, int[T], where they are permuted (`sharding.zigzag_order`)."""
 
 
 def visible(

@@ -65,6 +65,7 @@ def tpu_attention(
         q_segment_ids: jax.Array,
         kv_segment_ids: jax.Array,
     ) -> jax.Array:
+        # The kernel takes one row: [N, T, H] and [K, S, H].
         def attend_row(q, k, v, q_ids, kv_ids):
             return kernel(q, k, v, segment_ids=splash.SegmentIds(q_ids, kv_ids))
 
@@ -76,6 +77,7 @@ def tpu_attention(
         keys = spec(("batch", "kv_heads", None, None), ACT_RULES)
         q_ids = spec(("batch", "seq"), ACT_RULES)
         kv_ids = spec(("batch", None), ACT_RULES)
+        # The kernel holds its mask as arrays, which are sharded like the queries.
         heads_and_queries = jax.sharding.NamedSharding(mesh, jax.P(queries[1], queries[2]))
         of_kernel = kernel.manual_sharding_spec(heads_and_queries)
         attend = jax.shard_map(
@@ -120,14 +122,14 @@ def _kernel(num_heads: int, length: int, rows: WholeRows, name: str | None, inte
         block_q_dkv=block,
         block_kv_dkv=keys,
         block_kv_dkv_compute=block,
-        use_fused_bwd_kernel=True,
+        use_fused_bwd_kernel=True,  # gradients of q, k and v in one pass over the scores
     )
     return splash.make_splash_mha(
         masks.MultiHeadMask([mask] * num_heads),
         block_sizes=sizes,
         attn_logits_soft_cap=rows.softcap or None,
         head_shards=shards("heads"),
-        q_seq_shards=shards("seq"),
+        q_seq_shards=shards("seq"),  # of the mask, which differs between shards
         residual_checkpoint_name=name,
         interpret=interpret,
     )

@@ -120,6 +120,7 @@ class ModelConfig:
     """Blocks per iteration of the scan over layers; more compiles longer and may run faster."""
 
     def __post_init__(self) -> None:
+        # Zeros that mean "as another field" are replaced, so that equal models have equal configs.
         self._set("num_kv_heads", self.num_kv_heads or self.num_heads)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -130,9 +131,11 @@ class ModelConfig:
                 f"num_heads: {self.num_heads} does not divide embed_dim {self.embed_dim}"
             )
         self._set("head_dim", self.head_dim or self.embed_dim // self.num_heads)
+        # Rotary positions rotate pairs.
         rotated = self.mla.rope_dim if self.mla.kv_rank else self.head_dim
         if self.position == "rope" and rotated % 2:
             raise ValueError(f"head_dim: rotary positions need an even size, not {rotated}")
+        # Combinations that `layers` does not implement.
         if self.moe.num_experts and (self.bias or self.mlp != "swiglu"):
             raise ValueError(
                 "moe: experts are SwiGLU without biases; set mlp to swiglu and bias to false"
@@ -154,6 +157,7 @@ class ModelConfig:
     @staticmethod
     def expand(tree: Mapping[str, Any]) -> Mapping[str, Any]:
         """Adds the fields of the preset that `tree` names, where `tree` does not set them."""
+        # `config.build` calls this with the raw tree, before any field is checked: a name may be anything.
         name = tree.get("preset") or ""
         if not isinstance(name, str) or (name and name not in PRESETS):
             raise ValueError(f"preset: {name!r} is unknown; known: {', '.join(PRESETS)}")
@@ -208,4 +212,5 @@ class ModelConfig:
 
 def preset(name: str, **fields: Any) -> ModelConfig:
     """A ModelConfig from a preset, `fields` taking precedence."""
+    # Through `build`, so that fields are checked as those of a file.
     return build(ModelConfig, {"preset": name, **fields})

@@ -63,6 +63,7 @@ def unstack(params: Params, config: ModelConfig) -> Params:
     Adapters are merged, matrices are cast to config.dtype, and the head is transposed. Done once before a decode loop,
     so that no step slices, casts or transposes a weight again.
     """
+    # Adapters are merged: one product per matrix and step is cheaper than three.
     params = lora.merge(params)
 
     def cast(x: jax.Array, stacked: bool = False) -> jax.Array:
@@ -74,13 +75,15 @@ def unstack(params: Params, config: ModelConfig) -> Params:
     def group(name: str, numbers: range) -> Params:
         stacked = len(numbers) > 1
         begin = numbers.start - first[name]
+        # An index, not a slice of length 1: a single layer is not stacked.
         index: Any = slice(begin, begin + len(numbers)) if stacked else begin
         return jax.tree.map(lambda x: cast(x[index], stacked), params[name])
 
+    # Sharded over columns: each device looks up its part of every token's embedding.
     embedding = jax.tree.map(lambda x: constrain_weights(cast(x), None, "columns"), params["embed"])
     return {
         "embed": embedding,
-        "norm": jax.tree.map(cast, params["norm"]),
+        "norm": jax.tree.map(cast, params["norm"]),  # a vector, which stays float32
         "layers": [group(name, numbers) for name, _, numbers in decoded_groups(config)],
         "unembed": cast(head(params)).T,
     }
@@ -98,6 +101,7 @@ def empty_cache(config: ModelConfig, batch_size: int, length: int) -> KVCache:
 
     def zeros(layers: int, size: int) -> jax.Array:
         array = jnp.zeros((layers, batch_size, heads, length, size), config.compute_dtype)
+        # A single head, as in latent attention, cannot be split over the tensor axis.
         sharded_heads = "kv_heads" if heads > 1 else None
         array = constrain(array, None, "batch", sharded_heads, "cache", "head_dim")
         return array if layers > 1 else array[0]
@@ -113,6 +117,7 @@ def grow_cache(cache: KVCache, count: int) -> KVCache:
     """The cache with `count` more positions at its end."""
 
     def grow(x: jax.Array) -> jax.Array:
+        # Positions are the dimension before the last, with or without stacked layers.
         widths = [(0, 0)] * x.ndim
         widths[-2] = (0, count)
         return jnp.pad(x, widths)
@@ -144,6 +149,7 @@ def apply_cached(
       (hidden states [B, T, D] after the final norm, the cache with the new tokens).
     """
     x = embed(params, config, tokens, positions, decoding=True)
+    # The cache is updated group by group; XLA writes in place where the old one is not needed.
     ks = []
     vs = []
     groups = decoded_groups(config)
@@ -172,6 +178,7 @@ def _apply_group(
 
     def layer(i: Any, x: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """Layer i of stacked weights, or the only layer if i is None."""
+        # A constant where possible, as in `transformer`.
         use_window = windowed[0] if len(set(windowed)) == 1 else jnp.array(windowed)[i]
         layer_weights = weights if i is None else jax.tree.map(lambda w: w[i], weights)
         module = merge_module(Block, block, layer_weights)
@@ -179,4 +186,5 @@ def _apply_group(
 
     if len(numbers) == 1:
         return layer(None, x, cache)
+    # The whole stacked cache is carried, and each layer writes its own part.
     return jax.lax.fori_loop(0, len(numbers), lambda i, carry: layer(i, *carry), (x, cache))

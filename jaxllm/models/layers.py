@@ -53,6 +53,7 @@ class MLP(nnx.Module):
             weights["up_bias"] = self.up_bias[...]
             if self.gated:
                 weights["gate_bias"] = self.gate_bias[...]
+        # Blocks save memory only where the activations are not kept anyway.
         count = _num_blocks(weights["up"].shape[1]) if self.config.recomputes else 1
         y = self._in_blocks(x, weights, count) if count > 1 else self._hidden_units(x, weights)
         return y + expand_like(self.down_bias, y) if self.config.bias else y
@@ -62,6 +63,7 @@ class MLP(nnx.Module):
         activation = jax.nn.silu if self.config.mlp == "swiglu" else jax.nn.gelu
 
         def project(name: str) -> jax.Array:
+            # Parameters are float32; products are in the type of the activations.
             y = jnp.einsum("btd,df->btf", x, weights[name].astype(x.dtype))
             bias = weights.get(f"{name}_bias")
             return y if bias is None else y + bias.astype(y.dtype)[None, None]
@@ -70,6 +72,7 @@ class MLP(nnx.Module):
             hidden = activation(project("gate")) * project("up")
         else:
             hidden = activation(project("up"))
+        # [B, T, F], with F over the tensor axis; the product below sums over it.
         hidden = constrain(hidden, "batch", "seq", "mlp")
         return jnp.einsum("btf,fd->btd", hidden, weights["down"].astype(x.dtype))
 
@@ -112,6 +115,7 @@ class Experts(nnx.Module):
         c = self.config = config
         experts = c.moe.num_experts
         size = c.moe.mlp_dim or c.mlp_dim
+        # `normal`, not `linear`: routers and routed experts have no adapters.
         self.router = normal(rngs, c.init_std, embed=c.embed_dim, router=experts)
         if c.moe.router == "sigmoid":
             self.router_bias = constant(0.0, router=experts)
@@ -144,6 +148,7 @@ class Block(nnx.Module):
         self.config = config
         self.attention = (LatentAttention if config.mla.kv_rank else Attention)(config, rngs)
         self.mlp = Experts(config, rngs) if config.moe.num_experts else MLP(config, rngs)
+        # Attribute names are names in checkpoints.
         if config.norm_place != "after":
             self.attention_norm = Norm(config)
             self.mlp_norm = Norm(config)
@@ -179,6 +184,7 @@ class Block(nnx.Module):
         y, cache = self.attention.cached(
             self._before(x, "attention"), positions, kv_segment_ids, cache, slot, use_window
         )
+        # Padding goes through no expert.
         ids = jax.lax.dynamic_slice_in_dim(kv_segment_ids, slot.offset, x.shape[1], axis=1)
         x, _ = self._add_mlp(self._add(x, y, "attention"), ids > 0)
         return x, cache
@@ -228,7 +234,9 @@ class MTPModule(nnx.Module):
           positions: int32[B, T].
           segment_ids: int32[B, T].
         """
+        # Eq. 21, in the order of the published weights: the embedding first.
         both = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], -1)
         x = constrain(both @ self.project[...].astype(both.dtype), "batch", "seq", "embed")
+        # Without a window; the positions are in the order of the row.
         x, load = self.block(x, positions, segment_ids, False)
         return self.norm(x), load

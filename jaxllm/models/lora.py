@@ -70,6 +70,7 @@ def frozen(config: LoRAConfig, params: Any) -> Any:
         return {}
     if "trunk" in params:
         return {"trunk": frozen(config, params["trunk"])}
+    # The scale is a parameter, so that `join`ed parameters need no config.
     return {**params, "lora": {"scale": jnp.float32(config.alpha / config.rank)}}
 
 
@@ -102,6 +103,7 @@ def init(config: LoRAConfig, params: Any, key: jax.Array, axes: Any) -> Any:
     keys = iter(jax.random.split(key, 64))
 
     def adapter(weight: Any, names: Axes) -> dict[str, jax.Array]:
+        # weight: [L, *inputs, *outputs]
         split = 1 + names.num_inputs
         depth = weight.shape[0]
         inputs = weight.shape[1:split]
@@ -119,6 +121,7 @@ def _adapter_axes(names: Axes) -> dict[str, Axes]:
     """Axes of an adapter: those of its matrix. The rank is never sharded."""
     split = 1 + names.num_inputs
     return {
+        # Both are matrices, so both decay.
         "a": Axes((*names[:split], None), decays=True),
         "b": Axes((names[0], None, *names[split:]), decays=True),
     }
@@ -138,6 +141,7 @@ def _on_targets(
     """make(matrix, axes) for every target in a tree of parameters, in their order; branches without one are left out."""
     results = {}
     for name, value in tree.items():
+        # Routed experts have matrices of the same names, but are never targets.
         if name == "experts":
             continue
         if isinstance(value, Mapping):
@@ -153,6 +157,7 @@ def join(base: Any, own: Any) -> Any:
     """Merges the frozen tree `base` and the trained tree `own`, mapping by mapping; with base {}, returns `own`."""
     if not isinstance(base, Mapping) or not isinstance(own, Mapping):
         return own
+    # Leaves of `own` replace those of `base`, which has none where `own` has adapters.
     merged = dict(base)
     for name, value in own.items():
         merged[name] = join(base[name], value) if name in base else value
@@ -182,6 +187,7 @@ def merge(params: Any) -> Any:
         return {**params, "trunk": merge(params["trunk"])}
     if "lora" not in params:
         return params
+    # The result has the structure of a model that never had adapters.
     plain = {name: value for name, value in params.items() if name != "lora"}
     adapters = params["lora"]
     for name in _STACKS:

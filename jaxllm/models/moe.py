@@ -79,14 +79,10 @@ class MoEConfig:
 class Load(NamedTuple):
     """What the router did with a layer's tokens, over all devices."""
 
-    tokens: jax.Array
-    """float32[]: number of real tokens."""
-    load: jax.Array
-    """float32[E]: how many of them went to each expert."""
-    probability: jax.Array
-    """float32[E]: sum over tokens of the router's probability."""
-    dropped: jax.Array
-    """float32[]: pairs of a token and an expert that was full."""
+    tokens: jax.Array  # float32[]: number of real tokens
+    load: jax.Array  # float32[E]: how many of them went to each expert
+    probability: jax.Array  # float32[E]: sum over tokens of the router's probability
+    dropped: jax.Array  # float32[]: pairs of a token and an expert that was full
 
 
 def moe(
@@ -122,12 +118,14 @@ def moe(
         sizes["context"] = 1
         sequence = None
     tokens = spec(("batch", sequence, None), ACT_RULES)
+    # Whole matrices of a device's experts, but for the hidden units, which are split over the tensor axis.
     experts = {
         "gate": P("expert", None, "tensor"),
         "up": P("expert", None, "tensor"),
         "down": P("expert", "tensor", None),
     }
     weight_specs = {name: experts if name == "experts" else P() for name in weights}
+    # Each device sees its own tokens; the load is summed, so that every device has all of it.
     run = functools.partial(_local, config=config, sizes=sizes, in_parts=in_parts)
     out_specs: Any = (tokens, Load(*[P()] * 4))  # type: ignore
     return jax.shard_map(
@@ -218,9 +216,11 @@ def _route_and_run(
     else:
         y, dropped = _dropless(flat, share, local, weights["experts"])
     if sizes.get("tensor", 1) > 1:
+        # Each device has computed some of the hidden units.
         y = jax.lax.psum(y, "tensor")
     y = y.reshape(x.shape)
     if shards > 1:
+        # Sums over the experts of a token, and gives each device its own tokens back.
         y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
         dropped = jax.lax.psum(dropped, "expert")
     counts = jnp.zeros(config.num_experts, jnp.float32)
@@ -264,6 +264,7 @@ def route(
         kept = jax.nn.one_hot(chosen, c.num_groups, dtype=bool).any(1)  # [N, groups]
         choice = jnp.where(kept[:, :, None], groups, -jnp.inf).reshape(choice.shape)
     expert = jax.lax.top_k(choice, c.per_token)[1]
+    # Weights are of the scores, not of the choice: neither bias nor groups change them.
     weights = jnp.take_along_axis(scores, expert, axis=-1)
     if c.normalise:
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
@@ -313,6 +314,7 @@ def _dropless(
     # Rows after the last group belong to another device's experts, or are padding.
     mine = jnp.arange(N * k)[:, None] < sizes.sum()
     out = jnp.where(mine, out, 0.0)
+    # The inverse permutation puts rows back in the order of pairs.
     back = jnp.zeros_like(order).at[order].set(jnp.arange(N * k, dtype=order.dtype))
     out = out[back].reshape(N, k, -1).astype(jnp.float32)
     return (out * share[:, :, None]).sum(1), jnp.float32(0)
@@ -367,7 +369,9 @@ def balance(load: Load, bias: jax.Array | None, config: MoEConfig) -> jax.Array:
       bias: float32[L, E] or None.
       config: of the routing.
     """
+    # A batch may be padding only.
     tokens = jnp.maximum(load.tokens, 1.0)[:, None]
+    # Counts have no gradient; the router learns through its probabilities.
     share = jax.lax.stop_gradient(load.load / tokens)
     total = (
         config.aux_coef * config.num_experts * (share * load.probability / tokens).sum(-1).mean()

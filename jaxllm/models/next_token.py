@@ -63,12 +63,14 @@ def loss(
         balance, routing = transformer.routing_loss(params["layers"], model, load)
         total = total + balance * weight
         metrics = {**metrics, **routing}
+    # Evaluation leaves out the modules.
     if not (model.mtp_modules and mtp_coef):
         return total, weight, metrics
     nats, count, load = _mtp_loss(params, model, hidden, batch)
     if load:
         balance, _ = transformer.routing_loss(params["mtp"]["block"], model, load)
         total = total + balance * weight
+    # The mean over modules, relative to the decoder's number of targets.
     total = total + mtp_coef / model.mtp_modules * nats
     return total, weight, {**metrics, "mtp_loss": (nats, count)}
 
@@ -84,6 +86,7 @@ def _mtp_loss(
     states, load = transformer.apply_mtp(
         params, model, hidden, tokens, segment_ids, batch["positions"]
     )
+    # Sums over modules: each has its own number of targets, one less per document than the module before.
     total: Any = 0
     weight: Any = 0
     for k, state in enumerate(states):

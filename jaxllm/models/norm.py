@@ -27,6 +27,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes x [..., *axes]; returns the same shape and dtype."""
+        # In bfloat16 the mean of squares would lose most of its digits.
         y = x.astype(jnp.float32)
         dims = tuple(range(-self.rank, 0))
         if self.centers:

@@ -24,6 +24,7 @@ class Axes(tuple[str | None, ...]):
     """How many leading dimensions a product sums over, where a low-rank adapter is possible; otherwise 0."""
 
     def __new__(cls, names: Iterable[str | None], *, decays: bool, num_inputs: int = 0) -> "Axes":
+        # A tuple is immutable: its elements are set here, not in __init__.
         axes = super().__new__(cls, names)
         axes.decays = decays
         axes.num_inputs = num_inputs
@@ -61,10 +62,12 @@ def constant(value: float, **axes: int) -> nnx.Param:
 def expand_like(param: nnx.Param, x: jax.Array) -> jax.Array:
     """A parameter over the last dimensions of x, in x's dtype and with leading dimensions of size 1."""
     value = param[...]
+    # Explicit, since the tests forbid NumPy's implicit rank promotion.
     leading = (1,) * (x.ndim - value.ndim)
     return value.astype(x.dtype).reshape(leading + value.shape)
 
 
 def _sample(rngs: nnx.Rngs, std: float, axes: Mapping[str, int], num_inputs: int) -> nnx.Param:
+    # Always float32: the optimizer's small updates would be lost in bfloat16.
     array = std * jax.random.normal(rngs.params(), tuple(axes.values()), jnp.float32)
     return nnx.Param(array, axes=Axes(axes, decays=True, num_inputs=num_inputs))

@@ -49,6 +49,7 @@ class RopeScaling:
         """Factor of sine and cosine."""
         if self.kind != "yarn":
             return 1.0
+        # DeepSeek moves part of the factor from the rotation to the scores.
         if self.mscale and self.mscale_all_dim:
             return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
         return self.magnitude(1.0)
@@ -67,6 +68,7 @@ def frequencies(size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     Pair i turns by theta^(-2 i / size) (Su et al. 2021, section 3.2.2); `scaling` divides the low frequencies, those with
     long wavelengths, by its factor and keeps the high ones.
     """
+    # In float64 on the host; float32 would lose digits of the low frequencies.
     plain = theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
     if scaling.kind == "none":
         return plain.astype(np.float32)
@@ -76,12 +78,14 @@ def frequencies(size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
         keep = _llama3_keep(plain, scaling)
     else:
         keep = _yarn_keep(size, theta, scaling)
+    # keep = 1: as trained; keep = 0: positions are interpolated, as by "linear".
     scaled = keep * plain + (1 - keep) * plain / scaling.factor
     return scaled.astype(np.float32)
 
 
 def _llama3_keep(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """How much of each frequency is kept, float64[size / 2]: 0 for long wavelengths, 1 for short ones."""
+    # How often a pair turns in the original context: the ratio of its length and the wavelength.
     turns = scaling.original_length * plain / (2 * math.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
     return np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
@@ -101,6 +105,7 @@ def _yarn_keep(size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
 
     low = max(math.floor(pair(scaling.beta_fast)), 0)
     high = min(math.ceil(pair(scaling.beta_slow)), size - 1)
+    # 0.001 avoids a division by 0, as in the published code.
     ramp = (np.arange(size // 2) - low) / max(high - low, 0.001)
     return 1.0 - np.clip(ramp, 0.0, 1.0)
 
@@ -123,10 +128,12 @@ def rope(
       [B, T, N, H] in x's dtype; computed in float32.
     """
     half = x.shape[-1] // 2
+    # Angles in float32: bfloat16 cannot tell neighboring positions apart beyond 256.
     steps = positions.astype(jnp.float32)[:, :, None, None]
     angle = steps * jnp.asarray(frequency)[None, None, None, :]
     cos = amplitude * jnp.cos(angle)
     sin = amplitude * jnp.sin(angle)
+    # (a, b) is rotated by the angle: (a cos - b sin, b cos + a sin).
     a = x[..., :half].astype(jnp.float32)
     b = x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

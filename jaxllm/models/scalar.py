@@ -22,6 +22,7 @@ def init(trunk: Any, config: ModelConfig, key: jax.Array) -> Any:
     """
     kernel = jax.random.normal(key, (config.embed_dim,)) / jnp.sqrt(config.embed_dim + 1.0)
     return {
+        # A copy, so that the decoder's own parameters survive the donation of these.
         "trunk": jax.tree.map(jnp.copy, trunk),
         "head": {"kernel": kernel, "bias": jnp.zeros(())},
     }
@@ -56,6 +57,7 @@ def apply(
 
 def read(head: Any, hidden: jax.Array) -> jax.Array:
     """The head's values float32[B, T] of hidden states [B, T, D]."""
+    # In float32: differences of scores are what counts.
     return hidden.astype(jnp.float32) @ head["kernel"] + head["bias"]
 
 
@@ -68,6 +70,7 @@ def last_value(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
         read             ^
     """
     positions = jnp.arange(values.shape[1], dtype=jnp.int32)[None]
+    # -1 for a row of padding only, which then reads position 0.
     last = jnp.where(segment_ids > 0, positions, -1).max(1, keepdims=True)
     return jnp.take_along_axis(values, jnp.maximum(last, 0), axis=1)[:, 0]
 
@@ -83,6 +86,7 @@ def score_rows(params: Any, config: ModelConfig, rows: Sequence[Sequence[int]]) 
         raise InputError(
             f"reward model: {longest} tokens exceed its context of {config.max_length}; shorten the prompt or the response"
         )
+    # Right-padded; padding never beyond the context, which a learned table of positions ends at.
     length = min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, config.max_length)
     tokens = np.zeros((len(rows), length), np.int32)
     segment_ids = np.zeros((len(rows), length), np.int32)

@@ -33,10 +33,9 @@ class LayerCache(NamedTuple):
 class CacheSlot(NamedTuple):
     """Where new tokens are written into a cache."""
 
+    # Index of the layer in a stacked cache, int32[]; None: the cache of a single layer
     layer: jax.Array | None
-    """Index of the layer in a stacked cache, int32[]; None: the cache of a single layer."""
-    offset: jax.Array | int
-    """Position of the first new token."""
+    offset: jax.Array | int  # position of the first new token
 
 
 class Attention(nnx.Module):
@@ -99,8 +98,10 @@ class Attention(nnx.Module):
           ([B, T, D], the cache with the new tokens).
         """
         q, k, v = self._qkv(x, positions, use_window)
+        # [B, T, K, H] -> [B, K, T, H], the order of the cache.
         k_cache, keys = _write(cache.k, k.swapaxes(1, 2), slot)
         v_cache, values = _write(cache.v, v.swapaxes(1, 2), slot)
+        # Back to [B, S, K, H], as `attention` takes them.
         keys = keys.swapaxes(1, 2)
         values = values.swapaxes(1, 2)
         mixed = _attend_cached(self.config, q, keys, values, kv_segment_ids, slot, use_window)
@@ -110,6 +111,7 @@ class Attention(nnx.Module):
         self, x: jax.Array, positions: jax.Array, use_window: UseWindow
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D] -> q [B, T, N, H] and k, v [B, T, K, H], with positions applied."""
+        # The order is that of all families: project, add biases, normalize, rotate.
         q = _to_heads(x, self.q)
         k = _to_heads(x, self.k)
         v = _to_heads(x, self.v)
@@ -149,6 +151,7 @@ class LatentAttention(nnx.Module):
         q_heads = {"heads": c.num_heads, "head_dim": m.nope_dim + m.rope_dim}
         kv_heads = {"heads": c.num_heads, "head_dim": m.nope_dim + m.value_dim}
         value_heads = {"heads": c.num_heads, "head_dim": m.value_dim}
+        # V2-Lite has no latent of its queries.
         if m.q_rank:
             self.q_a = linear(rngs, c.init_std, embed, {"latent": m.q_rank})
             self.q_a_norm = Norm(c, latent=m.q_rank)
@@ -171,8 +174,10 @@ class LatentAttention(nnx.Module):
         """As `Attention.__call__`."""
         m = self.config.mla
         q, latent, shared = self._latents(x, positions, use_window)
+        # [B, T, N, nope_dim + value_dim]
         kv = _to_heads(latent, self.kv_b)
         shared = jnp.broadcast_to(shared, (*kv.shape[:3], m.rope_dim))
+        # A key has a part without position from the latent, and the rotated part that all heads share.
         k = jnp.concatenate([kv[..., : m.nope_dim], shared], -1)
         v = kv[..., m.nope_dim :]
         q = constrain(q, "batch", "seq", "heads", "head_dim")
@@ -198,10 +203,13 @@ class LatentAttention(nnx.Module):
         m = self.config.mla
         q, latent, shared = self._latents(x, positions, use_window)
         expand = self.kv_b[...].astype(x.dtype)
+        # [kv_rank, N, nope_dim] and [kv_rank, N, value_dim]
         to_keys = expand[..., : m.nope_dim]
         to_values = expand[..., m.nope_dim :]
+        # [B, 1, T, kv_rank + rope_dim]: one head, for all query heads.
         new = jnp.concatenate([latent[:, :, None], shared], -1).swapaxes(1, 2)
         k_cache, keys = _write(cache.k, new, slot)
+        # q . (W c) = (W^T q) . c for every latent c
         q_latent = jnp.einsum("btnh,rnh->btnr", q[..., : m.nope_dim], to_keys)
         q = jnp.concatenate([q_latent, q[..., m.nope_dim :]], -1)
         keys = keys.swapaxes(1, 2)
@@ -219,8 +227,10 @@ class LatentAttention(nnx.Module):
             q = _to_heads(self.q_a_norm(x @ self.q_a[...].astype(x.dtype)), self.q_b)
         else:
             q = _to_heads(x, self.q)
+        # The latent and the shared key come from one product.
         both = x @ self.kv_a[...].astype(x.dtype)
         rotate = _rotation(self.config, positions, use_window)
+        # Only the last rope_dim elements of a query are rotated.
         q = jnp.concatenate([q[..., : m.nope_dim], rotate(q[..., m.nope_dim :])], -1)
         latent = self.kv_a_norm(both[..., : m.kv_rank])
         return q, latent, rotate(both[..., None, m.kv_rank :])
@@ -251,6 +261,7 @@ def _attend(
     Keys are put back into the row's own order, queries are not: each device keeps its own.
     """
     kv_segment_ids = segment_ids
+    # Every device needs all keys of its rows anyway; in their own order, masks are simple.
     if order is not None:
         k = undo_zigzag(k)
         v = undo_zigzag(v)
@@ -285,6 +296,7 @@ def _attend_cached(
         cache      p p p r r r        segments  1 1 1 1 1 1
                    - - p r r r                  0 0 1 1 1 1      the new token, of segment 1, skips the padding
     """
+    # The segments of the new tokens themselves: 0 where a row's prompt is padding.
     q_segment_ids = jax.lax.dynamic_slice_in_dim(kv_segment_ids, slot.offset, q.shape[1], axis=1)
     return attention(
         q,
@@ -309,6 +321,7 @@ def _rotation(
     frequency: Any = frequencies(size, config.rope_theta, scaling)
     if config.local_rope_theta:
         local = frequencies(size, config.local_rope_theta, type(scaling)())
+        # Traced where layers with and without a window are scanned together: then both are computed.
         if not isinstance(use_window, bool):
             frequency = jnp.where(use_window, local, frequency)
         elif use_window:
@@ -323,6 +336,7 @@ def _write(cache: jax.Array, new: jax.Array, slot: CacheSlot) -> tuple[jax.Array
     if slot.layer is None:
         cache = jax.lax.dynamic_update_slice_in_dim(cache, new, slot.offset, axis=2)
         return cache, cache
+    # A stacked cache is [layers, B, K, S, H].
     start = (slot.layer, 0, 0, slot.offset, 0)
     cache = jax.lax.dynamic_update_slice(cache, new[None], start)
     return cache, cache[slot.layer]

@@ -74,12 +74,14 @@ class FinalNorm(nnx.Module):
 def init(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters, the same on every mesh (jit it with out_shardings to create them sharded)."""
     embed_key, head_key, layers_key = jax.random.split(key, 3)
+    # One key per layer of the model, so that the stacks do not change a layer's parameters.
     layer_keys = jax.random.split(layers_key, config.num_layers)
     params: Params = {
         "embed": _init(Embedding, config, embed_key),
         "norm": _init(FinalNorm, config, head_key),
     }
     for name, block, numbers in stacks(config):
+        # vmap stacks the layers along a new first dimension.
         init_block = functools.partial(_init, Block, block)
         params[name] = jax.vmap(init_block)(layer_keys[numbers.start : numbers.stop])
     if not config.tie_embeddings:
@@ -110,6 +112,7 @@ def stacks(config: ModelConfig) -> list[Stack]:
     """The stacks of layers, first to last: one, or two where the first layers have a dense MLP and the others experts."""
     first_dense = config.moe.first_dense
     dense = dataclasses.replace(config, moe=moe.MoEConfig())
+    # Without experts first_dense is 0, and the first stack is empty.
     candidates = [
         ("dense_layers", dense, range(first_dense)),
         ("layers", config, range(first_dense, config.num_layers)),
@@ -201,6 +204,7 @@ def _apply_stack(
 
         return jax.lax.scan(_remat(body, config), x, layers, unroll=config.scan_unroll)
 
+    # Each leaf is [L, ...]; the scan takes one layer of each at a time.
     layers = (params[name], adapters.get(name, {}), jnp.array(windowed))
     return staged(run, layers, x, positions, segment_ids)
 
@@ -245,6 +249,7 @@ def apply_mtp(
     states = []
     loads = []
     for k in range(config.mtp_modules):
+        # a b c d e -> b c d e 0: one token further for each module.
         tokens = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
         module = jax.tree.map(lambda w, k=k: w[k], params["mtp"])
         hidden, load = run(module, hidden, embed(params, config, tokens, positions))
@@ -266,6 +271,7 @@ def routing_loss(
     Returns:
       (float32[], to add to the mean loss of a token; {metric: (sum, weight)}).
     """
+    # These metrics are means over layers already, so each microbatch weighs the same.
     weight = jnp.ones(())
     pairs = jnp.maximum(load.load.sum(-1), 1.0)  # of a token and an expert, [L]
     total = moe.balance(load, layers["mlp"].get("router_bias"), config.moe)
@@ -362,8 +368,9 @@ def embed(
             return constrain_weights(weights, None, "columns")
         return constrain_weights(weights, rows, None)
 
-    x = table("tokens", "vocab")[tokens]
+    x = table("tokens", "vocab")[tokens]  # [B, T, D]
     if config.scale_embeddings:
+        # Rounded to x's type first, as in Gemma's code.
         x = x * jnp.asarray(config.embed_dim**0.5, x.dtype)
     if config.position == "learned":
         x = x + table("positions", "positions")[positions]
