@@ -13,6 +13,7 @@ else in the batch.
 Shapes: B prompts, P prompt positions, R response positions, D model width; rows = B * num_samples.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +87,6 @@ def generate(
     """
     B, P = tokens.shape
     R = sampling.max_new_tokens
-    rows = B * num_samples
     config = decode.decoding_config(config)
     params = decode.unstack(params, config)
     # A prompt keeps its random numbers whatever batch it is in, if the caller numbers it.
@@ -94,59 +94,14 @@ def generate(
     keys = row_keys(key, index, num_samples)
     hidden, cache, segment_ids, lengths = prefill(params, config, tokens, mask, P, num_samples)
     stops = jnp.array(stop_ids, jnp.int32)  # may be empty: then no row ever finishes
-
-    def sample(
-        hidden: jax.Array, step: jax.Array, finished: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(token, its log-probability, finished after it), each [rows]; finished rows get padding."""
-        token, logprob = sample_token(
-            hidden, keys, step, params["unembed"], sampling, config.logit_softcap
-        )
-        token = jnp.where(finished, pad_id, token)
-        stopped = finished | (token[:, None] == stops[None]).any(1)
-        return token, jnp.where(finished, 0.0, logprob), stopped
-
-    def write(buffer: jax.Array, column: jax.Array, step: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(buffer, column[:, None], step, axis=1)
-
-    def decode_one(segment_ids: jax.Array, state: _DecodeState) -> _DecodeState:
-        """Feeds the last token of each row, and samples the next."""
-        step = state.step
-        # The token of step - 1 is fed: it is at offset P + step - 1 of the cache, after `lengths` real prompt tokens.
-        hidden, cache = decode_step(
-            params, config, state.last, lengths + step - 1, segment_ids, state.cache, P + step - 1
-        )
-        # The stop token itself still counts as part of the response.
-        alive = ~state.finished
-        token, logprob, finished = sample(hidden, step, state.finished)
-        return _DecodeState(
-            step=step + 1,
-            tokens=write(state.tokens, token, step),
-            mask=write(state.mask, alive, step),
-            logprobs=write(state.logprobs, logprob, step),
-            finished=finished,
-            last=token,
-            cache=cache,
-        )
-
-    # The first token comes from the prefill; it is not in the cache until the first decode step.
-    first = jnp.zeros((), jnp.int32)
-    token, logprob, finished = sample(hidden, first, jnp.zeros(rows, bool))
-    state = _DecodeState(
-        step=first + 1,
-        tokens=write(jnp.full((rows, R), pad_id, jnp.int32), token, first),
-        mask=write(jnp.zeros((rows, R), bool), jnp.ones(rows, bool), first),
-        logprobs=write(jnp.zeros((rows, R), jnp.float32), logprob, first),
-        finished=finished,
-        last=token,
-        cache=cache,
-    )
+    decoder = _Decoder(params, config, sampling, keys, lengths, P, stops, pad_id)
+    state = decoder.start(hidden, cache)
     # One compiled loop for each size of the cache. The segments of new positions are 1, as of every response token.
     for end in _cache_ends(R):
         growth = P + end - segment_ids.shape[1]
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, growth)), constant_values=1)
         state = state._replace(cache=decode.grow_cache(state.cache, growth))
-        state = _decode_until(end, functools.partial(decode_one, segment_ids), state)
+        state = decoder.decode_until(end, segment_ids, state)
     prompts = jnp.repeat(tokens, num_samples, axis=0)
     return Rollout(
         tokens=jnp.concatenate([prompts, state.tokens], axis=1),
@@ -157,20 +112,87 @@ def generate(
     )
 
 
-def _decode_until(
-    end: int, decode_one: Callable[[_DecodeState], _DecodeState], state: _DecodeState
-) -> _DecodeState:
-    """Decodes until responses have `end` tokens or every row is finished."""
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+    """What all steps of the decode loop share."""
 
-    def unfinished(state: _DecodeState) -> jax.Array:
-        return (state.step < end) & ~state.finished.all()
+    params: Any  # from `decode.unstack`
+    config: ModelConfig  # from `decode.decoding_config`
+    sampling: SamplingConfig
+    keys: jax.Array  # of the rows, [rows]
+    lengths: jax.Array  # int32[rows]: number of prompt tokens
+    prompt_length: int  # P, padding included
+    stops: jax.Array  # int32[number of stop tokens]
+    pad_id: int
 
-    def decode_several(state: _DecodeState) -> _DecodeState:
-        # The inner loop has no condition, so that devices need not agree after every step.
-        count = jnp.minimum(_CHECK_EVERY, end - state.step)
-        return jax.lax.fori_loop(0, count, lambda _, state: decode_one(state), state)
+    def sample(
+        self, hidden: jax.Array, step: jax.Array, finished: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(token, its log-probability, finished after it), each [rows]; finished rows get padding."""
+        unembed = self.params["unembed"]
+        token, logprob = sample_token(
+            hidden, self.keys, step, unembed, self.sampling, self.config.logit_softcap
+        )
+        token = jnp.where(finished, self.pad_id, token)
+        stopped = finished | (token[:, None] == self.stops[None]).any(1)
+        return token, jnp.where(finished, 0.0, logprob), stopped
 
-    return jax.lax.while_loop(unfinished, decode_several, state)
+    def start(self, hidden: jax.Array, cache: KVCache) -> _DecodeState:
+        """Samples the first token from the hidden states [rows, D] of the prefill."""
+        rows = len(hidden)
+        R = self.sampling.max_new_tokens
+        first = jnp.zeros((), jnp.int32)
+        token, logprob, finished = self.sample(hidden, first, jnp.zeros(rows, bool))
+        return _DecodeState(
+            step=first + 1,
+            tokens=_write(jnp.full((rows, R), self.pad_id, jnp.int32), token, first),
+            mask=_write(jnp.zeros((rows, R), bool), jnp.ones(rows, bool), first),
+            logprobs=_write(jnp.zeros((rows, R), jnp.float32), logprob, first),
+            finished=finished,
+            last=token,
+            cache=cache,
+        )
+
+    def decode_until(self, end: int, segment_ids: jax.Array, state: _DecodeState) -> _DecodeState:
+        """Decodes until responses have `end` tokens or every row is finished."""
+
+        def unfinished(state: _DecodeState) -> jax.Array:
+            return (state.step < end) & ~state.finished.all()
+
+        def decode_several(state: _DecodeState) -> _DecodeState:
+            # The inner loop has no condition, so that devices need not agree after every step.
+            count = jnp.minimum(_CHECK_EVERY, end - state.step)
+            decode_one = lambda _, state: self.decode_one(segment_ids, state)
+            return jax.lax.fori_loop(0, count, decode_one, state)
+
+        return jax.lax.while_loop(unfinished, decode_several, state)
+
+    def decode_one(self, segment_ids: jax.Array, state: _DecodeState) -> _DecodeState:
+        """Feeds the last token of each row, and samples the next."""
+        step = state.step
+        # The token of step - 1 is fed. Before it are P positions of the cache, and `lengths` real prompt tokens.
+        position = self.lengths + step - 1
+        offset = self.prompt_length + step - 1
+        hidden, cache = decode_step(
+            self.params, self.config, state.last, position, segment_ids, state.cache, offset
+        )
+        # The stop token itself still counts as part of the response.
+        alive = ~state.finished
+        token, logprob, finished = self.sample(hidden, step, state.finished)
+        return _DecodeState(
+            step=step + 1,
+            tokens=_write(state.tokens, token, step),
+            mask=_write(state.mask, alive, step),
+            logprobs=_write(state.logprobs, logprob, step),
+            finished=finished,
+            last=token,
+            cache=cache,
+        )
+
+
+def _write(buffer: jax.Array, column: jax.Array, step: jax.Array) -> jax.Array:
+    """Writes column [rows] into buffer [rows, R] at a step."""
+    return jax.lax.dynamic_update_slice_in_dim(buffer, column[:, None], step, axis=1)
 
 
 def _cache_ends(R: int) -> list[int]:

@@ -86,7 +86,7 @@ def tpu_attention(
             out_specs=queries,
             check_vma=False,
         )
-    # The kernel has no scale of its own; it wants heads before tokens.
+    # The kernel does not scale the scores, and wants heads before tokens.
     out = attend(
         kernel,
         _swap_heads(q * np.asarray(rows.scale, q.dtype)),
