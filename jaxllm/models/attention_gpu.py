@@ -38,7 +38,8 @@ def _refusal(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any) -> str
     The only way to ask is to compile the forward and the backward pass. Caught are
 
     - NotImplementedError (a RuntimeError): JAX's own checks of head size, length and GPU against cuDNN's documentation;
-    - RuntimeError that names cuDNN: it is not installed, or, from XLA, its planner has no kernel for the shape.
+    - RuntimeError whose text names cuDNN ("cuDNN", "cudnn_frontend", "cuda_dnn.cc"): it is not installed, or, from XLA,
+      its planner has no kernel for the shape.
 
     Any other error is not a refusal and is raised, such as the compiler running out of memory. So is ValueError, which
     JAX raises for arrays that do not fit together.
@@ -47,11 +48,11 @@ def _refusal(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any) -> str
     try:
         _compile(queries, keys, dtype)
     except RuntimeError as error:
-        if not isinstance(error, NotImplementedError) and "cudnn" not in str(error).lower():
+        if not isinstance(error, NotImplementedError) and "dnn" not in str(error).lower():
             raise
         reason = str(error).partition("\n")[0]
         print(
-            f"attention: XLA's, which holds all scores; cuDNN does not take {queries}: {reason}",
+            f"attention: cuDNN does not support {queries}: {reason}; using XLA's, which holds all scores",
             file=sys.stderr,
         )
         return reason

@@ -56,7 +56,7 @@ class MLP(nnx.Module):
         # Blocks save memory only where the activations are not kept anyway.
         count = _num_blocks(weights["up"].shape[1]) if self.config.recomputes else 1
         y = self._in_blocks(x, weights, count) if count > 1 else self._hidden_units(x, weights)
-        return y + expand_like(self.down_bias, y) if self.config.bias else y
+        return y + expand_like(self.down_bias[...], y) if self.config.bias else y
 
     def _hidden_units(self, x: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
         """x [B, T, D] through some of the F hidden units: gate, up [D, F], their biases [F], down [F, D]."""
@@ -66,7 +66,7 @@ class MLP(nnx.Module):
             # Parameters are float32; products are in the type of the activations.
             y = jnp.einsum("btd,df->btf", x, weights[name].astype(x.dtype))
             bias = weights.get(f"{name}_bias")
-            return y if bias is None else y + bias.astype(y.dtype)[None, None]
+            return y if bias is None else y + expand_like(bias, y)
 
         if self.gated:
             hidden = activation(project("gate")) * project("up")

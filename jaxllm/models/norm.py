@@ -33,7 +33,7 @@ class Norm(nnx.Module):
         if self.centers:
             y = y - y.mean(dims, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(dims, keepdims=True) + self.eps)
-        y = y * (self.offset + expand_like(self.scale, y))
+        y = y * (self.offset + expand_like(self.scale[...], y))
         if self.centers:
-            y = y + expand_like(self.bias, y)
+            y = y + expand_like(self.bias[...], y)
         return y.astype(x.dtype)

@@ -59,9 +59,8 @@ def constant(value: float, **axes: int) -> nnx.Param:
     return nnx.Param(array, axes=Axes(axes, decays=False))
 
 
-def expand_like(param: nnx.Param, x: jax.Array) -> jax.Array:
+def expand_like(value: jax.Array, x: jax.Array) -> jax.Array:
     """A parameter over the last dimensions of x, in x's dtype and with leading dimensions of size 1."""
-    value = param[...]
     # Explicit, since the tests forbid NumPy's implicit rank promotion.
     leading = (1,) * (x.ndim - value.ndim)
     return value.astype(x.dtype).reshape(leading + value.shape)

@@ -116,9 +116,9 @@ class Attention(nnx.Module):
         k = _to_heads(x, self.k)
         v = _to_heads(x, self.v)
         if self.config.bias or self.config.qkv_bias:
-            q = q + expand_like(self.q_bias, q)
-            k = k + expand_like(self.k_bias, k)
-            v = v + expand_like(self.v_bias, v)
+            q = q + expand_like(self.q_bias[...], q)
+            k = k + expand_like(self.k_bias[...], k)
+            v = v + expand_like(self.v_bias[...], v)
         if self.config.qk_norm != "none":
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -135,7 +135,7 @@ class Attention(nnx.Module):
     def _project(self, y: jax.Array) -> jax.Array:
         """Heads [B, T, N, H] -> [B, T, D]."""
         y = _merge_heads(y, self.out)
-        return y + expand_like(self.out_bias, y) if self.config.bias else y
+        return y + expand_like(self.out_bias[...], y) if self.config.bias else y
 
 
 class LatentAttention(nnx.Module):

@@ -324,13 +324,15 @@ def flops_per_token(config: ModelConfig, length: int, *, scored: bool = True) ->
     sizes = 2 * c.head_dim
     if c.mla.kv_rank:
         sizes = c.mla.nope_dim + c.mla.rope_dim + c.mla.value_dim
-    # Twice the mean number of keys that a query of the layer sees.
-    seen = 0.0
-    for layer in range(c.num_layers + c.mtp_modules):
-        has_window = c.windowed(layer) and c.window < length
-        beyond = (length - c.window) ** 2 / length if has_window else 0
-        seen += length - beyond
-    return 6.0 * matrices + 3.0 * c.num_heads * sizes * seen
+
+    def seen(layer: int) -> float:
+        """Twice the mean number of keys that a query of the layer sees."""
+        if not c.windowed(layer) or c.window >= length:
+            return length
+        return length - (length - c.window) ** 2 / length
+
+    keys = sum(map(seen, range(c.num_layers + c.mtp_modules)))
+    return 6.0 * matrices + 3.0 * c.num_heads * sizes * keys
 
 
 @functools.cache

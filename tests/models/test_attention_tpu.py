@@ -152,7 +152,7 @@ def test_where_cudnn_refuses_it_is_said_once_and_xla_takes_over(monkeypatch, cap
     said = capsys.readouterr().err
     assert (
         said.count("\n") == 1
-        and "cuDNN does not take (1, 256, 2, 64): cuDNN is not detected" in said
+        and "cuDNN does not support (1, 256, 2, 64): cuDNN is not detected" in said
     )
 
 
