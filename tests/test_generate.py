@@ -58,12 +58,14 @@ def test_sampler_logprobs_equal_the_trainers(model_and_params, temperature):
 )
 def test_a_growing_cache_on_any_mesh_gives_the_trainers_logprobs(model_and_params, mesh):
     model, params = model_and_params
-    length, sampling, places = 80, SamplingConfig(80, 0.8), make_mesh(mesh)
+    length = 80
+    sampling = SamplingConfig(length, 0.8)
+    mesh = make_mesh(mesh)
     assert len(g._cache_ends(length)) == 3
-    with jax.set_mesh(places):
-        placed = jax.device_put(params, param_shardings(places, params, transformer.axes(model)))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, param_shardings(mesh, params, transformer.axes(model)))
         rows = [
-            jax.device_put(x, activation(places, "batch", None))
+            jax.device_put(x, activation(mesh, "batch", None))
             for x in rollouts.left_pad(PROMPTS, 9, PAD)
         ]
         run = g.jitted(model, sampling, (), PAD, 1)
@@ -151,7 +153,7 @@ LATENT = dataclasses.replace(
 def test_layers_in_a_loop_decode_what_single_ones_do(model, monkeypatch):
     params = transformer.init(model, jax.random.key(0))
 
-    def draw():
+    def sample():
         tokens, mask = (jnp.array(x) for x in rollouts.left_pad(PROMPTS, 8, PAD))
         settings = {
             "sampling": SamplingConfig(10),
@@ -163,16 +165,16 @@ def test_layers_in_a_loop_decode_what_single_ones_do(model, monkeypatch):
             params, tokens=tokens, mask=mask, key=jax.random.key(0)
         )
 
-    single = draw()
+    single = sample()
     assert len(decode.decoded_groups(model)) == model.num_layers
     monkeypatch.setattr(decode, "platform", lambda: "tpu")
     assert len(decode.decoded_groups(model)) == len(transformer.stacks(model)) < model.num_layers
-    looped = draw()
+    looped = sample()
     np.testing.assert_array_equal(single.tokens, looped.tokens)
     np.testing.assert_allclose(single.logprobs, looped.logprobs, atol=1e-5)
 
 
-def test_stream_draws_what_the_batch_draws(model_and_params):
+def test_a_stream_samples_what_a_batch_samples(model_and_params):
     model, params = model_and_params
     sampling = SamplingConfig(10, 0.8)
     batch = rollouts.completions(
@@ -214,7 +216,7 @@ def test_top_k_and_top_p_keep_the_right_tokens():
     assert kept(0, 1.0) == [True] * 4
 
 
-def test_the_sampler_draws_from_the_softmax():
+def test_the_sampler_samples_from_the_softmax():
     """Frequencies of the first token over many samples agree with the model's own probabilities."""
     model, n = LLAMA, 4000
     params = transformer.init(model, jax.random.key(0))
@@ -249,7 +251,7 @@ def test_prompt_longer_than_the_context_is_one_clear_line():
         g.check_lengths(LLAMA, 90, SamplingConfig(10))
 
 
-def test_going_on_in_the_middle_gives_the_same_completions():
+def test_resuming_in_the_middle_gives_the_same_completions():
     params = transformer.init(LLAMA, jax.random.key(0))
     mesh = make_mesh(MeshConfig())
     settings = {

@@ -128,6 +128,7 @@ def gpu_attention(
         return out[..., : v.shape[-1]]
 
     positions = jnp.arange(q.shape[1]) if rows.q_order is None else jnp.array(rows.q_order)
+    # cuDNN's call cannot be partitioned by XLA along queries, so each device calls it on its part.
     if not jax.sharding.get_abstract_mesh().empty:
         # Every device needs all keys of its rows, but only its own part of the queries.
         queries = spec(("batch", "seq", "heads", None), ACT_RULES)

@@ -161,6 +161,7 @@ class ModelConfig:
         name = tree.get("preset") or ""
         if not isinstance(name, str) or (name and name not in PRESETS):
             raise ValueError(f"preset: {name!r} is unknown; known: {', '.join(PRESETS)}")
+        # Nested sections merge field by field: `moe: {aux_coef: 0.01}` keeps the preset's experts.
         return merge(PRESETS.get(name, {}), tree)
 
     def windowed(self, layer: int) -> bool:
@@ -196,12 +197,14 @@ class ModelConfig:
     @property
     def score_scale(self) -> float:
         """Factor of the attention scores."""
+        # The size of a key: in latent attention that of both of its parts.
         size = self.mla.nope_dim + self.mla.rope_dim if self.mla.kv_rank else self.head_dim
         return (self.attention_scale or size**-0.5) * self.rope_scaling.score_scale
 
     @property
     def residual_init_std(self) -> float:
         """Standard deviation of the initial weights of projections into the residual stream (GPT-2)."""
+        # 2 L sublayers add to the residual stream; together they add the variance of one.
         return self.init_std / math.sqrt(2 * self.num_layers)
 
     @property

@@ -70,6 +70,7 @@ def unstack(params: Params, config: ModelConfig) -> Params:
         """Casts matrices; norms and biases stay float32."""
         return x.astype(config.compute_dtype) if x.ndim > 1 + stacked else x
 
+    # Layers are numbered over both stacks, and indexed within their own.
     first = {name: numbers.start for name, _, numbers in stacks(config)}
 
     def group(name: str, numbers: range) -> Params:

@@ -190,6 +190,7 @@ class Block(nnx.Module):
         return x, cache
 
     def _add_mlp(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
+        # Only experts must know the padding: elsewhere its results are ignored later.
         y = self._before(x, "mlp")
         if isinstance(self.mlp, Experts):
             y, load = self.mlp(y, mask)

@@ -83,6 +83,7 @@ def place_frozen(config: LoRAConfig, placed: Any, everywhere: Any) -> Any:
     shardings = {path: leaf.sharding for path, leaf in leaves}
 
     def with_sharding(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        # Only the scale of the adapters is not among `placed`.
         sharding = shardings.get(path, everywhere)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

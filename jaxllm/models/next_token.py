@@ -56,6 +56,7 @@ def loss(
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     hidden, load = transformer.apply_routed(params, model, tokens, segment_ids, batch["positions"])
     targets, mask = losses.next_token_targets(tokens, segment_ids, batch["loss_mask"])
+    # At every position, also those without a target: the mask removes them from the sums.
     stats = _score(params, model, hidden, targets)
     total, weight, metrics = losses.language_model(stats, mask, z_loss_coef)
     if load:

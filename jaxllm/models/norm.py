@@ -29,6 +29,7 @@ class Norm(nnx.Module):
         """Normalizes x [..., *axes]; returns the same shape and dtype."""
         # In bfloat16 the mean of squares would lose most of its digits.
         y = x.astype(jnp.float32)
+        # The dimensions that the scale has.
         dims = tuple(range(-self.rank, 0))
         if self.centers:
             y = y - y.mean(dims, keepdims=True)

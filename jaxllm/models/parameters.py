@@ -55,6 +55,7 @@ def normal(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
 
 def constant(value: float, **axes: int) -> nnx.Param:
     """A float32 parameter that starts at `value`, without weight decay: the scale of a norm, or a bias."""
+    # One value for all elements, so no key is used: adding a bias changes no other parameter.
     array = jnp.full(tuple(axes.values()), value, jnp.float32)
     return nnx.Param(array, axes=Axes(axes, decays=False))
 

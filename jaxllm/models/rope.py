@@ -72,6 +72,7 @@ def frequencies(size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     plain = theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
     if scaling.kind == "none":
         return plain.astype(np.float32)
+    # To divide positions by the factor is to divide frequencies by it.
     if scaling.kind == "linear":
         return (plain / scaling.factor).astype(np.float32)
     if scaling.kind == "llama3":

@@ -30,6 +30,7 @@ def init(trunk: Any, config: ModelConfig, key: jax.Array) -> Any:
 
 def axes(config: ModelConfig) -> Any:
     """The `Axes` of every parameter, a tree like that of `init`."""
+    # "norm", which no rule shards: the head is small.
     head = {"kernel": Axes(("norm",), decays=True), "bias": Axes((), decays=False)}
     return {"trunk": transformer.axes(config), "head": head}
 

@@ -76,6 +76,7 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     embed_key, head_key, layers_key = jax.random.split(key, 3)
     # One key per layer of the model, so that the stacks do not change a layer's parameters.
     layer_keys = jax.random.split(layers_key, config.num_layers)
+    # The final norm has no random numbers, so it can share the key of the head.
     params: Params = {
         "embed": _init(Embedding, config, embed_key),
         "norm": _init(FinalNorm, config, head_key),
@@ -300,6 +301,7 @@ def grow_vocab(params: Params, vocab_size: int) -> Params:
         rows = jnp.broadcast_to(table.mean(0, keepdims=True), (missing, table.shape[1]))
         return jnp.concatenate([table, rows])
 
+    # Until it is trained, a new token is like the average one.
     grown = dict(params)
     for name in ("embed", "head"):
         if name in params:
@@ -319,6 +321,7 @@ def flops_per_token(config: ModelConfig, length: int, *, scored: bool = True) ->
     matrices = num_heads * c.vocab_size * c.embed_dim
     for _, block, numbers in stacks(c):
         matrices += len(numbers) * _matrix_parameters(block)
+    # A module projects 2 D to D before its block.
     matrices += c.mtp_modules * (_matrix_parameters(c) + 2 * c.embed_dim**2)
     # Sizes of a key and of a value, which scores and their product with the values need.
     sizes = 2 * c.head_dim
@@ -430,5 +433,6 @@ def _axes(module: type, config: ModelConfig) -> Params:
         return variable.get_metadata()["axes"]
 
     _, state = _definition(module, config)
+    # Of a state, whose leaves would be arrays, the variables around them are wanted.
     is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
     return nnx.to_pure_dict(jax.tree.map(read, state, is_leaf=is_variable))

@@ -137,7 +137,7 @@ PACKED = {name: jnp.concatenate([SEGMENTS] * 2) for name in ("q_segment_ids", "k
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
-def test_where_cudnn_refuses_it_is_said_once_and_xla_takes_over(monkeypatch, capsys):
+def test_where_cudnn_refuses_the_reason_is_printed_once_and_xla_takes_over(monkeypatch, capsys):
     monkeypatch.setattr(
         "jax._src.cudnn.fused_attention_stablehlo.cuda_versions", None
     )  # CUDA may be installed
@@ -149,10 +149,10 @@ def test_where_cudnn_refuses_it_is_said_once_and_xla_takes_over(monkeypatch, cap
     with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
         for _ in range(2):
             np.testing.assert_array_equal(np.asarray(run(*arrays)), want)
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        said.count("\n") == 1
-        and "cuDNN does not support (1, 256, 2, 64): cuDNN is not detected" in said
+        printed.count("\n") == 1
+        and "cuDNN does not support (1, 256, 2, 64): cuDNN is not detected" in printed
     )
 
 

@@ -218,7 +218,7 @@ def test_fifty_steps_equal_a_plain_pytorch_loop(case):
         state = placed.init(jax.tree.map(jnp.copy, params))
         run = functools.partial(loss, model=model)
         step = train.make_step(run, tx, state_shardings=placed.shardings)
-        ones, places = (
+        ones, positions = (
             np.ones((BATCH, LENGTH), np.int32),
             np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1)),
         )
@@ -226,7 +226,7 @@ def test_fifty_steps_equal_a_plain_pytorch_loop(case):
             batch = {
                 "tokens": tokens(100 + number, BATCH),
                 "segment_ids": ones,
-                "positions": places,
+                "positions": positions,
                 "loss_mask": ones > 0,
             }
             state, metrics = step(state, batch, base={})

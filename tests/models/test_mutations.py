@@ -32,7 +32,7 @@ def leaves(change):
 
 
 def interleaved_rotary(model, params, patch):
-    """Pairs side by side in place of halves."""
+    """Pairs side by side instead of halves."""
     half_split = self_attention.rope
 
     def rope(x, **how):
@@ -69,12 +69,12 @@ def transposed_kv_heads(stack):
 
 
 def tied_head(model, params, patch):
-    """The embedding's table where the file has a head of its own."""
+    """The embedding's table where the file has its own head."""
     return model, {name: value for name, value in params.items() if name != "head"}
 
 
 def choose_then_softmax(model, params, patch):
-    """Softmax over the chosen experts alone, in place of the share of all experts."""
+    """Softmax over the chosen experts alone, instead of the share of all experts."""
     return of_moe(normalise=True)(model, params, patch)
 
 
@@ -101,9 +101,9 @@ MUTATIONS = {
     "window off by one in local layers": ("gemma3", off_by_one),
     "local and global layers swapped": ("gemma2", config(global_every=0)),
     "one rotary base for local and global layers": ("gemma3", config(local_rope_theta=0.0)),
-    "weights of the chosen not normalised": ("qwen3_moe", softmax_then_choose),
+    "weights of the chosen not normalized": ("qwen3_moe", softmax_then_choose),
     "softmax over all experts, then the choice": ("mixtral", softmax_then_choose),
-    "choices normalised": ("deepseek_v2", choose_then_softmax),
+    "choices normalized": ("deepseek_v2", choose_then_softmax),
     "experts not chosen by groups": ("deepseek_v3", of_moe(num_groups=1, groups_per_token=1)),
     "routed experts not scaled": ("deepseek_v3", of_moe(scale=1.0)),
     "context not stretched": ("llama3", config(rope_scaling=NO_SCALING)),
