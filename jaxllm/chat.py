@@ -9,10 +9,12 @@ from typing import Any, TextIO
 import jax
 
 from jaxllm.config import InputError
-from jaxllm.generate import Completion, SamplingConfig, complete, stream
-from jaxllm.models import scalar, transformer
+from jaxllm.generate import SamplingConfig, complete
+from jaxllm.models import decode, scalar
 from jaxllm.models.config import ModelConfig
+from jaxllm.rollouts import Completion
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.streaming import stream
 from jaxllm.tokenizers.trained import StreamDecoder, Tokenizer
 from jaxllm.workspace import load_model, load_policy
 
@@ -133,7 +135,7 @@ def converse(
     # A template may refuse the system message: find out before the user has typed anything.
     tokenizer.encode_chat([*opening, {"role": "user", "content": "?"}], reply=True)
     # Once for the whole conversation: decoding a token needs the layers' parameters one by one.
-    params = jax.jit(lambda p: transformer.unstack(p, transformer.decoding(model)))(params)
+    params = jax.jit(lambda p: decode.unstack(p, decode.decoding_config(model)))(params)
     _note("Chat with the model. /reset starts a new conversation, /quit or end of input ends.")
     messages = list(opening)
     with jax.set_mesh(mesh):

@@ -1,7 +1,9 @@
-"""Losses and estimators: pure functions of arrays that know no model.
+"""Losses and estimators: pure functions of arrays, independent of any model.
 
-A loss returns (sum, weight, {name: (sum, weight)}), never a mean: sums are added over microbatches and devices
-in float32 and divided once. Shapes: B batch, T positions, R response positions, K responses of a prompt.
+A loss returns (sum, weight, {name: (sum, weight)}), never a mean: sums are added over microbatches and devices in
+float32 and divided once.
+
+Shapes: B rows (or prompts), T positions, D model width, V vocabulary, R response positions, K responses to a prompt.
 """
 
 from typing import Any, NamedTuple
@@ -12,21 +14,31 @@ from jax import Array
 
 from jaxllm.sharding import constrain_scored, constrain_weights, in_blocks, memories, mesh_size
 
-Pair = tuple[Array, Array]  # (sum, weight)
+Pair = tuple[Array, Array]  # (sum, weight), each float32[]
 Metrics = dict[str, Pair]
-Loss = tuple[Array, Array, Metrics]
+Loss = tuple[Array, Array, Metrics]  # (sum, weight, metrics); the loss is sum / weight
 
 # Logits of one block, float32 elements in one memory: 256 MiB. Larger batches are scored in more blocks.
 _BLOCK_ELEMENTS = 1 << 26
 
 
 class TokenStats(NamedTuple):
-    """What the loss needs of the logits of every position, each float32[B, T]."""
+    """What losses need of the logits at every position, each float32[B, T]."""
 
     logprob: Array  # log p(target)
     logsumexp: Array  # log of the partition function
-    entropy: Array  # nats
-    top: Array  # log p of the likeliest token: greedy decoding takes the target where it has this
+    entropy: Array  # in nats
+    # log p of the most likely token; greedy decoding takes the target where logprob equals it
+    top: Array
+
+
+class _BlockStats(NamedTuple):
+    """Statistics of one block of the vocabulary, each float32[B, T]."""
+
+    top: Array  # the largest logit
+    total: Array  # sum of exp(logits - top)
+    weighted: Array  # sum of exp(logits - top) * (logits - top)
+    target: Array  # the target's logit; 0 where the target is in another block
 
 
 def token_logprobs(
@@ -38,103 +50,129 @@ def token_logprobs(
     cap: float = 0.0,
     block_elements: int = 0,
 ) -> TokenStats:
-    """Log-probabilities of targets int32[B, T] under softmax(softcap(hidden @ head.T, cap) / temperature).
+    """Log-probabilities of targets under softmax(softcap(hidden @ head.T, cap) / temperature).
 
-    hidden: [B, T, D]; head: float32[V, D]. The vocabulary is gone through in blocks, whose logits are recomputed in the
-    backward pass, so that [B, T, V] never exists; on a mesh each block of the head is gathered, and its gradient
-    reduced, once a pass. The only log-probability code: training, evaluation, the reference's KL and PPO's ratio all
-    come here.
+    The vocabulary is processed in blocks whose logits are recomputed in the backward pass, so that [B, T, V] never
+    exists. On a mesh each block of the head is gathered once per pass, and its gradient reduced once. This is the only
+    code for log-probabilities: training, evaluation, the reference's KL and PPO's ratio all call it.
+
+    hidden: [B, T, D]; head: float32[V, D]; targets: int32[B, T]; block_elements: most logits in a block over all devices,
+    0: _BLOCK_ELEMENTS for each memory.
     """
-    (B, T, _), V = hidden.shape, head.shape[0]
-    count, length = _blocks(V, -(-B * T * V // (block_elements or _BLOCK_ELEMENTS * memories())))
-    numbers = jnp.arange(length, dtype=jnp.int32)
-    wide = constrain_scored(hidden).astype(
-        jnp.float32
-    )  # so that its gradient is summed over blocks in float32
+    B, T, _ = hidden.shape
+    V = head.shape[0]
+    limit = block_elements or _BLOCK_ELEMENTS * memories()
+    # The vocabulary is padded to `length` entries in `count` blocks.
+    count, length = _blocks(V, -(-B * T * V // limit))
+    token_ids = jnp.arange(length, dtype=jnp.int32)
+    # In float32, so that the gradient of the hidden states is summed over blocks in float32.
+    wide = constrain_scored(hidden).astype(jnp.float32)
 
-    def score(block: Array, numbers: Array) -> _Block:
+    def score(block: Array, block_ids: Array) -> _BlockStats:
+        """block: [V / count, D], rows of the head; block_ids: int32[V / count], their token ids."""
         weights = block.astype(hidden.dtype)
         logits = jnp.einsum(
             "btd,vd->btv", wide.astype(hidden.dtype), weights, preferred_element_type=jnp.float32
         )
         logits = softcap(logits, cap) / temperature
         if length > V:
-            logits = jnp.where(numbers[None, None] < V, logits, -1e30)
-        return _block(logits, numbers[None, None] == targets[..., None])
+            # Rows of padding get probability 0. Not -inf, of which a block of padding alone would make NaN.
+            logits = jnp.where(block_ids[None, None] < V, logits, -1e30)
+        return _block_stats(logits, block_ids[None, None] == targets[..., None])
 
     if count == 1:
-        return _softmax(jax.tree.map(lambda x: x[None], score(head, numbers)))
+        # Nothing is recomputed: the logits are small enough to keep for the backward pass.
+        return _combine(jax.tree.map(lambda x: x[None], score(head, token_ids)))
     head = constrain_weights(jnp.pad(head, ((0, length - V), (0, 0))), "vocab", "embed")
-    blocks = (in_blocks(head, 0, count), in_blocks(numbers, 0, count))
-    one = jax.checkpoint(score, prevent_cse=False)
-    return _softmax(jax.lax.scan(lambda _, block: (None, one(*block)), None, blocks)[1])
+    blocks = (in_blocks(head, 0, count), in_blocks(token_ids, 0, count))
+    score = jax.checkpoint(score, prevent_cse=False)
+    _, stats = jax.lax.scan(lambda _, block: (None, score(*block)), None, blocks)
+    return _combine(stats)
 
 
 def _blocks(vocab_size: int, wanted: int) -> tuple[int, int]:
-    """(how many, entries of all): as many as wanted, up to twice as many where those cut the vocabulary evenly."""
-    wanted, shards = min(max(wanted, 1), vocab_size), mesh_size("tensor")
-    count = next(
-        (n for n in range(wanted, 2 * wanted + 1) if vocab_size % (n * shards) == 0), wanted
-    )
+    """(number of blocks: as wanted, or up to twice as many if those divide the vocabulary evenly; padded vocabulary)."""
+    shards = mesh_size("tensor")
+    wanted = min(max(wanted, 1), vocab_size)
+    even = (n for n in range(wanted, 2 * wanted + 1) if vocab_size % (n * shards) == 0)
+    count = next(even, wanted)
     return count, -(-vocab_size // (count * shards)) * count * shards
 
 
-class _Block(NamedTuple):
-    """Of logits float32[B, T, V / blocks], each float32[B, T]."""
-
-    top: Array  # the largest
-    total: Array  # sum of exp(logits - top)
-    mean: Array  # sum of exp(logits - top) * (logits - top)
-    target: Array  # the target's logit, 0 where it is in another block
-
-
-def _block(logits: Array, chosen: Array) -> _Block:
-    """chosen: bool[B, T, V / blocks], True at the target."""
+def _block_stats(logits: Array, is_target: Array) -> _BlockStats:
+    """logits: float32[B, T, V / count]; is_target: bool of that shape, True at the target."""
+    # Subtracting the largest logit changes no result, so it needs no gradient.
     top = jax.lax.stop_gradient(logits.max(-1))
-    below = logits - top[..., None]
+    below = logits - top[..., None]  # at most 0, so that exp cannot overflow
     exp = jnp.exp(below)
-    return _Block(top, exp.sum(-1), (exp * below).sum(-1), jnp.where(chosen, logits, 0.0).sum(-1))
+    return _BlockStats(
+        top=top,
+        total=exp.sum(-1),
+        weighted=(exp * below).sum(-1),
+        target=jnp.where(is_target, logits, 0.0).sum(-1),
+    )
 
 
-def _softmax(blocks: _Block) -> TokenStats:
-    """The softmax over all blocks, [blocks, B, T] each."""
+def _combine(blocks: _BlockStats) -> TokenStats:
+    """Statistics of the softmax over all blocks, from arrays [count, B, T].
+
+    With z the logits less their maximum: entropy = log sum exp(z) - sum exp(z) z / sum exp(z).
+    """
     top = blocks.top.max(0)
+    # Each block's sums are relative to its own largest logit; `share` makes them relative to the largest of all.
     below = blocks.top - top[None]
     share = jnp.exp(below)
     total = (share * blocks.total).sum(0)
-    mean = (share * (blocks.mean + blocks.total * below)).sum(0) / total
-    log_total, target = jnp.log(total), blocks.target.sum(0)
-    return TokenStats(target - top - log_total, log_total + top, log_total - mean, -log_total)
+    mean = (share * (blocks.weighted + blocks.total * below)).sum(0) / total
+    log_total = jnp.log(total)
+    target = blocks.target.sum(0)
+    return TokenStats(
+        logprob=target - top - log_total,
+        logsumexp=log_total + top,
+        entropy=log_total - mean,
+        top=-log_total,
+    )
 
 
 def softcap(logits: Array, cap: float) -> Array:
-    """cap * tanh(logits / cap) (Gemma 2, section 2); cap 0: as they are."""
+    """cap * tanh(logits / cap) (Gemma 2, section 2), for logits of any shape; cap 0: unchanged."""
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 def next_token_targets(
-    tokens: Array, segment_ids: Array, loss_mask: Array, ahead: int = 1
+    tokens: Array, segment_ids: Array, loss_mask: Array, distance: int = 1
 ) -> tuple[Array, Array]:
-    """The one place where targets are shifted: position t predicts token t + ahead of its segment.
+    """Shifts tokens to targets: position t predicts token t + distance of its segment. No other code shifts targets.
 
-    tokens, segment_ids: int32[B, T]; loss_mask: bool[B, T], True where a token may be a target. Returns targets
-    int32[B, T] and mask bool[B, T]. Five places, two segments, everything may be learnt:
+    Five positions, two segments, the loss on every token:
 
         tokens   a b | c d e      targets  b c d e -      mask  1 . 1 1 .
+
+    Position 1 predicts nothing: the next token is another document's. tokens, segment_ids (0: padding): int32[B, T];
+    loss_mask: bool[B, T], True where a token may be a target. Returns (int32[B, T], bool[B, T]).
     """
-    shift = lambda x: jnp.pad(x[:, ahead:], ((0, 0), (0, ahead)))
+
+    def shift(x: Array) -> Array:
+        return jnp.pad(x[:, distance:], ((0, 0), (0, distance)))
+
+    # The zeros that are shifted in are padding, so the last positions of a row predict nothing.
     mask = (shift(segment_ids) == segment_ids) & (segment_ids > 0) & shift(loss_mask)
     return shift(tokens), mask
 
 
 def language_model(stats: TokenStats, mask: Array, z_loss_coef: float = 0.0) -> Loss:
-    """Next-token cross entropy, plus z_loss_coef * logsumexp^2 (PaLM, Chowdhery et al. 2022, section 5)."""
+    """Next-token cross entropy, plus z_loss_coef * logsumexp^2 (PaLM, Chowdhery et al. 2022, section 5).
+
+    stats: of the targets, float32[B, T]; mask: bool[B, T], True where there is a target.
+    """
     weight = mask.astype(jnp.float32)
-    nats, count = -(stats.logprob * weight).sum(), weight.sum()
+    nats = -(stats.logprob * weight).sum()
+    count = weight.sum()
     z = (jnp.square(stats.logsumexp) * weight).sum()
-    metrics = {"loss": (nats, count)} | (
-        {"z_loss": (z_loss_coef * z, count)} if z_loss_coef else {}
-    )
+    # The loss as a metric is without z-loss, so that runs can be compared.
+    metrics: Metrics = {"loss": (nats, count)}
+    if z_loss_coef:
+        metrics["z_loss"] = (z_loss_coef * z, count)
     return nats + z_loss_coef * z, count, metrics
 
 
@@ -148,30 +186,34 @@ def pairwise(
 ) -> Loss:
     """Bradley-Terry loss over all pairs, -mean log sigmoid(r_better - r_worse - margin) (Ouyang et al. 2022, eq. 1).
 
-    scores: float32[B, K]; ranks: int32[B, K], 1 = best, equal = tie (dropped), 0 = no such response. margins:
-    float32[B, K, K], how far i should lie above j (Touvron et al. 2023, eq. 2). label_smoothing: the chance that a
-    label is wrong (Mitchell 2023). per_prompt: a prompt counts once, however many pairs it has, and one without a
-    pair counts nothing; otherwise every pair counts once.
+    scores: float32[B, K]; ranks: int32[B, K], where 1 is best, equal ranks are a tie (dropped) and 0 is no such response;
+    margins: float32[B, K, K], by how much i should exceed j (Touvron et al. 2023, eq. 2); label_smoothing: probability
+    that a label is wrong (Mitchell 2023). per_prompt: a prompt counts once, however many pairs it has, and not at all
+    without a pair; if False, every pair counts once.
     """
-    better = _pairs(ranks).astype(jnp.float32)  # [B, K, K]
-    gap = scores[:, :, None] - scores[:, None, :] - (0.0 if margins is None else margins)
-    right, wrong = jax.nn.log_sigmoid(gap), jax.nn.log_sigmoid(-gap)
+    better = _pairs(ranks).astype(jnp.float32)  # [B, K, K]: i is better than j
+    gap = scores[:, :, None] - scores[:, None, :]  # [B, K, K]: i over j
+    gap = gap - (0.0 if margins is None else margins)
+    # With ties dropped, `better` holds each pair once: (i, j) or (j, i).
+    right = jax.nn.log_sigmoid(gap)
+    wrong = jax.nn.log_sigmoid(-gap)
     nats = -better * ((1.0 - label_smoothing) * right + label_smoothing * wrong)
-    return _per_prompt(
-        nats.sum((1, 2)), better.sum((1, 2)), per_prompt, ranking_metrics(scores, ranks)
-    )
+    metrics = ranking_metrics(scores, ranks)
+    return _per_prompt(nats.sum((1, 2)), better.sum((1, 2)), per_prompt, metrics)
 
 
 def plackett_luce(scores: Array, ranks: Array, *, per_prompt: bool = True) -> Loss:
-    """Minus log-likelihood of the whole ranking under Plackett-Luce (Luce 1959; Plackett 1975), a mean over choices.
+    """Negative log-likelihood of a ranking under Plackett-Luce (Luce 1959; Plackett 1975), a mean over choices.
 
-    The best is chosen among all by a softmax of scores, the next among the rest, and so on. A response is set
-    against those ranked strictly worse, so that with K = 2 this is `pairwise`, ties dropped. Shapes as there.
+    The best response is chosen among all by a softmax of scores, the next among the rest, and so on. A response competes
+    with those ranked strictly worse, so that with K = 2 this is `pairwise` without ties. With ranks 1 2 2 3 of a b c d the
+    choices are a over b c d, b over d, and c over d. scores: float32[B, K]; ranks: int32[B, K] as in `pairwise`.
     """
     worse = _pairs(ranks)  # [B, K, K]: j is worse than i
     itself = jnp.eye(ranks.shape[1], dtype=bool)[None]
+    # exp(-inf) = 0: others do not take part in the choice. A row always has itself, so no sum is empty.
     rivals = jnp.where(worse | itself, scores[:, None, :], -jnp.inf)
-    choices = worse.any(2)
+    choices = worse.any(2)  # the last response, and one that does not exist, choose nothing
     nats = jnp.where(choices, jax.nn.logsumexp(rivals, axis=2) - scores, 0.0)
     count = choices.astype(jnp.float32).sum(1)
     return _per_prompt(nats.sum(1), count, per_prompt, ranking_metrics(scores, ranks))
@@ -180,29 +222,35 @@ def plackett_luce(scores: Array, ranks: Array, *, per_prompt: bool = True) -> Lo
 def score_regression(
     scores: Array, targets: Array, ranks: Array, *, per_prompt: bool = True
 ) -> Loss:
-    """Half squared error to given scores float32[B, K]; ranks as in `pairwise`, 0 where there is no response."""
+    """Half the squared error of scores to targets, both float32[B, K]; ranks: int32[B, K] as in `pairwise`."""
     exists = (ranks > 0).astype(jnp.float32)
+    # Masked twice: the inner one keeps a NaN of a missing target out of the gradient.
     error = 0.5 * exists * jnp.square(jnp.where(ranks > 0, scores - targets, 0.0))
     return _per_prompt(error.sum(1), exists.sum(1), per_prompt, ranking_metrics(scores, ranks))
 
 
 def _per_prompt(sums: Array, counts: Array, per_prompt: bool, metrics: Metrics) -> Loss:
-    """Sums and counts float32[B] of prompts -> the loss: prompts or their parts weigh the same."""
+    """The loss from sums and counts float32[B] of prompts; either prompts or the items counted weigh the same."""
     if per_prompt:
-        sums, counts = sums / jnp.maximum(counts, 1.0), (counts > 0).astype(jnp.float32)
-    total, weight = sums.sum(), counts.sum()
+        sums = sums / jnp.maximum(counts, 1.0)
+        counts = (counts > 0).astype(jnp.float32)
+    total = sums.sum()
+    weight = counts.sum()
     return total, weight, {"loss": (total, weight), **metrics}
 
 
 def ranking_metrics(scores: Array, ranks: Array) -> Metrics:
-    """Pairwise accuracy (equal scores are half right), top-1 accuracy and the mean margin r_better - r_worse."""
+    """Pairwise accuracy (equal scores are half right), top-1 accuracy and the mean margin r_better - r_worse.
+
+    scores: float32[B, K]; ranks: int32[B, K] as in `pairwise`.
+    """
     better = _pairs(ranks).astype(jnp.float32)
-    gap = scores[:, :, None] - scores[:, None, :]
+    gap = scores[:, :, None] - scores[:, None, :]  # [B, K, K]
     right = better * ((gap > 0).astype(jnp.float32) + 0.5 * (gap == 0).astype(jnp.float32))
     has_pair = better.sum((1, 2)) > 0
-    best = (
-        ranks == jnp.where(ranks > 0, ranks, jnp.iinfo(jnp.int32).max).min(1, keepdims=True)
-    ) & has_pair[:, None]
+    # Several responses may share the best rank; any of them is right.
+    best_rank = jnp.where(ranks > 0, ranks, jnp.iinfo(jnp.int32).max).min(1, keepdims=True)
+    best = (ranks == best_rank) & has_pair[:, None]
     chosen = jnp.argmax(jnp.where(ranks > 0, scores, -jnp.inf), axis=1)
     top = jnp.take_along_axis(best, chosen[:, None], axis=1).astype(jnp.float32)
     return {
@@ -219,15 +267,19 @@ def _pairs(ranks: Array) -> Array:
 
 
 def token_rewards(
-    scores: Array, logprobs: Array, ref_logprobs: Array, mask: Array, kl_coef
+    scores: Array, logprobs: Array, ref_logprobs: Array, mask: Array, kl_coef: Array | float
 ) -> Array:
     """Reward of every response token: -kl_coef * (logprob - ref_logprob), plus the score on the last one.
 
-    Ziegler et al. 2019, eq. 2, spread over tokens (Ouyang et al. 2022, eq. 2). scores: float32[B]; the others
-    [B, R], mask True up to and including the end token. With a response of three tokens of five, k = -coef * KL:
+    Ziegler et al. 2019, eq. 2, spread over tokens (Ouyang et al. 2022, eq. 2). With a response of three tokens in five
+    positions, k = -kl_coef * (logprob - ref_logprob):
 
         mask  1 1 1 . .      rewards  k k k+score 0 0
+
+    scores: float32[B]; logprobs of the policy and of the reference: float32[B, R]; mask: bool[B, R], True up to and
+    including the end token. Returns float32[B, R].
     """
+    # A token is the last one if it counts and the next one does not.
     last = mask & ~jnp.concatenate([mask[:, 1:], jnp.zeros_like(mask[:, :1])], axis=1)
     kl = jnp.where(mask, kl_k1(logprobs - ref_logprobs), 0.0)
     return jnp.where(last, scores[:, None], 0.0) - kl_coef * kl
@@ -236,45 +288,55 @@ def token_rewards(
 def gae(
     rewards: Array, values: Array, mask: Array, *, discount: float, lam: float
 ) -> tuple[Array, Array]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): (advantages, returns), each float32[B, R].
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16): (advantages, returns), each float32[B, R].
 
-    The value after a response's last token is 0; nothing beyond the mask is read.
+    A_t = delta_t + discount * lam * A_{t+1} with delta_t = r_t + discount * V_{t+1} - V_t; returns are A + V.
+
+    rewards, values: float32[B, R], where the value at t is that of the state before token t; mask: bool[B, R]. The
+    value after a response's last token is 0, and nothing beyond the mask is read.
     """
-    rewards, values = (jnp.where(mask, x, 0.0) for x in (rewards, values))
+    rewards = jnp.where(mask, rewards, 0.0)
+    values = jnp.where(mask, values, 0.0)
 
-    def back(carry: tuple[Array, Array], now: tuple[Array, Array]):
-        next_value, next_advantage = carry
+    # The recursion runs from the last position to the first; beyond the mask rewards and values are 0, and so is A.
+    def back(later: tuple[Array, Array], now: tuple[Array, Array]) -> Any:
+        next_value, next_advantage = later
         reward, value = now
         advantage = reward + discount * next_value - value + discount * lam * next_advantage
         return (value, advantage), advantage
 
     zero = jnp.zeros_like(values[:, 0])
+    # Scans go over the first dimension: [R, B].
     _, advantages = jax.lax.scan(back, (zero, zero), (rewards.T, values.T), reverse=True)
     advantages = jnp.where(mask, advantages.T, 0.0)
     return advantages, advantages + values
 
 
 def group_advantages(scores: Array, kind: str) -> Array:
-    """Advantages float32[B, K] of K responses to each prompt, from their scores alone.
+    """Advantages float32[B, K] of K responses to each prompt, from their scores float32[B, K] alone.
 
     "rloo": the score minus the mean of the other responses' (Kool et al. 2019, eq. 4; Ahmadian et al. 2024, eq. 8).
     "grpo": minus the mean of all, over their population standard deviation (Shao et al. 2024, section 4.1.2).
     """
     K = scores.shape[1]
-    centred = scores - scores.mean(1, keepdims=True)
+    centered = scores - scores.mean(1, keepdims=True)
     if kind == "rloo":
-        return centred * (K / (K - 1))
-    return centred / (scores.std(1, keepdims=True) + 1e-6)
+        # s - mean of the others = (s - mean of all) * K / (K - 1)
+        return centered * (K / (K - 1))
+    # Equal scores teach nothing: 0 / 1e-6 = 0.
+    return centered / (scores.std(1, keepdims=True) + 1e-6)
 
 
 def whiten(x: Array, mask: Array, eps: float = 1e-8, *, centre: bool = True) -> Array:
     """(x - mean) / std over the mask, with the population variance (as OpenAI's tf.nn.moments); 0 elsewhere.
 
-    centre=False leaves the mean where it is, for rewards (Ziegler et al. 2019; Huang et al., detail 17).
+    x: float32 of any shape; mask: bool of it. centre=False keeps the mean, for rewards (Ziegler et al. 2019; Huang et al.,
+    detail 17).
     """
     count = jnp.maximum(mask.astype(jnp.float32).sum(), 1.0)
     mean = _sum(x, mask) / count
     variance = _sum(jnp.square(x - mean), mask) / count
+    # eps keeps a constant x finite: it becomes 0.
     white = (x - mean) * jax.lax.rsqrt(variance + eps)
     return jnp.where(mask, white if centre else white + mean, 0.0)
 
@@ -289,19 +351,21 @@ def policy(
     clip_high: float = 0.2,
     dual_clip: float = 0.0,
 ) -> Loss:
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), summed over response tokens; all float32[B, R].
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), summed over response tokens.
 
-    The ratio is clipped to 1 - clip_low .. 1 + clip_high (two limits: Yu et al. 2025, section 3.1). dual_clip > 1
-    also bounds the loss of a token with a negative advantage by dual_clip * |advantage| (Ye et al. 2020, eq. 5).
+    logprobs of the policy that is trained and old_logprobs of the one that sampled, advantages: float32[B, R]; mask:
+    bool[B, R], True at response tokens. The ratio is clipped to 1 - clip_low .. 1 + clip_high (two limits: Yu et al.
+    2025, section 3.1). dual_clip > 1 also bounds the loss of a token with a negative advantage by dual_clip *
+    |advantage| (Ye et al. 2020, eq. 5).
     """
     count = mask.astype(jnp.float32).sum()
-    # Beyond the mask everything is garbage, and 0 * inf in a gradient is NaN: it is cut off at the entrance.
+    # Beyond the mask everything is garbage, and 0 * inf in a gradient is NaN: it is replaced before any computation.
     log_ratio = jnp.where(mask, logprobs - old_logprobs, 0.0)
     advantages = jnp.where(mask, advantages, 0.0)
     ratio = jnp.exp(log_ratio)
-    gain = jnp.minimum(
-        ratio * advantages, jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages
-    )
+    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    # The smaller gain: moving the ratio beyond its limits is not rewarded, but moving it the wrong way is punished.
+    gain = jnp.minimum(ratio * advantages, clipped * advantages)
     if dual_clip:
         gain = jnp.where(advantages < 0, jnp.maximum(gain, dual_clip * advantages), gain)
     loss = -_sum(gain, mask)
@@ -309,6 +373,7 @@ def policy(
     metrics = {
         "policy_loss": (loss, count),
         "clip_fraction": (_sum(outside, mask), count),
+        # KL(old || new), since the old policy sampled.
         "approx_kl": (_sum(kl_k3(-log_ratio), mask), count),
         "ratio": (_sum(ratio, mask), count),
     }
@@ -316,10 +381,17 @@ def policy(
 
 
 def value(values: Array, old_values: Array, returns: Array, mask: Array, *, clip: float) -> Loss:
-    """Half squared error, the larger of clipped and not (as OpenAI baselines' ppo2); clip 0 turns clipping off."""
+    """Half the squared error, the larger of clipped and unclipped (as OpenAI baselines' ppo2); clip 0: unclipped.
+
+    values, old_values, returns: float32[B, R]; mask: bool[B, R].
+    """
     count = mask.astype(jnp.float32).sum()
-    values, old_values, returns = (jnp.where(mask, x, 0.0) for x in (values, old_values, returns))
+    # As in `policy`: beyond the mask everything is garbage.
+    values = jnp.where(mask, values, 0.0)
+    old_values = jnp.where(mask, old_values, 0.0)
+    returns = jnp.where(mask, returns, 0.0)
     error = jnp.square(values - returns)
+    # A clipped value is within `clip` of the old one.
     near = old_values + jnp.clip(values - old_values, -clip, clip) if clip else values
     clipped_error = jnp.square(near - returns)
     loss = 0.5 * _sum(jnp.maximum(error, clipped_error), mask)
@@ -328,48 +400,50 @@ def value(values: Array, old_values: Array, returns: Array, mask: Array, *, clip
 
 
 def kl_k1(log_ratio: Array) -> Array:
-    """Unbiased estimate of KL(p || q) at samples of p, log_ratio = log p - log q (Schulman 2020, "k1").
-
-    The one for the reward: as a reward, k3's gradient is not that of the KL.
-    """
+    """Unbiased estimate of KL(p || q) at samples of p, from log p - log q of any shape (Schulman 2020, "k1")."""
+    # This one is for rewards: the gradient of k3 as a reward is not that of the KL.
     return log_ratio
 
 
 def kl_k3(log_ratio: Array) -> Array:
-    """Low-variance, non-negative estimate at samples of p, log_ratio = log p - log q (Schulman 2020, "k3")."""
+    """Low-variance, non-negative estimate at samples of p, from log p - log q of any shape (Schulman 2020, "k3")."""
     return jnp.expm1(-log_ratio) + log_ratio
 
 
 def adapt_kl_coef(
     kl_coef: Array, kl: Array, *, target: float, horizon: float, batch_size: int
 ) -> Array:
-    """Ziegler's controller (Ziegler et al. 2019, section 2.2): the coefficient follows the KL to its target.
+    """Ziegler's controller (Ziegler et al. 2019, section 2.2) moves the coefficient until the KL is at its target.
 
-    kl: the mean over responses of the KL summed over their tokens, nats. The error (kl / target - 1), clipped to
-    +-0.2, moves the coefficient by that share of batch_size / horizon (horizon: in responses).
+    The error (kl / target - 1), clipped to +-0.2, changes the coefficient by that share of batch_size / horizon.
+
+    kl_coef: float32[]; kl: float32[] nats, a mean over responses of sums over tokens; horizon, batch_size: in responses.
     """
+    # Proportional control with a bounded step, so that one unusual batch moves the coefficient little.
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return kl_coef * (1.0 + error * batch_size / horizon)
 
 
 class Moments(NamedTuple):
-    """Running count, mean and sum of squared deviations, each float32[]."""
+    """Running moments, each float32[]."""
 
-    count: Any
-    mean: Any
-    m2: Any
+    count: Any  # number of values
+    mean: Any  # their mean
+    m2: Any  # sum of their squared deviations from the mean
 
 
 def update_moments(moments: Moments, x: Array, mask: Array) -> Moments:
-    """Take in x where mask is True, exactly as if all had been seen at once (Chan et al. 1979, eq. 2.1)."""
+    """Adds x (float32 of any shape) where mask is True, as if all values were seen at once (Chan et al. 1979, eq. 2.1)."""
+    # A mask that is all False must change nothing: each division is by at least 1.
     n = mask.astype(jnp.float32).sum()
     mean = _sum(x, mask) / jnp.maximum(n, 1.0)
-    total, delta = moments.count + n, mean - moments.mean
+    total = moments.count + n
+    delta = mean - moments.mean
     share = n / jnp.maximum(total, 1.0)
     m2 = moments.m2 + _sum(jnp.square(x - mean), mask) + jnp.square(delta) * moments.count * share
     return Moments(total, moments.mean + delta * share, m2)
 
 
 def _sum(x: Array, mask: Array) -> Array:
-    """Sum over the mask; what lies beyond it may be anything, inf and NaN included."""
+    """Sum over the mask, beyond which x may hold anything, inf and NaN included."""
     return jnp.where(mask, x, 0.0).sum()

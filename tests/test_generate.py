@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from jaxllm import generate as g
+from jaxllm import rollouts
 from jaxllm.config import InputError
-from jaxllm.models import transformer
-from jaxllm.models.config import MLAConfig, ModelConfig
-from jaxllm.models.moe import MoEConfig
+from jaxllm.models import decode, transformer
+from jaxllm.models.config import MLAConfig, ModelConfig, MoEConfig
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.sampling import SamplingConfig, inverse_transform, keep_likely
 from jaxllm.sharding import activation, param_shardings
+from jaxllm.streaming import stream
 
 LLAMA = ModelConfig(
     vocab_size=40, max_length=96, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48, dtype="float32",
@@ -29,7 +31,7 @@ STOP, PAD = (2,), 0
 
 
 def roll(model, params, prompts, sampling, seed=0, num_samples=1, length=8, index=None):
-    tokens, mask = g.left_pad(prompts, length, PAD)
+    tokens, mask = rollouts.left_pad(prompts, length, PAD)
     run = g.jitted(model, sampling, STOP, PAD, num_samples)
     index = np.arange(len(prompts), dtype=np.int32) if index is None else np.array(index, np.int32)
     return run(params, jnp.array(tokens), jnp.array(mask), jax.random.key(seed), index)
@@ -43,8 +45,8 @@ def model_and_params(request):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampler_logprobs_equal_the_trainers(model_and_params, temperature):
     model, params = model_and_params
-    rollout = roll(model, params, PROMPTS, g.SamplingConfig(12, temperature), num_samples=2)
-    stats = g.response_logprobs(params, rollout, config=model, temperature=temperature)
+    rollout = roll(model, params, PROMPTS, SamplingConfig(12, temperature), num_samples=2)
+    stats = rollouts.response_logprobs(params, rollout, config=model, temperature=temperature)
     mask = np.asarray(rollout.mask)
     assert mask.sum() > 40
     np.testing.assert_allclose(
@@ -57,19 +59,21 @@ def test_sampler_logprobs_equal_the_trainers(model_and_params, temperature):
 )
 def test_a_growing_cache_on_any_mesh_gives_the_trainers_logprobs(model_and_params, mesh):
     model, params = model_and_params
-    length, sampling, places = 80, g.SamplingConfig(80, 0.8), make_mesh(mesh)
+    length = 80
+    sampling = SamplingConfig(length, 0.8)
+    mesh = make_mesh(mesh)
     assert len(g._cache_ends(length)) == 3
-    with jax.set_mesh(places):
-        placed = jax.device_put(params, param_shardings(places, params, transformer.axes(model)))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, param_shardings(mesh, params, transformer.axes(model)))
         rows = [
-            jax.device_put(x, activation(places, "batch", None))
-            for x in g.left_pad(PROMPTS, 9, PAD)
+            jax.device_put(x, activation(mesh, "batch", None))
+            for x in rollouts.left_pad(PROMPTS, 9, PAD)
         ]
         run = g.jitted(model, sampling, (), PAD, 1)
         rollout = jax.device_get(
             run(placed, *rows, jax.random.key(0), np.arange(8, dtype=np.int32))
         )
-    stats = jax.jit(functools.partial(g.response_logprobs, config=model, temperature=0.8))(
+    stats = jax.jit(functools.partial(rollouts.response_logprobs, config=model, temperature=0.8))(
         params, rollout
     )
     assert rollout.mask.all()
@@ -78,7 +82,7 @@ def test_a_growing_cache_on_any_mesh_gives_the_trainers_logprobs(model_and_param
 
 def test_padding_and_batch_do_not_change_a_row(model_and_params):
     model, params = model_and_params
-    sampling = g.SamplingConfig(10, 1.0)
+    sampling = SamplingConfig(10, 1.0)
     together = roll(model, params, PROMPTS, sampling, length=8)
     for i, prompt in enumerate(PROMPTS[:4]):
         alone = roll(model, params, [prompt], sampling, length=len(prompt), index=[i])
@@ -88,7 +92,7 @@ def test_padding_and_batch_do_not_change_a_row(model_and_params):
 
 def test_mask_ends_with_the_stop_token_and_padding_follows(model_and_params):
     model, params = model_and_params
-    rollout = jax.device_get(roll(model, params, PROMPTS, g.SamplingConfig(20), num_samples=4))
+    rollout = jax.device_get(roll(model, params, PROMPTS, SamplingConfig(20), num_samples=4))
     responses = rollout.tokens[:, 8:]
     assert rollout.finished.any() and not rollout.finished.all()
     for tokens, mask, finished in zip(responses, rollout.mask, rollout.finished, strict=True):
@@ -96,7 +100,7 @@ def test_mask_ends_with_the_stop_token_and_padding_follows(model_and_params):
         assert mask[:n].all() and not mask[n:].any()
         assert (tokens[:n] == STOP[0]).sum() == finished and (tokens[n:] == PAD).all()
         assert not finished or tokens[n - 1] == STOP[0]
-    for row, completion in zip(responses, g.completions(rollout, STOP), strict=True):
+    for row, completion in zip(responses, rollouts.completions(rollout, STOP), strict=True):
         assert (
             STOP[0] not in completion.ids and row[: len(completion.ids)].tolist() == completion.ids
         )
@@ -105,7 +109,7 @@ def test_mask_ends_with_the_stop_token_and_padding_follows(model_and_params):
 def test_samples_of_a_prompt_differ_and_the_same_seed_repeats_them(model_and_params):
     model, params = model_and_params
     first, again, other = (
-        roll(model, params, PROMPTS, g.SamplingConfig(10), seed=s, num_samples=4) for s in (0, 0, 1)
+        roll(model, params, PROMPTS, SamplingConfig(10), seed=s, num_samples=4) for s in (0, 0, 1)
     )
     np.testing.assert_array_equal(first.tokens, again.tokens)
     assert (first.tokens != other.tokens).any()
@@ -115,9 +119,9 @@ def test_samples_of_a_prompt_differ_and_the_same_seed_repeats_them(model_and_par
 
 def test_greedy_is_the_argmax_of_the_full_forward(model_and_params):
     model, params = model_and_params
-    rollout = jax.device_get(roll(model, params, PROMPTS, g.SamplingConfig(6, 0.0)))
+    rollout = jax.device_get(roll(model, params, PROMPTS, SamplingConfig(6, 0.0)))
     ids = PROMPTS[2]
-    for want in g.completions(rollout, STOP)[2].ids:
+    for want in rollouts.completions(rollout, STOP)[2].ids:
         hidden = transformer.apply(params, model, jnp.array([ids], jnp.int32))[0, -1]
         assert int(jnp.argmax(hidden @ transformer.head(params).T)) == want
         ids = [*ids, want]
@@ -125,13 +129,13 @@ def test_greedy_is_the_argmax_of_the_full_forward(model_and_params):
 
 def test_sharded_rollout_equals_single_device(model_and_params):
     model, params = model_and_params
-    alone = roll(model, params, PROMPTS, g.SamplingConfig(10))
+    alone = roll(model, params, PROMPTS, SamplingConfig(10))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, param_shardings(mesh, params, transformer.axes(model)))
-        tokens, mask = g.left_pad(PROMPTS, 8, PAD)
+        tokens, mask = rollouts.left_pad(PROMPTS, 8, PAD)
         rows = [jax.device_put(x, activation(mesh, "batch", None)) for x in (tokens, mask)]
-        run = g.jitted(model, g.SamplingConfig(10), STOP, PAD, 1)
+        run = g.jitted(model, SamplingConfig(10), STOP, PAD, 1)
         sharded = run(placed, *rows, jax.random.key(0), np.arange(8, dtype=np.int32))
     np.testing.assert_array_equal(alone.tokens, sharded.tokens)
     np.testing.assert_allclose(alone.logprobs, sharded.logprobs, atol=1e-4)
@@ -150,10 +154,10 @@ LATENT = dataclasses.replace(
 def test_layers_in_a_loop_decode_what_single_ones_do(model, monkeypatch):
     params = transformer.init(model, jax.random.key(0))
 
-    def draw():
-        tokens, mask = (jnp.array(x) for x in g.left_pad(PROMPTS, 8, PAD))
+    def sample():
+        tokens, mask = (jnp.array(x) for x in rollouts.left_pad(PROMPTS, 8, PAD))
         settings = {
-            "sampling": g.SamplingConfig(10),
+            "sampling": SamplingConfig(10),
             "stop_ids": STOP,
             "pad_id": PAD,
             "num_samples": 2,
@@ -162,26 +166,24 @@ def test_layers_in_a_loop_decode_what_single_ones_do(model, monkeypatch):
             params, tokens=tokens, mask=mask, key=jax.random.key(0)
         )
 
-    single = draw()
-    assert len(transformer.decoded_groups(model)) == model.num_layers
-    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
-    assert (
-        len(transformer.decoded_groups(model)) == len(transformer.stacks(model)) < model.num_layers
-    )
-    looped = draw()
+    single = sample()
+    assert len(decode.decoded_groups(model)) == model.num_layers
+    monkeypatch.setattr(decode, "platform", lambda: "tpu")
+    assert len(decode.decoded_groups(model)) == len(transformer.stacks(model)) < model.num_layers
+    looped = sample()
     np.testing.assert_array_equal(single.tokens, looped.tokens)
     np.testing.assert_allclose(single.logprobs, looped.logprobs, atol=1e-5)
 
 
-def test_stream_draws_what_the_batch_draws(model_and_params):
+def test_a_stream_samples_what_a_batch_samples(model_and_params):
     model, params = model_and_params
-    sampling = g.SamplingConfig(10, 0.8)
-    batch = g.completions(jax.device_get(roll(model, params, PROMPTS[:1], sampling, seed=3)), STOP)[
-        0
-    ]
-    small = transformer.unstack(params, model)
+    sampling = SamplingConfig(10, 0.8)
+    batch = rollouts.completions(
+        jax.device_get(roll(model, params, PROMPTS[:1], sampling, seed=3)), STOP
+    )[0]
+    small = decode.unstack(params, model)
     streamed = list(
-        g.stream(small, model, PROMPTS[0], sampling=sampling, stop_ids=STOP, pad_id=PAD, seed=3)
+        stream(small, model, PROMPTS[0], sampling=sampling, stop_ids=STOP, pad_id=PAD, seed=3)
     )
     assert streamed == batch.ids
 
@@ -190,7 +192,7 @@ def test_roll_out_serves_any_number_of_prompts_in_order():
     params = transformer.init(LLAMA, jax.random.key(0))
     mesh = make_mesh(MeshConfig())
     settings = {
-        "sampling": g.SamplingConfig(5),
+        "sampling": SamplingConfig(5),
         "stop_ids": STOP,
         "pad_id": PAD,
         "mesh": mesh,
@@ -206,7 +208,7 @@ def test_roll_out_serves_any_number_of_prompts_in_order():
 
 def test_top_k_and_top_p_keep_the_right_tokens():
     p = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
-    kept = lambda k, q: jnp.isfinite(g.keep_likely(p, k, q))[0].tolist()
+    kept = lambda k, q: jnp.isfinite(keep_likely(p, k, q))[0].tolist()
     assert kept(2, 1.0) == [True, True, False, False]
     assert kept(0, 0.6) == [True, True, False, False]
     assert kept(0, 0.76) == [True, True, True, False]
@@ -215,11 +217,11 @@ def test_top_k_and_top_p_keep_the_right_tokens():
     assert kept(0, 1.0) == [True] * 4
 
 
-def test_the_sampler_draws_from_the_softmax():
+def test_the_sampler_samples_from_the_softmax():
     """Frequencies of the first token over many samples agree with the model's own probabilities."""
     model, n = LLAMA, 4000
     params = transformer.init(model, jax.random.key(0))
-    rollout = roll(model, params, [[5, 6, 7]], g.SamplingConfig(1, 1.3), num_samples=n, length=3)
+    rollout = roll(model, params, [[5, 6, 7]], SamplingConfig(1, 1.3), num_samples=n, length=3)
     hidden = transformer.apply(params, model, jnp.array([[5, 6, 7]], jnp.int32))[0, -1]
     p = np.asarray(jax.nn.softmax(hidden @ transformer.head(params).T / 1.3))
     counts = np.bincount(np.asarray(rollout.tokens)[:, -1], minlength=40)
@@ -233,28 +235,28 @@ def test_the_inverse_transform_gives_each_index_its_share_and_never_one_without_
     uniform = (np.arange(n) + 0.5) / n  # evenly spread: the counts are the shares, up to rounding
     rows = jnp.broadcast_to(jnp.array(weights, jnp.float32)[None], (n, 300))
     counts = np.bincount(
-        np.asarray(jax.jit(g.inverse_transform)(rows, jnp.array(uniform, jnp.float32))),
+        np.asarray(jax.jit(inverse_transform)(rows, jnp.array(uniform, jnp.float32))),
         minlength=300,
     )
     np.testing.assert_allclose(counts / n, weights / weights.sum(), atol=2 / n + 1e-5)
     assert not counts[weights == 0].any()
     ends = jnp.array([0.0, np.nextafter(1, 0)], jnp.float32)
     lone = jnp.zeros((2, 5)).at[:, 3].set(1e-30)
-    assert g.inverse_transform(lone, ends).tolist() == [3, 3]
+    assert inverse_transform(lone, ends).tolist() == [3, 3]
 
 
 def test_prompt_longer_than_the_context_is_one_clear_line():
     with pytest.raises(
         InputError, match=r"prompt: 90 tokens and max_new_tokens 10 do not fit the context of 96"
     ):
-        g.check_lengths(LLAMA, 90, g.SamplingConfig(10))
+        g.check_lengths(LLAMA, 90, SamplingConfig(10))
 
 
-def test_going_on_in_the_middle_gives_the_same_completions():
+def test_resuming_in_the_middle_gives_the_same_completions():
     params = transformer.init(LLAMA, jax.random.key(0))
     mesh = make_mesh(MeshConfig())
     settings = {
-        "sampling": g.SamplingConfig(5),
+        "sampling": SamplingConfig(5),
         "stop_ids": STOP,
         "pad_id": PAD,
         "mesh": mesh,
@@ -269,9 +271,9 @@ def test_going_on_in_the_middle_gives_the_same_completions():
 
 def test_a_tiny_temperature_is_greedy(model_and_params):
     model, params = model_and_params
-    greedy = roll(model, params, PROMPTS, g.SamplingConfig(8, 0.0))
+    greedy = roll(model, params, PROMPTS, SamplingConfig(8, 0.0))
     for temperature in (1e-6, 1e-10, 1e-40, 5e-324):
-        tiny = roll(model, params, PROMPTS, g.SamplingConfig(8, temperature))
+        tiny = roll(model, params, PROMPTS, SamplingConfig(8, temperature))
         np.testing.assert_array_equal(tiny.tokens, greedy.tokens)
         np.testing.assert_array_equal(tiny.logprobs, greedy.logprobs)
 
@@ -279,7 +281,7 @@ def test_a_tiny_temperature_is_greedy(model_and_params):
 @pytest.mark.parametrize("top_p", [1e-30, 1e-46, 5e-324])
 def test_the_smallest_nucleus_holds_the_most_likely_token(top_p):
     logprobs = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (4, 40)))
-    kept = np.isfinite(np.asarray(g.keep_likely(logprobs, 0, top_p)))
+    kept = np.isfinite(np.asarray(keep_likely(logprobs, 0, top_p)))
     np.testing.assert_array_equal(
         kept, np.asarray(logprobs) == np.asarray(logprobs).max(-1, keepdims=True)
     )

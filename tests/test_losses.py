@@ -328,7 +328,7 @@ def test_k3_in_the_loss_pulls_like_the_reverse_divergence():
     """GRPO's KL term: on policy, the mean gradient of k3 is that of KL(reference || policy), and not of KL(policy || .).
 
     So GRPO does not converge to PPO's optimum ref * exp(r / beta), but to beta * ref / (constant - r), r being the
-    normalised score (the stationary point of E[r] - beta KL(ref || pi)).
+    normalized score (the stationary point of E[r] - beta KL(ref || pi)).
     """
     rng = np.random.default_rng(0)
     logits = jnp.array(rng.normal(size=6), jnp.float32)

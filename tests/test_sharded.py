@@ -110,8 +110,9 @@ def outcome(model, sizes):
     )
     # Adam's first update is g / (|g| + eps): with the usual eps the sign of g, which jumps where g is 0. With an eps as
     # large as gradients are it can be compared as they can.
-    tx = make_optimizer(OptimConfig(learning_rate=0.1, schedule="constant", eps=1e-2), 10)
-    placed = train.state_layout(mesh, transformer.abstract(model), transformer.axes(model), tx)
+    axes = transformer.axes(model)
+    tx = make_optimizer(OptimConfig(learning_rate=0.1, schedule="constant", eps=1e-2), 10, axes)
+    placed = train.state_layout(mesh, transformer.abstract(model), axes, tx)
     loss = functools.partial(next_token.loss, model=model, z_loss_coef=1e-3)
     step = train.make_step(loss, tx, state_shardings=placed.shardings)
 

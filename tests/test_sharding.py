@@ -108,7 +108,7 @@ def loss(params, batch, key):
     hidden = transformer.apply(params, model, batch)
     targets, mask = losses.next_token_targets(batch, jnp.ones_like(batch), batch >= 0)
     return losses.language_model(losses.token_logprobs(hidden, transformer.head(params), targets), mask)
-tx = make_optimizer(OptimConfig(), 10)
+tx = make_optimizer(OptimConfig(), 10, transformer.axes(model))
 placed = train.state_layout(mesh, transformer.abstract(model), transformer.axes(model), tx)
 with jax.set_mesh(mesh):
     batch = jax.ShapeDtypeStruct((16, 32), jnp.int32, sharding=activation(mesh, "batch", None))

@@ -138,8 +138,8 @@ def converse(monkeypatch, tokenizer, capsys):
 
     monkeypatch.setattr(chat, "load", lambda _: (None, model, tokenizer, None))
     monkeypatch.setattr(chat, "stream", stream)
-    monkeypatch.setattr(chat.transformer, "unstack", lambda params, _: 0)
-    monkeypatch.setattr(chat.transformer, "decoding", lambda model: model)
+    monkeypatch.setattr(chat.decode, "unstack", lambda params, _: 0)
+    monkeypatch.setattr(chat.decode, "decoding_config", lambda model: model)
     monkeypatch.setattr(chat.jax, "set_mesh", lambda mesh: io.StringIO())
 
     def talk(typed, sampling=None, **settings):

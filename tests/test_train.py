@@ -19,7 +19,7 @@ from jaxllm.data.sources import DataConfig
 from jaxllm.metrics import LoggingConfig, TrainingDiverged, Work
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.optim import DECAYED, OptimConfig, decay_mask, learning_rate, make_optimizer
+from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
 from jaxllm.runtime import prefetch
 from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.runtime.digest import unequal_replicas
@@ -38,6 +38,8 @@ MODEL = ModelConfig(
     mlp_dim=64,
     dtype="float32",
 )
+
+AXES = transformer.axes(MODEL)
 
 
 def loss(params, batch, key):
@@ -104,7 +106,7 @@ def test_mean_of_means_would_be_wrong_here():
 
 
 def one_update(mesh, num_micro=1):
-    tx = make_optimizer(OptimConfig(learning_rate=1e-2, clip_norm=0.5), 10)
+    tx = make_optimizer(OptimConfig(learning_rate=1e-2, clip_norm=0.5), 10, AXES)
     placed = train.state_layout(mesh, transformer.abstract(MODEL), transformer.axes(MODEL), tx)
     with jax.set_mesh(mesh):
         state = placed.init(jax.jit(lambda: params(), out_shardings=placed.shardings.params)())
@@ -127,7 +129,7 @@ def run(state, num_steps, step, hooks=()):
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit():
-    tx = make_optimizer(OptimConfig(), 6)
+    tx = make_optimizer(OptimConfig(), 6, AXES)
     noisy = lambda p, b, key: loss(
         jax.tree.map(lambda x: x + 1e-3 * jax.random.normal(key, x.shape), p), b, key
     )
@@ -140,7 +142,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit():
 
 
 def test_hooks_run_on_their_interval_and_at_the_end():
-    tx, seen = make_optimizer(OptimConfig(), 5), []
+    tx, seen = make_optimizer(OptimConfig(), 5, AXES), []
     hooks = [(1, lambda n, s, m: seen.append(("a", n))), (2, lambda n, s, m: seen.append(("b", n)))]
     run(train.init_state(params(), tx), 5, train.make_step(loss, tx), hooks)
     assert [n for name, n in seen if name == "a"] == [1, 2, 3, 4, 5]
@@ -148,7 +150,7 @@ def test_hooks_run_on_their_interval_and_at_the_end():
 
 
 def test_an_all_masked_batch_changes_nothing_but_the_optimizer_clock():
-    tx = make_optimizer(OptimConfig(weight_decay=0.0), 5)
+    tx = make_optimizer(OptimConfig(weight_decay=0.0), 5, AXES)
     batch = uneven_batch(0) | {"loss_mask": jnp.zeros((8, 16), bool)}
     before = params()
     state, _ = train.make_step(loss, tx)(train.init_state(params(), tx), batch)
@@ -161,12 +163,15 @@ def test_moments_in_bfloat16_take_half_the_bytes_and_follow_adam():
     config = OptimConfig(
         schedule="constant", weight_decay=0.0, clip_norm=0.0, state_dtype="bfloat16"
     )
-    tx, state = make_optimizer(config, 60), train.init_state(params(), make_optimizer(config, 60))
+    tx, state = (
+        make_optimizer(config, 60, AXES),
+        train.init_state(params(), make_optimizer(config, 60, AXES)),
+    )
     kept = lambda state, name: optax.tree.get(state.opt_state, name)["embed"]["tokens"]
     assert kept(state, "mu").dtype == kept(state, "nu").dtype == jnp.bfloat16
     step, full = (
         train.make_step(loss, tx),
-        make_optimizer(dataclasses.replace(config, state_dtype="float32"), 60),
+        make_optimizer(dataclasses.replace(config, state_dtype="float32"), 60, AXES),
     )
     plain_step, plain, first, last = (
         train.make_step(loss, full),
@@ -213,28 +218,6 @@ def test_schedules_rise_then_fall_to_the_final_fraction(schedule):
         assert rate[4:16] == [1.0] * 12 and rate[16] < 1.0
 
 
-def test_decay_covers_every_parameter_of_both_families_and_refuses_an_unknown_one():
-    gpt = ModelConfig(
-        vocab_size=8,
-        norm="layernorm",
-        position="learned",
-        mlp="gelu",
-        bias=True,
-        tie_embeddings=False,
-    )
-    for model in (MODEL, gpt):
-        mask = decay_mask(transformer.abstract(model))
-        for path, decays in jax.tree_util.tree_leaves_with_path(mask):
-            name = path[-1].key
-            assert (
-                decays
-                == DECAYED[name]
-                == (name not in ("scale", "bias") and not name.endswith("_bias"))
-            )
-    with pytest.raises(KeyError):
-        decay_mask({"mystery": jnp.zeros(3)})
-
-
 def nan_at(bad):
     """(step, batch_at) whose batches of these numbers make the loss not finite."""
 
@@ -251,7 +234,7 @@ def nan_at(bad):
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted():
     noisy, batch_at = nan_at({1})
-    tx = make_optimizer(OptimConfig(), 5)
+    tx = make_optimizer(OptimConfig(), 5, AXES)
     step = train.make_step(noisy, tx)
     first, _ = step(train.init_state(params(), tx), batch_at(0))
     before = jax.tree.map(np.asarray, first)
@@ -271,7 +254,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
 
 
 def test_a_spike_is_skipped_once_it_is_known_what_is_usual():
-    tx = make_optimizer(OptimConfig(learning_rate=0.0), 500)
+    tx = make_optimizer(OptimConfig(learning_rate=0.0), 500, AXES)
     scaled = lambda p, b, key: tuple(
         b["scale"] * x if i == 0 else x for i, x in enumerate(loss(p, b["rows"], key))
     )
@@ -296,7 +279,7 @@ def whole_stage(
 ):
     """(final state, metrics.jsonl without times) of the whole loop on a toy model."""
     noisy, batch_at = nan_at(set(bad))
-    mesh, tx = make_mesh(MeshConfig()), make_optimizer(OptimConfig(), 20)
+    mesh, tx = make_mesh(MeshConfig()), make_optimizer(OptimConfig(), 20, AXES)
     placed = train.state_layout(mesh, transformer.abstract(MODEL), transformer.axes(MODEL), tx)
     signals = Signals()
     step, seen = train.make_step(noisy, tx, state_shardings=placed.shardings), []

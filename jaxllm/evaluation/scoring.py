@@ -14,16 +14,10 @@ import numpy as np
 
 from jaxllm import losses
 from jaxllm.config import InputError
-from jaxllm.generate import (
-    Completion,
-    SamplingConfig,
-    completions,
-    cut_at_strings,
-    roll_out,
-    whole_batch,
-)
+from jaxllm.generate import Completion, SamplingConfig, completions, roll_out, whole_batch
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
+from jaxllm.rollouts import cut_at_strings
 from jaxllm.runtime.transfer import fetch
 from jaxllm.sharding import activation
 from jaxllm.tokenizers.trained import Tokenizer

@@ -1,4 +1,4 @@
-"""The next-token loss of a decoder on packed rows: what pre-training, fine-tuning and PPO-ptx learn from."""
+"""The next-token loss of a decoder on packed rows, for pretraining, fine-tuning and the pretraining mix of PPO."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ from jaxllm.sharding import rows_like
 def planned_rows(
     mesh: jax.sharding.Mesh, batch_size: int, length: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of packed rows, as shapes with their shardings."""
+    """A batch of packed rows as shapes with their shardings: {name: [batch_size, length]}."""
     types = {
         "tokens": jnp.int32,
         "segment_ids": jnp.int32,
         "positions": jnp.int32,
         "loss_mask": jnp.bool_,
     }
-    return rows_like(
-        mesh,
-        {name: jax.ShapeDtypeStruct((batch_size, length), dtype) for name, dtype in types.items()},
-    )
+    shapes = {
+        name: jax.ShapeDtypeStruct((batch_size, length), dtype) for name, dtype in types.items()
+    }
+    return rows_like(mesh, shapes)
 
 
 def loss(
@@ -37,51 +37,72 @@ def loss(
     z_loss_coef: float = 0.0,
     mtp_coef: float = 0.0,
 ) -> losses.Loss:
-    """Next-token loss of packed rows {tokens, segment_ids, positions, loss_mask}, each [B, T].
+    """Next-token loss of packed rows, with the terms that the model's routers and MTP modules add.
 
-    base: the frozen parameters under adapters, {} where `params` are all (`lora.join`).
+    Args:
+      params: the trained parameters.
+      batch: {tokens, segment_ids, positions int32[B, T], loss_mask bool[B, T]}.
+      key: unused; there is no dropout.
+      base: the frozen parameters under adapters; {} where `params` are all (`lora.join`).
+      model: config of the decoder.
+      z_loss_coef: of `losses.language_model`.
+      mtp_coef: weight of the mean loss over the MTP modules (DeepSeek-V3, eq. 25).
+
+    Returns:
+      (sum over targets, number of targets, metrics).
     """
-    del key  # no dropout
+    del key
     params = lora.join(base, params)
-    tokens, segment_ids, positions = (
-        batch[name] for name in ("tokens", "segment_ids", "positions")
-    )
-    hidden, load = transformer.apply_routed(params, model, tokens, segment_ids, positions)
+    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+    hidden, load = transformer.apply_routed(params, model, tokens, segment_ids, batch["positions"])
     targets, mask = losses.next_token_targets(tokens, segment_ids, batch["loss_mask"])
-    score = lambda hidden: losses.token_logprobs(
-        hidden, transformer.head(params), targets, cap=model.logit_softcap
-    )
-    total, weight, metrics = losses.language_model(score(hidden), mask, z_loss_coef)
+    # At every position, also those without a target: the mask removes them from the sums.
+    stats = _score(params, model, hidden, targets)
+    total, weight, metrics = losses.language_model(stats, mask, z_loss_coef)
     if load:
+        # Terms that are means over tokens are scaled by the weight, since the total is a sum over targets.
         balance, routing = transformer.routing_loss(params["layers"], model, load)
-        total, metrics = total + balance * weight, {**metrics, **routing}
+        total = total + balance * weight
+        metrics = {**metrics, **routing}
+    # Evaluation leaves out the modules.
     if not (model.mtp_modules and mtp_coef):
         return total, weight, metrics
     nats, count, load = _mtp_loss(params, model, hidden, batch)
     if load:
-        total = total + transformer.routing_loss(params["mtp"]["block"], model, load)[0] * weight
-    return (
-        total + mtp_coef / model.mtp_modules * nats,
-        weight,
-        {**metrics, "mtp_loss": (nats, count)},
-    )
+        balance, _ = transformer.routing_loss(params["mtp"]["block"], model, load)
+        total = total + balance * weight
+    # The mean over modules, relative to the decoder's number of targets.
+    total = total + mtp_coef / model.mtp_modules * nats
+    return total, weight, {**metrics, "mtp_loss": (nats, count)}
 
 
 def _mtp_loss(
     params: Any, model: ModelConfig, hidden: jax.Array, batch: Any
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """(sum of -log p of the tokens after the next, their number, the experts' loads) of all of the model's modules."""
-    tokens, segment_ids, positions = (
-        batch[name] for name in ("tokens", "segment_ids", "positions")
+    """The loss of all MTP modules together: (sum of -log p, number of targets, the `moe.Load` of their experts or {}).
+
+    hidden: [B, T, D], of the decoder. Module k (from 0) predicts token t + k + 2 at position t.
+    """
+    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+    states, load = transformer.apply_mtp(
+        params, model, hidden, tokens, segment_ids, batch["positions"]
     )
-    further, load = transformer.ahead(params, model, hidden, tokens, segment_ids, positions)
-    found = []
-    for k, states in enumerate(further):
+    # Sums over modules: each has its own number of targets, one less per document than the module before.
+    total: Any = 0
+    weight: Any = 0
+    for k, state in enumerate(states):
         targets, mask = losses.next_token_targets(
-            tokens, segment_ids, batch["loss_mask"], ahead=k + 2
+            tokens, segment_ids, batch["loss_mask"], distance=k + 2
         )
-        stats = losses.token_logprobs(
-            states, transformer.head(params), targets, cap=model.logit_softcap
-        )
-        found.append(losses.language_model(stats, mask)[:2])
-    return sum(nats for nats, _ in found), sum(count for _, count in found), load  # pyright: ignore[reportReturnType]
+        stats = _score(params, model, state, targets)
+        nats, count, _ = losses.language_model(stats, mask)
+        total = total + nats
+        weight = weight + count
+    return total, weight, load
+
+
+def _score(
+    params: Any, model: ModelConfig, hidden: jax.Array, targets: jax.Array
+) -> losses.TokenStats:
+    """Statistics of the logits of hidden states [B, T, D] at targets int32[B, T]."""
+    return losses.token_logprobs(hidden, transformer.head(params), targets, cap=model.logit_softcap)

@@ -1,4 +1,4 @@
-"""Rotary positions and the ways to stretch them over longer contexts."""
+"""Rotary positions, and ways to stretch them over longer contexts."""
 
 import dataclasses
 import math
@@ -13,22 +13,22 @@ from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the rotary frequencies are changed for contexts longer than those of pre-training."""
+    """How the rotary frequencies are changed for contexts longer than those of pretraining."""
 
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """Positions divided by factor (Chen et al. 2023), Llama 3's by wavelength, or YaRN (Peng et al. 2023)."""
+    """Divide positions by factor (Chen et al. 2023), Llama 3's scaling by wavelength, or YaRN (Peng et al. 2023)."""
     factor: PositiveFloat = 1.0
-    """How much longer the context becomes."""
+    """By how much the context becomes longer."""
     original_length: NonNegativeInt = 0
-    """llama3, yarn: tokens of the context before."""
+    """llama3, yarn: context length before stretching, in tokens."""
     low_freq_factor: PositiveFloat = 1.0
-    """llama3: wavelengths above original_length / this are divided by factor."""
+    """llama3: frequencies of wavelengths above original_length / this are divided by factor."""
     high_freq_factor: PositiveFloat = 4.0
-    """llama3: wavelengths below original_length / this stay; in between they are mixed."""
+    """llama3: frequencies of wavelengths below original_length / this are kept; in between both are mixed."""
     beta_fast: PositiveFloat = 32.0
-    """yarn: frequencies that turn more often than this in original_length stay."""
+    """yarn: frequencies that turn more often than this in original_length are kept."""
     beta_slow: PositiveFloat = 1.0
-    """yarn: those that turn less often are divided by factor; in between they are mixed."""
+    """yarn: frequencies that turn less often than this are divided by factor; in between both are mixed."""
     mscale: NonNegativeFloat = 0.0
     """yarn as in DeepSeek: the rotated halves are scaled by m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1."""
     mscale_all_dim: NonNegativeFloat = 0.0
@@ -36,78 +36,105 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.kind in ("llama3", "yarn") and self.original_length < 1:
-            raise ValueError(f"original_length: {self.kind} needs the length of the context before")
+            raise ValueError(
+                f"original_length: {self.kind} needs the context length before stretching; set it"
+            )
 
     def magnitude(self, mscale: float) -> float:
-        """YaRN's m: its section 3.4, with DeepSeek's coefficient."""
+        """YaRN's m (Peng et al. 2023, section 3.4), with DeepSeek's coefficient `mscale`."""
         return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
     @property
     def amplitude(self) -> float:
-        """What sine and cosine are multiplied by."""
+        """Factor of sine and cosine."""
         if self.kind != "yarn":
             return 1.0
+        # DeepSeek moves part of the factor from the rotation to the scores.
         if self.mscale and self.mscale_all_dim:
             return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
         return self.magnitude(1.0)
 
     @property
     def score_scale(self) -> float:
-        """What attention scores are multiplied by besides (DeepSeek-V2, section 3.1.4)."""
-        return (
-            self.magnitude(self.mscale_all_dim) ** 2
-            if self.kind == "yarn" and self.mscale_all_dim
-            else 1.0
-        )
+        """Additional factor of the attention scores (DeepSeek-V2, section 3.1.4)."""
+        if self.kind == "yarn" and self.mscale_all_dim:
+            return self.magnitude(self.mscale_all_dim) ** 2
+        return 1.0
 
 
 def frequencies(size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Radians per position of each pair of a head of `size`: float32[size / 2]."""
+    """Radians per position for each pair of a head of `size`: float32[size / 2], highest frequency first.
+
+    Pair i turns by theta^(-2 i / size) (Su et al. 2021, section 3.2.2); `scaling` divides the low frequencies, those with
+    long wavelengths, by its factor and keeps the high ones.
+    """
+    # In float64 on the host; float32 would lose digits of the low frequencies.
     plain = theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
     if scaling.kind == "none":
-        scaled = plain
-    elif scaling.kind == "linear":
-        scaled = plain / scaling.factor
+        return plain.astype(np.float32)
+    # To divide positions by the factor is to divide frequencies by it.
+    if scaling.kind == "linear":
+        return (plain / scaling.factor).astype(np.float32)
+    if scaling.kind == "llama3":
+        keep = _llama3_keep(plain, scaling)
     else:
-        keep = (_llama3_keep if scaling.kind == "llama3" else _yarn_keep)(
-            plain, size, theta, scaling
-        )
-        scaled = keep * plain + (1 - keep) * plain / scaling.factor
+        keep = _yarn_keep(size, theta, scaling)
+    # keep = 1: as trained; keep = 0: positions are interpolated, as by "linear".
+    scaled = keep * plain + (1 - keep) * plain / scaling.factor
     return scaled.astype(np.float32)
 
 
-def _llama3_keep(plain: np.ndarray, size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Share of each frequency that stays: 0 for wavelengths above the low limit, 1 below the high one."""
-    del size, theta
+def _llama3_keep(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """How much of each frequency is kept, float64[size / 2]: 0 for long wavelengths, 1 for short ones."""
+    # How often a pair turns in the original context: the ratio of its length and the wavelength.
     turns = scaling.original_length * plain / (2 * math.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
     return np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
 
 
-def _yarn_keep(plain: np.ndarray, size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """A ramp over the pairs' numbers between those that turn beta_fast and beta_slow times (Peng et al. 2023, eq. 17
-    to 19, in the whole numbers of the published code)."""
-    pair = lambda turns: (
-        size * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-    )
-    low, high = (
-        max(math.floor(pair(scaling.beta_fast)), 0),
-        min(math.ceil(pair(scaling.beta_slow)), size - 1),
-    )
-    ramp = (np.arange(len(plain)) - low) / max(high - low, 0.001)
+def _yarn_keep(size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """How much of each frequency is kept, float64[size / 2]: a ramp over the indices of the pairs.
+
+    It falls from 1 at the pair that turns beta_fast times in original_length to 0 at the one that turns beta_slow times
+    (Peng et al. 2023, eq. 17 to 19, with both indices rounded as in the published code).
+    """
+
+    def pair(turns: float) -> float:
+        """Index of the pair that turns so many times in original_length."""
+        log_wavelength = math.log(scaling.original_length / (turns * 2 * math.pi))
+        return size * log_wavelength / (2 * math.log(theta))
+
+    low = max(math.floor(pair(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair(scaling.beta_slow)), size - 1)
+    # 0.001 avoids a division by 0, as in the published code.
+    ramp = (np.arange(size // 2) - low) / max(high - low, 0.001)
     return 1.0 - np.clip(ramp, 0.0, 1.0)
 
 
 def rope(
     x: jax.Array, positions: jax.Array, frequency: jax.Array | np.ndarray, amplitude: float = 1.0
 ) -> jax.Array:
-    """Rotary positions (Su et al. 2021, eq. 34), halves rotated: x [B, T, N, H], positions int32[B, T],
-    frequency float32[H / 2]."""
+    """Rotary positions (Su et al. 2021, eq. 34).
+
+    Element i of a head is rotated together with element i + H / 2, as in GPT-NeoX and Hugging Face's models; the paper
+    pairs neighbors.
+
+    Args:
+      x: [B, T, N, H] queries or keys.
+      positions: int32[B, T].
+      frequency: float32[H / 2], radians per position.
+      amplitude: factor of sine and cosine.
+
+    Returns:
+      [B, T, N, H] in x's dtype; computed in float32.
+    """
     half = x.shape[-1] // 2
-    angle = (
-        positions.astype(jnp.float32)[:, :, None, None]
-        * jnp.asarray(frequency)[None, None, None, :]
-    )
-    cos, sin = amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    # Angles in float32: bfloat16 cannot tell neighboring positions apart beyond 256.
+    steps = positions.astype(jnp.float32)[:, :, None, None]
+    angle = steps * jnp.asarray(frequency)[None, None, None, :]
+    cos = amplitude * jnp.cos(angle)
+    sin = amplitude * jnp.sin(angle)
+    # (a, b) is rotated by the angle: (a cos - b sin, b cos + a sin).
+    a = x[..., :half].astype(jnp.float32)
+    b = x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm import generate, losses
-from jaxllm.generate import Rollout
+from jaxllm import losses, rollouts
 from jaxllm.losses import Metrics, Moments
 from jaxllm.models import lora, scalar
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.roles import RunSpec
+from jaxllm.rollouts import Rollout
 
 
 class Experience(NamedTuple):
@@ -184,12 +184,12 @@ def _masked_sum(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 def response_values(params: Any, batch: Rollout | Experience, *, model: ModelConfig) -> jax.Array:
     """The critic's value float32[B, R] of the state before each response token."""
-    hidden = generate.response_hidden(params["trunk"], batch, model)
+    hidden = rollouts.response_hidden(params["trunk"], batch, model)
     return scalar.read(params["head"], hidden)
 
 
 def reward_scores(params: Any, rollout: Rollout, *, model: ModelConfig) -> jax.Array:
     """The reward model's score float32[B] of each response, read at its last token."""
-    segments, positions = generate.row_inputs(rollout)
+    segments, positions = rollouts.row_inputs(rollout)
     values = scalar.apply(params, model, rollout.tokens, segments, positions)
     return scalar.last_value(values, segments)

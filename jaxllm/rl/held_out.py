@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import generate, losses
+from jaxllm import generate, losses, rollouts
 from jaxllm.data.loader import PromptExample
 from jaxllm.evaluation import measures
-from jaxllm.generate import Rollout
 from jaxllm.rl.layouts import ROWS, travel
 from jaxllm.rl.programs import UpdatePrograms
 from jaxllm.rl.roles import FrozenModels, PPOState, RunSpec
 from jaxllm.rl.scoring import Scorer, end_at_strings
 from jaxllm.rl.update import call
+from jaxllm.rollouts import Rollout
 from jaxllm.runtime.transfer import fetch
 from jaxllm.sharding import batch_shards
 
@@ -69,7 +69,7 @@ def make_evaluation(
         params = spec.policy(trained, frozen.actor_base)
         scores: list[float] = []
         kls: list[float] = []
-        responses: list[generate.Completion] = []
+        responses: list[rollouts.Completion] = []
         for sampled, count in sample(trained):
             rollout = end_at_strings(sampled, spec, decode)
             begin, rows = len(scores), rollout.mask.shape[0]
@@ -79,7 +79,7 @@ def make_evaluation(
             ended = np.where(fetch(rollout.finished), raw, config.missing_end_score)
             scores += ended[:count].tolist()
             kls += kl_of(params, rollout)[:count].tolist()
-            responses += generate.completions(fetch(rollout), spec.stop_ids)[:count]
+            responses += rollouts.completions(fetch(rollout), spec.stop_ids)[:count]
         return {
             "eval/score": float(np.mean(scores)),
             "eval/kl": float(np.mean(kls)),

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxllm import generate, losses
+from jaxllm import losses, rollouts
 from jaxllm.models import lora, next_token, scalar, transformer
 from jaxllm.rl.experience import Experience, response_values
 from jaxllm.rl.roles import RunSpec
@@ -21,7 +21,7 @@ def actor_loss(
     del key  # no dropout: the ratio of the first minibatch is exactly 1
     config, mask = spec.config, batch.mask
     policy = spec.policy(params, base)
-    hidden = generate.response_hidden(policy, batch, spec.model)
+    hidden = rollouts.response_hidden(policy, batch, spec.model)
     stats = losses.token_logprobs(
         hidden,
         transformer.head(policy),

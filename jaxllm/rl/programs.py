@@ -12,7 +12,7 @@ import jax
 
 from jaxllm import generate, losses, train
 from jaxllm.generate import Rollout
-from jaxllm.models import lora, scalar, transformer
+from jaxllm.models import decode, lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.rl import layouts
@@ -159,9 +159,9 @@ def _sampling_programs(spec: RunSpec, mesh: Any, role_mesh: Any) -> tuple[MeshPr
 def narrow(model: ModelConfig, params: Any) -> Any:
     """Matrices in the dtype they are decoded in, so that half as much is moved and kept.
 
-    Norms and biases stay float32, as in `transformer.unstack`.
+    Norms and biases stay float32, as in `decode.unstack`.
     """
-    dtype = transformer.decoding(model).compute_dtype
+    dtype = decode.decoding_config(model).compute_dtype
     stacked = {name for name, *_ in transformer.stacks(model)}
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
@@ -209,8 +209,8 @@ def _train_step(
 ) -> tuple[Any, train.StateLayout]:
     """(update step, where its state lives) of a model of this family that learns from this loss."""
     config = spec.config
-    tx = make_optimizer(optim, config.num_steps * config.updates_per_step)
     shapes, axes = lora.trained(config.lora, family.abstract(model), family.axes(model))
+    tx = make_optimizer(optim, config.num_steps * config.updates_per_step, axes)
     layout = train.state_layout(mesh, shapes, axes, tx)
     step = train.make_step(
         functools.partial(loss, spec=spec),

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm import generate, losses
-from jaxllm.generate import Rollout
+from jaxllm import losses
 from jaxllm.losses import Moments
 from jaxllm.model_store import load_model
 from jaxllm.models import lora, scalar, transformer
@@ -23,6 +22,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.layouts import role_meshes
+from jaxllm.rollouts import Rollout, response_logprobs
 from jaxllm.runtime.transfer import reshard_across_meshes
 from jaxllm.sharding import param_shardings, place_params, replicated
 from jaxllm.train import StateLayout, TrainState
@@ -76,9 +76,7 @@ class RunSpec(NamedTuple):
     def logprobs(self, params: Any, rollout: Rollout) -> losses.TokenStats:
         """Of each response token under a decoder, at the temperature responses are sampled at."""
         temperature = self.config.sampling.temperature
-        return generate.response_logprobs(
-            params, rollout, config=self.model, temperature=temperature
-        )
+        return response_logprobs(params, rollout, config=self.model, temperature=temperature)
 
 
 class InitialModels(NamedTuple):
@@ -113,11 +111,13 @@ def load_models(
     meshes = role_meshes(config, mesh)
 
     start = with_value_head(ref, model) if config.shares_trunk else ref
-    actor, actor_base = split_trainable(config.lora, start)
+    with_head = scalar.axes(reward_model)
+    actor_axes = with_head if config.shares_trunk else transformer.axes(model)
+    actor, actor_base = split_trainable(config.lora, start, actor_axes)
     critic, critic_base = {}, {}
     if config.has_critic:
         critic, critic_base = split_trainable(
-            config.lora, initial_critic(config, ref, reward, reward_model)
+            config.lora, initial_critic(config, ref, reward, reward_model), with_head
         )
         shapes = _critic_base_shapes(spec, meshes["critic"])
         shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
@@ -168,17 +168,22 @@ def initial_critic(config: PPOConfig, ref: Any, reward: Any, model: ModelConfig)
     return {"trunk": reward["trunk"], "head": reward["head"]}
 
 
-def split_trainable(config: LoRAConfig, params: Any) -> tuple[Any, Any]:
-    """(trainable, frozen) parts of parameters. Adapters of the configured shape that exist already are trained on."""
+def split_trainable(config: LoRAConfig, params: Any, axes: Any) -> tuple[Any, Any]:
+    """(trainable, frozen) parts of parameters. Adapters of the configured shape that exist already are trained on.
+
+    axes: logical axes of the parameters without adapters.
+    """
     trunk = params.get("trunk", {})
     if config.rank and "lora" in trunk:
-        fresh = jax.eval_shape(lambda: lora.init(config, lora.merge(params), jax.random.key(0)))
+        fresh = jax.eval_shape(
+            lambda: lora.init(config, lora.merge(params), jax.random.key(0), axes)
+        )
         present = {**params, "trunk": {"lora": {"layers": trunk["lora"]["layers"]}}}
         if jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, present):
             scale = {"scale": trunk["lora"]["scale"]}
             return present, {"trunk": {**trunk, "lora": scale}}
     merged = lora.merge(params)
-    return lora.init(config, merged, jax.random.key(0)), lora.frozen(config, merged)
+    return lora.init(config, merged, jax.random.key(0), axes), lora.frozen(config, merged)
 
 
 # --- The state, and everything as shapes: for checkpoints, which are restored through them, and for `jaxllm plan`.

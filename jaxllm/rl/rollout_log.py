@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxllm import generate
+from jaxllm import rollouts
 from jaxllm.data.loader import PromptExample
 from jaxllm.data.messages import prompt_text
-from jaxllm.generate import Rollout
+from jaxllm.rollouts import Rollout
 from jaxllm.runtime.files import json_line, read_jsonl, write_whole
 from jaxllm.runtime.transfer import fetch
 from jaxllm.tokenizers.trained import Tokenizer
@@ -45,7 +45,7 @@ class RolloutLog:
             # The run resumed, or went back to an earlier checkpoint.
             self._file = self._reopened(step)
         self._last_step = step
-        completions = generate.completions(first, self._tokenizer.stop_ids)
+        completions = rollouts.completions(first, self._tokenizer.stop_ids)
         lines = []
         for prompt, response, score in zip(prompts, completions, scores, strict=False):
             line = {

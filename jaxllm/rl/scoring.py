@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import generate
+from jaxllm import rollouts
 from jaxllm.data.loader import PromptExample
 from jaxllm.data.messages import prompt_text
-from jaxllm.generate import Rollout
 from jaxllm.losses import Metrics
 from jaxllm.rl import rewards
 from jaxllm.rl.programs import UpdatePrograms
 from jaxllm.rl.roles import FrozenModels, RunSpec
 from jaxllm.rl.update import RunProgram
+from jaxllm.rollouts import Rollout, cut_at_strings
 from jaxllm.runtime.transfer import fetch
 from jaxllm.sharding import activation
 
@@ -52,7 +52,7 @@ def make_scorer(
         """The terms that are functions of text, computed on the host."""
         if not text_terms:
             return {}
-        completions = generate.completions(fetch(rollout), spec.stop_ids)
+        completions = rollouts.completions(fetch(rollout), spec.stop_ids)
         texts = [decode(completion.ids) for completion in completions]
         questions = [prompt_text(prompt.messages) for prompt in prompts]
         answers = [prompt.answer for prompt in prompts]
@@ -89,7 +89,7 @@ def end_at_strings(
     strings = spec.config.stop_strings
     if not strings:
         return rollout
-    cut = generate.cut_at_strings(fetch(rollout), strings, decode)
+    cut = cut_at_strings(fetch(rollout), strings, decode)
     return rollout._replace(
         mask=jax.device_put(cut.mask, rollout.mask.sharding),
         finished=jax.device_put(cut.finished, rollout.finished.sharding),

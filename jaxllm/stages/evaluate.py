@@ -19,10 +19,11 @@ from jaxllm.data.splits import examples, shuffled
 from jaxllm.data.store import load_texts, open_store
 from jaxllm.evaluation import measures, tasks
 from jaxllm.evaluation.tasks import ScoringConfig
-from jaxllm.generate import SamplingConfig, complete, completions, response_logprobs, roll_out
+from jaxllm.generate import SamplingConfig, complete, completions, roll_out
 from jaxllm.model_store import load_model
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.score_functions import score_all
+from jaxllm.rollouts import response_logprobs
 from jaxllm.runtime.console import console
 from jaxllm.runtime.transfer import fetch
 from jaxllm.stages import names

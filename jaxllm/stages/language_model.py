@@ -77,7 +77,8 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         if not base:
             return layout.init(load_params())
         make = jax.jit(
-            functools.partial(lora.init, config.lora), out_shardings=layout.shardings.params
+            functools.partial(lora.init, config.lora, axes=transformer.axes(model)),
+            out_shardings=layout.shardings.params,
         )
         # Fresh parameters are made from the seed's own key; adapters take the next one.
         key = jax.random.fold_in(jax.random.key(workspace.seed), 1)

@@ -252,9 +252,11 @@ def _initial_params(
     key = jax.random.fold_in(jax.random.key(seed), 1)
     if stage == "dpo":
         # A copy: the optimizer updates its parameters in place, and the reference must keep the old ones.
-        return lora.init(config.lora, jax.tree.map(jnp.copy, policy), key)
+        return lora.init(config.lora, jax.tree.map(jnp.copy, policy), key, transformer.axes(model))
     head_key, adapter_key = jax.random.split(key)
-    return lora.init(config.lora, scalar.init(policy, model, head_key), adapter_key)
+    return lora.init(
+        config.lora, scalar.init(policy, model, head_key), adapter_key, scalar.axes(model)
+    )
 
 
 def _frozen_params(stage: str, config: PreferenceConfig, policy: Any) -> dict[str, Any]:

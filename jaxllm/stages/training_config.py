@@ -96,8 +96,9 @@ class TrainingConfig:
           (state, batch, **frozen) -> (state, metrics), and how the state is made and sharded.
         """
         # Optimizer state exists for trained parameters only, which is what makes adapters cheap.
-        tx = make_optimizer(self.optim, num_steps, bias_rate)
-        layout = train.state_layout(mesh, *lora.trained(self.lora, shapes, axes), tx)
+        shapes, axes = lora.trained(self.lora, shapes, axes)
+        tx = make_optimizer(self.optim, num_steps, axes, bias_rate)
+        layout = train.state_layout(mesh, shapes, axes, tx)
         step = train.make_step(
             loss,
             tx,

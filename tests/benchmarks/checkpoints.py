@@ -65,7 +65,7 @@ def main() -> None:
         vocab_size=args.vocab, max_length=args.length, num_layers=args.layers, embed_dim=args.width,
         num_heads=args.width // 64, mlp_dim=args.width * 4 * 2 // 3 // 64 * 64,
     )  # fmt: skip
-    tx = make_optimizer(OptimConfig(), 100)
+    tx = make_optimizer(OptimConfig(), 100, transformer.axes(model))
     placed = train.state_layout(mesh, transformer.abstract(model), transformer.axes(model), tx)
     ones = jnp.ones((args.batch, args.length), jnp.int32)
     batch = {

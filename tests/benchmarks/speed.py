@@ -43,7 +43,7 @@ def training(model, mesh, args) -> float:
             losses.token_logprobs(hidden, transformer.head(params), targets), mask
         )
 
-    tx = make_optimizer(OptimConfig(), 1000)
+    tx = make_optimizer(OptimConfig(), 1000, transformer.axes(model))
     placed = train.state_layout(mesh, transformer.abstract(model), transformer.axes(model), tx)
     make = jax.jit(
         lambda: transformer.init(model, jax.random.key(0)), out_shardings=placed.shardings.params

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.models import attention as gpu
-from jaxllm.models import attention_tpu
+from jaxllm.models import attention as attention_module
+from jaxllm.models import attention_gpu, attention_tpu
 from jaxllm.models.attention import attention
+from jaxllm.models.attention_mask import WholeRows
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.sharding import undo_zigzag, zigzag_order
 
@@ -57,7 +58,7 @@ def test_queries_may_come_in_a_balanced_order(window, softcap):
             **how,
         }
         kernel = lambda q, k, v: weigh(
-            attention_tpu.tpu_attention(q[:, order], k, v, interpret=True, **more)
+            attention_tpu.tpu_attention(q[:, order], k, v, WholeRows(**more), interpret=True)
         )
         reference = lambda q, k, v: weigh(attention(q[:, order], k, v, **more))
         for ordered in (kernel, reference):
@@ -67,9 +68,20 @@ def test_queries_may_come_in_a_balanced_order(window, softcap):
                 np.testing.assert_allclose(np.asarray(a), b, atol=2e-4)
 
 
+@pytest.mark.parametrize(("length", "fits"), [(256, False), (512, True)])
+def test_tpu_kernels_take_rows_whose_chunks_are_whole_tiles(length, fits):
+    """Two shards of a row have four chunks in the zigzag order."""
+    q, k = (jax.ShapeDtypeStruct((4, length, n, H), jnp.bfloat16) for n in (2 * K, K))
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, context=2))):
+        assert attention_tpu.supports(q, k, zigzag_order(length)) == fits
+        assert attention_tpu.supports(q, k, None)
+
+
 KERNELS = {
-    "tpu": lambda *a, **how: attention_tpu.tpu_attention(*a, interpret=True, **how),
-    "gpu": lambda *a, **how: gpu.gpu_attention(*a, implementation="xla", **how),
+    "tpu": lambda *a, **how: attention_tpu.tpu_attention(*a, WholeRows(**how), interpret=True),
+    "gpu": lambda *a, **how: attention_gpu.gpu_attention(
+        *a, WholeRows(**how), implementation="xla"
+    ),
 }
 CASES = [
     ("tpu", None, 0.0, 2),
@@ -108,14 +120,14 @@ def test_values_may_be_narrower_than_keys():
         jax.random.normal(key, (B, T, K, H)) for key in jax.random.split(jax.random.key(0), 3)
     )
     how = {"q_segment_ids": SEGMENTS, "kv_segment_ids": SEGMENTS, "window": None, "scale": 0.2}
-    got = gpu.gpu_attention(q, k, v[..., :40], implementation="xla", **how)
+    got = attention_gpu.gpu_attention(q, k, v[..., :40], WholeRows(**how), implementation="xla")
     np.testing.assert_allclose(got, attention(q, k, v[..., :40], **how), atol=1e-5)
 
 
 @pytest.fixture
 def as_if_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(gpu, "platform", lambda: "gpu")
-    asked = gpu._refusal
+    monkeypatch.setattr(attention_module, "platform", lambda: "gpu")
+    asked = attention_gpu._refusal
     asked.cache_clear()
     yield
     asked.cache_clear()
@@ -126,23 +138,46 @@ PACKED = {name: jnp.concatenate([SEGMENTS] * 2) for name in ("q_segment_ids", "k
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
-def test_where_cudnn_refuses_it_is_said_once_and_xla_takes_over(monkeypatch, capsys):
+def test_where_cudnn_refuses_the_reason_is_printed_once_and_xla_takes_over(monkeypatch, capsys):
     monkeypatch.setattr(
         "jax._src.cudnn.fused_attention_stablehlo.cuda_versions", None
     )  # CUDA may be installed
     arrays = [jnp.full(x.shape, 0.5, x.dtype) for x in HALF]
     run = lambda *a: jax.jit(lambda *a: attention(*a, **PACKED))(*a)
     with monkeypatch.context() as on_a_cpu:
-        on_a_cpu.setattr(gpu, "platform", lambda: "cpu")
+        on_a_cpu.setattr(attention_module, "platform", lambda: "cpu")
         want = run(*arrays)
     with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
         for _ in range(2):
             np.testing.assert_array_equal(np.asarray(run(*arrays)), want)
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        said.count("\n") == 1
-        and "cuDNN does not take (1, 256, 2, 64): cuDNN is not detected" in said
+        printed.count("\n") == 1
+        and "cuDNN does not support (1, 256, 2, 64): cuDNN is not detected" in printed
     )
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+@pytest.mark.parametrize(
+    ("error", "refuses"),
+    [
+        (NotImplementedError("The head dim must be <= 256"), True),
+        (RuntimeError("INTERNAL: No cuDNN execution plan supports the graph"), True),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (ValueError("QK must have same head dim"), False),
+    ],
+    ids=str,
+)
+def test_only_a_refusal_of_cudnn_falls_back(monkeypatch, error, refuses):
+    def fail(*shapes):
+        raise error
+
+    monkeypatch.setattr(attention_gpu, "_compile", fail)
+    if refuses:
+        assert not attention_gpu.supports(*HALF, 0.0)
+    else:
+        with pytest.raises(type(error)):
+            attention_gpu.supports(*HALF, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +185,7 @@ def test_where_cudnn_refuses_it_is_said_once_and_xla_takes_over(monkeypatch, cap
 )
 def test_a_gpu_program_calls_cudnn_forward_and_backward(monkeypatch, as_if_on_a_gpu, mesh):
     """Lowered, not compiled: that takes the GPU."""
-    monkeypatch.setattr(gpu, "_refusal", lambda *shapes: None)
+    monkeypatch.setattr(attention_gpu, "_refusal", lambda *shapes: None)
     monkeypatch.setattr(
         "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91300
     )
@@ -175,15 +210,15 @@ def test_a_gpu_program_calls_cudnn_forward_and_backward(monkeypatch, as_if_on_a_
     ],
 )
 def test_what_cudnn_is_not_asked_for(monkeypatch, change):
-    monkeypatch.setattr(gpu, "_refusal", lambda *shapes: None)
+    monkeypatch.setattr(attention_gpu, "_refusal", lambda *shapes: None)
     dtype = change.get("dtype", jnp.bfloat16)
     q, k = (
         jax.ShapeDtypeStruct(change.get("q", HALF[0].shape), dtype),
         jax.ShapeDtypeStruct(HALF[1].shape, dtype),
     )
     with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
-        assert gpu.cudnn_takes(*HALF, 0.0)
-        assert not gpu.cudnn_takes(q, k, k, change.get("softcap", 0.0))
+        assert attention_gpu.supports(*HALF, 0.0)
+        assert not attention_gpu.supports(q, k, k, change.get("softcap", 0.0))
 
 
 @pytest.mark.gpu
@@ -193,7 +228,7 @@ def test_cudnn_is_the_reference(window, width):
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, HALF, strict=True))
     v, how = v[..., :width], {"window": window, "scale": 0.2, **PACKED}
-    assert gpu.cudnn_takes(q, k, v, 0.0)
+    assert attention_gpu.supports(q, k, v, 0.0)
     real = (PACKED["q_segment_ids"] > 0)[:, :, None, None]
     weigh = lambda y: (jnp.square(y.astype(jnp.float32)) * real).sum()
     run = lambda *a: jax.jit(

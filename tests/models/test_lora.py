@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import InputError, build
-from jaxllm.models import lora, scalar, transformer
+from jaxllm.models import decode, lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
@@ -22,13 +22,14 @@ MODEL = ModelConfig(
     mlp_dim=48,
     dtype="float32",
 )
+AXES = transformer.axes(MODEL)
 LORA = LoRAConfig(rank=4, alpha=8.0)
 TOKENS = jnp.arange(20, dtype=jnp.int32).reshape(2, 10)
 
 
 def parts(config=LORA):
     params = transformer.init(MODEL, jax.random.key(0))
-    return params, lora.frozen(config, params), lora.init(config, params, jax.random.key(1))
+    return params, lora.frozen(config, params), lora.init(config, params, jax.random.key(1), AXES)
 
 
 def trained():
@@ -56,7 +57,7 @@ def test_merged_equals_unmerged_and_cached():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(want - transformer.apply(params, MODEL, TOKENS))).max() > 1e-2
     for a, b in zip(
-        *(jax.tree.leaves(transformer.unstack(p, MODEL)) for p in (whole, merged)), strict=True
+        *(jax.tree.leaves(decode.unstack(p, MODEL)) for p in (whole, merged)), strict=True
     ):
         np.testing.assert_array_equal(a, b)
 
@@ -78,14 +79,17 @@ def test_rank_zero_trains_everything():
     params = transformer.init(MODEL, jax.random.key(0))
     assert (
         lora.frozen(LoRAConfig(), params) == {}
-        and lora.init(LoRAConfig(), params, jax.random.key(0)) is params
+        and lora.init(LoRAConfig(), params, jax.random.key(0), AXES) is params
     )
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, lora.join({}, params), params))
 
 
 def test_a_decoder_with_a_head_trains_its_head_too():
     whole = scalar.init(transformer.init(MODEL, jax.random.key(0)), MODEL, jax.random.key(1))
-    base, own = lora.frozen(LORA, whole), lora.init(LORA, whole, jax.random.key(2))
+    base, own = (
+        lora.frozen(LORA, whole),
+        lora.init(LORA, whole, jax.random.key(2), scalar.axes(MODEL)),
+    )
     assert set(own) == {"trunk", "head"} and set(own["trunk"]) == {"lora"} and "head" not in base
     segments = jnp.ones_like(TOKENS)
     want = scalar.apply(whole, MODEL, TOKENS, segments)

@@ -13,6 +13,7 @@ from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import Load, MoEConfig, balance, moe, route
 from jaxllm.models.next_token import loss
+from jaxllm.models.parameters import Axes
 from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.sharding import activation, param_shardings
@@ -134,8 +135,11 @@ def test_the_bias_moves_towards_balance_and_weighs_nothing():
     value, grad = jax.value_and_grad(lambda b: balance(load, b, config))(bias)
     assert float(value) == 0
     params = {"layers": {"mlp": {"router_bias": bias, "router": jnp.ones((1, 2, 3))}}}
+    biases = Axes(("layers", "router"), decays=False)
+    matrices = Axes(("layers", "embed", "router"), decays=True)
+    axes = {"layers": {"mlp": {"router_bias": biases, "router": matrices}}}
     grads = {"layers": {"mlp": {"router_bias": grad, "router": jnp.ones((1, 2, 3))}}}
-    tx = make_optimizer(OptimConfig(schedule="constant"), 10, 0.01)
+    tx = make_optimizer(OptimConfig(schedule="constant"), 10, axes, 0.01)
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes whole numbers and floats
         updates, _ = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(
@@ -160,8 +164,8 @@ def two_updates(mesh_config, num_micro=1):
     mesh = make_mesh(
         mesh_config, jax.devices()[: 1 if mesh_config.data == 1 and mesh_config.expert == 1 else 8]
     )
-    tx = make_optimizer(OptimConfig(learning_rate=1e-2, eps=1e-3), 10, MODEL.moe.bias_rate)
     whole, axes = transformer.abstract(MODEL), transformer.axes(MODEL)
+    tx = make_optimizer(OptimConfig(learning_rate=1e-2, eps=1e-3), 10, axes, MODEL.moe.bias_rate)
     placed = train.state_layout(mesh, whole, axes, tx)
     ids = jax.random.randint(jax.random.key(3), (8, 16), 3, 40)
     segments = jnp.array([[1] * 6 + [2] * 7 + [0] * 3] * 8, jnp.int32)
@@ -207,14 +211,15 @@ def test_training_on_a_mesh_equals_one_device():
 @pytest.mark.parametrize("case", TRAINED)
 def test_fifty_steps_equal_a_plain_pytorch_loop(case):
     model, _, params = load(case)
-    tx = make_optimizer(OptimConfig(learning_rate=1e-3, schedule="constant"), STEPS)
+    axes = transformer.axes(model)
+    tx = make_optimizer(OptimConfig(learning_rate=1e-3, schedule="constant"), STEPS, axes)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    placed = train.state_layout(mesh, transformer.abstract(model), transformer.axes(model), tx)
+    placed = train.state_layout(mesh, transformer.abstract(model), axes, tx)
     with jax.set_mesh(mesh):
         state = placed.init(jax.tree.map(jnp.copy, params))
         run = functools.partial(loss, model=model)
         step = train.make_step(run, tx, state_shardings=placed.shardings)
-        ones, places = (
+        ones, positions = (
             np.ones((BATCH, LENGTH), np.int32),
             np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1)),
         )
@@ -222,7 +227,7 @@ def test_fifty_steps_equal_a_plain_pytorch_loop(case):
             batch = {
                 "tokens": tokens(100 + number, BATCH),
                 "segment_ids": ones,
-                "positions": places,
+                "positions": positions,
                 "loss_mask": ones > 0,
             }
             state, metrics = step(state, batch, base={})

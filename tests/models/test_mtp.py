@@ -27,7 +27,7 @@ DENSE = ModelConfig(
 )  # fmt: skip
 SPARSE = dataclasses.replace(DENSE, moe=CONFIG, tie_embeddings=False)
 DOCUMENTS = [[5, 9, 3, 3, 17], [4, 11, 2], [7, 1, 1, 39, 22]]
-LEARNT = [[0, 0, 1, 1, 1], [0, 1, 1], [0, 1, 1, 0, 1]]
+IS_TARGET = [[0, 0, 1, 1, 1], [0, 1, 1], [0, 1, 1, 0, 1]]
 
 
 def rms(x, scale, eps):
@@ -38,14 +38,14 @@ def rms(x, scale, eps):
     )
 
 
-def one_block(model, weights, x, places):
-    return transformer._merge(transformer.Block, model, weights)(
-        x, places, jnp.ones_like(places), False
+def one_block(model, weights, x, positions):
+    return transformer.merge_module(transformer.Block, model, weights)(
+        x, positions, jnp.ones_like(positions), False
     )[0][0]
 
 
-def in_the_papers_words(params, model, ids, learnt):
-    """(sum of -log p over all modules, number of targets): module k runs over places 1 .. n - k (section 2.2)."""
+def in_the_papers_words(params, model, ids, is_target):
+    """(sum of -log p over all modules, number of targets): module k runs over positions 1 .. n - k (section 2.2)."""
     states = np.asarray(
         jax.jit(transformer.apply, static_argnums=1)(params, model, jnp.array([ids], jnp.int32))[0]
     )
@@ -59,14 +59,14 @@ def in_the_papers_words(params, model, ids, learnt):
         x = jnp.array(
             np.concatenate([embedded, hidden], -1) @ np.asarray(module["project"]), jnp.float32
         )[None]
-        places = jnp.arange(len(ids) - k, dtype=jnp.int32)[None]
-        x = jax.jit(one_block, static_argnums=0)(model, module["block"], x, places)
+        positions = jnp.arange(len(ids) - k, dtype=jnp.int32)[None]
+        x = jax.jit(one_block, static_argnums=0)(model, module["block"], x, positions)
         states = rms(x, module["norm"]["scale"], model.norm_eps)
         logits = states @ np.asarray(transformer.head(params)).T
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        for place in range(len(ids) - k - 1):
-            nats -= learnt[place + k + 1] * logp[place, ids[place + k + 1]]
-            count += learnt[place + k + 1]
+        for position in range(len(ids) - k - 1):
+            nats -= is_target[position + k + 1] * logp[position, ids[position + k + 1]]
+            count += is_target[position + k + 1]
     return nats, count
 
 
@@ -85,7 +85,7 @@ def test_a_packed_row_has_the_papers_loss(model):
         "tokens": row(DOCUMENTS, 0),
         "segment_ids": row([[i + 1] * len(d) for i, d in enumerate(DOCUMENTS)], 0),
         "positions": row([range(len(d)) for d in DOCUMENTS], 0),
-        "loss_mask": row(LEARNT, 0) > 0,
+        "loss_mask": row(IS_TARGET, 0) > 0,
     }
     run = jax.jit(
         lambda *args: (
@@ -95,7 +95,7 @@ def test_a_packed_row_has_the_papers_loss(model):
     )
     (plain, weight, _), (whole, same, metrics) = run(params, batch)
     pairs = [
-        in_the_papers_words(params, model, *pair) for pair in zip(DOCUMENTS, LEARNT, strict=True)
+        in_the_papers_words(params, model, *pair) for pair in zip(DOCUMENTS, IS_TARGET, strict=True)
     ]
     nats, count = 2 * sum(n for n, _ in pairs), 2 * sum(c for _, c in pairs)
     np.testing.assert_allclose(metrics["mtp_loss"], (nats, count), rtol=2e-5)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxllm.models import layers, transformer
+from jaxllm.models import self_attention, transformer
+from jaxllm.models.rope import RopeScaling
 from jaxllm.pretrained import families
 from tests.pretrained.test_families import ARRAYS, RECORD, load, logits_of, relative, tokens
 
@@ -31,8 +32,8 @@ def leaves(change):
 
 
 def interleaved_rotary(model, params, patch):
-    """Pairs side by side in place of halves."""
-    half_split = layers.rope
+    """Pairs side by side instead of halves."""
+    half_split = self_attention.rope
 
     def rope(x, **how):
         apart = jnp.concatenate([x[..., 0::2], x[..., 1::2]], -1)
@@ -41,7 +42,7 @@ def interleaved_rotary(model, params, patch):
             x.shape
         )
 
-    patch.setattr(layers, "rope", rope)
+    patch.setattr(self_attention, "rope", rope)
     return model, params
 
 
@@ -68,12 +69,12 @@ def transposed_kv_heads(stack):
 
 
 def tied_head(model, params, patch):
-    """The embedding's table where the file has a head of its own."""
+    """The embedding's table where the file has its own head."""
     return model, {name: value for name, value in params.items() if name != "head"}
 
 
 def choose_then_softmax(model, params, patch):
-    """Softmax over the chosen experts alone, in place of the share of all experts."""
+    """Softmax over the chosen experts alone, instead of the share of all experts."""
     return of_moe(normalise=True)(model, params, patch)
 
 
@@ -85,7 +86,7 @@ def last_layer_everywhere(stack):
     return jax.tree.map(lambda w: jnp.broadcast_to(w[-1:], w.shape), stack)
 
 
-NO_SCALING = layers.ModelConfig().rope_scaling
+NO_SCALING = RopeScaling()
 MUTATIONS = {
     "interleaved rotary": ("llama3", interleaved_rotary),
     "interleaved rotary, in part of the head": ("deepseek_v3", interleaved_rotary),
@@ -100,9 +101,9 @@ MUTATIONS = {
     "window off by one in local layers": ("gemma3", off_by_one),
     "local and global layers swapped": ("gemma2", config(global_every=0)),
     "one rotary base for local and global layers": ("gemma3", config(local_rope_theta=0.0)),
-    "weights of the chosen not normalised": ("qwen3_moe", softmax_then_choose),
+    "weights of the chosen not normalized": ("qwen3_moe", softmax_then_choose),
     "softmax over all experts, then the choice": ("mixtral", softmax_then_choose),
-    "choices normalised": ("deepseek_v2", choose_then_softmax),
+    "choices normalized": ("deepseek_v2", choose_then_softmax),
     "experts not chosen by groups": ("deepseek_v3", of_moe(num_groups=1, groups_per_token=1)),
     "routed experts not scaled": ("deepseek_v3", of_moe(scale=1.0)),
     "context not stretched": ("llama3", config(rope_scaling=NO_SCALING)),

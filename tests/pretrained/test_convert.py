@@ -367,7 +367,12 @@ def test_a_reward_model_exports_as_a_classifier(tmp_path):
 
 def test_adapters_export_as_peft(tmp_path):
     model, _, base = load("qwen2")
-    own = lora.init(LoRAConfig(rank=4, targets=("q", "out", "up")), base, jax.random.key(0))
+    own = lora.init(
+        LoRAConfig(rank=4, targets=("q", "out", "up")),
+        base,
+        jax.random.key(0),
+        transformer.axes(model),
+    )
     own = jax.tree.map(lambda x: x + 0.1, own)
     for name in ("base", "tuned"):
         (tmp_path / name).mkdir()

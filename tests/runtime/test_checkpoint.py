@@ -26,7 +26,7 @@ MODEL = ModelConfig(vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, mlp_
 
 def placed_on(config, model=MODEL):
     mesh = make_mesh(config)
-    tx = make_optimizer(OptimConfig(), 10)
+    tx = make_optimizer(OptimConfig(), 10, transformer.axes(model))
     return state_layout(mesh, transformer.abstract(model), transformer.axes(model), tx)
 
 

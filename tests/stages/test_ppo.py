@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxllm import generate as g
-from jaxllm import losses, train
+from jaxllm import losses, rollouts, train
 from jaxllm.config import InputError
 from jaxllm.data.loader import PromptExample
 from jaxllm.models import scalar, transformer
@@ -356,13 +356,13 @@ def test_the_adaptive_coefficient_follows_its_target():
 def test_a_response_is_cut_at_a_stop_string():
     mask = np.array([[True] * 4, [True] * 3 + [False]])
     tokens = np.array([[9, 2, 0, 3, 4], [9, 4, 4, 1, 0]], np.int32)
-    rollout = g.Rollout(
+    rollout = rollouts.Rollout(
         tokens, np.ones((2, 1), bool), mask, np.zeros((2, 4)), np.array([False, True])
     )
-    cut = g.cut_at_strings(rollout, ["cad", "zz"], worlds.LETTERS.decode)
+    cut = rollouts.cut_at_strings(rollout, ["cad", "zz"], worlds.LETTERS.decode)
     assert cut.mask.tolist() == [[True, True, True, False], [True, True, True, False]]
     assert cut.finished.tolist() == [True, True]
-    assert [c.ids for c in g.completions(cut, (1,))] == [[2, 0, 3], [4, 4]]
+    assert [c.ids for c in rollouts.completions(cut, (1,))] == [[2, 0, 3], [4, 4]]
 
 
 def test_at_the_optimum_with_the_true_value_every_advantage_is_zero():
@@ -417,7 +417,9 @@ def test_responses_drawn_in_another_layout_are_the_same(more):
             programs, _ = build_programs(made, mesh)
             policy = transformer.init(MODEL, jax.random.key(0))
             start = with_value_head(policy, MODEL) if config.shares_trunk else policy
-            params, base = split_trainable(config.lora, start)
+            params, base = split_trainable(
+                config.lora, start, (scalar if config.shares_trunk else transformer).axes(MODEL)
+            )
             tokens, mask = g.left_pad(PROMPTS, 6, 0)
             batch = {
                 "tokens": jnp.array(tokens),

@@ -92,7 +92,7 @@ def test_implicit_rewards_are_beta_times_the_log_ratio(policy, reference, batch)
 def test_implicit_rewards_of_the_reference_and_of_new_adapters_are_zero(reference, batch):
     arrays = jax.tree.map(jnp.array, batch)
     config = lora.LoRAConfig(rank=2)
-    adapters = lora.init(config, reference, jax.random.key(2))
+    adapters = lora.init(config, reference, jax.random.key(2), transformer.axes(MODEL))
     for params, base in ((reference, {}), (adapters, lora.frozen(config, reference))):
         rewards = response_scores.implicit_rewards(
             params, arrays, base=base, ref=reference, model=MODEL, beta=0.3

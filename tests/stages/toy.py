@@ -11,6 +11,7 @@ from jaxllm import train
 from jaxllm.config.ranges import PositiveInt
 from jaxllm.data.sources import DataConfig
 from jaxllm.metrics import Work
+from jaxllm.models.parameters import Axes
 from jaxllm.optim import OptimConfig, make_optimizer
 from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.sharding import replicated
@@ -63,9 +64,10 @@ def _loss(params: Any, batch: jax.Array, key: Any) -> Any:
 
 
 def _program(mesh: Any, config: ToyConfig) -> tuple[Any, train.StateLayout]:
-    tx = make_optimizer(config.optim, config.num_steps)
+    axes = {"scale": Axes((None,), decays=False)}
+    tx = make_optimizer(config.optim, config.num_steps, axes)
     shapes = {"scale": jax.ShapeDtypeStruct((3,), jnp.float32)}
-    layout = train.state_layout(mesh, shapes, {"scale": (None,)}, tx)
+    layout = train.state_layout(mesh, shapes, axes, tx)
     step = train.make_step(_loss, tx, state_shardings=layout.shardings, num_micro=config.num_micro)
     return step, layout
 

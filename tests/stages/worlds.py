@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.data.loader import PromptExample, make_prompt_batch_at
-from jaxllm.models import transformer
+from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.programs import build_programs
@@ -165,11 +165,15 @@ class World:
             start = copy(self.ref)
             if config.shares_trunk:
                 start = with_value_head(start, self.model)
-            actor, actor_base = split_trainable(config.lora, start)
+            actor, actor_base = split_trainable(
+                config.lora,
+                start,
+                (scalar if config.shares_trunk else transformer).axes(self.model),
+            )
             critic, critic_base = {}, {}
             if config.has_critic:
                 first = initial_critic(config, copy(self.ref), {}, self.model)
-                critic, critic_base = split_trainable(config.lora, first)
+                critic, critic_base = split_trainable(config.lora, first, scalar.axes(self.model))
             frozen = FrozenModels(self.ref, actor_base, critic_base, {})
             state = initial_state(self.layouts, config, mesh, copy(actor), copy(critic))
             if resume is not None:
