@@ -7,10 +7,10 @@ import base64
 import functools
 import io
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -70,8 +70,8 @@ def panels(report: Mapping[str, Any], stage: str) -> list[Panel]:
     pictures = []
     groups = _by_title(content["series"])
     for title in sorted(groups, key=_panel_order):
-        notes = [simulated_note(report, stage, metric) for metric in groups[title]]
-        caption = title + next(filter(None, notes), "")
+        # All metrics of a panel end in the same word, on which the note depends.
+        caption = title + simulated_note(report, stage, next(iter(groups[title])))
         pictures.append(_panel(caption, functools.partial(_draw_curves, groups[title])))
     bins = (content["result"] or {}).get("reliability")
     if bins:
@@ -123,7 +123,7 @@ def _draw_reliability(bins: Sequence[Sequence[float]], axes: Axes, theme: Theme)
     """
     confidence, right, counts = zip(*bins, strict=True)
     color = theme.lines[0]
-    areas = [8 + 120 * count / max(counts) for count in counts]
+    areas = 8 + 120 * np.array(counts) / max(counts)
     axes.plot([0.5, 1], [0.5, 1], color=theme.text, lw=0.8, ls="--")
     axes.plot(confidence, right, color=color, lw=1.2)
     axes.scatter(confidence, right, s=areas, color=color, lw=0)
@@ -135,9 +135,10 @@ def _draw_curves(series: Mapping[str, Points], axes: Axes, theme: Theme) -> None
     colors = itertools.cycle(theme.lines)
     # In reverse, so that train/ comes before eval/ and has the first color in every panel.
     for metric, points in sorted(series.items(), reverse=True):
+        steps, values = zip(*points, strict=True)
         axes.plot(
-            [step for step, _ in points],
-            [math.nan if value is None else value for _, value in points],
+            steps,
+            np.array(values, np.float64),  # None becomes NaN, which leaves a gap in the line
             color=next(colors),
             lw=1.5,
             marker="o" if len(points) < 25 else "",

@@ -45,22 +45,27 @@ def _collect(run_dir: epath.Path, stages: Sequence[str]) -> dict[str, Any]:
     """The content of report.json."""
     contents: dict[str, dict[str, Any]] = {}
     provenances: list[dict[str, Any]] = []
-    seconds: list[Any] = []
+    seconds: list[float] = []
+    newest = ""
     for stage in stages:
         directory = run_dir / stage
         if not directory.exists():
             continue
         contents[stage] = _read_stage(directory)
-        provenances.append(read_json(directory / "provenance.json") or {})
-        seconds.append((contents[stage]["result"] or {}).get("wall_seconds"))
+        stage_seconds = (contents[stage]["result"] or {}).get("wall_seconds")
+        if isinstance(stage_seconds, int | float):
+            seconds.append(stage_seconds)
+        provenance = read_json(directory / "provenance.json") or {}
+        provenances.append(provenance)
+        # Times are in UTC and in one format, so that they compare as texts.
+        newest = max(newest, str(provenance.get("time", "")))
     _mark_simulated(contents)
-    times = [str(provenance.get("time", "")) for provenance in provenances]
     return {
         "name": run_dir.name or str(run_dir),
-        "date": max(times, default="")[:16].replace("T", " "),
+        "date": newest[:16].replace("T", " "),
         "device": _distinct_values(provenances, "devices"),
         "code": _distinct_values(provenances, "code"),
-        "wall_seconds": sum(time for time in seconds if isinstance(time, int | float)),
+        "wall_seconds": sum(seconds),
         "stages": contents,
         "absent": [stage for stage in stages if stage not in contents],
         "order": list(stages),
@@ -77,6 +82,7 @@ def _read_stage(directory: epath.Path) -> dict[str, Any]:
     }
 
 
+# These files are still growing while a stage trains, and `read_metrics` leaves a half-written last line out.
 def _read_steps(path: epath.Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file, each of which must name its step."""
     lines = read_metrics(path)
@@ -120,8 +126,11 @@ def _mark_simulated(contents: Mapping[str, dict[str, Any]]) -> None:
 
 def _distinct_values(provenances: Iterable[Mapping[str, Any]], key: str) -> str:
     """The values of a key, each once, in the order of the stages: a run may move to another machine."""
-    values = [str(provenance[key]) for provenance in provenances if key in provenance]
-    return ", ".join(dict.fromkeys(values))
+    values: dict[str, None] = {}
+    for provenance in provenances:
+        if key in provenance:
+            values[str(provenance[key])] = None
+    return ", ".join(values)
 
 
 def _render(template: str, report: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxllm import stages as stage_table
@@ -10,7 +10,7 @@ from jaxllm import stages as stage_table
 SIMULATED = "simulated annotator"
 
 # Shown first, in this order; a stage's other numbers follow in the order of its result.json.
-KEY_NUMBERS = (
+_KEY_NUMBERS = (
     "bits_per_byte",
     "accuracy",
     "score",
@@ -60,23 +60,28 @@ class Answers(NamedTuple):
 
 
 def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(label, text) of what the head of the report says about the run."""
-    known = [
+    """(label, text) for the head of the report; the text is empty if no stage has begun."""
+    return [
         ("Date", report["date"]),
         ("Device", report["device"]),
         ("Code", report["code"]),
         ("Total wall time", _duration(report["wall_seconds"])),
     ]
-    return [(label, text) for label, text in known if text]
 
 
 def warning(report: Mapping[str, Any]) -> str:
     """A sentence saying that the annotator is simulated; empty if no stage used a simulated one."""
-    simulated = [stage for stage in report["stages"].values() if stage["annotator_simulated"]]
-    if not simulated:
+    is_simulated = False
+    annotators = set()
+    for stage in report["stages"].values():
+        if stage["annotator_simulated"]:
+            is_simulated = True
+            annotators.add(str((stage["result"] or {}).get("annotator") or ""))
+    if not is_simulated:
         return ""
-    annotators = {(stage["result"] or {}).get("annotator") for stage in simulated} - {None, ""}
-    names = f" ({', '.join(sorted(map(str, annotators)))})" if annotators else ""
+    # Only the stages that asked an annotator name one; the others trained on its rankings.
+    annotators.discard("")
+    names = f" ({', '.join(sorted(annotators))})" if annotators else ""
     return f"The annotator is simulated{names}: a program, not a person, scored the responses."
 
 
@@ -91,12 +96,8 @@ def simulated_note(report: Mapping[str, Any], stage: str, metric: str) -> str:
     return f" ({SIMULATED})" if report["stages"][stage]["annotator_simulated"] else ""
 
 
-def stage_rows(report: Mapping[str, Any]) -> list[StageRow]:
-    """The overview: every stage in order, whether or not it ran."""
-    return [_stage_row(report, name) for name in report["order"]]
-
-
-def _stage_row(report: Mapping[str, Any], name: str) -> StageRow:
+def stage_row(report: Mapping[str, Any], name: str) -> StageRow:
+    """A stage's line in the overview, whether or not it ran."""
     if name in report["absent"]:
         return StageRow(name, False, _ABSENT, 0.0, [], "not run")
     result = report["stages"][name]["result"]
@@ -119,8 +120,12 @@ def _scalar_names(result: Mapping[str, Any]) -> list[str]:
     for name, value in result.items():
         if not isinstance(value, dict | list) and name != "wall_seconds":
             names.append(name)
-    rank = {name: number for number, name in enumerate(KEY_NUMBERS)}
-    return sorted(names, key=lambda name: rank.get(name, len(rank)))
+    # The sort is stable, so that all others stay in their order.
+    return sorted(names, key=_key_rank)
+
+
+def _key_rank(name: str) -> int:
+    return _KEY_NUMBERS.index(name) if name in _KEY_NUMBERS else len(_KEY_NUMBERS)
 
 
 def stage_tables(report: Mapping[str, Any], stage: str) -> list[Table]:
@@ -145,13 +150,17 @@ def _rows_by_name(name: str, value: Any) -> dict[str, Any]:
         return value
     if not isinstance(value, list) or name == "samples":
         return {}
-    if not all(isinstance(row, dict) for row in value):
+    if not _are_rows(value):
         return {}
     return {str(number): row for number, row in enumerate(value, start=1)}
 
 
+def _are_rows(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
 def _table(report: Mapping[str, Any], stage: str, name: str, rows: Mapping[str, Any]) -> Table:
-    """A column for each key of the rows; a single column if they are plain values.
+    """A column for each key of the rows, or a single column if they are plain values.
 
     {"sft": {"a": 1}, "ppo": {"a": 2, "b": 3}}        {"a": 1, "b": 2}
 
@@ -160,15 +169,19 @@ def _table(report: Mapping[str, Any], stage: str, name: str, rows: Mapping[str, 
         PPO   2    3                                    b     2
     """
     title = _label(report, stage, name)
-    if not all(isinstance(row, dict) for row in rows.values()):
-        cells = [[_label(report, stage, key), _quantity(key, rows[key])] for key in rows]
+    cells = []
+    if not _are_rows(rows.values()):
+        for key, value in rows.items():
+            cells.append([_label(report, stage, key), _quantity(key, value)])
         return Table(title, ["", "value"], cells)
     # A dict and not a set: columns keep the order in which the rows name them.
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    cells = []
+    columns: dict[str, str] = {}
+    for row in rows.values():
+        for column in row:
+            columns[column] = _label(report, stage, column)
     for key, row in rows.items():
         cells.append([_model_title(key), *(_quantity(c, row.get(c)) for c in columns)])
-    return Table(title, ["", *(_label(report, stage, column) for column in columns)], cells)
+    return Table(title, ["", *columns.values()], cells)
 
 
 def _rollout_table(rollouts: Sequence[Mapping[str, Any]]) -> Table:
@@ -183,6 +196,7 @@ def curve_table(report: Mapping[str, Any], stage: str) -> Table:
     """A row for each curve: its number of points, and the first, last, smallest and largest value."""
     rows = []
     for metric, points in report["stages"][stage]["series"].items():
+        # NaN for a curve without a finite value: such a stage diverged, which its row must show.
         values = [value for _, value in points if value is not None] or [math.nan]
         ends = (values[0], values[-1], min(values), max(values))
         label = metric + simulated_note(report, stage, metric)
@@ -193,6 +207,7 @@ def curve_table(report: Mapping[str, Any], stage: str) -> Table:
 def answers(report: Mapping[str, Any]) -> Iterator[Answers]:
     """The answers in every stage whose result has samples."""
     for stage in report["stages"].values():
+        # Any stage's function may put anything there; only samples of the known form are shown.
         samples = (stage["result"] or {}).get("samples")
         if not isinstance(samples, list):
             continue
@@ -205,6 +220,7 @@ def answers(report: Mapping[str, Any]) -> Iterator[Answers]:
 
 def _model_title(stage: str) -> str:
     """The name of a stage's model; other names are returned unchanged."""
+    # The table's `named` would refuse names that are not stages, such as the groups of a metric.
     for row in stage_table.TABLE:
         if row.name == stage and row.title:
             return row.title
@@ -242,7 +258,7 @@ def _number(value: Any) -> str:
 def _duration(seconds: Any) -> str:
     if not isinstance(seconds, int | float):
         return _ABSENT
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)  # rounded first: 59.7 s is 1 min 00 s
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
