@@ -68,9 +68,14 @@ class StageLM(LM):
         for request in requests:
             ids = self._encode(request.args[0])
             rows_by_request.append(windows(ids, bos, self._model.config.max_length))
-        rows = list(itertools.chain(*rows_by_request))
-        scores = iter(score_rows(self._model, rows, self._batch_size))
-        return [sum(next(scores)[0] for _ in rows) for rows in rows_by_request]
+        # All windows are scored together: a request's own would rarely fill a batch.
+        all_rows = list(itertools.chain(*rows_by_request))
+        scores = iter(score_rows(self._model, all_rows, self._batch_size))
+        totals = []
+        for rows in rows_by_request:
+            own_scores = itertools.islice(scores, len(rows))
+            totals.append(sum(nats for nats, _ in own_scores))
+        return totals
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """The continuation of each request's (context, {until, max_gen_toks, do_sample, ...})."""
@@ -78,7 +83,7 @@ class StageLM(LM):
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(number)
-        texts: dict[int, str] = {}
+        texts = [""] * len(requests)
         for numbers in groups.values():
             options = requests[numbers[0]].args[1]
             prompts = [self._with_bos(self._encode(requests[i].args[0])) for i in numbers]
@@ -93,12 +98,14 @@ class StageLM(LM):
             )
             for number, (text, _) in zip(numbers, answers, strict=True):
                 texts[number] = text
-        return [texts[i] for i in range(len(requests))]
+        return texts
 
     def _sampling(self, options: Mapping[str, Any], prompt_length: int) -> SamplingConfig:
         """The harness's options; at least half of the model's context, or all they need, is left to the questions."""
         limit = self._model.config.max_length
+        # Tasks name it in the harness's or in Hugging Face's way.
         wanted = options.get("max_gen_toks") or options.get("max_new_tokens")
+        # Without "do_sample" the harness means greedy decoding, whatever the temperature.
         temperature = float(options.get("temperature") or 1.0) if options.get("do_sample") else 0.0
         return SamplingConfig(
             max_new_tokens=min(

@@ -43,6 +43,7 @@ def xz_bits_per_byte(train: Iterable[str], held_out: Iterable[str]) -> float:
 
     The dictionary is as large as the text, so that the held-out text can refer to all of the training text.
     """
+    # The line break keeps the last training text apart from the first held-out one.
     prefix = "\n".join(train).encode()
     text = "\n".join(held_out).encode()
     size = min(max(len(prefix) + len(text), _SMALLEST_DICTIONARY), _LARGEST_DICTIONARY)
@@ -51,13 +52,14 @@ def xz_bits_per_byte(train: Iterable[str], held_out: Iterable[str]) -> float:
     def compressed_size(data: bytes) -> int:
         return len(lzma.compress(data, format=lzma.FORMAT_XZ, filters=filters))
 
+    # xz has no way to continue a compressed text, so the training text is compressed twice.
     extra = compressed_size(prefix + b"\n" + text) - compressed_size(prefix)
     return 8.0 * extra / len(text)
 
 
 def accuracy(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
     """Share of exact matches, and that of always answering the most common label; outer spaces do not count."""
-    labels = [label.strip() for label in labels]
+    labels = list(map(str.strip, labels))
     right = 0
     for prediction, label in zip(predictions, labels, strict=True):
         right += prediction.strip() == label
@@ -75,24 +77,30 @@ def majority(labels: Sequence[Any]) -> float:
 
 def distinct(responses: Iterable[Sequence[Any]], n: int = 2) -> float:
     """Different n-grams over all n-grams (Li et al. 2016): low if a model repeats itself."""
+    # Over all responses: a model that gives everyone the same answer repeats itself as well.
     grams: Counter[tuple[Any, ...]] = Counter()
     for response in responses:
         for start in range(len(response) - n + 1):
             grams[tuple(response[start : start + n])] += 1
+    # No response may be long enough for an n-gram.
     return len(grams) / max(grams.total(), 1)
 
 
 def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean and its standard error; the error of a single value is given as 0."""
     array = np.asarray(values, np.float64)
+    mean = float(array.mean())
     if len(array) < 2:
-        return float(array.mean()), 0.0
-    return float(array.mean()), float(array.std(ddof=1) / math.sqrt(len(array)))
+        return mean, 0.0
+    deviation = array.std(ddof=1)
+    return mean, float(deviation / math.sqrt(len(array)))
 
 
 def win_rate(scores: np.ndarray, baseline: np.ndarray) -> float:
     """Share of prompts on which `scores` are higher; a tie counts half. Both float64[N], in the same order."""
-    return float(((scores > baseline) + 0.5 * (scores == baseline)).mean())
+    wins = scores > baseline
+    ties = scores == baseline
+    return float((wins + 0.5 * ties).mean())
 
 
 def pair_margins(scores: np.ndarray, ranks: np.ndarray) -> np.ndarray:
@@ -119,7 +127,10 @@ def accuracy_by(
     else:
         groups = (ranks[:, None, :] - ranks[:, :, None])[better]
     right = _right(pair_margins(scores, ranks))
-    return {str(group): float(right[groups == group].mean()) for group in np.unique(groups)}
+    accuracies = {}
+    for group in np.unique(groups):
+        accuracies[str(group)] = float(right[groups == group].mean())
+    return accuracies
 
 
 def annotator_agreement(examples: Iterable[Any]) -> tuple[float, int] | None:
@@ -144,11 +155,14 @@ def annotator_agreement(examples: Iterable[Any]) -> tuple[float, int] | None:
     total = 0
     for same_responses in rankings.values():
         for first, second in itertools.combinations(same_responses, 2):
+            # [K, K]: -1, 0 or 1 for each pair of responses.
             first_signs = np.sign(first[:, None] - first[None, :])
             second_signs = np.sign(second[:, None] - second[None, :])
+            untied = (first_signs != 0) & (second_signs != 0)
+            same = first_signs == second_signs
             # The upper triangle: each pair is counted once.
-            untied = np.triu((first_signs != 0) & (second_signs != 0))
-            alike += int((untied & (first_signs == second_signs)).sum())
+            untied = np.triu(untied)
+            alike += int((untied & same).sum())
             total += int(untied.sum())
     return (alike / total, total) if total else None
 
@@ -158,9 +172,10 @@ def calibration_error(margins: np.ndarray, num_bins: int = 10) -> float:
 
     margins: float[pairs], r_better - r_worse of each pair; the prediction is right where it is positive.
     """
-    bins = reliability(margins, num_bins)
-    gaps = sum(abs(right - confidence) * count for confidence, right, count in bins)
-    return gaps / max(len(margins), 1)
+    gaps = []
+    for confidence, right, count in reliability(margins, num_bins):
+        gaps.append(abs(right - confidence) * count)
+    return sum(gaps) / max(len(margins), 1)
 
 
 def reliability(margins: np.ndarray, num_bins: int = 10) -> list[tuple[float, float, int]]:
@@ -168,15 +183,18 @@ def reliability(margins: np.ndarray, num_bins: int = 10) -> list[tuple[float, fl
 
     margins: as for `calibration_error`. Confidence is never below 0.5: the sign of the margin is the prediction.
     """
-    confidence = 1.0 / (1.0 + np.exp(-np.abs(margins.astype(np.float64))))
+    size = np.abs(margins.astype(np.float64))
+    confidence = 1.0 / (1.0 + np.exp(-size))
     right = _right(margins)
+    bins = ((confidence - 0.5) * 2 * num_bins).astype(int)
     # A confidence of exactly 1 belongs to the last bin.
-    bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
+    bins = np.minimum(bins, num_bins - 1)
     curve = []
     for number in np.unique(bins):
         inside = bins == number
-        means = float(confidence[inside].mean()), float(right[inside].mean())
-        curve.append((*means, int(inside.sum())))
+        mean_confidence = float(confidence[inside].mean())
+        share_right = float(right[inside].mean())
+        curve.append((mean_confidence, share_right, int(inside.sum())))
     return curve
 
 
@@ -196,5 +214,6 @@ def _better(ranks: np.ndarray) -> np.ndarray:
           2     . . . .
           3     . . . .
     """
-    exists = (ranks[:, :, None] > 0) & (ranks[:, None, :] > 0)
-    return exists & (ranks[:, :, None] < ranks[:, None, :])
+    rank_i = ranks[:, :, None]
+    rank_j = ranks[:, None, :]
+    return (rank_i > 0) & (rank_j > 0) & (rank_i < rank_j)

@@ -44,12 +44,10 @@ class Model(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A context and the text to be scored after it.
+    """A context and the text to be scored after it."""
 
-    ids    <|bos|> the sky is blue .      count  2
-    scored                     1   1
-    """
-
+    #     ids     <|bos|> the sky is blue .        count  2
+    #     scored     .     .   .  .   1   1
     ids: list[int]
     count: int
     """The last `count` ids are scored; at least one context id precedes them."""
@@ -69,7 +67,7 @@ def score_rows(model: Model, rows: Sequence[Row], batch_size: int = 32) -> list[
         if not 0 < row.count < len(row.ids) <= limit + 1:
             sizes = f"{row.count} scored of {len(row.ids)} ids"
             raise ValueError(f"row: {sizes}, and the context holds {limit}")
-    scores: dict[int, tuple[float, bool]] = {}
+    scores = [(0.0, False)] * len(rows)
     # Longest first: if memory does not suffice, it fails at once.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
     for length, group in itertools.groupby(order, key=lambda i: _padded_length(rows[i], limit)):
@@ -78,8 +76,9 @@ def score_rows(model: Model, rows: Sequence[Row], batch_size: int = 32) -> list[
         size = whole_batch(model.mesh, min(batch_size, _power_of_two(len(numbers))))
         for batch in itertools.batched(numbers, size):
             batch_scores = _score_batch(model, [rows[i] for i in batch], size, length)
-            scores |= zip(batch, batch_scores, strict=True)
-    return [scores[i] for i in range(len(rows))]
+            for number, score in zip(batch, batch_scores, strict=True):
+                scores[number] = score
+    return scores
 
 
 def _padded_length(row: Row, limit: int) -> int:
@@ -123,12 +122,13 @@ def _row_sums(
 ) -> tuple[jax.Array, jax.Array]:
     """(nats float32[B], is_greedy bool[B]) of tokens int32[B, T + 1], padded on the right.
 
-    lengths, counts: int32[B], as in `Row`. With a length of 4 and a count of 2, T = 5:
-
-        tokens   a b c d - -
-        real       1 1 1 . .     of the targets b c d - -
-        scored     . 1 1 . .
+    lengths, counts: int32[B], as in `Row`.
     """
+    # A row of length 4 and count 2, T = 5. The masks are bool[B, T], over the targets tokens[:, 1:]:
+    #
+    #     tokens   a b c d - -
+    #     real       1 1 1 . .
+    #     scored     . 1 1 . .
     positions = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)[None]  # of the targets
     real = positions < lengths[:, None]
     hidden = transformer.apply(params, config, tokens[:, :-1], real.astype(jnp.int32))
@@ -136,6 +136,7 @@ def _row_sums(
         hidden, transformer.head(params), tokens[:, 1:], cap=config.logit_softcap
     )
     scored = real & (positions >= (lengths - counts)[:, None])
+    # Padding has log-probabilities as well; they are garbage.
     nats = jnp.where(scored, stats.logprob, 0.0).sum(1)
     return nats, (~scored | (stats.logprob >= stats.top)).all(1)
 
@@ -143,11 +144,11 @@ def _row_sums(
 def split(
     encode: Callable[[str], list[int]], context: str, text: str
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a context and of the text that continues it (at least one id), encoded together.
-
-    Spaces at the end of the context become part of the text, since tokenizers put a space in front of a word: the
-    context "the sky is " with the text "blue" gives [the sky is] and [ blue].
-    """
+    """Token ids of a context and of the text that continues it (at least one id), encoded together."""
+    # Encoded apart, the two would have tokens at the boundary that the model never saw in training. Spaces at the end of
+    # the context become part of the text, since tokenizers put a space in front of a word:
+    #
+    #     "the sky is " + "blue"   ->   the sky is | ▁blue
     ids = encode(context + text)
     boundary = min(len(encode(context.rstrip())), len(ids) - 1)
     return ids[:boundary], ids[boundary:]
@@ -167,21 +168,19 @@ def fit(context: Sequence[int], text: Sequence[int], config: ModelConfig, origin
 
 
 def shorten(ids: Sequence[int], room: int) -> list[int]:
-    """The first id and the newest ones, `room` in all. Models are trained with <|bos|> in front, so it stays.
-
-    shorten([<|bos|>, a, b, c, d], 3) == [<|bos|>, c, d]
-    """
+    """The first id and the newest ones, `room` in all."""
+    # The first one is <|bos|>, which models are trained with. Room for 3:
+    #
+    #     <|bos|> a b c d   ->   <|bos|> c d
     return [*ids] if len(ids) <= room else [ids[0], *ids[len(ids) - room + 1 :]]
 
 
 def windows(ids: Sequence[int], bos_id: int, max_length: int) -> list[Row]:
-    """Rows that score each of a text's ids once, max_length ids in each.
-
-    The last window starts earlier, so that its context is as long as possible. Six ids, max_length 4:
-
-        <|bos|> 0 1 2 3        scores 0 1 2 3
-                  1 2 3 4 5    scores 4 5
-    """
+    """Rows that score each of a text's ids once, at most max_length in each."""
+    # The last window starts earlier than it must, so that its context is as long as possible. Six ids, max_length 4:
+    #
+    #     <|bos|> 0 1 2 3          scores  0 1 2 3
+    #               1 2 3 4 5      scores  4 5
     all_ids = [bos_id, *ids]
     rows = []
     for begin in range(0, len(ids), max_length):
@@ -236,9 +235,14 @@ def generate_texts(
     return answers
 
 
-def completion_numbers(drawn: Sequence[Completion]) -> dict[str, float]:
+def response_numbers(responses: Sequence[Completion]) -> dict[str, float]:
     """Mean number of response tokens, and the share of responses that ended by themselves."""
+    num_tokens = 0
+    num_finished = 0
+    for response in responses:
+        num_tokens += len(response.ids)
+        num_finished += response.finished
     return {
-        "response_tokens": sum(len(completion.ids) for completion in drawn) / len(drawn),
-        "finished": sum(completion.finished for completion in drawn) / len(drawn),
+        "response_tokens": num_tokens / len(responses),
+        "finished": num_finished / len(responses),
     }

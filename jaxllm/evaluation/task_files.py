@@ -1,8 +1,8 @@
-"""Task files: the questions that models are asked. One object a line (or row of a table), whose fields tell its kind:
+"""Task files: the questions that models are asked. One object a line (or row of a table), whose fields tell its kind.
 
-{"question": text or "messages": [...], "choices": [texts], "answer": index of the right one, from 0}
-{"text": ...}                                                       (perplexity)
-{"prompt": text or "messages": [...], "answer": text or number}     (generation)
+multiple choice  {"question": text or "messages": [...], "choices": [texts], "answer": index of the right one, from 0}
+perplexity       {"text": text}
+generation       {"prompt": text or "messages": [...], "answer": text or number}
 """
 
 import hashlib
@@ -41,8 +41,13 @@ def read_tasks(paths: Sequence[str], shots: int) -> list[Task]:
     Raises:
         InputError: a file is missing, malformed, mixes kinds or has too few lines.
     """
-    tasks = [_read_task(path, shots) for path in dict.fromkeys(paths)]
-    uses = Counter(task.name for task in tasks)
+    tasks: list[Task] = []
+    uses: Counter[str] = Counter()
+    for path in dict.fromkeys(paths):
+        task = _read_task(path, shots)
+        tasks.append(task)
+        uses[task.name] += 1
+    # Scores are kept by name, so it must be unique.
     return [task._replace(name=task.path) if uses[task.name] > 1 else task for task in tasks]
 
 
@@ -69,6 +74,7 @@ def _read_task(path: str, shots: int) -> Task:
         if _kind(item) != kind:
             message = f"{_kind(item)} after {kind}; one file holds one kind, split it"
             raise InputError(f"{item.origin}: {message}")
+    # Texts have no question that shots could show an answer to.
     if kind != "perplexity" and len(items) <= shots:
         raise InputError(
             f"{path}: {shots} shots of {len(items)} lines leave none to score; lower shots or add lines"
@@ -78,6 +84,7 @@ def _read_task(path: str, shots: int) -> Task:
 
 def _sha256(path: str) -> str:
     """Of the files that a path or pattern names, one after the other."""
+    # Of the bytes, not of the parsed lines: it can be compared with what sha256sum prints.
     sha256 = hashlib.sha256()
     for file in files(Source(path)):
         filesystem, location = fsspec.core.url_to_fs(file)
@@ -86,6 +93,7 @@ def _sha256(path: str) -> str:
 
 
 def _kind(item: Example) -> str:
+    # An item keeps no kind: only a text has `text`, and only multiple choice has responses.
     if item.text:
         return "perplexity"
     return "multiple choice" if item.responses else "generation"

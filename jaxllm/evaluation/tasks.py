@@ -25,9 +25,9 @@ from jaxllm.evaluation import measures
 from jaxllm.evaluation.scoring import (
     Model,
     Row,
-    completion_numbers,
     fit,
     generate_texts,
+    response_numbers,
     score_rows,
     split,
     windows,
@@ -151,13 +151,16 @@ def _multiple_choice(asking: Asking) -> Numbers:
     scores = iter(score_rows(asking.model, rows, asking.config.batch_size))
     acc = []
     acc_norm = []
+    right_indices = []
     for item in asking.items:
         nats = np.array([next(scores)[0] for _ in item.responses])
         num_bytes = [len(choice.encode()) for choice in item.responses]
+        right_indices.append(item.ranks.index(1))
+        # The index of the largest sum is the model's choice; the right one has rank 1.
         acc.append(float(item.ranks[nats.argmax()] == 1))
         acc_norm.append(float(item.ranks[(nats / num_bytes).argmax()] == 1))
     numbers = _means(acc=acc, acc_norm=acc_norm)
-    numbers["majority"] = measures.majority([item.ranks.index(1) for item in asking.items])
+    numbers["majority"] = measures.majority(right_indices)
     numbers["truncated"] = float(len(cut))
     return numbers
 
@@ -176,8 +179,12 @@ def _perplexity(asking: Asking) -> Numbers:
     scores = score_rows(model, rows, asking.config.batch_size)
     nats = -sum(row_nats for row_nats, _ in scores)
     num_tokens = sum(map(len, encoded))
-    num_bytes = sum(len(text.encode()) for text in texts)
-    num_words = sum(len(re.split(r"\s+", text)) for text in texts)
+    num_bytes = 0
+    num_words = 0
+    for text in texts:
+        num_bytes += len(text.encode())
+        # Not text.split(): the harness counts the empty words at the ends of a text too.
+        num_words += len(re.split(r"\s+", text))
     nats_per_word = nats / num_words
     return {
         "nats_per_token": nats / num_tokens,
@@ -200,26 +207,22 @@ def _generation(asking: Asking) -> Numbers:
         message = f"leaves {room} tokens of the context to a question; lower it"
         raise InputError(f"sampling.max_new_tokens: {message}")
     prompts = [question_ids(asking, item)[0] for item in asking.items]
-    # After shots in plain text a model goes on to invent the next question.
+    # After shots in plain text a model continues with a question that it invents.
     stops = [] if asking.chat or not asking.shots else [_BETWEEN_SHOTS]
-    generated = generate_texts(
-        asking.model,
-        prompts,
-        config.sampling,
-        stops,
-        seed=asking.seed,
-        batch_size=config.batch_size,
-    )
+    settings: dict[str, Any] = {"seed": asking.seed, "batch_size": config.batch_size}
+    generated = generate_texts(asking.model, prompts, config.sampling, stops, **settings)
+    texts, responses = zip(*generated, strict=True)
     exact = []
     normalised = []
     numeric = []
-    for (text, _), item in zip(generated, asking.items, strict=True):
+    for text, item in zip(texts, asking.items, strict=True):
         exact.append(rewards.exact_match("", text, item.answer))
         normalised.append(float(normalize(text) == normalize(item.answer)))
+        # Without a number in the answer every response would be wrong.
         if numerals.last(item.answer):
             numeric.append(rewards.last_number("", text, item.answer))
     numbers = _means(exact=exact, normalised=normalised, numeric=numeric)
-    numbers |= completion_numbers([completion for _, completion in generated])
+    numbers |= response_numbers(responses)
     numbers["truncated"] = float(sum(len(ids) > room for ids in prompts))
     return numbers
 
@@ -298,6 +301,7 @@ def command(args: ScoreArgs) -> None:
             "scores": scores,
         }
         write_json(args.json, record)
+    # The table alone goes to standard output, so that it can be piped.
     # A file or a pipe has no width; this is enough for five stages.
     width = None if sys.stdout.isatty() else 160
     terminal = Console(highlight=False, markup=False, emoji=False, width=width)

@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from jaxllm.report.tables import simulated_note
 
-# Titles of panels by the last part of a metric's name, in the order of the panels; other metrics follow by title.
+# Names with the same title share a panel. Titles of panels by the last part of a metric's name, in the order of the panels; other metrics follow by title.
 TITLES = {
     "loss": "Loss",
     "bits_per_byte": "Bits per byte",
@@ -40,6 +40,7 @@ TITLES = {
 Points = Sequence[tuple[int, float | None]]
 
 
+# The colors are those of report.html.j2.
 class Theme(NamedTuple):
     """Colors of a picture; the background is transparent."""
 
@@ -103,6 +104,8 @@ def _panel(caption: str, draw: Draw) -> Panel:
 
 def _picture(draw: Draw, theme: Theme) -> str:
     """The data: URL of a picture whose axes `draw` fills."""
+    # Not pyplot: it keeps every figure and may look for a display. Inches; the page shows them about 330 pixels wide, and
+    # the rest is for screens with two pixels to one.
     figure = Figure(figsize=(4.6, 2.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.grid(color=theme.grid, lw=0.6)
@@ -141,12 +144,13 @@ def _draw_curves(series: Mapping[str, Points], axes: Axes, theme: Theme) -> None
             np.array(values, np.float64),  # None becomes NaN, which leaves a gap in the line
             color=next(colors),
             lw=1.5,
+            # Few points, as those of an evaluation, would be lost without marks; a single one would show nothing.
             marker="o" if len(points) < 25 else "",
             ms=3,
             label=_legend_label(metric),
         )
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20000 steps are 20k
     axes.yaxis.get_offset_text().set(color=theme.text, size=8)
     axes.set_xlabel("step", color=theme.text, size=8)
     if len(series) > 1:

@@ -33,7 +33,7 @@ def write_report(run_dir: epath.PathLike, stages: Sequence[str]) -> dict[str, An
     Raises:
         InputError: one of the files it reads is damaged. A half-written last line is only left out.
     """
-    run_dir = epath.Path(run_dir)
+    run_dir = epath.Path(run_dir)  # may be on an object store
     report = _collect(run_dir, stages)
     write_json(run_dir / "report.json", report)
     write_whole(run_dir / "report.md", _render("report.md.j2", report))
@@ -82,9 +82,9 @@ def _read_stage(directory: epath.Path) -> dict[str, Any]:
     }
 
 
-# These files are still growing while a stage trains, and `read_metrics` leaves a half-written last line out.
 def _read_steps(path: epath.Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file, each of which must name its step."""
+    # The file still grows while a stage trains: `read_metrics` leaves a half-written last line out.
     lines = read_metrics(path)
     for number, line in enumerate(lines, start=1):
         if not isinstance(line.get("step"), int):
@@ -119,6 +119,7 @@ def _mark_simulated(contents: Mapping[str, dict[str, Any]]) -> None:
     for stage, content in contents.items():
         result = content["result"] or {}
         flags[stage] = result.get("annotator_simulated", result.get("simulated"))
+    # A reward model or policy has no flag, but learned from the rankings.
     for stage, content in contents.items():
         flag = flags.get("rank") if flags[stage] is None else flags[stage]
         content["annotator_simulated"] = bool(flag)
@@ -138,6 +139,7 @@ def _render(template: str, report: Mapping[str, Any]) -> str:
     is_html = template == "report.html.j2"
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        # A misspelled name is an error; by default it would be an empty cell.
         undefined=jinja2.StrictUndefined,
         # HTML has Jinja's own escaping. It would be wrong in Markdown, whose values all pass through `finalize`.
         autoescape=is_html,
@@ -150,6 +152,7 @@ def _render(template: str, report: Mapping[str, Any]) -> str:
     return environment.get_template(template).render(report=report, tables=tables, figures=figures)
 
 
+# A separate type, so that a value is escaped unless a template asked for a code block.
 class _CodeBlock(str):
     """An indented code block of Markdown, in which no character has a meaning."""
 

@@ -9,7 +9,7 @@ from jaxllm import stages as stage_table
 
 SIMULATED = "simulated annotator"
 
-# Shown first, in this order; a stage's other numbers follow in the order of its result.json.
+# What a reader looks for first. Shown in this order; a stage's other numbers follow in the order of its result.json.
 _KEY_NUMBERS = (
     "bits_per_byte",
     "accuracy",
@@ -25,6 +25,7 @@ _KEY_NUMBERS = (
 _FROM_ANNOTATOR = ("annotator", "win_rate", "tie_fraction")
 # In the reward stage these do as well, since its labels are the annotator's rankings.
 _FROM_RANKINGS = ("accuracy", "top1", "calibration", "loss")
+# They contain "annotator" too, but are not numbers that depend on one.
 _NOT_NUMBERS = ("annotator", "annotator_simulated")
 _ABSENT = "–"
 
@@ -138,6 +139,7 @@ def stage_tables(report: Mapping[str, Any], stage: str) -> list[Table]:
         rows = _rows_by_name(name, value)
         if rows:
             tables.append(_table(report, stage, name, rows))
+    # Not in result.json: the table shows what a policy says before the stage ends.
     rollouts = report["stages"][stage]["rollouts"]
     if rollouts:
         tables.append(_rollout_table(rollouts))
@@ -160,14 +162,14 @@ def _are_rows(values: Iterable[Any]) -> bool:
 
 
 def _table(report: Mapping[str, Any], stage: str, name: str, rows: Mapping[str, Any]) -> Table:
-    """A column for each key of the rows, or a single column if they are plain values.
-
-    {"sft": {"a": 1}, "ppo": {"a": 2, "b": 3}}        {"a": 1, "b": 2}
-
-              a    b                                          value
-        SFT   1    –                                    a     1
-        PPO   2    3                                    b     2
-    """
+    """A column for each key of the rows, or a single column if they are plain values."""
+    # The two kinds:
+    #
+    #     {"sft": {"a": 1}, "ppo": {"a": 2, "b": 3}}          {"a": 1, "b": 2}
+    #
+    #            a    b                                          value
+    #     SFT    1    –                                     a    1
+    #     PPO    2    3                                     b    2
     title = _label(report, stage, name)
     cells = []
     if not _are_rows(rows.values()):
@@ -241,7 +243,7 @@ def _quantity(name: str, value: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    """A value as text: four significant digits, but whole numbers and large ones with all of theirs."""
+    """A value as text. Fractions get four significant digits, whole and large numbers all of theirs."""
     if value is None:
         return _ABSENT
     if isinstance(value, bool):

@@ -16,7 +16,7 @@ _CURRENCY = "$€£¥₩₹"
 _SIGN = r"(?<![A-Za-z0-9)\]])[-+]"
 # 3/4 is a fraction; 28/11/2026, 1/0 and and/or are not.
 _FRACTION = r"(?<![\d/])(?P<above>\d+)/(?P<below>0*[1-9]\d*)(?![\d/]|[.,]\d)"
-# Separators first: 1,000 would match as 1 otherwise. 1,0000 and 1,00 have no separator, so they hold two numbers.
+# Separators first, so that 1,000 does not match as 1. 1,0000 and 1,00 have no separator, so they hold two numbers.
 _INTEGER = r"\d{1,3}(?:,\d{3})+(?!\d)|\d+"
 # Exponents have at most four digits: a longer one could take any amount of memory. It is then not part of the number.
 _POWER = r"(?:[eE][-+]?\d{1,4}(?!\w|\.\d))?"

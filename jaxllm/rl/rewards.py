@@ -82,6 +82,7 @@ def check_answers(sources: Sequence[RewardSource], answers: Sequence[str], field
         InputError: a prompt has no answer. An empty response would be right.
     """
     missing = sum(not answer.strip() for answer in answers)
+    # The usual case: functions are then not looked up here.
     if not missing:
         return
     for source in sources:
@@ -140,7 +141,8 @@ def _pattern_terms(pattern: str, field: str) -> Terms:
         # A response may have several lines, which "." should match.
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise InputError(f"{field} {pattern!r}: not a regular expression: {error}") from None
+        fault = f"not a regular expression ({error}); correct the pattern"
+        raise InputError(f"{field} {pattern!r}: {fault}") from None
 
     def terms(
         prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str]

@@ -31,6 +31,7 @@ def score_all(function: Annotator, prompts: Sequence[str], responses: Sequence[s
     else:
         pairs = zip(prompts, responses, strict=True)
         scores = [function(prompt, response) for prompt, response in pairs]
+    # An object that can be called has no name.
     name = getattr(function, "__name__", repr(function))
     return check_scores(scores, responses, f"annotator {name}")
 
@@ -41,6 +42,7 @@ def check_scores(scores: Any, responses: Sequence[str], name: str) -> np.ndarray
     Raises:
         InputError: they are not N finite numbers.
     """
+    # A user's function may return anything, one number for the whole batch included.
     try:
         values = list(scores)
     except TypeError:

@@ -110,10 +110,12 @@ def run(
     sft = load_model(workspace.stage_dir("sft"), workspace.mesh)[0] if "sft" in present else None
     for stage in present:
         console.print(f"evaluate: {stage}")
+        # One tokenizer for all: stages of one run share it, and their numbers must be comparable.
         params, model_config = load_model(workspace.stage_dir(stage), workspace.mesh)
         model = scoring.Model(params, model_config, tokenizer, workspace.mesh)
         measured[stage] = _measure(workspace, config, stage, model, sft)
         tasks.add_scores(task_scores, stage, model, task_files, config.scoring, workspace.seed)
+    # The report shows result.json in this order.
     result: dict[str, Any] = {"stages": {stage: measured[stage].numbers for stage in present}}
     if config.prompts.sources:
         result["samples"] = _side_by_side(measured, config.num_shown)
@@ -124,11 +126,24 @@ def run(
         result |= _annotator_gain(measured)
         result["annotator"] = config.annotator
         result["annotator_simulated"] = True
-    # Both read the documents of pretraining.
-    if config.contamination_n and "pretrain" in present:
+    if "pretrain" in present:
+        result |= _compare_with_documents(workspace, config, tokenizer, documents, chats)
+    return result
+
+
+def _compare_with_documents(
+    workspace: Workspace,
+    config: EvaluateConfig,
+    tokenizer: Tokenizer,
+    documents: DataConfig,
+    chats: DataConfig | None,
+) -> dict[str, Any]:
+    """What is measured on the documents of pretraining alone, without a model."""
+    result: dict[str, Any] = {}
+    if config.contamination_n:
         console.print("evaluate: contamination")
         result["contamination"] = contamination(workspace, config, tokenizer, documents, chats)
-    if config.compare_xz and "pretrain" in present:
+    if config.compare_xz:
         cache = workspace.run_dir / "cache"
         train = load_texts(documents, "train", cache)
         held_out = load_texts(documents, "held_out", cache)
@@ -155,6 +170,7 @@ def _measure(
     numbers |= open_numbers
     if not config.annotator:
         return Measured(numbers, prompts, answers, None)
+    # A program's scores, not a person's; the report says so wherever they are shown.
     scores = score_all(resolve_function(config.annotator, "annotator"), prompts, answers)
     mean, error = measures.mean_and_error(scores)
     numbers |= {"annotator_score": mean, "annotator_score_error": error}
@@ -187,6 +203,7 @@ def contamination(
     The shares are those of `measure_contamination`. Documents and conversations are as in `run`.
     """
     cache = Path(workspace.run_dir / "cache")
+    # Every process builds a part of a store that is not in the cache.
     share = (jax.process_index(), jax.process_count())
     pretrain = open_store(documents, "document", tokenizer, cache, share)
     training = {"pretrain": pretrain["train"]}
@@ -213,10 +230,12 @@ def label_accuracy(model: scoring.Model, config: EvaluateConfig, seed: int) -> d
     Raises:
         InputError: no held-out conversation fits the context.
     """
+    # `config.sampling` is for open answers, where a temperature of 0 would show one answer of many.
     sampling = SamplingConfig(max_new_tokens=config.label_tokens, temperature=0.0)
     room = model.config.max_length - config.label_tokens
     prompts: list[list[int]] = []
     labels: list[str] = []
+    # The order is that of hashes, so that the first ones are a sample of all and the same for every model.
     for example in shuffled(examples(config.accuracy, "chat", "held_out")):
         ids, _ = model.tokenizer.encode_chat(list(example.messages[:-1]), reply=True)
         if len(ids) <= room and len(prompts) < config.max_accuracy_examples:
@@ -242,11 +261,15 @@ def open_answers(
     sampling = config.sampling
     room = model.config.max_length - sampling.max_new_tokens
     held_out = load_prompts(config.prompts, "held_out", model.tokenizer, room)
-    held_out = held_out[: config.num_prompts]
+    ids: list[list[int]] = []
+    prompts: list[str] = []
+    for prompt in held_out[: config.num_prompts]:
+        ids.append(prompt.ids)
+        prompts.append(message_text(prompt.messages[-1]))
     kl: list[float] = []
-    drawn: list[Completion] = []
-    ids = [prompt.ids for prompt in held_out]
+    responses: list[Completion] = []
     settings: dict[str, Any] = {"seed": seed, "batch_size": config.batch_size}
+    # Not `generate_texts`, which keeps the texts only: the KL needs the tokens, while they are still on the devices.
     for rollout, count in scoring.rollouts(model, ids, sampling, **settings):
         if reference is not None:
             divergence = _response_kl(
@@ -254,37 +277,33 @@ def open_answers(
             )
             # Rows that only fill the last batch are dropped.
             kl += fetch(divergence)[:count].tolist()
-        drawn += completions(fetch(rollout), model.tokenizer.stop_ids)[:count]
-    numbers = {"prompts": float(len(drawn))}
-    numbers["distinct_2"] = measures.distinct(completion.ids for completion in drawn)
-    numbers |= scoring.completion_numbers(drawn)
+        responses += completions(fetch(rollout), model.tokenizer.stop_ids)[:count]
+    numbers = {"prompts": float(len(responses))}
+    numbers["distinct_2"] = measures.distinct(response.ids for response in responses)
+    numbers |= scoring.response_numbers(responses)
     if kl:
         numbers["kl_to_sft"] = float(np.mean(kl))
-    prompts = [message_text(prompt.messages[-1]) for prompt in held_out]
-    return numbers, prompts, [model.tokenizer.decode(completion.ids) for completion in drawn]
+    answers = [model.tokenizer.decode(response.ids) for response in responses]
+    return numbers, prompts, answers
 
 
 @functools.partial(jax.jit, static_argnames=("config", "temperature"))
 def _response_kl(
     params: Any, reference: Any, rollout: Rollout, *, config: ModelConfig, temperature: float
 ) -> jax.Array:
-    """float32[B]: log p(response) - log p_reference(response), whose mean over samples of p estimates the KL divergence.
-
-    With a response of two tokens of three, the padding counts nothing whatever its log-probability is:
-
-        mask       1 1 .
-        log-ratio  a b c      sum  a + b
-    """
-    model_stats, reference_stats = (
-        response_logprobs(p, rollout, config=config, temperature=temperature)
-        for p in (params, reference)
-    )
-    log_ratio = model_stats.logprob - reference_stats.logprob
+    """float32[B]: log p(response) - log p_reference(response), whose mean over samples of p estimates the KL divergence."""
+    logprobs = functools.partial(response_logprobs, config=config, temperature=temperature)
+    log_ratio = logprobs(params, rollout).logprob - logprobs(reference, rollout).logprob
+    # A response of two tokens of three; the padding has a log-ratio as well, which is garbage:
+    #
+    #     mask       1 1 .
+    #     log-ratio  a b c      sum  a + b
     return jnp.where(rollout.mask, log_ratio, 0.0).sum(1)
 
 
 def _side_by_side(measured: Mapping[str, Measured], count: int) -> list[dict[str, Any]]:
     """The first prompts, each with the answers of all models, for the report."""
+    # The same for all models, unless their contexts differ so much that prompts were dropped.
     *_, last = measured.values()
     samples = []
     for i, prompt in enumerate(last.prompts[:count]):
