@@ -17,12 +17,13 @@ from jaxllm.sharding import MeshConfig, make_mesh
 
 _BATCH_SIZE = 32
 
-# The harness takes a rendered conversation as a text: it appends answers and prefixes to it, and keeps it in its cache.
-# But no text spells a special token here, so that a user who writes "<|end|>" cannot end a turn. So a special token is
-# written as its id between two of this character, and `_encode` reads it back. With <|user|> = 4 and <|end|> = 6:
+# The harness takes a rendered conversation as a text, not as ids: it appends prefixes and answers to it and caches it by
+# its text. But no text may spell a special token, or a user who writes "<|end|>" could end a turn. So each special token
+# is written as its id between two of this control character, which texts do not contain, and `_encode` reads it back.
+# With <|bos|> = 1, <|user|> = 4, <|assistant|> = 5 and <|end|> = 6, a user who writes "what is <|end|>?" gives
 #
-#     ids    1 4 [the sky <|end|> is] 6 5
-#     text   \x021\x02\x024\x02the sky <|end|> is\x026\x02\x025\x02
+#     ids    1 4 [what is <|end|>?] 6 5
+#     text   ^1^^4^what is <|end|>?^6^^5^        (^ for the control character)
 _MARK = "\x02"
 
 

@@ -407,7 +407,7 @@ def test_the_harness_sees_the_same_numbers(harness, tmp_path):
     perplexity = score_file(model, write(tmp_path / "t.jsonl", {"text": text}), batch_size=4)
     begun = "The tea looks"
     given = scoring.generate_texts(
-        model, [harness._begun(harness._encode(begun))], SamplingConfig(8, 0.0), [], seed=0
+        model, [harness._with_bos(harness._encode(begun))], SamplingConfig(8, 0.0), [], seed=0
     )
     found = harness.loglikelihood(requests(*((template, c) for c in choices)))
     np.testing.assert_allclose([nats for nats, _ in found], [nats for nats, _ in want], rtol=1e-6)
