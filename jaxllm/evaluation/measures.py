@@ -1,11 +1,16 @@
-"""Measures of a model: pure functions of numbers and texts, and the runner that sums a loss over held-out batches."""
+"""Measures of a model: pure functions of numbers and texts, and the loop that sums a loss over held-out batches.
+
+Those of rankings have shapes B prompts, K responses to each. `losses.ranking_metrics` has the same formulas in JAX, for
+one training batch at a time. The ones here stay in NumPy: they take the scores of a whole held-out split, gathered on the
+host, keep pairs of varying number (which jit cannot), and average in float64.
+"""
 
 import itertools
 import lzma
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,11 +18,18 @@ from jaxllm.losses import Metrics
 from jaxllm.metrics import reduce
 from jaxllm.runtime.transfer import fetch
 
+# xz needs about ten times the dictionary's size in memory, and accepts no dictionary above 1.5 GiB.
+_SMALLEST_DICTIONARY = 8 << 20
+_LARGEST_DICTIONARY = 1536 << 20
+
 
 def run(
     measure: Callable[[Any, Any], Metrics], params: Any, batches: Iterable[Any]
 ) -> dict[str, float]:
-    """Sum measure(params, batch) -> {name: (sum, weight)} over batches and divide once. `measure` is jitted."""
+    """Sum measure(params, batch) -> {name: (sum, weight)} over batches, then divide once.
+
+    measure is jitted. Averaging the batches' means instead would weigh a short last batch like a full one.
+    """
     return reduce([fetch(measure(params, batch)) for batch in batches])
 
 
@@ -27,104 +39,181 @@ def bits_per_byte(nats_per_token: float, num_tokens: int, num_bytes: int) -> flo
 
 
 def xz_bits_per_byte(train: Iterable[str], held_out: Iterable[str]) -> float:
-    """What `xz -9` pays for the held-out text when the training text stands before it, in bits per byte.
+    """Bits per byte that `xz -9` needs for the held-out text once it has compressed the training text.
 
-    The dictionary is made as large as the text, so that all of the training text can be referred to.
+    The dictionary is as large as the text, so that the held-out text can refer to all of the training text.
     """
-    prefix, text = "\n".join(train).encode(), "\n".join(held_out).encode()
-    size = min(max(len(prefix) + len(text), 1 << 23), 1536 << 20)
+    # The line break keeps the last training text apart from the first held-out one.
+    prefix = "\n".join(train).encode()
+    text = "\n".join(held_out).encode()
+    size = min(max(len(prefix) + len(text), _SMALLEST_DICTIONARY), _LARGEST_DICTIONARY)
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": size}]
-    compressed = lambda data: len(lzma.compress(data, format=lzma.FORMAT_XZ, filters=filters))
-    return 8.0 * (compressed(prefix + b"\n" + text) - compressed(prefix)) / len(text)
+
+    def compressed_size(data: bytes) -> int:
+        return len(lzma.compress(data, format=lzma.FORMAT_XZ, filters=filters))
+
+    # xz has no way to continue a compressed text, so the training text is compressed twice.
+    extra = compressed_size(prefix + b"\n" + text) - compressed_size(prefix)
+    return 8.0 * extra / len(text)
 
 
 def accuracy(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Share of exact matches, and that of always answering the most common label."""
-    right = sum(p.strip() == label.strip() for p, label in zip(predictions, labels, strict=True))
-    majority = Counter(label.strip() for label in labels).most_common(1)[0][1]
+    """Share of exact matches, and that of always answering the most common label; outer spaces do not count."""
+    labels = list(map(str.strip, labels))
+    right = 0
+    for prediction, label in zip(predictions, labels, strict=True):
+        right += prediction.strip() == label
     return {
         "accuracy": right / len(labels),
-        "majority": majority / len(labels),
+        "majority": majority(labels),
         "examples": float(len(labels)),
     }
 
 
+def majority(labels: Sequence[Any]) -> float:
+    """Share of the most common label: the accuracy of always giving that one."""
+    return Counter(labels).most_common(1)[0][1] / len(labels)
+
+
 def distinct(responses: Iterable[Sequence[Any]], n: int = 2) -> float:
-    """Different n-grams over all n-grams (Li et al. 2016): low where a model repeats itself."""
-    grams = Counter(tuple(r[i : i + n]) for r in responses for i in range(len(r) - n + 1))
+    """Different n-grams over all n-grams (Li et al. 2016): low if a model repeats itself."""
+    # Over all responses: a model that gives everyone the same answer repeats itself as well.
+    grams: Counter[tuple[Any, ...]] = Counter()
+    for response in responses:
+        for start in range(len(response) - n + 1):
+            grams[tuple(response[start : start + n])] += 1
+    # No response may be long enough for an n-gram.
     return len(grams) / max(grams.total(), 1)
 
 
 def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error."""
+    """Mean and its standard error; the error of a single value is given as 0."""
     array = np.asarray(values, np.float64)
-    return float(array.mean()), float(array.std(ddof=1) / math.sqrt(len(array))) if len(
-        array
-    ) > 1 else 0.0
+    mean = float(array.mean())
+    if len(array) < 2:
+        return mean, 0.0
+    deviation = array.std(ddof=1)
+    return mean, float(deviation / math.sqrt(len(array)))
 
 
-def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Share of prompts on which ours scores higher; a tie counts half."""
-    return float(((ours > theirs) + 0.5 * (ours == theirs)).mean())
+def win_rate(scores: np.ndarray, baseline: np.ndarray) -> float:
+    """Share of prompts on which `scores` are higher; a tie counts half. Both float64[N], in the same order."""
+    wins = scores > baseline
+    ties = scores == baseline
+    return float((wins + 0.5 * ties).mean())
 
 
 def pair_margins(scores: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """r_better - r_worse of every pair that is not tied: scores float[B, K], ranks int[B, K] (0 = absent)."""
+    """r_better - r_worse of every pair that is not tied, [pairs], prompt by prompt.
+
+    Args:
+        scores: float[B, K].
+        ranks: int[B, K], 1 = best, equal = tie, 0 = no such response.
+    """
     return (scores[:, :, None] - scores[:, None, :])[_better(ranks)]
 
 
-def accuracy_by(scores: np.ndarray, ranks: np.ndarray, what: str) -> dict[str, float]:
-    """Pairwise accuracy for each K ("k": responses of the prompt) or difference in rank ("distance")."""
+def accuracy_by(
+    scores: np.ndarray, ranks: np.ndarray, what: Literal["k", "distance"]
+) -> dict[str, float]:
+    """Pairwise accuracy for each K ("k": responses to the prompt) or difference in rank ("distance").
+
+    scores, ranks: as for `pair_margins`.
+    """
     better = _better(ranks)
-    by_k = np.broadcast_to((ranks > 0).sum(1)[:, None, None], better.shape)
-    key = (by_k if what == "k" else ranks[:, None, :] - ranks[:, :, None])[better]
-    margins = pair_margins(scores, ranks)
-    right = (margins > 0) + 0.5 * (margins == 0)
-    return {str(value): float(right[key == value].mean()) for value in np.unique(key)}
+    if what == "k":
+        num_responses = (ranks > 0).sum(1)[:, None, None]
+        groups = np.broadcast_to(num_responses, better.shape)[better]
+    else:
+        groups = (ranks[:, None, :] - ranks[:, :, None])[better]
+    right = _right(pair_margins(scores, ranks))
+    accuracies = {}
+    for group in np.unique(groups):
+        accuracies[str(group)] = float(right[groups == group].mean())
+    return accuracies
 
 
 def annotator_agreement(examples: Iterable[Any]) -> tuple[float, int] | None:
-    """(share, pairs): how often two annotators of the same responses, in any order, order a pair alike; no ties.
+    """(share, pairs): how often two annotators of the same responses order a pair alike, ties left out.
 
-    examples: things with rows, ranks and annotator. The ceiling of a reward model's accuracy; None where no prompt
-    was ranked by two.
+    It is the ceiling of a reward model's accuracy. None if no prompt was ranked by two annotators.
+
+    examples: objects with rows (token ids of each response) and ranks; each annotator may have seen the responses in
+    another order.
     """
-    by_rows: dict[str, list[np.ndarray]] = {}
+    rankings: dict[str, list[np.ndarray]] = {}
     for example in examples:
-        order = sorted(range(len(example.rows)), key=lambda k, rows=example.rows: str(rows[k]))
-        by_rows.setdefault(str([example.rows[k] for k in order]), []).append(
-            np.asarray(example.ranks)[order]
-        )
-    alike = total = 0
-    for ranks in by_rows.values():
-        for one, other in itertools.combinations(ranks, 2):
-            first, second = (np.sign(r[:, None] - r[None, :]) for r in (one, other))
-            both = np.triu((first != 0) & (second != 0))
-            alike, total = alike + int((both & (first == second)).sum()), total + int(both.sum())
+        spelled = [str(row) for row in example.rows]
+        # Sorting gives all rankings of the same responses one order:
+        #
+        #     rows  [3] [1] [2]     sorted  [1] [2] [3]
+        #     ranks  3   1   2               1   2   3
+        order = sorted(range(len(spelled)), key=spelled.__getitem__)
+        responses = str([example.rows[k] for k in order])
+        rankings.setdefault(responses, []).append(np.asarray(example.ranks)[order])
+    alike = 0
+    total = 0
+    for same_responses in rankings.values():
+        for first, second in itertools.combinations(same_responses, 2):
+            # [K, K]: -1, 0 or 1 for each pair of responses.
+            first_signs = np.sign(first[:, None] - first[None, :])
+            second_signs = np.sign(second[:, None] - second[None, :])
+            untied = (first_signs != 0) & (second_signs != 0)
+            same = first_signs == second_signs
+            # The upper triangle: each pair is counted once.
+            untied = np.triu(untied)
+            alike += int((untied & same).sum())
+            total += int(untied.sum())
     return (alike / total, total) if total else None
 
 
 def calibration_error(margins: np.ndarray, num_bins: int = 10) -> float:
-    """Expected calibration error (Guo et al. 2017, eq. 3) of sigmoid(|margin|) as the chance to be right.
+    """Expected calibration error (Guo et al. 2017, eq. 3) of sigmoid(|margin|) as the probability of being right.
 
-    margins: r_better - r_worse of each pair; the prediction is right where it is positive.
+    margins: float[pairs], r_better - r_worse of each pair; the prediction is right where it is positive.
     """
-    bins = reliability(margins, num_bins)
-    return sum(abs(right - confidence) * count for confidence, right, count in bins) / max(
-        len(margins), 1
-    )
+    gaps = []
+    for confidence, right, count in reliability(margins, num_bins):
+        gaps.append(abs(right - confidence) * count)
+    return sum(gaps) / max(len(margins), 1)
 
 
 def reliability(margins: np.ndarray, num_bins: int = 10) -> list[tuple[float, float, int]]:
-    """(mean confidence, share right, pairs) of each bin of confidence from 0.5 to 1 that holds a pair."""
-    confidence = 1.0 / (1.0 + np.exp(-np.abs(margins.astype(np.float64))))
-    right = (margins > 0) + 0.5 * (margins == 0)
-    bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
-    parts = ((confidence[bins == b], right[bins == b]) for b in range(num_bins))
-    return [(float(c.mean()), float(r.mean()), len(c)) for c, r in parts if len(c)]
+    """(mean confidence, share right, pairs) of each bin of confidence from 0.5 to 1 that holds a pair.
+
+    margins: as for `calibration_error`. Confidence is never below 0.5: the sign of the margin is the prediction.
+    """
+    size = np.abs(margins.astype(np.float64))
+    confidence = 1.0 / (1.0 + np.exp(-size))
+    right = _right(margins)
+    bins = ((confidence - 0.5) * 2 * num_bins).astype(int)
+    # A confidence of exactly 1 belongs to the last bin.
+    bins = np.minimum(bins, num_bins - 1)
+    curve = []
+    for number in np.unique(bins):
+        inside = bins == number
+        mean_confidence = float(confidence[inside].mean())
+        share_right = float(right[inside].mean())
+        curve.append((mean_confidence, share_right, int(inside.sum())))
+    return curve
+
+
+def _right(margins: np.ndarray) -> np.ndarray:
+    """float64[pairs]: 1 where the margin is positive; equal scores are half right."""
+    return (margins > 0) + 0.5 * (margins == 0)
 
 
 def _better(ranks: np.ndarray) -> np.ndarray:
-    """bool[B, K, K]: i is ranked strictly better than j, and both exist."""
-    exists = (ranks[:, :, None] > 0) & (ranks[:, None, :] > 0)
-    return exists & (ranks[:, :, None] < ranks[:, None, :])
+    """bool[B, K, K]: response i is ranked strictly better than j, and both exist.
+
+    ranks 1 2 2 0 give two pairs, of the first response with the second and the third:
+
+        i \\ j   0 1 2 3
+          0     . 1 1 .
+          1     . . . .
+          2     . . . .
+          3     . . . .
+    """
+    rank_i = ranks[:, :, None]
+    rank_j = ranks[:, None, :]
+    return (rank_i > 0) & (rank_j > 0) & (rank_i < rank_j)

@@ -1,7 +1,7 @@
-"""Rewards that are functions: verifiable ones for arithmetic and format, patterns, length; and how they are summed.
+"""Rewards that are functions: exact answers, arithmetic, format, patterns, length; and the terms that a score sums.
 
-A reward function is (prompt, response, answer) -> float, answer being the record's reply or its `answer` field; one
-of two parameters, as annotators are, gets prompt and response. Fractions stay fractions.
+A reward function is (prompt, response, answer) -> float, where answer is the record's reply or its `answer` field. A
+function of two parameters, as annotators are, gets prompt and response.
 """
 
 import ast
@@ -21,7 +21,15 @@ from jaxllm.rl import numerals
 from jaxllm.rl.score_functions import check_scores, score_all
 from jaxllm.runtime.console import console
 
+# (prompts, responses, answers) -> float64[N], the terms of N responses.
+Terms = Callable[[Sequence[str], Sequence[str], Sequence[str]], np.ndarray]
+
+# Names of sources that are neither a pattern nor a function.
+_BUILT_IN = ("model", "length")
+_REGEX = "regex:"
+
 _OPERAND = numerals.UNSIGNED
+# At least one operator between two numbers. Brackets need not match here: those at the ends may belong to the text.
 _EXPRESSION = re.compile(rf"[-+(\s]*{_OPERAND}(?:[)\s]*[-+*/][-+(\s]*{_OPERAND})+[)\s]*")
 _OPERATORS = {
     ast.Add: operator.add,
@@ -36,26 +44,28 @@ class RewardSource:
     """One term of a response's score."""
 
     source: FunctionName = "model"
-    """model: the reward model's score; module:function of (prompt, response, answer); regex:PATTERN: 1 where the whole response matches; length: its tokens over max_new_tokens."""
+    """model: the reward model's score; module:function of (prompt, response, answer); regex:PATTERN: 1 if the whole response matches; length: its tokens over max_new_tokens."""
     weight: AnyFloat = 1.0
     """The score is the sum of weight x term; negative for a penalty."""
 
     def __post_init__(self) -> None:
         kind, _, rest = self.source.partition(":")
-        known = self.source in ("model", "length") or (kind and rest)
+        known = self.source in _BUILT_IN or (kind and rest)
         require(bool(known), "source: give model, length, regex:PATTERN or module:function")
 
     @property
     def name(self) -> str:
-        """How its mean is called in the metrics, where no other term is called so."""
-        return self.source.rsplit(":", 1)[-1] if not self.source.startswith("regex:") else "regex"
+        """The name of its mean in the metrics, unless another term has the same: see `metric_names`."""
+        return "regex" if self.source.startswith(_REGEX) else self.source.rsplit(":", 1)[-1]
 
 
 def metric_names(sources: Sequence[RewardSource]) -> list[str]:
     """A name for each term's mean; terms that would share a name are numbered: regex, regex_2."""
     names: list[str] = []
     for source in sources:
-        number, name = 1, source.name
+        number = 1
+        name = source.name
+        # Not a count of equal names: a function may be called "length_2".
         while name in names:
             number += 1
             name = f"{source.name}_{number}"
@@ -64,105 +74,126 @@ def metric_names(sources: Sequence[RewardSource]) -> list[str]:
 
 
 def check_answers(sources: Sequence[RewardSource], answers: Sequence[str], field: str) -> None:
-    """Raise InputError where a term compares with an answer and a prompt has none: an empty response would be right."""
+    """Check that terms which compare with an answer have one for each prompt; field: the config's, for errors.
+
+    A user's function of three parameters may do without; a note says that it gets no answers.
+
+    Raises:
+        InputError: a prompt has no answer. An empty response would be right.
+    """
     missing = sum(not answer.strip() for answer in answers)
-    given_answers = [source.source for source in sources if _takes_answer(source, field)]
-    if missing == len(answers) and given_answers:
-        console.print(
-            f"note: no prompt has an answer; {given_answers[0]} gets an empty one", soft_wrap=True
-        )
-    needing = [source.source for source in sources if source.source in NEED_ANSWERS]
-    if needing and missing:
-        raise InputError(
-            f"{field}: {needing[0]} compares with the right answer, and {missing} of {len(answers)} prompts have none; "
-            'give each record an "answer" or a reply'
-        )
+    # The usual case: functions are then not looked up here.
+    if not missing:
+        return
+    for source in sources:
+        if source.source in NEED_ANSWERS:
+            lacking = f"{missing} of {len(answers)} prompts have none"
+            raise InputError(
+                f"{field}: {source.source} compares with the right answer, and {lacking}; "
+                'give each record an "answer" or a reply'
+            )
+        if missing == len(answers) and _takes_answer(source, field):
+            console.print(
+                f"note: no prompt has an answer; {source.source} gets an empty one", soft_wrap=True
+            )
 
 
 def _takes_answer(source: RewardSource, field: str) -> bool:
     """Whether a term is a user's function of prompt, response and answer."""
-    named = source.source not in ("model", "length") and not source.source.startswith(
-        ("regex:", f"{__name__}:")
-    )
-    return named and len(inspect.signature(resolve_function(source.source, field)).parameters) == 3
+    if source.source in _BUILT_IN or source.source.startswith((_REGEX, f"{__name__}:")):
+        return False
+    return _num_parameters(resolve_function(source.source, field)) == 3
 
 
-Terms = Callable[[Sequence[str], Sequence[str], Sequence[str]], np.ndarray]
+def _num_parameters(function: Callable[..., float]) -> int:
+    return len(inspect.signature(function).parameters)
 
 
 def resolve(source: RewardSource, field: str) -> Terms:
-    """(prompts, responses, answers) -> float64[N] for a source that looks at texts.
+    """(prompts, responses, answers) -> float64[N] for a source that looks at texts; field: the config's, for errors.
 
-    Raises InputError where there is no such function, its parameters are others, or the pattern is not one.
+    Raises:
+        InputError: the function does not exist or takes other parameters, or the pattern is not valid.
     """
-    if source.source.startswith("regex:"):
-        pattern = source.source.removeprefix("regex:")
-        try:
-            compiled = re.compile(pattern, re.DOTALL)
-        except re.error as error:
-            raise InputError(f"{field} {pattern!r}: not a regular expression: {error}") from None
-        return lambda prompts, responses, _: np.array(
-            [bool(compiled.fullmatch(r)) for r in responses], np.float64
-        )
+    if source.source.startswith(_REGEX):
+        return _pattern_terms(source.source.removeprefix(_REGEX), field)
     function = resolve_function(source.source, field)
-    count = len(inspect.signature(function).parameters)
+    count = _num_parameters(function)
     if count == 2:
-        return lambda prompts, responses, _: score_all(function, prompts, responses)
+        return lambda prompts, responses, answers: score_all(function, prompts, responses)
     if count != 3:
-        raise InputError(
-            f"{field} {source.source!r}: takes {count} parameters; a reward takes prompt, response, answer"
-        )
+        takes = f"takes {count} parameters; a reward takes prompt, response, answer"
+        raise InputError(f"{field} {source.source!r}: {takes}")
 
     def terms(
         prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str]
     ) -> np.ndarray:
-        scores = [function(*row) for row in zip(prompts, responses, answers, strict=True)]
+        rows = zip(prompts, responses, answers, strict=True)
+        scores = [function(*row) for row in rows]
         return check_scores(scores, responses, f"{field} {source.source}")
 
     return terms
 
 
+def _pattern_terms(pattern: str, field: str) -> Terms:
+    """1 for each response that matches the pattern as a whole."""
+    try:
+        # A response may have several lines, which "." should match.
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        fault = f"not a regular expression ({error}); correct the pattern"
+        raise InputError(f"{field} {pattern!r}: {fault}") from None
+
+    def terms(
+        prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str]
+    ) -> np.ndarray:
+        del prompts, answers
+        matches = map(compiled.fullmatch, responses)
+        return np.array([match is not None for match in matches], np.float64)
+
+    return terms
+
+
 def exact_match(prompt: str, response: str, answer: str) -> float:
-    """1 where the response is the answer, spaces around them aside."""
+    """1 if the response is the answer, outer spaces aside."""
     del prompt
     return float(response.strip() == answer.strip())
 
 
 def last_number(prompt: str, response: str, answer: str) -> float:
-    """1 where the last number of the response equals the last one of the answer, however it is written."""
+    """1 if the last number of the response equals the last one of the answer, however both are written."""
     del prompt
-    found, wanted = numerals.last(response), numerals.last(answer)
-    return float(found is not None and wanted is not None and numerals.equal(found, wanted))
+    given = numerals.last(response)
+    wanted = numerals.last(answer)
+    return float(given is not None and wanted is not None and numerals.equal(given, wanted))
 
 
-NEED_ANSWERS = tuple(f"{__name__}:{function.__name__}" for function in (exact_match, last_number))
+# Functions for which an empty answer would make an empty response right.
+NEED_ANSWERS = (f"{__name__}:exact_match", f"{__name__}:last_number")
 
 
 def arithmetic(prompt: str, response: str, answer: str) -> float:
-    """1 where the last number of the response is the value of the prompt's first expression in + - * / ( ).
+    """1 if the last number of the response is the value of the prompt's first expression in + - * / ( ).
 
     An expression has at least one operator between two numbers: in "Question 3: 4+5=" it is 4+5. The answer is computed
-    here, so the data needs none; the reward is 0 where the prompt holds no expression that has a value.
-    A value with endless decimals, such as that of 1/3, may be rounded: to 1e-6 of its size, and to 0.005 at most.
+    here, so the data needs none; the reward is 0 if the prompt holds no expression that has a value. A value with endless
+    decimals, such as that of 1/3, may be rounded: to 1e-6 of its size, and to 0.005 at most.
     """
     del answer
-    expression, found = _EXPRESSION.search(numerals.plain(prompt)), numerals.last(response)
-    if expression is None or found is None:
+    expression = _EXPRESSION.search(numerals.plain(prompt))
+    given = numerals.last(response)
+    if expression is None or given is None:
         return 0.0
     try:
         value = evaluate(expression[0])
-    except (
-        SyntaxError,
-        ZeroDivisionError,
-        RecursionError,
-        MemoryError,
-    ):  # the parser's limits are a kind of no value
+    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
+        # The last two are Python's limits on nested brackets: such an expression has no value here.
         return 0.0
-    return float(abs(found.value - value) <= _rounding(value))
+    return float(abs(given.value - value) <= _rounding(value))
 
 
 def one_number(prompt: str, response: str, answer: str) -> float:
-    """1 where the response is a number and nothing else: a reward for the format alone."""
+    """1 if the response is a number and nothing else: a reward for the format alone."""
     del prompt, answer
     return float(numerals.is_number(response))
 
@@ -170,40 +201,54 @@ def one_number(prompt: str, response: str, answer: str) -> float:
 def evaluate(expression: str) -> Fraction:
     """The exact value of an expression in + - * / ( ) and unsigned numbers of any size.
 
-    Raises SyntaxError where it is not one, ZeroDivisionError, and RecursionError or MemoryError where it is too deep.
+    Raises:
+        SyntaxError: it is not such an expression.
+        ZeroDivisionError: it divides by zero.
+        RecursionError, MemoryError: its brackets are nested too deeply.
     """
     values: dict[str, Fraction] = {}
 
     def name(operand: re.Match[str]) -> str:
-        values[new := f"n{len(values)}"] = numerals.value_of(operand[0])
+        """A new name for a number, by which `values` has it."""
+        new = f"n{len(values)}"
+        values[new] = numerals.value_of(operand[0])
         return new
 
-    # Names stand for the numbers: Python would refuse leading zeros, and more than 4,300 digits.
+    # Python's parser would refuse leading zeros and more than 4,300 digits, so it gets names: 07+(1,000-5) is
+    # parsed as n0+(n1-n2).
     named = re.sub(_OPERAND, name, _balanced(expression.strip()))
     return _value(ast.parse(named, mode="eval").body, values)
 
 
 def _balanced(expression: str) -> str:
-    """Without the brackets at its ends that belong to the text around it."""
+    """The expression without the brackets at its ends that belong to the text around it.
+
+    "(What is 3+4)?" gives the expression "3+4)", and this "3+4".
+    """
     surplus = expression.count("(") - expression.count(")")
     while surplus > 0 and expression.startswith("("):
-        expression, surplus = expression[1:].lstrip(), surplus - 1
+        expression = expression[1:].lstrip()
+        surplus -= 1
     while surplus < 0 and expression.endswith(")"):
-        expression, surplus = expression[:-1].rstrip(), surplus + 1
+        expression = expression[:-1].rstrip()
+        surplus += 1
     return expression
 
 
 def _rounding(value: Fraction) -> Fraction:
-    """How far from the value its decimals may be: 0 where it has a last decimal."""
-    odd = value.denominator
+    """The largest accepted distance from the value: 0 if it has a last decimal."""
+    # A fraction in lowest terms has a last decimal if its denominator has no prime factors but those of 10.
+    rest = value.denominator
     for prime in (2, 5):
-        while odd % prime == 0:
-            odd //= prime
-    return Fraction(0) if odd == 1 else min(max(Fraction(1), abs(value)) / 10**6, Fraction(1, 200))
+        while rest % prime == 0:
+            rest //= prime
+    if rest == 1:
+        return Fraction(0)
+    return min(max(Fraction(1), abs(value)) / 10**6, Fraction(1, 200))
 
 
 def _value(node: ast.expr, values: Mapping[str, Fraction]) -> Fraction:
-    """The value of a parsed expression; calls, powers and other names are a SyntaxError, so nothing is executed."""
+    """The value of a parsed expression. Nothing is executed: calls, powers and other names are a SyntaxError."""
     if isinstance(node, ast.Name) and node.id in values:
         return values[node.id]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):

@@ -1,4 +1,4 @@
-"""Functions that score responses: called over a batch, and every score checked."""
+"""Calling functions that score responses over a batch, and checking every score."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,57 +7,73 @@ import numpy as np
 
 from jaxllm.config import InputError
 
+# (prompt, response) -> score.
 Annotator = Callable[[str, str], float]
+
+# The updates are computed in float32, where a larger score would be infinite.
+_LARGEST = float(np.finfo(np.float32).max)
+# An error is one line; a score or a response may be a page.
+_LONGEST_SHOWN = 60
 
 
 def score_all(function: Annotator, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-    """Scores float64[N] of N (prompt, response) pairs, in one call where the function has a `batch` attribute.
+    """Scores float64[N] of N (prompt, response) pairs.
 
-    Raises InputError where a score is not a finite number.
+    A function with an attribute `batch` is called once, as function.batch(prompts, responses): a model scores a batch
+    faster than its rows.
+
+    Raises:
+        InputError: a score is not a finite number.
     """
     batch = getattr(function, "batch", None)
-    pairs = zip(prompts, responses, strict=True)
-    scores = batch(prompts, responses) if batch else [function(p, r) for p, r in pairs]
-    return check_scores(
-        scores, responses, f"annotator {getattr(function, '__name__', repr(function))}"
-    )
+    if batch:
+        scores = batch(prompts, responses)
+    else:
+        pairs = zip(prompts, responses, strict=True)
+        scores = [function(prompt, response) for prompt, response in pairs]
+    # An object that can be called has no name.
+    name = getattr(function, "__name__", repr(function))
+    return check_scores(scores, responses, f"annotator {name}")
 
 
 def check_scores(scores: Any, responses: Sequence[str], name: str) -> np.ndarray:
-    """The scores as float64[N]. Raises InputError, naming the function, where they are not N finite numbers."""
+    """The scores of N responses as float64[N]; name: the function, for errors.
+
+    Raises:
+        InputError: they are not N finite numbers.
+    """
+    # A user's function may return anything, one number for the whole batch included.
     try:
-        given = [*scores]
+        values = list(scores)
     except TypeError:
-        raise InputError(
-            f"{name}: gave {_shown(scores)} in place of {len(responses)} scores; return one number for each response"
-        ) from None
-    if len(given) != len(responses):
-        raise InputError(f"{name}: gave {len(given)} scores for {len(responses)} responses")
-    return np.array(
-        [_score(*pair, name) for pair in zip(given, responses, strict=True)], np.float64
-    )
-
-
-_LARGEST = float(np.finfo(np.float32).max)  # the updates are computed in float32
+        returned = f"returned {_shown(scores)} instead of {len(responses)} scores"
+        raise InputError(f"{name}: {returned}; return one number for each response") from None
+    if len(values) != len(responses):
+        returned = f"returned {len(values)} scores for {len(responses)} responses"
+        raise InputError(f"{name}: {returned}; return one number for each response")
+    checked = np.zeros(len(values), np.float64)
+    for i, response in enumerate(responses):
+        checked[i] = _score(values[i], response, name)
+    return checked
 
 
 def _score(score: Any, response: str, name: str) -> float:
-    """One score as a float; a bool, a NumPy or JAX number or an array of one number will do."""
+    """One score as a float; a bool, a NumPy or JAX number and an array of one number are accepted."""
     try:
+        # float() would read a number from a text.
         value = float("nan") if isinstance(score, str | bytes | None) else float(score)
     except (TypeError, ValueError, OverflowError):
         value = float("nan")
+    # False for NaN as well.
     if abs(value) <= _LARGEST:
         return value
-    raise InputError(
-        f"{name}: scored {_shown(score)} for the response {response[:60]!r}; a score must be a finite number"
-    )
+    scored = f"scored {_shown(score)} for the response {response[:_LONGEST_SHOWN]!r}"
+    raise InputError(f"{name}: {scored}; a score must be a finite number")
 
 
 def _shown(value: Any) -> str:
-    text = (
-        f"{value!r}"
-        if isinstance(value, str | int | float | complex | None)
-        else type(value).__name__
-    )
-    return text if len(text) < 60 else f"{text[:60]}..."
+    """A value for an error: an object only by its type, since its text may be long or have several lines."""
+    if not isinstance(value, str | int | float | complex | None):
+        return type(value).__name__
+    text = repr(value)
+    return text if len(text) < _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."

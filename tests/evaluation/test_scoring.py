@@ -14,6 +14,7 @@ import pytest
 from jaxllm.config import InputError
 from jaxllm.evaluation import scoring, tasks
 from jaxllm.evaluation.scoring import Row
+from jaxllm.evaluation.task_files import read_tasks
 from jaxllm.generate import SamplingConfig, complete
 from jaxllm.model_store import load_model
 from jaxllm.models import transformer
@@ -173,7 +174,7 @@ def write(path, *lines):
 def score_file(model, path, chat=False, **settings):
     """The metrics of one task file on one model."""
     config, scores = tasks.ScoringConfig(chat="always" if chat else "never", **settings), {}
-    tasks.add_scores(scores, "stage", model, tasks.read_tasks([path], config), config, 0)
+    tasks.add_scores(scores, "stage", model, read_tasks([path], config.shots), config, 0)
     return {name.split()[1]: values["stage"] for name, values in scores.items()}
 
 
@@ -268,16 +269,16 @@ def test_generation_is_what_complete_gives(named, tmp_path):
 
 def test_matches():
     assert (
-        tasks.normalise("The  answer, is：ＡＢＣ!")
+        tasks.normalize("The  answer, is：ＡＢＣ!")
         == "answer isabc"
-        == tasks.normalise("answer isabc")
+        == tasks.normalize("answer isabc")
     )
 
 
 MALFORMED = {
     '{"text": ': "t.jsonl:2: not valid JSON",
-    '{"txt": "a"}': 't.jsonl:2: is no task; give "question", "choices" and "answer", or',
-    '{"text": 3}': "t.jsonl:2: is no task",
+    '{"txt": "a"}': 't.jsonl:2: is not a task; give "question", "choices" and "answer", or',
+    '{"text": 3}': "t.jsonl:2: is not a task",
     '{"prompt": "a"}': 't.jsonl:2: generation needs "answer", a text or a number',
     '{"prompt": 3, "answer": "b"}': "t.jsonl:2: a message needs a role",
     '{"messages": [{"role": "robot", "content": "a"}], "answer": 1}': "t.jsonl:2: a message needs a role",
@@ -293,9 +294,7 @@ MALFORMED = {
 @pytest.mark.parametrize("line", MALFORMED)
 def test_a_malformed_line_is_named(line, tmp_path):
     with pytest.raises(InputError) as error:
-        tasks.read_tasks(
-            [write(tmp_path / "t.jsonl", {"text": "fine"}, line)], tasks.ScoringConfig()
-        )
+        read_tasks([write(tmp_path / "t.jsonl", {"text": "fine"}, line)], shots=0)
     assert MALFORMED[line] in str(error.value) and "\n" not in str(error.value)
 
 
@@ -310,7 +309,7 @@ def test_a_wrong_command_ends_with_one_line(tmp_path, tiny_run):
         tmp_path / "long.jsonl", {"question": "a", "choices": ["b", "word " * 80], "answer": 0}
     )
     wrong = {
-        (sft, "--task", bad): "bad.jsonl:1: is no task",
+        (sft, "--task", bad): "bad.jsonl:1: is not a task",
         (sft, "--task", str(tmp_path / "none.jsonl")): "no such file",
         (str(tmp_path), "--task", good): "is not the directory of a trained stage",
         (sft, "--task", quiz, "--shots", "1"): "1 shots of 1 lines leave none to score",
@@ -321,7 +320,7 @@ def test_a_wrong_command_ends_with_one_line(tmp_path, tiny_run):
             good,
             "--json",
             str(tmp_path / "no" / "out.json"),
-        ): "is no file in an existing folder",
+        ): "is not a file in an existing folder",
         (sft, "--task", long): "long.jsonl:1: the answer takes",
         ("--task", good): "at least one of each",
     }
@@ -396,7 +395,7 @@ def test_the_harness_sees_the_same_numbers(harness, tmp_path):
     )
     choices = ["good 好", "bad 差"]
     line = {"messages": asked, "choices": choices, "answer": 0}
-    (task,) = tasks.read_tasks([write(tmp_path / "c.jsonl", line)], tasks.ScoringConfig())
+    (task,) = read_tasks([write(tmp_path / "c.jsonl", line)], shots=0)
     asking = tasks.Asking(model, [], task.items, tasks.ScoringConfig(), True, 0)
     rows = [
         scoring.fit(*tasks.question_ids(asking, task.items[0], c), model.config, "")
@@ -409,7 +408,7 @@ def test_the_harness_sees_the_same_numbers(harness, tmp_path):
     perplexity = score_file(model, write(tmp_path / "t.jsonl", {"text": text}), batch_size=4)
     begun = "The tea looks"
     given = scoring.generate_texts(
-        model, [harness._begun(harness._encode(begun))], SamplingConfig(8, 0.0), [], seed=0
+        model, [harness._with_bos(harness._encode(begun))], SamplingConfig(8, 0.0), [], seed=0
     )
     found = harness.loglikelihood(requests(*((template, c) for c in choices)))
     np.testing.assert_allclose([nats for nats, _ in found], [nats for nats, _ in want], rtol=1e-6)

@@ -8,8 +8,9 @@ import re
 import pytest
 
 from jaxllm.config import InputError
-from jaxllm.life import Config
 from jaxllm.report import report
+from jaxllm.report.tables import SIMULATED
+from jaxllm.run import Config
 
 LIFE = Config().stages
 
@@ -221,7 +222,7 @@ def test_simulated_annotator_stands_by_each_of_its_numbers(tmp_path, simulated, 
     report.write_report(tmp_path / "run", LIFE)
     for name in ("report.html", "report.md"):
         text = (tmp_path / "run" / name).read_text(encoding="utf-8")
-        assert (report.SIMULATED in text) is expected
+        assert (SIMULATED in text) is expected
         plain = re.sub(r"<[^>]*>", " ", text)
         for number, label in (
             ("0.125", "tie fraction"),
@@ -229,10 +230,9 @@ def test_simulated_annotator_stands_by_each_of_its_numbers(tmp_path, simulated, 
             ("0.625", "win rate"),
         ):
             assert (
-                re.search(rf"{label} \({report.SIMULATED}\)\s+{re.escape(number)}", plain)
-                is not None
+                re.search(rf"{label} \({SIMULATED}\)\s+{re.escape(number)}", plain) is not None
             ) is expected
-        assert (f"annotator score ({report.SIMULATED})" in text) is expected
+        assert (f"annotator score ({SIMULATED})" in text) is expected
 
 
 def test_a_person_ranks_but_a_program_evaluates(tmp_path):
@@ -288,6 +288,24 @@ def test_no_stage_at_all_and_odd_values_do_not_crash(tmp_path):
     assert EVIL in parse(tmp_path / "odd" / "report.html").text
 
 
+def test_the_rollouts_of_the_last_update_are_shown_and_escaped(tmp_path):
+    make_stage(tmp_path / "run", "ppo", {"score": 1.0})
+    lines = [
+        {"step": 1, "prompt": "an older one", "response": "x", "score": 0.5},
+        {"step": 2, "prompt": EVIL, "response": "a | b", "score": 0.25},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "run" / "ppo" / "rollouts.jsonl").write_text(text)
+    report.write_report(tmp_path / "run", LIFE)
+    page = parse(tmp_path / "run" / "report.html")
+    assert EVIL in page.text and "script" not in page.tags and "an older one" not in page.text
+    markdown = (tmp_path / "run" / "report.md").read_text()
+    assert (
+        "| &lt;script&gt;alert('x')&lt;/script&gt; &amp; \"q\" \\| `b`<br>你好,世界 |" in markdown
+    )
+    assert "| a \\| b | 0.25 |" in markdown and "an older one" not in markdown
+
+
 @pytest.mark.parametrize(
     ("file", "text"),
     [
@@ -295,6 +313,8 @@ def test_no_stage_at_all_and_odd_values_do_not_crash(tmp_path):
         ("result.json", "[1]"),
         ("metrics.jsonl", "{\n"),
         ("metrics.jsonl", "{}\n[]\n"),
+        ("metrics.jsonl", '{"step": 1}\n{"step": null}\n'),
+        ("rollouts.jsonl", '{"prompt": "a"}\n'),
     ],
 )
 def test_damaged_files_are_named(tmp_path, file, text):
