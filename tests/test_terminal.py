@@ -45,24 +45,6 @@ def test_the_version_is_printed(capsys):
     assert capsys.readouterr().out == f"jaxllm {jaxllm.__version__}\n"
 
 
-def test_commands_named_in_configs_and_pages_exist():
-    pages = [
-        *(ROOT / "configs").glob("*.yaml"),
-        *(ROOT / "launch").glob("*.*"),
-        *ROOT.glob("*.md"),
-        ROOT / "tests/README.md",
-    ]
-    for page in pages:
-        text = page.read_text(encoding="utf-8")
-        for command in re.findall(
-            r"(?:^|[`# ]|python -m )jaxllm +([a-z_]+)(?= +[A-Z-]| +configs/| +runs/)",
-            text,
-            re.MULTILINE,
-        ):
-            assert command in COMMANDS, f"{page.name} names `jaxllm {command}`"
-        assert "rank --browser" not in text, page.name
-
-
 @pytest.mark.parametrize("name", ["runs[old]/x", "a[/b]c", ":car:", "[red]"])
 def test_what_is_printed_is_text_and_never_markup(capsys, monkeypatch, name):
     console.print(f"data in {name}", soft_wrap=True)
