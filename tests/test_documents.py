@@ -141,6 +141,9 @@ def test_pages_name_no_machine():
 # Commands
 
 
+_BEGINS = r"(jaxllm |bash launch/|bash tests/|sbatch |pip install |python |JAX_\w+=|PYTHON )"
+
+
 def commands(text):
     """The words of every command in the fenced blocks of a page; comments and prompts are left out."""
     for language, lines in fences(text):
@@ -149,14 +152,21 @@ def commands(text):
         joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
         for line in joined.split("\n"):
             line = line.removeprefix("$ ").removeprefix(".venv/bin/")
-            if not re.match(
-                r"(jaxllm |bash launch/|bash tests/|sbatch |pip install |python |JAX_\w+=|PYTHON )",
-                line,
-            ):
-                continue
-            line = re.sub(r"\[(-[^\]]*)\]", r"\1", line)  # [--option]: one that may be left out
-            words = shlex.split(line, comments=True)
+            if re.match(_BEGINS, line):
+                yield from split_pipes(words_of(line))
+
+
+def inline_commands(text):
+    """The words of every command in backticks that has arguments; `jaxllm plan` is only a name."""
+    for found in re.findall(r"`([^`\n]+)`", without_fences(text)):
+        words = words_of(found) if re.match(_BEGINS, found) else []
+        if len(words) > 2 or any(word.startswith("--") for word in words):
             yield from split_pipes(words)
+
+
+def words_of(line):
+    line = re.sub(r"\[(-[^\]]*)\]", r"\1", line)  # [--option]: one that may be left out
+    return shlex.split(line, comments=True)
 
 
 _PROGRAMS = r"(jaxllm|bash|sbatch|pip|python|PYTHON)$|JAX_"
@@ -299,7 +309,8 @@ def _refused_by_file(script, *words):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_are_accepted(name, refused):
-    reasons = [refused(words) for words in commands(read(name))]
+    text = read(name)
+    reasons = [refused(words) for words in (*commands(text), *inline_commands(text))]
     assert not [*filter(None, reasons)]
 
 
