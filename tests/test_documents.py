@@ -24,7 +24,11 @@ from jaxllm.config import InputError, build, load
 from jaxllm.data.format import KINDS
 from jaxllm.data.sources import DataConfig, Source
 from jaxllm.data.splits import examples
+from jaxllm.generate import SamplingConfig
+from jaxllm.models.lora import LoRAConfig
+from jaxllm.optim import OptimConfig
 from jaxllm.run import Config
+from jaxllm.runtime.checkpoint import CheckpointConfig
 from tests.conftest import ROOT
 
 
@@ -136,6 +140,49 @@ def test_pages_name_no_machine():
     for name in PAGES:
         found = re.search(r"(?<![\w.])/(?:home|root|work|tmp|Users)/\S+", read(name))
         assert not found, f"{name}: {found and found[0]}"
+
+
+# Names of config fields, functions and classes
+
+# Sections that are named without the stage they belong to.
+SECTIONS = {
+    "checkpoint": CheckpointConfig,
+    "data": DataConfig,
+    "lora": LoRAConfig,
+    "optim": OptimConfig,
+    "sampling": SamplingConfig,
+}
+FILES = ("csv", "html", "json", "jsonl", "log", "md", "model", "pid", "png", "py", "yaml")
+
+
+def owner_of(first):
+    """What a dotted name in backticks begins with: a section of the config, a module, or None."""
+    if first == "jaxllm":
+        return jaxllm
+    if first in SECTIONS or hasattr(Config(), first):
+        return SECTIONS[first]() if first in SECTIONS else getattr(Config(), first)
+    is_module = (ROOT / "jaxllm" / f"{first}.py").exists()
+    return importlib.import_module(f"jaxllm.{first}") if is_module else None
+
+
+def missing_names(name):
+    for token in re.findall(r"`([A-Za-z_]+(?:\.\w+)+)`", without_fences(read(name))):
+        first, *rest = token.split(".")
+        found = owner_of(first)
+        if found is None or rest[-1] in FILES:
+            continue
+        for part in rest:
+            if isinstance(found, types.ModuleType) and not hasattr(found, part):
+                importlib.import_module(f"{found.__name__}.{part}")
+            if not hasattr(found, part):
+                yield f"{name}: `{token}` does not exist"
+                break
+            found = getattr(found, part)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_fields_and_functions_named_in_backticks_exist(name):
+    assert not [*missing_names(name)]
 
 
 # Commands
@@ -389,6 +436,7 @@ def test_a_page_links_to_its_translation():
 def test_what_is_broken_is_found(tmp_path, monkeypatch, refused):
     (tmp_path / "PAGE.md").write_text(
         "# One\n[a](NONE.md) [b](#two) [c](#one)\n`jaxllm/none.py` `jaxllm/train.py` `runs/x/none.py`\n"
+        "`ppo.kl_coef` `ppo.kl_coeff` `losses.gae` `optim.none` `tokenizer.json` `jaxllm.load`\n"
     )
     page = f"../{tmp_path.name}/PAGE.md"
     with monkeypatch.context() as patch:
@@ -397,6 +445,7 @@ def test_what_is_broken_is_found(tmp_path, monkeypatch, refused):
         (tmp_path / "jaxllm").mkdir()
         (tmp_path / "jaxllm" / "train.py").touch()
         assert len([*missing_files(page)]) == 1
+        assert len([*missing_names(page)]) == 2
     for words, right in (
         ("jaxllm run configs/tiny.yaml --seed 1", True),
         ("jaxllm run configs/none.yaml", False),
