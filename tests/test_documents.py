@@ -1,16 +1,16 @@
-"""Every page is true: links, anchors, file names, commands, config files and records in it are those of the code.
+"""Every page is true: its links, file names, config fields, commands, configs and records exist in the code.
 
-Commands are parsed by the programs that they call, in this process; nothing is run. A Chinese page has the headings and
-the commands of the English one.
+Commands are parsed by the programs that they call, in this process; nothing is run. A Chinese page has the same
+headings and commands as the English one.
 """
 
 import ast
+import contextlib
 import importlib
 import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 import types
@@ -30,62 +30,22 @@ from jaxllm.optim import OptimConfig
 from jaxllm.run import Config
 from jaxllm.runtime.checkpoint import CheckpointConfig
 from tests.conftest import ROOT
-
-
-def pages():
-    """The Markdown pages of the repository: those that git tracks, or would."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    found = listed.stdout.split() if listed.returncode == 0 else []
-    if not found:  # a copy without .git
-        hidden = lambda path: any(part.startswith(".") for part in path.relative_to(ROOT).parts)
-        found = [str(p.relative_to(ROOT)) for p in ROOT.rglob("*.md") if not hidden(p)]
-    return sorted(name for name in found if (ROOT / name).exists())
-
+from tests.pages import (
+    anchors,
+    commands,
+    fences,
+    headings,
+    inline_commands,
+    pages,
+    read,
+    without_fences,
+)
 
 PAGES = pages()
 TRANSLATED = [name for name in PAGES if name.endswith(".zh.md")]
 
 
-def read(name):
-    return (ROOT / name).read_text(encoding="utf-8")
-
-
-def fences(text):
-    """(what stands behind ```, the lines) of every fenced block; an indented block has "" behind it."""
-    for found in re.finditer(r"^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
-        yield found[1].strip(), found[2].split("\n")
-    lines = without_fences(text).split("\n")
-    yield "", [line[4:] for line in lines if line.startswith("    ")]
-
-
-def without_fences(text):
-    return re.sub(r"^```.*\n(?:.*\n)*?```$", "", text, flags=re.MULTILINE)
-
-
 # Links and anchors
-
-
-def anchors(text):
-    """The anchors that GitHub gives to the headings of a page."""
-    found = []
-    for _, title in headings(text):
-        title = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title)
-        kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
-        anchor = kept.strip().replace(" ", "-")
-        again = sum(re.sub(r"-\d+$", "", other) == anchor for other in found)
-        found.append(f"{anchor}-{again}" if again else anchor)
-    return found
-
-
-def headings(text):
-    """(level, title) of every heading, in order."""
-    marked = re.findall(r"^(#+) +(.+)$", without_fences(text), re.MULTILINE)
-    return [(len(marks), title.strip()) for marks, title in marked]
 
 
 def broken_links(name):
@@ -165,6 +125,11 @@ def owner_of(first):
     return importlib.import_module(f"jaxllm.{first}") if is_module else None
 
 
+def import_submodule(module, name):
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module(f"{module.__name__}.{name}")
+
+
 def missing_names(name):
     for token in re.findall(r"`([A-Za-z_]+(?:\.\w+)+)`", without_fences(read(name))):
         first, *rest = token.split(".")
@@ -172,8 +137,8 @@ def missing_names(name):
         if found is None or rest[-1] in FILES:
             continue
         for part in rest:
-            if isinstance(found, types.ModuleType) and not hasattr(found, part):
-                importlib.import_module(f"{found.__name__}.{part}")
+            if isinstance(found, types.ModuleType):
+                import_submodule(found, part)  # a package has it as an attribute only then
             if not hasattr(found, part):
                 yield f"{name}: `{token}` does not exist"
                 break
@@ -188,56 +153,13 @@ def test_fields_and_functions_named_in_backticks_exist(name):
 # Commands
 
 
-_BEGINS = r"(jaxllm |bash launch/|bash tests/|sbatch |pip install |python |JAX_\w+=|PYTHON )"
-
-
-def commands(text):
-    """The words of every command in the fenced blocks of a page; comments and prompts are left out."""
-    for language, lines in fences(text):
-        if language not in ("bash", "text", ""):
-            continue
-        joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
-        for line in joined.split("\n"):
-            line = line.removeprefix("$ ").removeprefix(".venv/bin/")
-            if re.match(_BEGINS, line):
-                yield from split_pipes(words_of(line))
-
-
-def inline_commands(text):
-    """The words of every command in backticks that has arguments; `jaxllm plan` is only a name."""
-    for found in re.findall(r"`([^`\n]+)`", without_fences(text)):
-        words = words_of(found) if re.match(_BEGINS, found) else []
-        if len(words) > 2 or any(word.startswith("--") for word in words):
-            yield from split_pipes(words)
-
-
-def words_of(line):
-    line = re.sub(r"\[(-[^\]]*)\]", r"\1", line)  # [--option]: one that may be left out
-    return shlex.split(line, comments=True)
-
-
-_PROGRAMS = r"(jaxllm|bash|sbatch|pip|python|PYTHON)$|JAX_"
-
-
-def split_pipes(words):
-    """The commands of a line, without what they write to."""
-    command = []
-    for word in [*words, "&&"]:
-        if word in ("&&", "|", ";"):
-            if ">" in command:
-                command = command[: command.index(">")]
-            if len(command) > 1 and re.match(_PROGRAMS, command[0]):
-                yield command
-            command = []
-        else:
-            command.append(word)
-
-
 @pytest.fixture
 def refused(monkeypatch):
-    """A function of a command's words: why the program refuses them, "" where it does not. Nothing is run."""
+    """A function from a command's words to the reason why the program refuses them, or "". Nothing is run."""
     monkeypatch.chdir(ROOT)
+    # `plan` sets variables of its process, which would outlive this test.
     monkeypatch.setattr(os, "environ", os.environ.copy())
+    # The functions that do the work, each called once the arguments are parsed and found good.
     done = lambda *_, **__: []
     for leaf in (
         "run.run_stages",
@@ -251,12 +173,13 @@ def refused(monkeypatch):
     ):
         module, name = leaf.rsplit(".", 1)
         monkeypatch.setattr(importlib.import_module(f"jaxllm.{module}"), name, done)
+    # The harness itself is an extra that need not be installed.
     harness = types.SimpleNamespace(harness=done)
     monkeypatch.setitem(sys.modules, "jaxllm.evaluation.harness", harness)
     return lambda words: "".join(_complaints(words))
 
 
-# What the pages call the things that a reader fills in, and what stands for them here.
+# Placeholders that a reader fills in, and the values that the checks use instead.
 FILLED_IN = {
     "CONFIG": "configs/tiny.yaml",
     "OTHER": "configs/quickstart.yaml",
@@ -438,14 +361,10 @@ def test_what_is_broken_is_found(tmp_path, monkeypatch, refused):
         "# One\n[a](NONE.md) [b](#two) [c](#one)\n`jaxllm/none.py` `jaxllm/train.py` `runs/x/none.py`\n"
         "`ppo.kl_coef` `ppo.kl_coeff` `losses.gae` `optim.none` `tokenizer.json` `jaxllm.load`\n"
     )
-    page = f"../{tmp_path.name}/PAGE.md"
-    with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-        assert len([*broken_links(page)]) == 2
-        (tmp_path / "jaxllm").mkdir()
-        (tmp_path / "jaxllm" / "train.py").touch()
-        assert len([*missing_files(page)]) == 1
-        assert len([*missing_names(page)]) == 2
+    page = os.path.relpath(tmp_path / "PAGE.md", ROOT)
+    assert len([*broken_links(page)]) == 2
+    assert len([*missing_files(page)]) == 1
+    assert len([*missing_names(page)]) == 2
     for words, right in (
         ("jaxllm run configs/tiny.yaml --seed 1", True),
         ("jaxllm run configs/none.yaml", False),
