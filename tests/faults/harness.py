@@ -2,7 +2,7 @@
 
 One life is `jaxllm run tests/faults/life.yaml`, in one process or in several, started again after every fault until it
 is finished. It must then have the same parameters, optimizer states, metrics, samples, rankings and results as a life
-that nothing happened to. The table of a long run is in tests/README.md:
+that nothing happened to. The table of a long run is in tests/RESULTS.md:
 
     bash tests/faults/soak.sh --minutes 60
 """

@@ -1,6 +1,6 @@
 """launch/slurm.sbatch on a real Slurm cluster: a controller and two nodes, all of them on this machine.
 
-As root, with Debian's packages; seven minutes on 2 cores. Its log is in tests/README.md.
+As root, with Debian's packages; seven minutes on 2 cores. Its log is in tests/RESULTS.md.
 
     apt-get install slurm-wlm munge
     python -m pytest tests/launch/test_slurm.py -m slow -n 0 -s

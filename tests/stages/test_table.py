@@ -129,5 +129,5 @@ def test_the_readme_says_how_many_calls_it_is_to_the_forward_pass(directory, mon
     depth = reached.value.args[0]
     assert (
         f"From `main` to the model's forward pass it is {depth} calls."
-        in (ROOT / "README.md").read_text()
+        in (ROOT / "jaxllm" / "README.md").read_text()
     ), depth
