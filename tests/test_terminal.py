@@ -78,24 +78,6 @@ def test_bash_completes_commands_and_their_options(capsys, tmp_path):
     assert stop.value.code == 2 and "must be bash, zsh or fish" in capsys.readouterr().err
 
 
-def test_commands_named_in_configs_and_pages_exist():
-    pages = [
-        *(ROOT / "configs").glob("*.yaml"),
-        *(ROOT / "launch").glob("*.*"),
-        *ROOT.glob("*.md"),
-        ROOT / "tests/README.md",
-    ]
-    for page in pages:
-        text = page.read_text(encoding="utf-8")
-        for command in re.findall(
-            r"(?:^|[`# ]|python -m )jaxllm +([a-z_]+)(?= +[A-Z-]| +configs/| +runs/)",
-            text,
-            re.MULTILINE,
-        ):
-            assert command in COMMANDS, f"{page.name} names `jaxllm {command}`"
-        assert "rank --browser" not in text, page.name
-
-
 @pytest.mark.parametrize("name", ["runs[old]/x", "a[/b]c", ":car:", "[red]"])
 def test_printed_text_is_never_markup(capsys, monkeypatch, name):
     console.print(f"data in {name}", soft_wrap=True)

@@ -14,9 +14,9 @@ import fsspec
 from etils import epath
 
 from jaxllm.config import InputError
-from jaxllm.data.format import Example, assign_splits
+from jaxllm.data.format import Example, make_example
 from jaxllm.data.records import Record, spelled
-from jaxllm.data.sources import DataConfig, Source, files, read_records
+from jaxllm.data.sources import Source, files, read_records
 
 
 class Task(NamedTuple):
@@ -113,8 +113,7 @@ def _item(record: Record) -> Example:
         raise InputError(f"{origin}: is not a task; give {known}")
     # Read as a prompt of the training data is, so that it is checked and asked like one.
     name = "messages" if asked[0] == "messages" else "prompt"
-    prompt = Record({name: fields[asked[0]]}, origin)
-    item, _ = next(assign_splits(DataConfig((Source(),)), "prompt", 0, [prompt]))
+    item = make_example("prompt", Source(), Record({name: fields[asked[0]]}, origin))
     if choices is None:
         return item._replace(answer=_answer(fields, origin))
     return _with_choices(item, choices, fields.get("answer"))
