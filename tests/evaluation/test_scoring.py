@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.__main__ import main
 from jaxllm.config import InputError
 from jaxllm.evaluation import scoring, tasks
 from jaxllm.evaluation.scoring import Row
@@ -298,7 +299,7 @@ def test_a_malformed_line_is_named(line, tmp_path):
     assert MALFORMED[line] in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_wrong_command_ends_with_one_line(tmp_path, tiny_run):
+def test_a_wrong_command_ends_with_one_line(tmp_path, tiny_run, capsys):
     good, bad = (
         write(tmp_path / f"{n}.jsonl", line)
         for n, line in (("good", {"text": "a"}), ("bad", {"txt": "a"}))
@@ -324,11 +325,12 @@ def test_a_wrong_command_ends_with_one_line(tmp_path, tiny_run):
         (sft, "--task", long): "long.jsonl:1: the answer takes",
         ("--task", good): "at least one of each",
     }
-    started = {line: jaxllm("score", *args) for args, line in wrong.items()}
-    for line, process in started.items():
-        out, err = process.communicate(timeout=300)
+    for args, line in wrong.items():
+        with pytest.raises(SystemExit) as stop:
+            main(["score", *args])
+        out, err = capsys.readouterr()
         last = err.rstrip("\n").split("\n")[-1]
-        assert process.returncode == 2 and out == "" and "Traceback" not in err, err
+        assert stop.value.code == 2 and out == "" and "Traceback" not in err, err
         assert last.startswith("jaxllm: ") and line in last, err
 
 
