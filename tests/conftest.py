@@ -82,7 +82,7 @@ def tiny_run():
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not log.exists():
             process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(directory))
-            _, text = process.communicate(timeout=300)
+            _, text = process.communicate(timeout=900)
             assert process.returncode == 0, text
             log.write_text(text)
     return directory
