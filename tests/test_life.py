@@ -132,6 +132,7 @@ def json_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.life
 def test_killed_between_the_last_step_and_the_result_it_only_writes_the_result(tiny_run, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(tiny_run, directory)

@@ -185,8 +185,13 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
-@pytest.mark.parametrize("shots", [0, 1])
+@pytest.mark.parametrize(
+    ("chat", "shots"),
+    [
+        (True, 1),
+        *(pytest.param(*c, marks=pytest.mark.life) for c in ((False, 0), (False, 1), (True, 0))),
+    ],
+)
 def test_multiple_choice_picks_what_the_oracle_picks(named, tmp_path, chat, shots):
     found = score_file(
         named, write(tmp_path / "c.jsonl", *CHOICES), chat, shots=shots, batch_size=2
