@@ -14,16 +14,36 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from tests import compile_cache
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_disable_most_optimizations", True)  # most programs here run once or twice
 
-# What this session's processes share (pytest's workers, `jaxllm`): the same small programs are compiled in many of them.
+
+def _start_session() -> None:
+    """Makes what the session's processes share (pytest's workers, each `jaxllm` that a test starts):
+
+    compiled programs, which are kept for the next session, and one run of configs/tiny.yaml, which is not.
+    """
+    session = Path(tempfile.mkdtemp())
+    os.environ["JAXLLM_TEST_SESSION"] = str(session)
+    store = compile_cache.store()
+    if store:
+        compile_cache.borrow(store, session / "compiled")
+    atexit.register(_end_session, session, store)
+
+
+def _end_session(session: Path, store: Path | None) -> None:
+    if store:
+        compile_cache.give_back(store, session / "compiled")
+    shutil.rmtree(session, ignore_errors=True)
+
+
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAXLLM_TEST_SESSION"] = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, os.environ["JAXLLM_TEST_SESSION"], ignore_errors=True)
+    _start_session()
 SESSION = Path(os.environ["JAXLLM_TEST_SESSION"])
 COMPILED = {
     "jax_compilation_cache_dir": f"{SESSION}/compiled",
@@ -31,13 +51,13 @@ COMPILED = {
 }
 for name, value in COMPILED.items():
     jax.config.update(name, value)
-jax.devices()  # from here on there are 8, whatever a command that a test calls asks for
+jax.devices()  # initializes the backend: a command that a test calls can no longer change the 8 devices
 
 ROOT = Path(__file__).parent.parent
 
 
 def jaxllm(*args: str, **kwargs) -> subprocess.Popen:
-    """Start `jaxllm ARGS` in a process of its own, from the repository's root."""
+    """Starts `jaxllm ARGS` in a separate process, in the repository's root."""
     cache = {name.upper(): str(value) for name, value in COMPILED.items()}
     env = {
         **os.environ,
@@ -56,13 +76,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tiny_run():
-    """The run directory of configs/tiny.yaml, run once, never cut; the first worker that needs it makes it."""
+    """The run directory of configs/tiny.yaml, run once without interruption by the first worker that needs it."""
     directory, log = SESSION / "tiny", SESSION / "tiny" / "log.txt"
     with open(SESSION / "tiny.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not log.exists():
             process = jaxllm("run", "configs/tiny.yaml", "--run-dir", str(directory))
-            _, text = process.communicate(timeout=300)
+            _, text = process.communicate(timeout=900)
             assert process.returncode == 0, text
             log.write_text(text)
     return directory
@@ -70,7 +90,7 @@ def tiny_run():
 
 @pytest.fixture
 def compiled_well():
-    """For programs that run many times: with XLA's costly optimizations."""
+    """Turns on XLA's costly optimizations, for programs that run many times."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

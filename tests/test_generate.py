@@ -37,7 +37,9 @@ def roll(model, params, prompts, sampling, seed=0, num_samples=1, length=8, inde
     return run(params, jnp.array(tokens), jnp.array(mask), jax.random.key(seed), index)
 
 
-@pytest.fixture(scope="module", params=[LLAMA, GPT], ids=["llama", "gpt"])
+@pytest.fixture(
+    scope="module", params=[LLAMA, pytest.param(GPT, marks=pytest.mark.life)], ids=["llama", "gpt"]
+)
 def model_and_params(request):
     return request.param, transformer.init(request.param, jax.random.key(0))
 
@@ -55,7 +57,12 @@ def test_sampler_logprobs_equal_the_trainers(model_and_params, temperature):
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8)]
+    "mesh",
+    [
+        MeshConfig(data=2, fsdp=2, tensor=2),
+        pytest.param(MeshConfig(), marks=pytest.mark.life),
+        pytest.param(MeshConfig(data=1, fsdp=8), marks=pytest.mark.life),
+    ],
 )
 def test_a_growing_cache_on_any_mesh_gives_the_trainers_logprobs(model_and_params, mesh):
     model, params = model_and_params
@@ -149,7 +156,9 @@ LATENT = dataclasses.replace(
 
 
 @pytest.mark.parametrize(
-    "model", [LLAMA, GPT, WINDOWED, LATENT], ids=["llama", "gpt", "windowed", "latent"]
+    "model",
+    [*(pytest.param(m, marks=pytest.mark.life) for m in (LLAMA, GPT, WINDOWED)), LATENT],
+    ids=["llama", "gpt", "windowed", "latent"],
 )
 def test_layers_in_a_loop_decode_what_single_ones_do(model, monkeypatch):
     params = transformer.init(model, jax.random.key(0))

@@ -73,6 +73,7 @@ def run(command, *args):
     return out, log
 
 
+@pytest.mark.life
 def test_tuning_takes_the_imported_model_its_tokenizer_and_its_template(tmp_path, imported):
     overrides = shlex.split("--stages tokenizer sft --sft.num-steps 4 --sft.eval-batches 1")
     where = ["configs/imported.yaml", "--run-dir", tmp_path / "run"]

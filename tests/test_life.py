@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from jaxllm.__main__ import main
 from jaxllm.life import Config
 from tests.conftest import ROOT, jaxllm
 
@@ -68,7 +69,12 @@ MIDDLE = {
 
 
 @pytest.mark.parametrize(
-    "stages", [["pretrain", "rank", "ppo"], pytest.param(LIFE, marks=pytest.mark.slow)], ids=len
+    "stages",
+    [
+        pytest.param(["pretrain", "rank", "ppo"], marks=pytest.mark.life),
+        pytest.param(LIFE, marks=pytest.mark.slow),
+    ],
+    ids=len,
 )
 def test_killed_in_some_or_every_stage_it_ends_with_the_same_bits(tiny_run, tmp_path, stages):
     directory = tmp_path / "run"
@@ -103,10 +109,31 @@ def test_killed_in_some_or_every_stage_it_ends_with_the_same_bits(tiny_run, tmp_
         assert [metrics(line) for line in json_lines(directory / name)] == expected
 
 
+def test_killed_in_pretraining_it_resumes_and_ends_with_the_same_bits(tiny_run, tmp_path):
+    directory = tmp_path / "run"
+    for name in ("tokenizer", "cache"):
+        shutil.copytree(tiny_run / name, directory / name)
+    command = ("pretrain", "configs/tiny.yaml", "--run-dir", str(directory))
+    process = jaxllm(*command, stdout=subprocess.DEVNULL)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if MIDDLE["pretrain"] in line:
+            os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert not (directory / "pretrain" / "result.json").exists()
+    process = jaxllm(*command)
+    _, log = process.communicate(timeout=200)
+    assert process.returncode == 0, log
+    same_checkpoint(tiny_run / "pretrain", directory / "pretrain")
+    series = [json_lines(d / "pretrain" / "metrics.jsonl") for d in (tiny_run, directory)]
+    assert [metrics(line) for line in series[0]] == [metrics(line) for line in series[1]]
+
+
 def json_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.life
 def test_killed_between_the_last_step_and_the_result_it_only_writes_the_result(tiny_run, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(tiny_run, directory)
@@ -259,10 +286,11 @@ def test_every_config_loads_round_trips_and_has_a_model():
 
 
 @pytest.mark.parametrize("command", ["run", "generate", "chat", "ppo"])
-def test_help_explains_every_option(command):
-    process = jaxllm(command, "--help")
-    out, log = process.communicate(timeout=60)
-    assert process.returncode == 0, log
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
     text = "\n".join(line.strip("│ ") for line in out.splitlines())
     options = re.split(r"^(?=--)", text, flags=re.MULTILINE)[1:]
     assert len(options) >= 6

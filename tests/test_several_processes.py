@@ -124,6 +124,7 @@ def check_writers(directory):
     } == set()
 
 
+@pytest.mark.life
 def test_two_processes_train_as_one(tmp_path):
     """The tensor axis crosses them: both have the same rows and half of each matrix."""
     several, single = (

@@ -62,11 +62,21 @@ IN_SUITE = {
     "DROPLESS": 6,
     "ROOMY": 0,
     "TIGHT": 1,
-}  # the first so many; the others are slow
+}  # so many from the beginning; the others are slow
+DEFAULT = [("DENSE", TOGETHER[0]), ("DROPLESS", TOGETHER[3])]
+
+
+def marks(name, number):
+    """The default tier has one mesh of each kind of model, --life the first of each list, --slow all."""
+    if (name, CASES[name][number]) in DEFAULT:
+        return []
+    return pytest.mark.life if number < IN_SUITE[name] else pytest.mark.slow
+
+
 EVERY = [
-    pytest.param(name, sizes, marks=[] if i < IN_SUITE[name] else pytest.mark.slow)
+    pytest.param(name, sizes, marks=marks(name, number))
     for name, meshes in CASES.items()
-    for i, sizes in enumerate(meshes)
+    for number, sizes in enumerate(meshes)
 ]
 
 
@@ -167,10 +177,16 @@ def test_sharded_equals_single(name, sizes):
 
 @pytest.mark.parametrize(
     "sizes",
-    [{}, {"fsdp": 2, "context": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}],
+    [
+        {},
+        pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, marks=pytest.mark.life),
+        pytest.param({"fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.life),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("model", [DENSE, DROPLESS], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    "model", [DENSE, pytest.param(DROPLESS, marks=pytest.mark.life)], ids=["dense", "experts"]
+)
 def test_what_goes_in_blocks_equals_what_goes_at_once(model, sizes, monkeypatch):
     """Blocks of the vocabulary, one of them short, and with remat full of hidden units and of experts' tokens."""
     whole = dataclasses.replace(model, vocab_size=66)
@@ -195,6 +211,7 @@ def test_what_goes_in_blocks_equals_what_goes_at_once(model, sizes, monkeypatch)
     close(outcome(cut, tuple(sizes.items())), want)
 
 
+@pytest.mark.life
 def test_the_tight_capacity_drops_tokens():
     """Or its case would be the roomy one's."""
     for kind in ("packed", "padded"):

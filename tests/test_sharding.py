@@ -117,7 +117,7 @@ print("compiled")
 """
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.life)])
 def test_no_involuntary_full_rematerialization(tied):
     """XLA prints this warning from C++, so the program runs in a separate process."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}

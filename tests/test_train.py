@@ -85,7 +85,9 @@ def close(a, b, rtol=1e-5):
         assert error < rtol, f"{jax.tree_util.keystr(path)}: {error}"
 
 
-@pytest.mark.parametrize("num_micro", [2, 4, 8])
+@pytest.mark.parametrize(
+    "num_micro", [4, *(pytest.param(n, marks=pytest.mark.life) for n in (2, 8))]
+)
 def test_accumulated_gradient_equals_whole_with_uneven_masks(num_micro):
     batch, key = uneven_batch(0), jax.random.key(0)
     whole, weight, metrics = train.accumulate(loss, params(), batch, key, 1, {})
@@ -118,6 +120,7 @@ def one_update(mesh, num_micro=1):
         return step(state, batch)[0]
 
 
+@pytest.mark.life
 def test_sharded_accumulation_equals_single_device():
     alone = one_update(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     state = one_update(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), num_micro=2)
@@ -315,7 +318,9 @@ def same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("stop_at", [1, 7, 8, 19])
+@pytest.mark.parametrize(
+    "stop_at", [7, *(pytest.param(step, marks=pytest.mark.life) for step in (1, 8, 19))]
+)
 def test_stopped_by_a_signal_anywhere_it_ends_with_the_same_bits_and_metrics(tmp_path, stop_at):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     whole = whole_stage(tmp_path / "a")

@@ -268,6 +268,7 @@ def test_a_run_directory_that_cannot_be_made(capsys, config, tmp_path, below):
     assert "cannot be made" in refused(capsys, "run", config(), "--run-dir", "/proc/jaxllm")
 
 
+@pytest.mark.life
 def test_a_stage_that_stays_damaged_is_made_again_once(capsys, config, run_dir, monkeypatch):
     calls = []
     broken = epath.Path(run_dir).resolve() / "sft" / "checkpoints" / "120"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.__main__ import main
 from jaxllm.config import InputError
 from jaxllm.evaluation import scoring, tasks
 from jaxllm.evaluation.scoring import Row
@@ -186,8 +187,13 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
-@pytest.mark.parametrize("shots", [0, 1])
+@pytest.mark.parametrize(
+    ("chat", "shots"),
+    [
+        (True, 1),
+        *(pytest.param(*c, marks=pytest.mark.life) for c in ((False, 0), (False, 1), (True, 0))),
+    ],
+)
 def test_multiple_choice_picks_what_the_oracle_picks(named, tmp_path, chat, shots):
     found = score_file(
         named, write(tmp_path / "c.jsonl", *CHOICES), chat, shots=shots, batch_size=2
@@ -298,7 +304,7 @@ def test_a_malformed_line_is_named(line, tmp_path):
     assert MALFORMED[line] in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_wrong_command_ends_with_one_line(tmp_path, tiny_run):
+def test_a_wrong_command_ends_with_one_line(tmp_path, tiny_run, capsys):
     good, bad = (
         write(tmp_path / f"{n}.jsonl", line)
         for n, line in (("good", {"text": "a"}), ("bad", {"txt": "a"}))
@@ -324,11 +330,12 @@ def test_a_wrong_command_ends_with_one_line(tmp_path, tiny_run):
         (sft, "--task", long): "long.jsonl:1: the answer takes",
         ("--task", good): "at least one of each",
     }
-    started = {line: jaxllm("score", *args) for args, line in wrong.items()}
-    for line, process in started.items():
-        out, err = process.communicate(timeout=300)
+    for args, line in wrong.items():
+        with pytest.raises(SystemExit) as stop:
+            main(["score", *args])
+        out, err = capsys.readouterr()
         last = err.rstrip("\n").split("\n")[-1]
-        assert process.returncode == 2 and out == "" and "Traceback" not in err, err
+        assert stop.value.code == 2 and out == "" and "Traceback" not in err, err
         assert last.startswith("jaxllm: ") and line in last, err
 
 

@@ -27,7 +27,9 @@ GPT = dataclasses.replace(
     tie_embeddings=False,
     num_kv_heads=4,
 )
-BOTH = pytest.mark.parametrize("model", [LLAMA, GPT], ids=["llama", "gpt"])
+BOTH = pytest.mark.parametrize(
+    "model", [LLAMA, pytest.param(GPT, marks=pytest.mark.life)], ids=["llama", "gpt"]
+)
 
 
 def attention_oracle(q, k, v, q_segments, kv_segments, offset):
@@ -118,7 +120,15 @@ def test_the_future_and_other_segments_do_not_leak(model):
 REMATS = [{"remat": name} for name in ("dots", "offload_dots", "attention", "full", "offload")]
 
 
-@pytest.mark.parametrize("change", [*REMATS, {"scan_unroll": 2}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"remat": "full"},
+        *(pytest.param(c, marks=pytest.mark.life) for c in REMATS if c != {"remat": "full"}),
+        {"scan_unroll": 2},
+    ],
+    ids=str,
+)
 def test_remat_and_unrolling_change_nothing(change):
     params = transformer.init(LLAMA, jax.random.key(0))
     tokens = jnp.array([[5, 6, 7, 8]], jnp.int32)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from jaxllm import losses
+from jaxllm.__main__ import main
 from jaxllm.life import Config
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig, preset
@@ -181,6 +182,7 @@ def test_a_step_is_compiled_for_a_tpu(tmp_path):
     assert report["flops_per_device"] == pytest.approx(want, rel=0.003)
 
 
+@pytest.mark.life
 def test_weights_are_gathered_once_a_pass_and_nothing_is_rematerialised(tmp_path):
     model = {**SMALL, "remat": "full", "num_layers": 4}
     code, out, log = run(
@@ -197,6 +199,7 @@ def test_weights_are_gathered_once_a_pass_and_nothing_is_rematerialised(tmp_path
     assert 0 < moved < 3 * 2 * report["parameters"] / 2
 
 
+@pytest.mark.life
 def test_slices_are_joined_by_the_data_axis(tmp_path):
     code, out, log = run(
         tmp_path, SMALL, "v5e:2x2", "--json", "--slices", "2", mesh={"data": 2, "fsdp": -1}
@@ -213,7 +216,11 @@ def test_slices_are_joined_by_the_data_axis(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "programs"), [pytest.param("reward", 0, marks=pytest.mark.slow), ("ppo", 7)]
+    ("stage", "programs"),
+    [
+        pytest.param("reward", 0, marks=pytest.mark.slow),
+        pytest.param("ppo", 7, marks=pytest.mark.life),
+    ],
 )
 def test_other_stages_are_compiled_for_a_tpu(tmp_path, stage, programs):
     code, out, log = run(tmp_path, SMALL, "v5e:2x4", "--json", "--stage", stage)
@@ -238,9 +245,7 @@ def test_a_kept_plan_stands_beside_what_is_measured(tmp_path):
     config.write_text(
         yaml.safe_dump({"run_dir": str(tmp_path / "run"), "model": SMALL, "mesh": {"data": 8}})
     )
-    process = jaxllm("plan", str(config), "--topology", "h100:8", "--keep")
-    _, log = process.communicate(timeout=100)
-    assert process.returncode == 0, log
+    main(["plan", str(config), "--topology", "h100:8", "--keep"])
     report = json.loads((tmp_path / "run" / "plans" / "pretrain.json").read_text())
     log = [{"throughput/mfu": 0.1}, {"throughput/tokens_per_second": 1000.0, "throughput/mfu": 0.2}]
     shown = compare_with_measured(report, log)["plan"]
@@ -272,6 +277,7 @@ def test_a_search_ranks_what_fits(tmp_path):
     )
 
 
+@pytest.mark.life
 def test_too_big_is_an_answer(tmp_path):
     big = {"preset": "llama3-8b", "num_layers": 4}
     code, out, log = run(tmp_path, big, "v5e:2x2", batch_size=64)
@@ -279,13 +285,23 @@ def test_too_big_is_an_answer(tmp_path):
     assert "fits" in out and "False" in out and "RESOURCE_EXHAUSTED" in out
 
 
-def test_what_makes_no_sense_is_one_line(tmp_path):
-    for topology, more, message in (
-        ("v9:2x2", (), "kinds: v4, v5e, v5p, v6e, tpu7x, a100"),
-        ("v5e:3x3", (), "libtpu knows no such slice"),
-        ("v5e:2x2", ("--stage", "rank"), "known: pretrain, sft, reward"),
-    ):
-        code, _, log = run(tmp_path, SMALL, topology, *more)
-        assert code == 2 and message in " ".join(log.split()) and "Traceback" not in log, log
-    code, _, log = run(tmp_path, {**SMALL, "vocab_size": 0}, "v5e:2x2")
-    assert code == 2 and "model.vocab_size" in log
+def test_a_slice_that_does_not_exist_is_one_line(tmp_path):
+    code, _, log = run(tmp_path, SMALL, "v5e:3x3")
+    assert code == 2 and "libtpu knows no such slice" in " ".join(log.split()), log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ({}, ["--topology", "v9:2x2"], "kinds: v4, v5e, v5p, v6e, tpu7x, a100"),
+        ({}, ["--topology", "v5e:2x2", "--stage", "rank"], "known: pretrain, sft, reward"),
+        ({"vocab_size": 0}, ["--topology", "v5e:2x2"], "model.vocab_size"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(tmp_path, capsys, model, arguments, message):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {**SMALL, **model}}))
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", str(tmp_path / "config.yaml"), *arguments])
+    log = capsys.readouterr().err
+    assert stop.value.code == 2 and message in " ".join(log.split()), log

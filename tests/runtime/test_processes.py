@@ -99,7 +99,12 @@ def run_life(directory, *more, wait=240):
 
 
 @pytest.mark.parametrize(
-    "stages", [STAGES[:2], pytest.param(STAGES, marks=pytest.mark.slow)], ids=["to pretrain", "all"]
+    "stages",
+    [
+        pytest.param(STAGES[:2], marks=pytest.mark.life),
+        pytest.param(STAGES, marks=pytest.mark.slow),
+    ],
+    ids=["to pretrain", "all"],
 )
 def test_sigterm_in_a_stage_saves_and_exits_0_and_it_resumes(tmp_path, stages):
     whole, cut, only = tmp_path / "whole", tmp_path / "cut", ("--stages", *stages)

@@ -263,8 +263,17 @@ VARIANTS = {
 }
 
 
+# Plain PPO has its proof in the default tier: tests/stages/test_proofs.py.
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "adapters")) for n in VARIANTS]
+    "name",
+    [
+        pytest.param("ppo", marks=pytest.mark.life),
+        "every switch",
+        pytest.param("shared trunk", marks=pytest.mark.life),
+        pytest.param("adapters", marks=pytest.mark.slow),
+        pytest.param("rloo", marks=pytest.mark.life),
+        pytest.param("grpo", marks=pytest.mark.life),
+    ],
 )
 def test_the_reward_rises_and_a_resumed_run_has_the_same_bits(name):
     world = worlds.World(VARIANTS[name], seed=1, vocab=4, length=3, devices=2, layers=1)
@@ -309,6 +318,7 @@ def as_on_a_tpu(monkeypatch):
     )
 
 
+@pytest.mark.life
 @pytest.mark.usefixtures("as_on_a_tpu")
 def test_one_device_and_eight_with_a_critic_laid_out_otherwise_make_the_same_update():
     """The critic's moments are digested and compared where they are."""
@@ -405,7 +415,13 @@ def test_at_the_optimum_with_the_true_value_every_advantage_is_zero():
 
 @pytest.mark.usefixtures("as_on_a_tpu")
 @pytest.mark.parametrize(
-    "more", [{}, {"critic_trunk": "shared"}, {"lora": LoRAConfig(rank=2)}], ids=str
+    "more",
+    [
+        {},
+        pytest.param({"critic_trunk": "shared"}, marks=pytest.mark.life),
+        pytest.param({"lora": LoRAConfig(rank=2)}, marks=pytest.mark.life),
+    ],
+    ids=str,
 )
 def test_responses_drawn_in_another_layout_are_the_same(more):
     drawn, mesh = [], make_mesh(MeshConfig(data=2, fsdp=4))
@@ -435,6 +451,7 @@ def test_responses_drawn_in_another_layout_are_the_same(more):
     assert programs.rollout.mesh.shape["tensor"] == 4 and drawn[0].mask.sum() > 16
 
 
+@pytest.mark.life
 @pytest.mark.usefixtures("as_on_a_tpu")
 def test_a_reference_and_a_reward_model_in_other_layouts_judge_the_same(world):
     meshes = (
@@ -467,6 +484,7 @@ def test_a_reference_and_a_reward_model_in_other_layouts_judge_the_same(world):
         dataclasses.replace(CONFIG, meshes=(RoleMesh(), RoleMesh(tensor=2)))
 
 
+@pytest.mark.life
 @pytest.mark.usefixtures("as_on_a_tpu")
 def test_evaluation_in_other_layouts_finds_the_same(world):
     """Six prompts: of rollouts on two shards, of the stage on four, of the reference on eight."""
