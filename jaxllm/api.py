@@ -29,7 +29,7 @@ from jaxllm.config import InputError, build
 from jaxllm.config import load as load_config
 from jaxllm.config.shipped import find_config
 from jaxllm.evaluation import scoring
-from jaxllm.generate import SamplingConfig, complete
+from jaxllm.generation.generate import SamplingConfig, complete
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.run import Config
@@ -43,7 +43,7 @@ __all__ = ["LoadedModel", "load", "read_config", "read_metrics", "run_stages"]
 class LoadedModel:
     """A stage's model and tokenizer on one device.
 
-    Sampling options are the fields of `jaxllm.generate.SamplingConfig`: max_new_tokens, temperature,
+    Sampling options are the fields of `jaxllm.generation.generate.SamplingConfig`: max_new_tokens, temperature,
     top_k and top_p. The same seed gives the same text.
     """
 

@@ -9,14 +9,14 @@ from typing import Any, TextIO
 import jax
 
 from jaxllm.config import InputError
-from jaxllm.generate import SamplingConfig, complete
+from jaxllm.generation.generate import SamplingConfig, complete
+from jaxllm.generation.rollouts import Completion
+from jaxllm.generation.streaming import stream
+from jaxllm.model_store import load_model, load_policy
 from jaxllm.models import decode, scalar
 from jaxllm.models.config import ModelConfig
-from jaxllm.rollouts import Completion
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
-from jaxllm.streaming import stream
 from jaxllm.tokenizers.trained import StreamDecoder, Tokenizer
-from jaxllm.workspace import load_model, load_policy
 
 Message = dict[str, str]
 """{"role": "system", "user" or "assistant", "content": text}."""

@@ -26,7 +26,7 @@ from jaxllm.config.ranges import (
 from jaxllm.config.shipped import find_config, listing
 
 if TYPE_CHECKING:
-    from jaxllm.generate import SamplingConfig
+    from jaxllm.generation.generate import SamplingConfig
 
 RUN_HELP = "all stages in order; finished stages are skipped, an interrupted one resumes"
 
@@ -55,7 +55,7 @@ class SamplingOptions:
 
     def sampling(self, default_length: int) -> "SamplingConfig":
         """Returns the config of the sampler; default_length: in tokens, if no --max-new-tokens is given."""
-        from jaxllm.generate import SamplingConfig
+        from jaxllm.generation.generate import SamplingConfig
 
         return SamplingConfig(
             max_new_tokens=self.max_new_tokens or default_length,

@@ -92,7 +92,7 @@ def _conclude(workspace: Workspace, config: Config, wanted: Sequence[str], worke
 
 
 def _write_report(workspace: Workspace, config: Config) -> None:
-    from jaxllm.report.report import write_report  # matplotlib takes a second to import
+    from jaxllm.report.report import write_report
 
     run_dir = workspace.run_dir
     finished = [name for name in stages.names() if workspace.result(name) is not None]

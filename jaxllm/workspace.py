@@ -31,12 +31,6 @@ from etils import epath
 from jaxllm.config import Ending, InputError, check_unchanged, differences
 
 # Re-exported until their importers use the new modules.
-from jaxllm.model_store import (  # noqa: F401
-    load_model,
-    load_policy,
-    read_model_card,
-    write_model_card,
-)
 from jaxllm.runtime.files import is_remote, new_folder, read_json, write_json
 from jaxllm.runtime.goodput import Ledger
 from jaxllm.runtime.processes import Signals, barrier

@@ -24,7 +24,7 @@ from jaxllm.config import InputError, build, load
 from jaxllm.data.format import KINDS
 from jaxllm.data.sources import DataConfig, Source
 from jaxllm.data.splits import examples
-from jaxllm.generate import SamplingConfig
+from jaxllm.generation.generate import SamplingConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.run import Config

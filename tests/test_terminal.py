@@ -15,7 +15,7 @@ import jaxllm
 from jaxllm import __main__ as cli
 from jaxllm import chat, commands, life, metrics, run
 from jaxllm.config import InputError, load
-from jaxllm.generate import SamplingConfig
+from jaxllm.generation.generate import SamplingConfig
 from jaxllm.runtime import hardware
 from jaxllm.runtime.console import console
 from jaxllm.tokenizers.trained import train

@@ -12,7 +12,7 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 
 from jaxllm.evaluation.scoring import Row, fit, generate_texts, score_rows, split, windows
 from jaxllm.evaluation.tasks import load
-from jaxllm.generate import SamplingConfig
+from jaxllm.generation.generate import SamplingConfig
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
 
 _BATCH_SIZE = 32

@@ -15,10 +15,17 @@ import numpy as np
 
 from jaxllm import losses
 from jaxllm.config import InputError
-from jaxllm.generate import Completion, Rollout, SamplingConfig, completions, roll_out, whole_batch
+from jaxllm.generation.generate import (
+    Completion,
+    Rollout,
+    SamplingConfig,
+    completions,
+    roll_out,
+    whole_batch,
+)
+from jaxllm.generation.rollouts import cut_at_strings
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.rollouts import cut_at_strings
 from jaxllm.runtime.transfer import fetch
 from jaxllm.sharding import activation
 from jaxllm.tokenizers.trained import Tokenizer

@@ -33,13 +33,14 @@ from jaxllm.evaluation.scoring import (
     windows,
 )
 from jaxllm.evaluation.task_files import Task, describe, read_tasks
-from jaxllm.generate import SamplingConfig
+from jaxllm.generation.generate import SamplingConfig
+from jaxllm.model_store import load_policy
 from jaxllm.rl import numerals, rewards
 from jaxllm.runtime.checkpoint import committed_steps
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, write_json
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
-from jaxllm.workspace import load_policy, provenance
+from jaxllm.workspace import provenance
 
 # {metric: value}, or {stage: value} of one metric. None is a value too large for a float.
 Numbers = dict[str, float | None]

@@ -102,7 +102,7 @@ def _kernel(
 ) -> Callable[..., jax.Array] | None:
     """The kernel for whole rows of this shape on the mesh's platform; None: the reference, compiled by XLA."""
     if platform() == "tpu":
-        from jaxllm.models import attention_tpu  # Pallas is slow to import
+        from jaxllm.models import attention_tpu
 
         return attention_tpu.tpu_attention if attention_tpu.supports(q, k, rows.q_order) else None
     if platform() == "gpu" and attention_gpu.supports(q, k, v, rows.softcap):

@@ -13,15 +13,7 @@ from jaxllm.models import lora
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Block
 from jaxllm.models.self_attention import CacheSlot, LayerCache
-from jaxllm.models.transformer import (
-    Params,
-    Stack,
-    embed,
-    final_norm,
-    head,
-    merge_module,
-    stacks,
-)
+from jaxllm.models.transformer import Params, Stack, embed, final_norm, head, merge_module, stacks
 from jaxllm.sharding import constrain, constrain_weights, platform
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from jaxllm.config import InputError, to_tree
+from jaxllm.model_store import load_model, read_model_card, write_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.pretrained import downloads
@@ -33,7 +34,6 @@ from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.sharding import replicated
 from jaxllm.tokenizers.files import IDS
 from jaxllm.tokenizers.published import load_tokenizer
-from jaxllm.workspace import load_model, read_model_card, write_model_card
 
 # From a leaf's path in the parameters to its float32 values.
 _ReadLeaf = Callable[[tuple[str, ...]], np.ndarray]
@@ -124,7 +124,7 @@ def _read_folder(folder: Path) -> tuple[ModelConfig, str, Files]:
 
 def _unpack_gguf(file: Path, folder: Path) -> Path:
     """Make a folder of safetensors from a GGUF file, and return it."""
-    from jaxllm.pretrained import gguf_files  # needs the extra package
+    from jaxllm.pretrained import gguf_files
 
     config, lazy_tensors, tokenizer = gguf_files.read(file)
     folder.mkdir(parents=True)

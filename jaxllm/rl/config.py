@@ -21,7 +21,7 @@ from jaxllm.config.ranges import (
     ProportionBelowOne,
 )
 from jaxllm.data.sources import DataConfig
-from jaxllm.generate import SamplingConfig
+from jaxllm.generation.generate import SamplingConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.rl.rewards import RewardSource

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm import losses, rollouts
+from jaxllm import losses
+from jaxllm.generation import rollouts
+from jaxllm.generation.rollouts import Rollout
 from jaxllm.losses import Metrics, Moments
 from jaxllm.models import lora, scalar
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.roles import RunSpec
-from jaxllm.rollouts import Rollout
 
 
 class Experience(NamedTuple):

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import generate, losses, rollouts
+from jaxllm import losses
 from jaxllm.data.loader import PromptExample
 from jaxllm.evaluation import measures
+from jaxllm.generation import generate, rollouts
+from jaxllm.generation.rollouts import Rollout
 from jaxllm.rl.layouts import ROWS, travel
 from jaxllm.rl.programs import UpdatePrograms
 from jaxllm.rl.roles import FrozenModels, PPOState, RunSpec
 from jaxllm.rl.scoring import Scorer, end_at_strings
 from jaxllm.rl.update import call
-from jaxllm.rollouts import Rollout
 from jaxllm.runtime.transfer import fetch
 from jaxllm.sharding import batch_shards
 

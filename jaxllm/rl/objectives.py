@@ -4,7 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxllm import losses, rollouts
+from jaxllm import losses
+from jaxllm.generation import rollouts
 from jaxllm.models import lora, next_token, scalar, transformer
 from jaxllm.rl.experience import Experience, response_values
 from jaxllm.rl.roles import RunSpec

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxllm import generate, losses, train
-from jaxllm.generate import Rollout
+from jaxllm import losses, train
+from jaxllm.generation import generate
+from jaxllm.generation.generate import Rollout
 from jaxllm.models import decode, lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig, make_optimizer

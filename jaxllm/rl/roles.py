@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm import losses
+from jaxllm.generation.rollouts import Rollout, response_logprobs
 from jaxllm.losses import Moments
 from jaxllm.model_store import load_model
 from jaxllm.models import lora, scalar, transformer
@@ -22,7 +23,6 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.layouts import role_meshes
-from jaxllm.rollouts import Rollout, response_logprobs
 from jaxllm.runtime.transfer import reshard_across_meshes
 from jaxllm.sharding import param_shardings, place_params, replicated
 from jaxllm.train import StateLayout, TrainState

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxllm import rollouts
 from jaxllm.data.loader import PromptExample
 from jaxllm.data.messages import prompt_text
-from jaxllm.rollouts import Rollout
+from jaxllm.generation import rollouts
+from jaxllm.generation.rollouts import Rollout
 from jaxllm.runtime.files import json_line, read_jsonl, write_whole
 from jaxllm.runtime.transfer import fetch
 from jaxllm.tokenizers.trained import Tokenizer

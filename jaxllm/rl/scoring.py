@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import rollouts
 from jaxllm.data.loader import PromptExample
 from jaxllm.data.messages import prompt_text
+from jaxllm.generation import rollouts
+from jaxllm.generation.rollouts import Rollout, cut_at_strings
 from jaxllm.losses import Metrics
 from jaxllm.rl import rewards
 from jaxllm.rl.programs import UpdatePrograms
 from jaxllm.rl.roles import FrozenModels, RunSpec
 from jaxllm.rl.update import RunProgram
-from jaxllm.rollouts import Rollout, cut_at_strings
 from jaxllm.runtime.transfer import fetch
 from jaxllm.sharding import activation
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import losses
-from jaxllm.generate import Rollout
+from jaxllm.generation.generate import Rollout
 from jaxllm.losses import Metrics
 from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.experience import Experience

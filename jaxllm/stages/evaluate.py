@@ -22,15 +22,16 @@ from jaxllm.data.store import load_texts, open_store
 from jaxllm.evaluation import measures, scoring, tasks
 from jaxllm.evaluation.task_files import describe, read_tasks
 from jaxllm.evaluation.tasks import ScoringConfig
-from jaxllm.generate import Completion, Rollout, SamplingConfig, completions
+from jaxllm.generation.generate import Completion, Rollout, SamplingConfig, completions
+from jaxllm.generation.rollouts import response_logprobs
+from jaxllm.model_store import load_model
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.score_functions import score_all
-from jaxllm.rollouts import response_logprobs
 from jaxllm.runtime.console import console
 from jaxllm.runtime.transfer import fetch
 from jaxllm.stages import names
 from jaxllm.tokenizers.trained import Tokenizer
-from jaxllm.workspace import Workspace, load_model
+from jaxllm.workspace import Workspace
 
 # Held-out documents that are searched for in the training data: enough for a share within a percent.
 MAX_HELD_OUT = 20_000

@@ -27,6 +27,7 @@ from jaxllm.data.loader import (
 )
 from jaxllm.evaluation import measures
 from jaxllm.metrics import Work, held_out, peak_flops
+from jaxllm.model_store import load_model, read_model_card, write_model_card
 from jaxllm.models import lora, next_token, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import learning_rate
@@ -34,7 +35,7 @@ from jaxllm.runtime import tree_shapes
 from jaxllm.runtime.console import console
 from jaxllm.sharding import activation, param_shardings, place_params, replicated
 from jaxllm.stages.training_config import TrainingConfig
-from jaxllm.workspace import Workspace, load_model, read_model_card, write_model_card
+from jaxllm.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True)

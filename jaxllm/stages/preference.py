@@ -26,6 +26,7 @@ from jaxllm.data.loader import (
 )
 from jaxllm.data.sources import Source
 from jaxllm.metrics import Work, held_out, peak_flops
+from jaxllm.model_store import load_model, write_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig, learning_rate
@@ -35,7 +36,7 @@ from jaxllm.sharding import activation, place_params, replicated, rows_like
 from jaxllm.stages import response_scores
 from jaxllm.stages.response_scores import held_out_metrics, implicit_rewards, reward_scores
 from jaxllm.stages.training_config import TrainingConfig
-from jaxllm.workspace import Workspace, load_model, write_model_card
+from jaxllm.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True)

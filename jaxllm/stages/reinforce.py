@@ -24,13 +24,7 @@ from jaxllm.rl import planned, rewards
 from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.held_out import make_evaluation
 from jaxllm.rl.programs import build_programs
-from jaxllm.rl.roles import (
-    PPOState,
-    RunSpec,
-    abstract_state,
-    initial_state,
-    load_models,
-)
+from jaxllm.rl.roles import PPOState, RunSpec, abstract_state, initial_state, load_models
 from jaxllm.rl.rollout_log import RolloutLog
 from jaxllm.rl.scoring import Scorer, end_at_strings, make_scorer
 from jaxllm.rl.update import HostWork, make_step, passes_kl_limit

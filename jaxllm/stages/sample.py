@@ -12,12 +12,13 @@ from jaxllm.config import InputError, require
 from jaxllm.config.ranges import NonNegativeInt, PositiveInt
 from jaxllm.data.loader import PromptExample, load_prompts
 from jaxllm.data.sources import DataConfig
-from jaxllm.generate import Completion, SamplingConfig, complete, whole_batch
+from jaxllm.generation.generate import Completion, SamplingConfig, complete, whole_batch
+from jaxllm.model_store import load_model
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, read_jsonl, write_whole
 from jaxllm.runtime.processes import barrier
 from jaxllm.tokenizers.trained import Tokenizer
-from jaxllm.workspace import Workspace, load_model
+from jaxllm.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxllm.generate import SamplingConfig, jitted, left_pad
+from jaxllm.generation.generate import SamplingConfig, jitted, left_pad
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.run import set_cpu_devices

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import generate, losses, train
+from jaxllm import losses, train
+from jaxllm.generation import generate
 from jaxllm.metrics import peak_flops
 from jaxllm.models import transformer
 from jaxllm.models.config import preset

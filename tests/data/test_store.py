@@ -13,12 +13,7 @@ import pytest
 from jaxllm.config import InputError
 from jaxllm.data import cache, format, readers, sources, units
 from jaxllm.data.contamination import measure_contamination, some_documents
-from jaxllm.data.loader import (
-    PromptExample,
-    examples_fingerprint,
-    load_rows,
-    rows_fingerprint,
-)
+from jaxllm.data.loader import PromptExample, examples_fingerprint, load_rows, rows_fingerprint
 from jaxllm.data.sources import DataConfig, Source, read_records
 from jaxllm.data.splits import examples
 from jaxllm.data.store import open_store

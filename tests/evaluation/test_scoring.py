@@ -16,7 +16,7 @@ from jaxllm.config import InputError
 from jaxllm.evaluation import scoring, tasks
 from jaxllm.evaluation.scoring import Row
 from jaxllm.evaluation.task_files import read_tasks
-from jaxllm.generate import SamplingConfig, complete
+from jaxllm.generation.generate import SamplingConfig, complete
 from jaxllm.model_store import load_model
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig

@@ -10,13 +10,13 @@ import pytest
 import safetensors.numpy
 
 from jaxllm.config import InputError
+from jaxllm.model_store import load_model
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig, preset
 from jaxllm.models.next_token import loss
 from jaxllm.pretrained import families, family_config
 from jaxllm.pretrained.convert import export_model, import_model
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
-from jaxllm.workspace import load_model
 from tests.models.test_moe import CONFIG
 from tests.oracles.families import weight
 from tests.pretrained.test_families import RECORD

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxllm.generate import SamplingConfig, complete
+from jaxllm.generation.generate import SamplingConfig, complete
 from jaxllm.model_store import load_model
 from jaxllm.models import scalar
 from jaxllm.models.config import ModelConfig

@@ -11,6 +11,7 @@ import safetensors.numpy
 import tokenizers
 
 from jaxllm.config import InputError
+from jaxllm.model_store import load_model, write_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import PRESETS, preset
 from jaxllm.models.lora import LoRAConfig
@@ -21,7 +22,6 @@ from jaxllm.runtime.files import write_json
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.sharding import param_shardings
 from jaxllm.tokenizers.published import load_tokenizer
-from jaxllm.workspace import load_model, write_model_card
 from tests.oracles.families import weight
 from tests.pretrained.test_families import CASES, RECORD, load
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxllm import losses
-from jaxllm.generate import SamplingConfig, complete, left_pad
+from jaxllm.generation.generate import SamplingConfig, complete, left_pad
 from jaxllm.models import transformer
 from jaxllm.models.config import PRESETS, preset
 from jaxllm.pretrained import families, family_config

@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 
 from jaxllm.config import InputError
+from jaxllm.model_store import load_model
 from jaxllm.pretrained import family_config, gguf_files, gguf_tokenizer
 from jaxllm.pretrained.checked_values import CheckedValues
 from jaxllm.pretrained.convert import import_model
@@ -18,7 +19,6 @@ from jaxllm.pretrained.gguf_config import read_config
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import train
-from jaxllm.workspace import load_model
 from tests.oracles.families import weight
 from tests.pretrained.test_families import RECORD
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import generate as g
-from jaxllm import losses, rollouts, train
+from jaxllm import losses, train
 from jaxllm.config import InputError
 from jaxllm.data.loader import PromptExample
+from jaxllm.generation import generate as g
+from jaxllm.generation import rollouts
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxllm import losses
-from jaxllm.generate import SamplingConfig
+from jaxllm.generation.generate import SamplingConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.rl import programs
 from jaxllm.rl.config import PPOConfig

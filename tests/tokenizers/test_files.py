@@ -11,9 +11,9 @@ from jaxllm.chat import answer_once, load
 from jaxllm.config import InputError
 from jaxllm.data.loader import load_prompts, load_rows
 from jaxllm.data.sources import DataConfig, Source
-from jaxllm.generate import SamplingConfig, complete
+from jaxllm.generation.generate import SamplingConfig, complete
+from jaxllm.generation.streaming import stream
 from jaxllm.pretrained.convert import export_model, import_model
-from jaxllm.streaming import stream
 from jaxllm.tokenizers.published import load_tokenizer
 from tests.oracles import text_beginnings as oracle
 from tests.pretrained.test_convert import hf_folder

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import generate as g
-from jaxllm import rollouts
 from jaxllm.config import InputError
+from jaxllm.generation import generate as g
+from jaxllm.generation import rollouts
+from jaxllm.generation.sampling import SamplingConfig, inverse_transform, keep_likely
+from jaxllm.generation.streaming import stream
 from jaxllm.models import decode, transformer
 from jaxllm.models.config import MLAConfig, ModelConfig, MoEConfig
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
-from jaxllm.sampling import SamplingConfig, inverse_transform, keep_likely
 from jaxllm.sharding import activation, param_shardings
-from jaxllm.streaming import stream
 
 LLAMA = ModelConfig(
     vocab_size=40, max_length=96, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48, dtype="float32",

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import InputError
+from jaxllm.generation.rollouts import Completion, Rollout, completions, left_pad
+from jaxllm.generation.sampling import SamplingConfig, row_keys, sample_token
 from jaxllm.models import decode
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decode import KVCache
-from jaxllm.rollouts import Completion, Rollout, completions, left_pad
 from jaxllm.runtime.transfer import fetch
-from jaxllm.sampling import SamplingConfig, row_keys, sample_token
 from jaxllm.sharding import activation, batch_shards
 
 # Steps between two checks whether every row has ended. A check makes all devices wait for each other.

@@ -7,11 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.generate import check_lengths, check_not_empty, decode_step, padded_length, prefill
+from jaxllm.generation.generate import (
+    check_lengths,
+    check_not_empty,
+    decode_step,
+    padded_length,
+    prefill,
+)
+from jaxllm.generation.rollouts import left_pad
+from jaxllm.generation.sampling import SamplingConfig, row_keys, sample_token
 from jaxllm.models import decode
 from jaxllm.models.config import ModelConfig
-from jaxllm.rollouts import left_pad
-from jaxllm.sampling import SamplingConfig, row_keys, sample_token
 
 
 def stream(
