@@ -68,6 +68,7 @@ def run_training(
         training.lower_is_better,
     )
     stage = _Stage(directory, title, training, supervision, logging, saves)
+    # Batches that were skipped stay skipped, also after going back once more.
     skipped: list[list[int]] = []
     with supervision.signals, contextlib.closing(saves):
         while True:
@@ -95,6 +96,7 @@ def _restore(stage: _Stage, skipped: list[list[int]]) -> "tuple[Any, _Attempt]":
     training = stage.training
     state, record = stage.saves.restore_or_init(training.abstract, training.init)
     recorded = record.get("fingerprints")
+    # A checkpoint of an older version may lack fields that are new.
     old = None if recorded is None else stage.supervision.complete(recorded)
     check_unchanged(old, stage.supervision.fingerprints, stage.supervision.allowed, stage.directory)
     # A checkpoint before the trouble does not know what was skipped after it was saved.
@@ -112,14 +114,17 @@ def _go_back(stage: _Stage, skipped: list[list[int]], trouble: Rewind) -> list[l
     continues with batch 13: step n then takes batch n + 5.
     """
     config = stage.training.settings.checkpoint
+    # A checkpoint of the bad steps may still be on its way to the disk.
     stage.saves.wait()
     steps = committed_steps(stage.saves.directory)
     target = max((step for step in steps if step <= trouble.first_bad), default=0)
+    # Trouble that comes back is not bad data; more rewinds would hide it.
     if len(skipped) >= config.max_rewinds:
         raise TrainingDiverged(
             f"{stage.title}: {trouble}, after going back {config.max_rewinds} times; lower the learning rate or "
             f"look at the data, and run again: it resumes from step {target}"
         )
+    # Step n takes batch n + offset: batches count on, steps start over.
     offset = _num_skipped(skipped)
     first, end = target + offset, trouble.done + offset + config.rewind_skip
     console.print(
@@ -215,12 +220,14 @@ class _Attempt:
     def log_hook(self, number: int, state: Any, metrics: Metrics) -> None:
         ledger = self.stage.supervision.ledger
         interval_ends = self.log(number, state, metrics)
+        # The first step of a process compiles; what remains of it is lost in that.
         ledger.mark("compile" if number == self.first + 1 else "step")
         if interval_ends:
             ledger.write(self.stage.title, number)
 
     def evaluate_hook(self, number: int, state: Any, _: Metrics) -> None:
         self.log.flush()
+        # An evaluation may take longer than the watchdog waits for a step.
         self.stage.supervision.signals.alive()
         self.held_out.update(self.stage.training.evaluate(number, state))
         self.log.write(number, self.held_out)
@@ -240,6 +247,7 @@ class _Attempt:
         if not signals.stop_after() or number == num_steps:
             return
         self.log.flush()
+        # Twice at most: the grace period after a signal is short.
         self.stage.saves.save_surely(number, state, self.record(number), attempts=2)
         ledger.mark("save")
         ledger.write(self.stage.title, number, event="stopped")
@@ -258,5 +266,6 @@ class _Attempt:
         }
 
     def close(self) -> None:
+        # Threads first: they may be computing a batch that nobody will take.
         self.batches.close()
         self.log.close()

@@ -19,7 +19,8 @@ FILE = sys.argv[sys.argv.index("--run-dir") + 1] + ".batches"
 class Watched(loop._Attempt):
     def next_batch(self, number):
         batch = super().next_batch(number)
-        line = [self.stage.title, number, digest.digests(batch)]
+        on_devices = {name: x for name, x in batch.items() if isinstance(x, jax.Array)}
+        line = [self.stage.title, number, digest.digests(on_devices)]
         if jax.process_index() == 0:
             with open(FILE, "a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxllm.data.mixture import Order
 from jaxllm.data.packing import Row
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]  # of global arrays
 BatchAt = Callable[[int], Batch]
 
 

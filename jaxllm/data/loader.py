@@ -206,9 +206,10 @@ def make_prompt_batch_at(
     pad_id: int,
     sharding: Sharding,
 ) -> BatchAt:
-    """step -> {tokens: int32[B, P], mask: bool[B, P], index, prompt: int32[B]}.
+    """step -> {tokens: int32[B, P], mask: bool[B, P], index: int32[B], prompt: int32[B]}.
 
-    index is the position in the batch, prompt the index into prompts. Prompts are padded on the left, so that a
+    index is the position in the batch. prompt, the index into prompts, is a NumPy array: it is whole on every process,
+    which scores the texts of all of them. Prompts are padded on the left, so that a
     response begins at the same position in every row:
 
         tokens  . . a b c      mask  0 0 1 1 1
@@ -224,11 +225,17 @@ def make_prompt_batch_at(
             "tokens": tokens,
             "mask": mask,
             "index": np.int32(position),
-            "prompt": np.int32(number),
         }
 
     order = make_order([len(prompts)], SINGLE_SOURCE, seed)
-    return make_batch_function(order, row, batch_size, sharding)
+    on_devices = make_batch_function(order, row, batch_size, sharding)
+
+    def batch_at(step: int) -> Batch:
+        first = step * batch_size
+        numbers = [order(number)[1] for number in range(first, first + batch_size)]
+        return {**on_devices(step), "prompt": np.array(numbers, np.int32)}
+
+    return batch_at
 
 
 def load_ranked(

@@ -40,9 +40,11 @@ def figures(
     model, tokens, length = config.model, sizes["tokens_per_step"], row_length(config, stage)
     micro_tokens = tokens / getattr(config, stage).num_micro
     step = estimate_step(model, dict(mesh.shape), micro_tokens, tokens, length, chip)
+    # Exact, unlike the temporaries: shardings are known.
     held = sizes["state_bytes_per_device"]
     total = held + sizes["gradient_bytes_per_device"] + step["temp_bytes_per_device"]
     model_flops = transformer.flops_per_token(model, length) * tokens / mesh.size
+    # MFU counts what the model needs, not what is recomputed.
     seconds = step["predicted_step_seconds"]
     return {
         "estimated": True,

@@ -27,6 +27,7 @@ def count_flops(jaxpr: Any, experts: int = 1) -> float:
             blocks = math.prod(params["grid_mapping"].grid)
             total += blocks * count_flops(params["jaxpr"], experts) / 2
         elif name == "cond":
+            # Which side runs depends on data.
             total += max(count_flops(branch.jaxpr, experts) for branch in params["branches"])
         else:
             total += _nested_flops(name, params, experts)

@@ -88,12 +88,14 @@ def collectives(
 
     def walk(name: str, times: int, unknown: int) -> None:
         for line in bodies.get(name, ()):
+            # The body runs as often as the loop around it and its own trips together.
             if loop := _LOOP.search(line):
                 trips = _trip_count(bodies.get(loop[1], ()))
                 walk(loop[2], times * (trips or unknown), unknown if trips else 1)
             elif call := _CALL.search(line):
                 for called in _CALLED.findall(call[0]):
                     walk(called, times, unknown)
+            # A call can be a collective as well: it starts one and runs its reduction.
             found.see(line, times)
 
     walk(entry, 1, unknown_trips)
@@ -105,6 +107,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     bodies: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
+        # A computation begins with its name and an opening brace.
         if head := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(|\{).*\{$", line):
             name = head[2]
             bodies[name] = []
@@ -139,6 +142,7 @@ def _sent_bytes(kind: str, result: int, devices: int) -> float:
 
 def _result_bytes(line: str) -> int:
     result = line.split(" = ", 1)[1]
+    # Everything before the operation's name is the type of its result, which may be a tuple.
     return _bytes_of_shapes(re.split(rf" (?:{'|'.join(_KINDS)})", result)[0])
 
 
@@ -147,6 +151,7 @@ def _bytes_of_shapes(shapes: str) -> int:
     total = 0
     for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
         sizes = [int(size) for size in dims.split(",") if size]
+        # Types that are not in the table hold no data worth counting; 4 errs on the safe side.
         total += _BYTES.get(dtype, 4) * math.prod(sizes)
     return total
 
@@ -168,6 +173,7 @@ def axes_of(line: str, mesh: Any) -> tuple[str, ...]:
     elif iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         members = _first_group(*iota.groups(default=""))
     else:
+        # Without groups all devices take part.
         return tuple(_wide_axes(mesh.shape))
     coordinates = np.unravel_index(members, tuple(mesh.shape.values()))
     along = []
@@ -205,6 +211,7 @@ def _first_group(size: str, dims: str, order: str) -> Sequence[int]:
     """Devices of the first group in HLO's iota notation, [groups, size]<=[dims]T(order)."""
     shape = [int(dim) for dim in dims.split(",")]
     ids = np.arange(math.prod(shape)).reshape(shape)
+    # The transposition puts the devices of a group next to one another.
     if order:
         ids = ids.transpose([int(axis) for axis in order.split(",")])
     return ids.reshape(-1, int(size))[0].tolist()

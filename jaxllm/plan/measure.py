@@ -19,6 +19,7 @@ def measure(program: Program, mesh: Any) -> dict[str, Any]:
 
     "fits" is False where the compiler runs out of the device's memory; "reason" then says what it said.
     """
+    # A role of RL may have its own mesh.
     mesh = program.mesh or mesh
     with jax.set_mesh(mesh):
         traced = program.run.trace(*program.arguments, **program.keywords)
@@ -87,5 +88,6 @@ def bytes_of(tree: Any) -> int:
     """Bytes on one device of arrays or shapes with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
+        # The largest shard: padding makes others no smaller.
         total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return total

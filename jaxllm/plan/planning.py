@@ -66,6 +66,7 @@ def command(args: PlanArgs, config: Config) -> None:
     Raises:
       InputError: where config and topology do not fit together.
     """
+    # Sections take data and prompts from others, as in a run.
     config = with_defaults(config)
     if args.search:
         ranked = search(config, args)
@@ -92,10 +93,12 @@ def plan(config: Config, args: PlanArgs) -> dict[str, Any]:
         raise InputError(
             f"{args.config}: model.vocab_size: plan does not train a tokenizer to learn it from; set it"
         )
+    # A mesh of devices that exist only as a topology.
     chip, devices = _devices(args)
     mesh = planned_mesh(config.mesh_of(args.stage), devices)
     programs, held = stage_programs(config, args.stage, mesh)
     report = {**_sizes(config, args.stage, mesh, held), "compile_seconds": 0.0, "fits": True}
+    # XLA compiles for a GPU only where one is present, or with a description of it.
     if chip.kind.startswith("NVIDIA"):
         report |= estimate.figures(config, args.stage, mesh, chip, report)
     else:
@@ -108,6 +111,7 @@ def plan(config: Config, args: PlanArgs) -> dict[str, Any]:
 def stage_programs(config: Config, stage: str, mesh: Any) -> tuple[list[Program], dict[str, Any]]:
     """(the programs of a stage's update, {role: its state}), as shapes with their shardings on this mesh."""
     section = getattr(config, stage)
+    # RL divides its batch into minibatches first.
     splits = getattr(section, "num_minibatches", 1) * section.num_micro
     check_batch(
         mesh, section.batch_size // splits, f"{stage}.batch_size / its microbatches, {splits},"
@@ -127,6 +131,7 @@ def _compiled(
     def compile_all(exact: bool) -> tuple[roofline.Measured, dict[str, Any]]:
         with optimization_level(None if exact else "O0"):
             measured = {program.name: measure(program, mesh) for program in programs}
+        # A device also holds the states of models whose programs are not running.
         totals = roofline.add_up(programs, measured, sizes["state_bytes_per_device"], chip)
         return measured, totals | {"exact": exact}
 
@@ -144,6 +149,7 @@ def _sizes(config: Config, stage: str, mesh: Any, held: Mapping[str, Any]) -> di
     """What is known before anything is compiled."""
     trained, frozen = [], []
     for tree in held.values():
+        # Frozen models have no optimizer state and no gradients.
         (trained if isinstance(tree, TrainState) else frozen).append(tree)
     by_role = {role: bytes_of(tree) for role, tree in held.items()}
     params = [state.params for state in trained]
@@ -181,6 +187,7 @@ def search(config: Config, args: PlanArgs) -> list[dict[str, Any]]:
     chip, devices = _devices(args)
     count = devices if isinstance(devices, int) else len(devices)
     ranked = []
+    # Estimates order all candidates; only the first ones are worth compiling.
     for candidate, change in candidates(config, args.stage, count, args.slices, chip)[: args.tries]:
         try:
             report = plan(candidate, args)
@@ -192,6 +199,7 @@ def search(config: Config, args: PlanArgs) -> list[dict[str, Any]]:
         ranked.append(change)
 
     def order(row: Mapping[str, Any]) -> tuple[bool, float]:
+        # False sorts before True: what fits comes first, the fastest of it on top.
         return not row["fits"], -row.get("predicted_tokens_per_second", 0.0)
 
     return sorted(ranked, key=order)
@@ -220,6 +228,7 @@ def _devices(args: PlanArgs) -> tuple[Chip, Any]:
         return chip, math.prod(map(int, shape.split("x"))) * args.slices
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("jaxllm plan: compiling for a TPU needs libtpu; pip install 'jaxllm[tpu]'")
+    # libtpu refuses the option for a single slice on some topologies.
     options = {"num_slices": args.slices} if args.slices > 1 else {}
     try:
         topology = topologies.get_topology_desc(

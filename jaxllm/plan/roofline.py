@@ -35,6 +35,7 @@ def add_up(
         "fits": True,
         "collectives": [],
     }
+    # The first program that does not fit is the reason; the others have no figures to add.
     for name, figures in measured.items():
         if not figures["fits"]:
             return report | {"fits": False, "reason": f"{name}: {figures['reason']}"}
@@ -42,6 +43,7 @@ def add_up(
         report[key] = largest(key)
     # The arguments of a single program are the state and a batch.
     held = report["argument_bytes_per_device"] if len(programs) == 1 else state_bytes
+    # Programs run one after another: the temporaries of one are gone when the next starts.
     needed = held + max(_own_bytes(program, measured[program.name]) for program in programs)
     report["total_bytes_per_device"] = needed
     report["collectives"] = _merged_collectives(programs, measured)
@@ -90,6 +92,7 @@ def predict(
         figures["predicted_seconds"] = once["predicted_step_seconds"]
         for name, seconds in once.items():
             total[name] = total.get(name, 0.0) + seconds * program.times
+    # Not the largest of the sums: each program is limited by something else.
     step = total["predicted_step_seconds"]
     model_flops = sum(measured[p.name]["model_flops_per_device"] * p.times for p in programs)
     return {
@@ -107,6 +110,7 @@ def _seconds(program: Program, figures: Mapping[str, Any], chip: Chip) -> dict[s
             far += row["bytes"]
         else:
             near += row["bytes"]
+    # Every decoded token reads all weights and the cache again.
     arguments = figures["argument_bytes_per_device"] * max(program.decoded, 1)
     moved = arguments + 2 * figures["temp_bytes_per_device"]
     compute = figures["flops_per_device"] / chip.flops

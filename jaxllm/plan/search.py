@@ -43,6 +43,7 @@ def candidates(
                     "batch_size": getattr(candidate, stage).batch_size,
                 }
                 rated.append((rate, candidate, summary))
+    # Stable: of equally fast candidates the simpler mesh, which came first, stays ahead.
     rated.sort(key=lambda row: -row[0])
     return [(candidate, summary) for _, candidate, summary in rated]
 
@@ -51,6 +52,7 @@ def _changed(config: Config, stage: str, devices: int, change: dict[str, Any]) -
     """The config with another mesh, remat policy and batch size; None where the batch does not divide."""
     section, mesh = getattr(config, stage), change["mesh"]
     batch_size = int(section.batch_size * change["factor"])
+    # Devices along tensor and context work on the same rows.
     rows = devices // mesh["tensor"] // mesh["context"] * section.num_micro
     if batch_size < 1 or batch_size % rows:
         return None
@@ -92,6 +94,7 @@ def _meshes(model: ModelConfig, devices: int, slices: int) -> Iterator[dict[str,
         used = tensor * expert * context * data * pipeline
         fsdp = devices // used
         over_slices = data % slices == 0 or pipeline == slices
+        # What is left over goes to fsdp, which has to divide the model's width.
         if used * fsdp == devices and over_slices and model.embed_dim % fsdp == 0:
             sizes = (data, pipeline, fsdp, context, expert, tensor)
             yield dict(zip(MESH_AXES, sizes, strict=True))

@@ -11,6 +11,7 @@ def show_report(report: Mapping[str, Any], title: str) -> None:
     """Prints the report of a stage: a table of totals, one of programs, one of collectives."""
     console = Console(markup=False, emoji=False)
     totals = Table(title=title, show_header=False)
+    # Lists have tables of their own.
     for name, value in report.items():
         if name not in ("collectives", "leaves", "programs"):
             totals.add_row(name, _readable(name, value))

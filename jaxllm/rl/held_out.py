@@ -34,6 +34,7 @@ def make_evaluation(
 ) -> Callable[[int, PPOState], dict[str, float]]:
     """(step, state) -> score, KL to the reference in nats per response, length and distinct-2."""
     config = spec.config
+    # Compiled once for all evaluations.
     logprobs = jax.jit(functools.partial(RunSpec.logprobs, spec))
 
     def kl_of(params: Any, rollout: Rollout) -> np.ndarray:
@@ -66,6 +67,7 @@ def make_evaluation(
 
     def evaluate(step: int, state: PPOState) -> dict[str, float]:
         del step
+        # The model that the stage leaves is the one that is measured.
         trained = state.ema if config.ema_decay else state.actor.params
         params = spec.policy(trained, frozen.actor_base)
         scores: list[float] = []
@@ -77,6 +79,7 @@ def make_evaluation(
             # Rows of padding repeat a prompt; their scores are dropped.
             asked = [*prompts[begin : begin + count], *[prompts[begin]] * (rows - count)]
             raw = fetch(score(call, rollout, asked)[0])
+            # The same rule as in training, without normalizing or clipping.
             ended = np.where(fetch(rollout.finished), raw, config.missing_end_score)
             scores += ended[:count].tolist()
             kls += kl_of(params, rollout)[:count].tolist()

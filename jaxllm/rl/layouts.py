@@ -52,10 +52,12 @@ class MeshProgram(NamedTuple):
         """Run the program; arguments and results are on the home mesh."""
         if self.mesh is self.home:
             return self.function(*arguments, **resident)
+        # Parameters are on this mesh already; only rows and small arrays travel.
         moved = [
             travel(argument, how, self.mesh)
             for argument, how in zip(arguments, self.arguments, strict=True)
         ]
+        # Sharding constraints inside the program name axes of its own mesh.
         with jax.set_mesh(self.mesh):
             results = self.function(*moved, **resident)
         return travel(results, self.results, self.home)
@@ -86,6 +88,7 @@ def role_meshes(config: PPOConfig, mesh: Any) -> dict[str, Any]:
         devices = mesh.devices.flatten().tolist()
     meshes: dict[str, Any] = dict.fromkeys(ROLES, mesh)
     for layout in config.meshes:
+        # The same devices, possibly in another order: some shapes of a TPU slice need that.
         meshes[layout.role] = planned_mesh(layout, devices)
         rows, noun = _rows_of(layout.role, config)
         check_batch(meshes[layout.role], rows, f"{noun} in meshes, role {layout.role},")

@@ -22,6 +22,7 @@ def actor_loss(
     del key  # no dropout: the ratio of the first minibatch is exactly 1
     config, mask = spec.config, batch.mask
     policy = spec.policy(params, base)
+    # Only positions that predict a response token are scored: prompts would cost as much and teach nothing.
     hidden = rollouts.response_hidden(policy, batch, spec.model)
     stats = losses.token_logprobs(
         hidden,
@@ -39,9 +40,11 @@ def actor_loss(
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
     )
+    # Subtracted: the loss is minimized, and entropy should be high.
     if config.entropy_coef:
         loss = loss - config.entropy_coef * jnp.where(mask, stats.entropy, 0.0).sum()
     if config.kl_loss_coef:
+        # Masked before the exponential: padding may overflow it.
         log_ratio = jnp.where(mask, stats.logprob - batch.ref_logprobs, 0.0)
         loss = loss + config.kl_loss_coef * losses.kl_k3(log_ratio).sum()
     if config.shares_trunk:

@@ -36,6 +36,7 @@ class Recorder:
             if program.mesh is not program.home:
                 moved = travel_shapes(arguments, program.arguments, program.mesh)
             self.calls[name] = (program, moved, resident)
+            # Under the mesh, since dtypes and kernels depend on its platform.
             with jax.set_mesh(program.mesh):
                 shapes = jax.eval_shape(program.function, *moved, **resident)
             self._results[name] = travel_shapes(shapes, program.results, program.home)
@@ -95,6 +96,7 @@ def planned_update(
             run(programs.reward, frozen.reward, rollout)
         return rows_like(mesh, jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)), {}
 
+    # Rows of documents come from the host; their shapes are known without data.
     documents = None
     if config.ptx.coef:
         length = config.ptx.length or model.max_length
@@ -106,12 +108,15 @@ def planned_update(
         ends_early=lambda _: False,
         log=None,
     )
+    # On the host in a run, and therefore without a sharding.
     key_words = jax.ShapeDtypeStruct((2,), jnp.uint32)
     experience, _, _ = collect(
         record, programs, frozen, host, state, _prompts(config, mesh), key_words
     )
+    # All updates have minibatches of the same size, so the first stands for every one.
     rows = minibatch_rows(spec, 0)
     optimize(record, programs, frozen, host, state.actor, state.critic, experience, rows)
+    # What stays in memory between programs, whichever of them is running.
     held = {"policy": state.actor, "critic": state.critic, "ema": state.ema, **frozen._asdict()}
     return record.programs(), {role: tree for role, tree in held.items() if jax.tree.leaves(tree)}
 

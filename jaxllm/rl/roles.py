@@ -99,6 +99,7 @@ def load_models(
     mesh = workspace.mesh
     source = workspace.source(config.init_from, "sft", stage)
     loaded, model = load_model(source, mesh)
+    # The reference is a plain model: adapters of an earlier stage are part of it.
     ref = lora.merge(loaded)
     reward, reward_model = {}, model
     if config.has_reward_model:
@@ -114,6 +115,7 @@ def load_models(
     with_head = scalar.axes(reward_model)
     actor_axes = with_head if config.shares_trunk else transformer.axes(model)
     actor, actor_base = split_trainable(config.lora, start, actor_axes)
+    # An empty tree rather than None: states and checkpoints map over it.
     critic, critic_base = {}, {}
     if config.has_critic:
         critic, critic_base = split_trainable(
@@ -178,6 +180,7 @@ def split_trainable(config: LoRAConfig, params: Any, axes: Any) -> tuple[Any, An
         fresh = jax.eval_shape(
             lambda: lora.init(config, lora.merge(params), jax.random.key(0), axes)
         )
+        # Shapes rather than ranks decide: the adapted matrices have to be the same as well.
         present = {**params, "trunk": {"lora": {"layers": trunk["lora"]["layers"]}}}
         if jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, present):
             scale = {"scale": trunk["lora"]["scale"]}
@@ -206,6 +209,7 @@ def initial_state(
         # A copy: the actor's own arrays are donated to its state.
         ema = jax.device_put(jax.tree.map(jnp.copy, actor), layouts.actor.shardings.params)
     if layouts.critic:
+        # On the critic's own mesh, where its optimizer state is made too.
         shardings = layouts.critic.shardings.params
         critic = reshard_across_meshes(critic, layouts.critic_mesh, shardings)
         with jax.set_mesh(layouts.critic_mesh):

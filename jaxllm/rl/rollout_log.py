@@ -37,6 +37,7 @@ class RolloutLog:
         count = min(self._num_logged, len(prompts))
         if not count:
             return
+        # Cut before fetching: a whole batch of responses need not leave the devices.
         first = fetch(jax.tree.map(lambda x: x[:count], rollout))
         scores = fetch(scores)
         if jax.process_index():
@@ -66,5 +67,6 @@ class RolloutLog:
         for line in read_jsonl(self._path, "skip"):
             if line.get("step", math.inf) < step:
                 kept.append(json_line(line))
+        # Atomically: a kill here must not lose the responses of earlier updates.
         write_whole(self._path, "".join(kept))
         return self._path.open("a", encoding="utf-8")

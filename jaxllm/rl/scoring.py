@@ -46,12 +46,14 @@ def make_scorer(
     for source in sources:
         if source.source not in ("model", "length"):
             text_terms[source] = rewards.resolve(source, field)
+    # A fraction of the longest response, so that the weight means the same for any length.
     length = jax.jit(lambda mask: mask.astype(jnp.float32).mean(1))
 
     def score_texts(rollout: Rollout, prompts: Sequence[PromptExample]) -> dict[Any, jax.Array]:
         """The terms that are functions of text, computed on the host."""
         if not text_terms:
             return {}
+        # Fetched by all processes together, since every process scores every text.
         completions = rollouts.completions(fetch(rollout), spec.stop_ids)
         texts = [decode(completion.ids) for completion in completions]
         questions = [prompt_text(prompt.messages) for prompt in prompts]
@@ -67,6 +69,7 @@ def make_scorer(
         run: RunProgram, rollout: Rollout, prompts: Sequence[PromptExample]
     ) -> tuple[jax.Array, Metrics]:
         terms = score_texts(rollout, prompts)
+        # Summed in the order of the config: floating-point addition depends on it.
         total, metrics = jnp.zeros(()), {}
         for source, name in zip(sources, names, strict=True):
             if source.source == "model":
@@ -90,6 +93,7 @@ def end_at_strings(
     if not strings:
         return rollout
     cut = cut_at_strings(fetch(rollout), strings, decode)
+    # The tokens stay; what the mask leaves out is neither scored nor learned from.
     return rollout._replace(
         mask=jax.device_put(cut.mask, rollout.mask.sharding),
         finished=jax.device_put(cut.finished, rollout.finished.sharding),

@@ -62,17 +62,21 @@ def collect(
       key_data: uint32[2], the words of this update's random key.
     """
     actor = (state.actor.params, frozen.actor_base)
+    # The sampler may live on another mesh, where it needs its own copy of the weights.
     weights = run(programs.weights, *actor)
     prompts = {name: batch[name] for name in ("tokens", "mask", "index")}
     rollout = host.end_responses(run(programs.rollout, weights, prompts, key_data))
 
+    # Scored after stop strings are cut: a reward must not see text that the response does not have.
     raw_scores, reward_metrics = host.score(run, rollout, batch)
     scores, moments, score_metrics = run(
         programs.shape_scores, raw_scores, rollout.finished, state.moments
     )
+    # A shared trunk computes its values with the experience, in one forward pass.
     values = {}
     if programs.critic_step:
         values = run(programs.values, (state.critic.params, frozen.critic_base), rollout)
+    # Under the policy as it started, at the same temperature, so that equal policies have a KL of 0.
     ref_logprobs = run(programs.reference, frozen.ref, rollout)
     experience, metrics = run(
         programs.experience, *actor, rollout, ref_logprobs, values, scores, state.kl_coef
@@ -98,6 +102,7 @@ def optimize(
     """
     collected: list[Metrics] = []
     for rows in minibatches:
+        # The experience stays as it is: every epoch compares with the policy that sampled it.
         minibatch = run(programs.take, experience, rows)
         learned_from = minibatch
         if host.documents_at:
@@ -107,8 +112,10 @@ def optimize(
             critic, critic_metrics = run(
                 programs.critic_step, critic, minibatch, base=frozen.critic_base
             )
+            # Both models report a gradient norm and skipped updates.
             metrics |= _of_critic(critic_metrics)
         collected.append(metrics)
+        # After the update, not before: the minibatch that passes the limit has been learned from.
         if host.ends_early(metrics):
             break
     return actor, critic, collected
@@ -151,6 +158,7 @@ def make_step(
             experience,
             minibatch_rows(spec, number),
         )
+        # kl_coef is what this update used; the adapted one is for the next.
         new_state = PPOState(
             step=state.step + 1,
             actor=actor,
@@ -182,6 +190,7 @@ def minibatch_rows(spec: RunSpec, number: int) -> np.ndarray:
     config = spec.config
     orders = []
     for epoch in range(config.num_epochs):
+        # A generator for each epoch: the order does not depend on what ran before it.
         rng = np.random.default_rng([spec.seed, number, epoch])
         orders.append(rng.permutation(config.batch_size))
     return np.concatenate(orders).reshape(-1, config.minibatch_size).astype(np.int32)
@@ -197,6 +206,7 @@ def passes_kl_limit(metrics: Metrics, limit: float) -> bool:
 
 def _next_kl_coef(config: PPOConfig, kl_coef: jax.Array, kl: tuple[jax.Array, jax.Array]) -> Any:
     """The coefficient of the next update. kl: (sum of nats, responses)."""
+    # Without a target the coefficient never changes.
     if not config.kl_target:
         return kl_coef
     return losses.adapt_kl_coef(

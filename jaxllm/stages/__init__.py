@@ -1,8 +1,8 @@
-"""The table of stages: what a stage is stands in its row, and nowhere else.
+"""The table of stages: everything that makes a stage is in its row, and nowhere else.
 
 To add a stage, write a module and add a row. The command line, the config, the run directory, `plan` and the report read
-the table; none of them knows a stage by name. Modules are named by "module:name" and imported when they are needed, so
-that this table is there at once: `jaxllm --help` imports no JAX.
+the table; none of them knows a stage by name. Rows name code as "module:name", which is imported when it is needed, so
+that the table is cheap: `jaxllm --help` imports no JAX.
 """
 
 import dataclasses
@@ -17,25 +17,25 @@ class Stage:
     name: str
     """Its command, its section in the config and its folder in the run directory."""
     kind: Literal["data", "policy", "reward", "report"]
-    """What it leaves: data for later stages, a model to talk to, a model that scores, or a report."""
+    """What it produces: data for later stages, a policy to talk to, a reward model, or a report."""
     help: str
     """What the command does, in a line."""
     section: str
-    """The class of its config section, or an instance whose values are the defaults."""
+    """The class of its config section, or an instance that holds the defaults."""
     run: str
-    """(workspace, config, name) -> `train.Training` where the stage trains a model, else its result as a dict."""
+    """(workspace, config, name) -> `train.Training` if the stage trains a model, else its result as a dict."""
     section_help: str
-    """What its section in the config is."""
+    """What its section of the config is, for `--help`."""
     programs: str = ""
-    """What `plan` compiles: (mesh, config, name) -> (programs of an update, {role: state}); empty: nothing."""
+    """What `plan` compiles: (mesh, config, name) -> (programs of an update, {role: state}); empty: not planned."""
     needs: tuple[str, ...] = ()
-    """Stages that must be finished, whatever the config says."""
+    """Stages that must be finished first, whatever the config says."""
     also: tuple[str, ...] = ()
-    """Other sections of the config that decide its outcome."""
+    """Other sections of the config that influence its outcome."""
     title: str = ""
-    """How the report calls its model."""
+    """Name of its model in the report."""
     by_default: bool = True
-    """Whether `jaxllm run` includes it where the config names no stages."""
+    """Whether `jaxllm run` includes it if the config does not list stages."""
 
     @property
     def trains(self) -> bool:
@@ -44,7 +44,7 @@ class Stage:
 
     @property
     def sections(self) -> tuple[str, ...]:
-        """The parts of the config that decide its outcome: changing one of them makes another run."""
+        """The parts of the config that decide its outcome. A run in which one of them changed does not resume."""
         return ("seed", *self.also, self.name)
 
 
@@ -54,20 +54,20 @@ def load(spec: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-# In the order of a life.
+# In the order of a model's life. Alternatives to ppo come before it: the last finished policy is the one to chat with.
 TABLE: tuple[Stage, ...] = (
     Stage(
         name="tokenizer",
         kind="data",
         help="train the tokenizer",
         section="jaxllm.stages.tokenizer:TokenizerConfig",
-        section_help="Stage 1; without data of its own it reads pretrain.data.",
+        section_help="Stage 1. Without data it trains on pretrain.data.",
         run="jaxllm.stages.tokenizer:run",
     ),
     Stage(
         name="pretrain",
         kind="policy",
-        help="pre-train on documents",
+        help="pretrain on documents",
         section="jaxllm.stages.language_model:LanguageModelConfig",
         section_help="Stage 2.",
         run="jaxllm.stages.language_model:build",
@@ -91,7 +91,7 @@ TABLE: tuple[Stage, ...] = (
     Stage(
         name="sample",
         kind="data",
-        help="draw K responses to each prompt",
+        help="sample K responses to each prompt",
         section="jaxllm.stages.sample:SampleConfig",
         section_help="Stage 4.",
         run="jaxllm.stages.sample:run",
@@ -99,7 +99,7 @@ TABLE: tuple[Stage, ...] = (
     Stage(
         name="rank",
         kind="data",
-        help="rank them: a person, a file or a simulated annotator",
+        help="rank the responses: a person, a file or a simulated annotator",
         section="jaxllm.stages.rank:RankConfig",
         section_help="Stage 5.",
         run="jaxllm.stages.rank:run",
@@ -119,7 +119,7 @@ TABLE: tuple[Stage, ...] = (
         kind="policy",
         help="train a policy directly on the rankings",
         section="jaxllm.stages.preference:DPO",
-        section_help="A policy from the rankings, without reward model or rollouts.",
+        section_help="Trains a policy from the rankings, without a reward model or sampling.",
         run="jaxllm.stages.preference:build",
         programs="jaxllm.stages.preference:plan",
         needs=("tokenizer",),
@@ -131,7 +131,7 @@ TABLE: tuple[Stage, ...] = (
         kind="policy",
         help="reinforcement learning without a critic: REINFORCE, leave-one-out",
         section="jaxllm.rl.config:RLOO",
-        section_help="As ppo, with advantages from a prompt's other responses in place of a critic.",
+        section_help="As ppo, with advantages from a prompt's other responses instead of a critic.",
         run="jaxllm.stages.reinforce:build",
         programs="jaxllm.stages.reinforce:plan",
         needs=("tokenizer",),
@@ -143,7 +143,7 @@ TABLE: tuple[Stage, ...] = (
         kind="policy",
         help="reinforcement learning without a critic: scores normalized in groups",
         section="jaxllm.rl.config:GRPO",
-        section_help="As ppo, with scores normalized within a prompt's responses in place of a critic.",
+        section_help="As ppo, with scores normalized within a prompt's responses instead of a critic.",
         run="jaxllm.stages.reinforce:build",
         programs="jaxllm.stages.reinforce:plan",
         needs=("tokenizer",),

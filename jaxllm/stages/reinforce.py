@@ -29,7 +29,6 @@ from jaxllm.rl.rollout_log import RolloutLog
 from jaxllm.rl.scoring import Scorer, end_at_strings, make_scorer
 from jaxllm.rl.update import HostWork, make_step, passes_kl_limit
 from jaxllm.runtime.console import console
-from jaxllm.runtime.transfer import fetch
 from jaxllm.sharding import activation, check_batch
 from jaxllm.tokenizers.trained import Tokenizer
 from jaxllm.workspace import Workspace
@@ -40,11 +39,13 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     config: PPOConfig = getattr(life, stage)
     mesh = workspace.mesh
     _check_batches(mesh, config, stage)
+    # Checked before models are loaded: a wrong batch size should not take minutes to find.
     tokenizer = workspace.tokenizer()
     models = load_models(workspace, config, stage, tokenizer.stop_ids, tokenizer.pad_id)
     spec, frozen = models.spec, models.frozen
     prompts = _load_prompts(stage, config, tokenizer)
     _write_card(workspace, spec, stage)
+    # Nothing is compiled yet; a program compiles when it first runs.
     programs, layouts = build_programs(spec, mesh)
     score = make_scorer(spec, programs, frozen, tokenizer.decode, mesh, f"{stage}.rewards")
     host = _host_work(workspace, spec, tokenizer, score, prompts["train"], stage)
@@ -105,6 +106,7 @@ def _load_prompts(
     prompts = {}
     for split in ("train", "held_out"):
         prompts[split] = load_prompts(config.data, split, tokenizer, config.max_prompt_length)
+    # The first ones, always the same: evaluations have to be comparable.
     prompts["held_out"] = prompts["held_out"][: config.eval_prompts]
     console.print(
         f"{stage}: {len(prompts['train'])} training prompts, "
@@ -135,6 +137,7 @@ def _host_work(
     stage: str,
 ) -> HostWork:
     config = spec.config
+    # Each update appends a few of its responses.
     log = RolloutLog(workspace.stage_dir(stage) / "rollouts.jsonl", config.num_logged, tokenizer)
 
     def asked(batch: Any) -> list[PromptExample]:
@@ -153,7 +156,7 @@ def prompts_of_rows(
     batch: Any, prompts: list[PromptExample], num_responses: int
 ) -> list[PromptExample]:
     """The prompt of each response: with two responses to each prompt, prompts 7 and 3 become 7 7 3 3."""
-    return [prompts[i] for i in np.repeat(fetch(batch["prompt"]), num_responses)]
+    return [prompts[i] for i in np.repeat(batch["prompt"], num_responses)]
 
 
 def _documents(
@@ -184,6 +187,7 @@ def _documents(
 
 def _schedule(config: PPOConfig) -> Callable[[int], Any]:
     """Number of the update -> learning rate of its first minibatch."""
+    # The optimizer counts minibatches, the log counts updates.
     updates = config.updates_per_step
     rate = learning_rate(config.actor, config.num_steps * updates)
     return lambda number: rate(number * updates)
@@ -193,6 +197,7 @@ def _result(
     config: PPOConfig, stage: str, state: PPOState, metrics: Mapping[str, float]
 ) -> dict[str, Any]:
     del state
+    # Held-out numbers first: they are what the stage is judged by.
     result = {"steps": config.num_steps, **held_out(metrics)}
     for name in ("entropy", "clip_fraction", "sampler_drift"):
         result[name] = metrics[f"{stage}/{name}"]
