@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from etils import epath
 
 from jaxllm import stages
 from jaxllm.config import require
@@ -129,3 +130,8 @@ def with_defaults(config: Config) -> Config:
     if not config.evaluate.prompts.sources:
         config = fill(config, evaluate=fill(config.evaluate, prompts=prompts))
     return config
+
+
+def run_directory(config: Config) -> epath.Path:
+    """Where a run keeps everything: `run_dir`, by default runs/NAME."""
+    return epath.Path(config.run_dir or f"runs/{config.name}").expanduser()

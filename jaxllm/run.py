@@ -5,25 +5,26 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from etils import epath
 from rich.table import Table
 from rich.text import Text
 
 from jaxllm import stages
 from jaxllm.config import InputError, complete, to_tree
-from jaxllm.life import Config, with_defaults
+from jaxllm.life import Config, run_directory, with_defaults
+from jaxllm.loop import run_training
 from jaxllm.metrics import require_finite
+from jaxllm.plan.kept import compare_with_measured, plan_path
 from jaxllm.runtime import checkpoint, goodput
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, read_metrics
 from jaxllm.runtime.processes import Signals, join
 from jaxllm.sharding import barrier, make_mesh
 from jaxllm.stages import Stage
-from jaxllm.train import Training, run_training
+from jaxllm.train import Training
 from jaxllm.workspace import Workspace
 
 
@@ -36,7 +37,7 @@ def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
     mesh = start_devices(config)
     for stage in wanted:
         make_mesh(config.mesh_of(stage))  # one that does not fit is refused before anything runs
-    run_dir = _run_dir(config)
+    run_dir = run_directory(config)
     checkpoint.check_path(run_dir)
     moved = f" --run-dir {config.run_dir}" if config.run_dir else ""
     signals = Signals(config.process.watchdog_seconds)
@@ -85,44 +86,6 @@ def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
     barrier(
         "everything is written"
     )  # who leaves first waits for the others only heartbeat_seconds, then counts them lost
-
-
-def _run_dir(config: Config) -> epath.Path:
-    return epath.Path(config.run_dir or f"runs/{config.name}").expanduser()
-
-
-def plan_path(config: Config, stage: str) -> epath.Path:
-    """Where `jaxllm plan --keep` leaves its report of a stage."""
-    return _run_dir(config) / "plans" / f"{stage}.json"
-
-
-def beside_plan(
-    report: Mapping[str, Any] | None, metrics: Iterable[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """What a kept plan predicted, each beside what was measured; metrics: the stage's log, whose last numbers count."""
-    if not report:
-        return {}
-    seen = {
-        name: value
-        for line in metrics
-        for name, value in line.items()
-        if name.startswith("throughput/")
-    }
-    rate, memory = (
-        seen.get("throughput/tokens_per_second"),
-        jax.local_devices()[0].memory_stats() or {},
-    )
-    measured = {
-        "predicted_tokens_per_second": rate,
-        "predicted_step_seconds": report["tokens_per_step"] / rate if rate else None,
-        "predicted_mfu": seen.get("throughput/mfu"),
-        "total_bytes_per_device": memory.get("peak_bytes_in_use"),
-    }
-    pairs = {
-        name.removeprefix("predicted_"): (report.get(name), value)
-        for name, value in measured.items()
-    }
-    return {"plan": {name: {"planned": p, "measured": m} for name, (p, m) in pairs.items()}}
 
 
 def run_stage(
@@ -246,7 +209,7 @@ def _finish(
         "peak_memory_bytes": peak,
     }
     kept = read_json(plan_path(config, stage))
-    result |= beside_plan(
+    result |= compare_with_measured(
         kept, read_metrics(workspace.stage_dir(stage) / "metrics.jsonl") if kept else ()
     )
     barrier(f"end of {stage}")

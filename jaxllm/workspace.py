@@ -26,6 +26,7 @@ import jax
 from etils import epath
 
 from jaxllm.config import Ending, InputError, build, check_unchanged, differences, to_tree
+from jaxllm.loop import Supervision
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
@@ -37,7 +38,6 @@ from jaxllm.runtime.processes import Signals
 from jaxllm.sharding import barrier, place_params
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import Tokenizer
-from jaxllm.train import Supervision
 
 
 class StageCut(Ending):

@@ -42,6 +42,6 @@ make_venv() {
     .venv/bin/python -m pip install --disable-pip-version-check --no-compile -e ".[$extras]" | show_progress
   fi
   # Compiling all that came takes half a minute, what the program imports 4 s, at every start where it may not be kept.
-  env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c 'import jaxllm.plan.planning, jaxllm.chat, jaxllm.stages.ppo, jaxllm.report.report'
+  env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c 'import jaxllm.plan.planning, jaxllm.chat, jaxllm.stages.reinforce, jaxllm.report.report'
   touch "$stamp"
 }

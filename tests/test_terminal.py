@@ -12,7 +12,7 @@ import pytest
 
 import jaxllm
 from jaxllm import __main__ as cli
-from jaxllm import chat, metrics, run
+from jaxllm import chat, life, metrics, run
 from jaxllm.config import InputError, load
 from jaxllm.generate import SamplingConfig
 from jaxllm.runtime import hardware
@@ -261,7 +261,7 @@ def test_a_tilde_is_the_home_folder_for_runs_and_stages(monkeypatch, tmp_path, t
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "tiny").symlink_to(tiny_run)
     cli.main(["generate", "~/tiny/sft", "--prompt", "x", "--max-new-tokens", "2"])
-    assert run._run_dir(run.Config(run_dir="~/r")) == tmp_path / "r"
+    assert life.run_directory(life.Config(run_dir="~/r")) == tmp_path / "r"
     cli.main(["export", "~/tiny/sft", "~/out"])
     assert (tmp_path / "out" / "config.json").exists()
 

@@ -13,13 +13,14 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm import losses, train
+from jaxllm import loop, losses, train
 from jaxllm.config import InputError
 from jaxllm.data.sources import DataConfig
 from jaxllm.metrics import LoggingConfig, TrainingDiverged, Work
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
+from jaxllm.runtime import prefetch
 from jaxllm.runtime.checkpoint import CheckpointConfig
 from jaxllm.runtime.digest import unequal_replicas
 from jaxllm.runtime.goodput import Ledger
@@ -295,11 +296,11 @@ def whole_stage(
             settings=settings, work=Work(1), best="eval/x", result=lambda state, metrics: {},
             evaluate=lambda number, state: {"eval/x": float(optax.tree.norm(state.params))},
         )  # fmt: skip
-        keeping = train.Supervision(
+        keeping = loop.Supervision(
             signals, Ledger(directory / "goodput.jsonl"), dict(fingerprints), allowed
         )
         logging = LoggingConfig(tensorboard=False)
-        state, _ = train.run_training(epath.Path(directory), "toy", training, keeping, logging)
+        state, _ = loop.run_training(epath.Path(directory), "toy", training, keeping, logging)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     kept = [
         {k: v for k, v in line.items() if k != "time" and "throughput" not in k} for line in lines
@@ -330,7 +331,7 @@ def test_too_many_bad_batches_in_a_row_send_it_back_and_are_left_out(tmp_path, c
         (tmp_path / name).mkdir()
     state, lines, tried = whole_stage(tmp_path / "a", bad=range(9, 14))
     said = " ".join(capsys.readouterr().err.split())
-    assert "back to step 8, leaving out batches 8 to 13" in said
+    assert "back to step 8, skipping batches 8 to 13" in said
     assert int(state.step) == 20 and int(state.guard.taken) == 20 and tried > 20
     seal = json.loads((tmp_path / "a" / "checkpoints" / "20" / "seal.json").read_text())
     assert seal["record"]["skipped"] == [[8, 14]]
@@ -381,13 +382,13 @@ def test_a_flipped_bit_on_one_device_is_named(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_batches_do_not_depend_on_the_threads_that_prepare_them(workers):
-    ahead = train.Prefetch(lambda n: n * n, workers, 20)
+    ahead = prefetch.Prefetch(lambda n: n * n, workers, 20)
     assert [ahead(n) for n in range(3, 20)] == [n * n for n in range(3, 20)]
     ahead.close()
 
 
 def test_a_batch_that_fails_in_a_thread_fails_the_step():
-    ahead = train.Prefetch(lambda n: 1 // (n - 2), 2, 10)
+    ahead = prefetch.Prefetch(lambda n: 1 // (n - 2), 2, 10)
     ahead(0), ahead(1)
     with pytest.raises(ZeroDivisionError):
         ahead(2)

@@ -9,17 +9,17 @@ import sys
 
 import jax
 
-from jaxllm import train
+from jaxllm import loop
 from jaxllm.__main__ import main
 from jaxllm.runtime import digest
 
 FILE = sys.argv[sys.argv.index("--run-dir") + 1] + ".batches"
 
 
-class Loop(train._Loop):
-    def next_batch(self, number: int) -> train.Batch:
+class Watched(loop._Attempt):
+    def next_batch(self, number):
         batch = super().next_batch(number)
-        line = [self.title, number, digest.digests(batch)]
+        line = [self.stage.title, number, digest.digests(batch)]
         if jax.process_index() == 0:
             with open(FILE, "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -27,5 +27,5 @@ class Loop(train._Loop):
 
 
 if __name__ == "__main__":
-    train._Loop = Loop
+    loop._Attempt = Watched
     main()

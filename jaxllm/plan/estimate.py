@@ -1,13 +1,12 @@
-"""What a training step takes, by formulas alone: for accelerators that cannot be compiled for here, and to choose what
-`plan --search` compiles. Rough.
+"""What a training step needs, by formulas alone. Rough.
 
-Bytes of temporaries: what the backward pass keeps of every layer, one layer's own, and the gathered weights of two.
-Seconds: compute at `hardware.EFFICIENCY` of the peak beside collectives, the longer of the two.
+For accelerators that cannot be compiled for here, and to choose what `plan --search` compiles.
+
+    temporaries  what the backward pass keeps of every layer, one layer's own, and the gathered weights of two layers
+    seconds      compute at `hardware.EFFICIENCY` of the peak, or collectives, whichever takes longer
 """
 
-import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.life import Config
@@ -15,9 +14,12 @@ from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.pipeline import MICRO
 from jaxllm.runtime.hardware import EFFICIENCY, Chip
-from jaxllm.sharding import MESH_AXES, MeshConfig
 from jaxllm.stages.preference import PreferenceConfig
 
+_BF16 = 2.0  # bytes
+_SLACK = 2**29  # bytes a program takes besides what is counted here
+
+# FLOPs executed for each FLOP of the model. Recomputing the forward pass adds a third of all of them.
 _RECOMPUTED = {
     "none": 1.0,
     "dots": 1.0,
@@ -25,42 +27,39 @@ _RECOMPUTED = {
     "attention": 4 / 3,
     "full": 4 / 3,
     "offload": 4 / 3,
-}  # of the model's FLOPs, attention and elementwise apart
+}
 
 
 def figures(
     config: Config, stage: str, mesh: Any, chip: Chip, sizes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Of a report whose `sizes` (state, tokens per step) are known: what `plan` finds by compiling, marked as estimated."""
+    """What `plan` would find by compiling, marked as estimated.
+
+    sizes: the part of the report that is known without compiling.
+    """
     model, tokens, length = config.model, sizes["tokens_per_step"], row_length(config, stage)
-    made = _step(
-        model, dict(mesh.shape), tokens / getattr(config, stage).num_micro, tokens, length, chip
-    )
-    total = (
-        sizes["state_bytes_per_device"]
-        + sizes["gradient_bytes_per_device"]
-        + made["temp_bytes_per_device"]
-    )
-    needed = transformer.flops_per_token(model, length) * tokens / mesh.size
-    step = made["predicted_step_seconds"]
+    micro_tokens = tokens / getattr(config, stage).num_micro
+    step = estimate_step(model, dict(mesh.shape), micro_tokens, tokens, length, chip)
+    held = sizes["state_bytes_per_device"]
+    total = held + sizes["gradient_bytes_per_device"] + step["temp_bytes_per_device"]
+    model_flops = transformer.flops_per_token(model, length) * tokens / mesh.size
+    seconds = step["predicted_step_seconds"]
     return {
-        **{
-            "estimated": True,
-            "fits": total < chip.hbm,
-            "collectives": [],
-            "hbm_bytes": int(chip.hbm),
-        },
-        **{
-            "argument_bytes_per_device": sizes["state_bytes_per_device"],
-            "total_bytes_per_device": int(total),
-        },
-        **{"model_flops_per_device": needed, "predicted_tokens_per_second": tokens / step},
-        **{"predicted_mfu": needed / chip.flops / step, **made},
+        "estimated": True,
+        "fits": total < chip.hbm,
+        "collectives": [],
+        "hbm_bytes": int(chip.hbm),
+        "argument_bytes_per_device": held,
+        "total_bytes_per_device": int(total),
+        "model_flops_per_device": model_flops,
+        "predicted_tokens_per_second": tokens / seconds,
+        "predicted_mfu": model_flops / chip.flops / seconds,
+        **step,
     }
 
 
 def row_length(config: Config, stage: str) -> int:
-    """Tokens of a row: prompt and response where responses are drawn."""
+    """Tokens of a row: of prompt and response in a stage that samples."""
     section = getattr(config, stage)
     if hasattr(section, "max_prompt_length"):
         return section.max_prompt_length + section.sampling.max_new_tokens
@@ -68,14 +67,15 @@ def row_length(config: Config, stage: str) -> int:
 
 
 def tokens_per_step(config: Config, stage: str) -> int:
-    """Tokens of an update: of all responses to a prompt in reward and dpo."""
+    """Tokens of an update: in reward and dpo, of all responses to each prompt."""
     section = getattr(config, stage)
-    ranked = isinstance(section, PreferenceConfig)
-    rows = section.batch_size * (config.sample.num_responses if ranked else 1)
+    rows = section.batch_size
+    if isinstance(section, PreferenceConfig):
+        rows *= config.sample.num_responses
     return rows * row_length(config, stage)
 
 
-def _step(
+def estimate_step(
     model: ModelConfig,
     mesh: Mapping[str, int],
     micro_tokens: float,
@@ -83,122 +83,79 @@ def _step(
     length: int,
     chip: Chip,
 ) -> dict[str, Any]:
-    """Bytes of temporaries and seconds of a step of so many tokens, in microbatches of so many."""
-    shards, stages = (
-        mesh["data"] * mesh["fsdp"] * mesh["expert"] * mesh["context"],
-        mesh["pipeline"],
-    )
-    mine, tensor = micro_tokens / shards, mesh["tensor"]
-    kept, own = _activations(model)
+    """Bytes of temporaries and seconds of a step on one device.
+
+    Args:
+      mesh: {axis: size}.
+      micro_tokens: tokens of a microbatch, on all devices.
+      tokens: tokens of the step, on all devices.
+      length: tokens of a row.
+    """
+    shards = mesh["data"] * mesh["fsdp"] * mesh["expert"] * mesh["context"]
+    stages, tensor = mesh["pipeline"], mesh["tensor"]
+    own_tokens = micro_tokens / shards
+    kept, working = _activations(model)
     layer = transformer.num_params(model) / model.num_layers / tensor / mesh["expert"]
-    temporary = (
-        2.0 * mine * (kept * model.num_layers / stages + own) / tensor + 2 * 2.0 * layer + 2**29
-    )
-    devices = shards * tensor * stages
-    flops = transformer.flops_per_token(model, length) * tokens / devices * _RECOMPUTED[model.remat]
-    parts = min(
-        max(mine * mesh["context"] / length, 1), MICRO * stages
-    )  # rows of a device, each a microbatch
-    flops *= (parts + stages - 1) / parts
-    moved = _moved(model, mesh, tokens / shards, tokens / micro_tokens)
-    seconds = {"compute_seconds": flops / chip.flops, "link_seconds": moved / chip.link}
-    step = max(seconds["compute_seconds"] / EFFICIENCY, seconds["link_seconds"])
+    activations = own_tokens * (kept * model.num_layers / stages + working) / tensor
+    temporary = _BF16 * activations + 2 * _BF16 * layer + _SLACK
+
+    flops = transformer.flops_per_token(model, length) * tokens / (shards * tensor * stages)
+    flops *= _RECOMPUTED[model.remat] * _pipeline_bubble(own_tokens, length, mesh)
+    moved = _moved_bytes(model, mesh, tokens / shards, tokens / micro_tokens)
+    compute, links = flops / chip.flops, moved / chip.link
     return {
-        **{"flops_per_device": flops, "temp_bytes_per_device": int(temporary), **seconds},
-        **{"predicted_step_seconds": step},
+        "flops_per_device": flops,
+        "temp_bytes_per_device": int(temporary),
+        "compute_seconds": compute,
+        "link_seconds": links,
+        "predicted_step_seconds": max(compute / EFFICIENCY, links),
     }
+
+
+def _pipeline_bubble(own_tokens: float, length: int, mesh: Mapping[str, int]) -> float:
+    """How much longer a pipeline runs than its work takes: (m + p - 1) / m for m microbatches in p stages."""
+    stages = mesh["pipeline"]
+    rows = max(own_tokens * mesh["context"] / length, 1)
+    micro = min(rows, MICRO * stages)  # each row of a device is a microbatch, up to a limit
+    return (micro + stages - 1) / micro
 
 
 def _activations(model: ModelConfig) -> tuple[float, float]:
-    """Numbers of a token that are kept of every layer, and that are made in one."""
-    c = model
-    wide = c.moe.per_token * (c.moe.mlp_dim or c.mlp_dim) if c.moe.num_experts else c.mlp_dim
-    products = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 2 * wide + 2 * c.embed_dim
+    """(numbers kept of each token and layer for the backward pass, numbers one layer makes of each token)."""
+    embed, heads = model.embed_dim, model.num_heads
+    hidden = model.mlp_dim
+    if model.moe.num_experts:
+        hidden = model.moe.per_token * (model.moe.mlp_dim or model.mlp_dim)
+    attention = (2 * heads + 2 * model.num_kv_heads) * model.head_dim
+    products = attention + 2 * hidden + 2 * embed
     kept = {
-        "full": c.embed_dim,
-        "dots": c.embed_dim + products,
-        "none": 3 * c.embed_dim + 2 * products,
-    }
-    kept |= {
-        "attention": c.embed_dim + c.num_heads * c.head_dim,
+        "none": 3 * embed + 2 * products,
+        "dots": embed + products,
+        "attention": embed + heads * model.head_dim,
+        "full": embed,
+        # On the host instead.
         "offload": 0,
-        "offload_dots": c.embed_dim,
+        "offload_dots": embed,
     }
-    return kept[c.remat], 3 * products
+    return kept[model.remat], 3 * products
 
 
-def _moved(model: ModelConfig, mesh: Mapping[str, int], mine: float, micros: float) -> float:
-    """Bytes that leave a device in a step: weights forward, backward and as gradients; activations around each block."""
+def _moved_bytes(
+    model: ModelConfig, mesh: Mapping[str, int], own_tokens: float, micros: float
+) -> float:
+    """Bytes that leave a device in a step of `micros` microbatches and `own_tokens` tokens a device."""
+    # A ring over n devices sends (n - 1) / n of what it gathers or reduces.
     share = {axis: (size - 1) / size for axis, size in mesh.items()}
-    weights = (
-        2.0 * transformer.num_params(model) / mesh["tensor"] / mesh["expert"] / mesh["pipeline"]
-    )
-    activations = 2.0 * mine * model.embed_dim * model.num_layers / mesh["pipeline"]
-    total = 3 * micros * weights * share["fsdp"] + 2 * 2 * weights / mesh["fsdp"] * share["data"]
-    total += 12 * activations * share["tensor"] + 6 * activations * (mesh["expert"] - 1) * bool(
-        model.moe.num_experts
-    )
-    keys = 2.0 * mine * 2 * model.num_kv_heads * model.head_dim * model.num_layers
-    return total + 3 * keys * (mesh["context"] - 1)
+    shards = mesh["tensor"] * mesh["expert"] * mesh["pipeline"]
+    weights = _BF16 * transformer.num_params(model) / shards
+    # fsdp gathers weights forward and backward and reduces gradients, in every microbatch; data reduces them once.
+    total = 3 * micros * weights * share["fsdp"] + 4 * weights / mesh["fsdp"] * share["data"]
 
+    activations = _BF16 * own_tokens * model.embed_dim * model.num_layers / mesh["pipeline"]
+    total += 12 * activations * share["tensor"]
+    if model.moe.num_experts:
+        total += 6 * activations * (mesh["expert"] - 1)
 
-def candidates(
-    config: Config, stage: str, devices: int, slices: int, chip: Chip
-) -> list[tuple[Config, dict[str, Any]]]:
-    """(config, what it changes) of all that may fit, by tokens per second, the highest first."""
-    section, found = getattr(config, stage), []
-    for mesh in _meshes(config.model, devices, slices):
-        for remat, factor in itertools.product(("none", "dots", "full"), (0.5, 1, 2, 4)):
-            batch = int(section.batch_size * factor)
-            rows = devices // mesh["tensor"] // mesh["context"] * section.num_micro
-            if batch < 1 or batch % rows:
-                continue
-            model, changed = (
-                dataclasses.replace(config.model, remat=remat),
-                dataclasses.replace(section, batch_size=batch),
-            )
-            new = dataclasses.replace(
-                config, mesh=MeshConfig(**mesh), meshes=(), model=model, **{stage: changed}
-            )
-            tokens = tokens_per_step(new, stage)
-            made = _step(
-                model, mesh, tokens / section.num_micro, tokens, row_length(new, stage), chip
-            )
-            state = (
-                16.0 * transformer.num_params(model) / (devices / mesh["data"] / mesh["context"])
-            )
-            if state + made["temp_bytes_per_device"] > chip.hbm:
-                continue
-            guess = {
-                "mesh": {a: n for a, n in mesh.items() if n > 1},
-                "remat": remat,
-                "batch_size": batch,
-            }
-            found.append((tokens / made["predicted_step_seconds"], new, guess))
-    return [(new, guess) for _, new, guess in sorted(found, key=lambda each: -each[0])]
-
-
-def _meshes(model: ModelConfig, devices: int, slices: int) -> Iterator[dict[str, int]]:
-    """Sizes of the axes worth a try: data over slices or more, tensor within the key heads, expert within the experts."""
-    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    tensors = [n for n in divisors if model.num_kv_heads % n == 0 and n <= 8]
-    experts = [n for n in divisors if model.moe.num_experts and model.moe.num_experts % n == 0] or [
-        1
-    ]
-    contexts = (
-        [n for n in divisors if n <= 16 and model.max_length % (n * 128) == 0]
-        if model.max_length > 32768
-        else [1]
-    )
-    stages = (
-        [1, slices]
-        if slices > 1 and all(len(n) % slices == 0 for *_, n in transformer.stacks(model))
-        else [1]
-    )
-    for tensor, expert, context, data, pipeline in itertools.product(
-        tensors, experts, contexts, divisors, stages
-    ):
-        rest = devices // (tensor * expert * context * data * pipeline)
-        whole = tensor * expert * context * data * pipeline * rest == devices
-        if whole and (data % slices == 0 or pipeline == slices) and model.embed_dim % rest == 0:
-            yield dict(zip(MESH_AXES, (data, pipeline, rest, context, expert, tensor), strict=True))
+    # Every device of a context shard gets the keys and values of all others, and their gradients.
+    kv = _BF16 * own_tokens * 2 * model.num_kv_heads * model.head_dim * model.num_layers
+    return total + 3 * kv * (mesh["context"] - 1)

@@ -8,10 +8,11 @@ import pytest
 import yaml
 
 from jaxllm import losses
+from jaxllm.life import Config
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig, preset
-from jaxllm.plan import planning
-from jaxllm.run import Config, beside_plan
+from jaxllm.plan import flops, hlo, measure, planning
+from jaxllm.plan.kept import compare_with_measured
 from jaxllm.sharding import MeshConfig, make_mesh
 from jaxllm.stages import language_model
 from jaxllm.stages.language_model import LanguageModelConfig
@@ -47,7 +48,7 @@ def test_state_bytes_are_those_of_the_real_state(mesh):
         leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree)
     )
     for part in ("params", "opt_state"):
-        assert planning.bytes_of(getattr(placed.abstract, part)) == held(getattr(state, part)) > 0
+        assert measure.bytes_of(getattr(placed.abstract, part)) == held(getattr(state, part)) > 0
 
 
 def test_flops_are_six_per_parameter_and_attention_and_a_third_more_with_remat():
@@ -55,10 +56,10 @@ def test_flops_are_six_per_parameter_and_attention_and_a_third_more_with_remat()
     # The reference attention computes what the causal mask hides, which flops_per_token leaves out.
     hidden = 6 * MODEL.num_layers * MODEL.embed_dim * MODEL.max_length
     want = (transformer.flops_per_token(MODEL, MODEL.max_length) + hidden) * tokens
-    assert planning.count_flops(traced(MODEL, mesh).jaxpr.jaxpr) == pytest.approx(want, rel=0.02)
+    assert flops.count_flops(traced(MODEL, mesh).jaxpr.jaxpr) == pytest.approx(want, rel=0.02)
     full = ModelConfig(vocab_size=256, max_length=64, remat="full", **SHAPE)
     head = 6 * MODEL.vocab_size * MODEL.embed_dim * tokens
-    again = planning.count_flops(traced(full, mesh).jaxpr.jaxpr)
+    again = flops.count_flops(traced(full, mesh).jaxpr.jaxpr)
     unneeded = (
         2 * MODEL.num_layers * MODEL.embed_dim * MODEL.mlp_dim * tokens
     )  # a layer's last product
@@ -68,7 +69,7 @@ def test_flops_are_six_per_parameter_and_attention_and_a_third_more_with_remat()
 def test_collectives_are_counted_through_loops_and_named_by_their_axes():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     compiled = traced(MODEL, mesh).lower().compile()
-    found = {(c["kind"], *c["axes"]): c for c in planning.collectives(compiled.as_text(), mesh)}
+    found = {(c["kind"], *c["axes"]): c for c in hlo.collectives(compiled.as_text(), mesh)}
     gathered = found["all-gather", "fsdp"]
     # Every layer's matrices are gathered at least forward and backward.
     layer = sum(
@@ -91,7 +92,7 @@ def test_groups_of_devices_are_read_in_every_spelling():
         "replica_groups=[2,4]<=[2,2,2]T(1,0,2)": ("data", "tensor"),
         "replica_groups={}": ("data", "fsdp", "tensor"),
     }.items():
-        assert planning._axes_of(line + text, mesh) == want, text
+        assert hlo.axes_of(line + text, mesh) == want, text
 
 
 def test_no_array_of_all_logits_ever_lives():
@@ -231,7 +232,7 @@ def test_other_stages_are_compiled_for_a_tpu(tmp_path, stage, programs):
 
 
 def test_a_kept_plan_stands_beside_what_is_measured(tmp_path):
-    shown = beside_plan(None, [])
+    shown = compare_with_measured(None, [])
     assert shown == {}
     config = tmp_path / "config.yaml"
     config.write_text(
@@ -242,7 +243,7 @@ def test_a_kept_plan_stands_beside_what_is_measured(tmp_path):
     assert process.returncode == 0, log
     report = json.loads((tmp_path / "run" / "plans" / "pretrain.json").read_text())
     log = [{"throughput/mfu": 0.1}, {"throughput/tokens_per_second": 1000.0, "throughput/mfu": 0.2}]
-    shown = beside_plan(report, log)["plan"]
+    shown = compare_with_measured(report, log)["plan"]
     assert shown["mfu"] == {"planned": report["predicted_mfu"], "measured": 0.2}
     assert shown["step_seconds"]["measured"] == report["tokens_per_step"] / 1000.0
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from jaxllm.config import InputError
 from jaxllm.rl import numerals, rewards
+from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.rewards import RewardSource
 from jaxllm.rl.score_functions import check_scores
-from jaxllm.stages.ppo import PPOConfig
 
 
 @pytest.mark.parametrize(
@@ -238,5 +238,5 @@ def test_an_empty_source_is_refused(source):
 def test_ppo_refuses_terms_given_twice_and_empty_stop_strings():
     with pytest.raises(ValueError, match="rewards: length is given twice"):
         PPOConfig(rewards=(RewardSource("length"), RewardSource("length", 2.0)))
-    with pytest.raises(ValueError, match="stop_strings: an empty text"):
+    with pytest.raises(ValueError, match="stop_strings: an empty string"):
         PPOConfig(stop_strings=("###", ""))

@@ -77,9 +77,7 @@ def test_outside_a_loop_a_signal_ends_it_at_once(monkeypatch):
 
 
 def test_it_ends_even_where_the_exception_is_swallowed():
-    script = (
-        "import os, time; from jaxllm.runtime import processes; processes._end_soon(7, 0.2); time.sleep(60)"
-    )
+    script = "import os, time; from jaxllm.runtime import processes; processes._end_soon(7, 0.2); time.sleep(60)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=30).returncode == 7
 
 

@@ -17,7 +17,16 @@ from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.optim import OptimConfig
+from jaxllm.rl import layouts
+from jaxllm.rl.config import PPOConfig, RoleMesh
+from jaxllm.rl.experience import make_experience, response_values, reward_scores, shape_scores
+from jaxllm.rl.held_out import make_evaluation
+from jaxllm.rl.objectives import actor_loss
+from jaxllm.rl.programs import build_programs
 from jaxllm.rl.rewards import RewardSource
+from jaxllm.rl.roles import FrozenModels, initial_state, split_trainable, with_value_head
+from jaxllm.rl.scoring import make_scorer
+from jaxllm.rl.update import minibatch_rows
 from jaxllm.runtime import digest
 from jaxllm.sharding import (
     MeshConfig,
@@ -26,7 +35,6 @@ from jaxllm.sharding import (
     param_shardings,
     reshard_across_meshes,
 )
-from jaxllm.stages import ppo
 from tests.stages import worlds
 
 MODEL = ModelConfig(
@@ -42,9 +50,7 @@ MODEL = ModelConfig(
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12], [14, 15]] * 4
 LETTERS: Any = worlds.LETTERS
 SAMPLING = g.SamplingConfig(10, 0.7)
-CONFIG = ppo.PPOConfig(
-    batch_size=16, num_epochs=2, num_minibatches=2, sampling=SAMPLING, kl_coef=0.1
-)
+CONFIG = PPOConfig(batch_size=16, num_epochs=2, num_minibatches=2, sampling=SAMPLING, kl_coef=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +68,17 @@ def world():
 
 
 def setup(config=CONFIG):
-    return ppo.Setup(config, MODEL, MODEL, LETTERS, 0)
+    return worlds.run_spec(config, MODEL)
 
 
 def experience(world, ref, config=CONFIG, scores=None):
     scores = jnp.linspace(-1.0, 1.0, 16) if scores is None else scores
     rollout = world["rollout"]
     logprobs, values = setup(config).logprobs(ref, rollout).logprob, {}
-    if setup(config).has_critic:
-        values = ppo.response_values(world["critic"], rollout, model=MODEL)
+    if config.has_critic:
+        values = response_values(world["critic"], rollout, model=MODEL)
     judging = (world["actor"], {}, rollout, logprobs, values, scores, jnp.float32(config.kl_coef))
-    return ppo.make_experience(*judging, setup=setup(config))
+    return make_experience(*judging, spec=setup(config))
 
 
 def test_policy_equal_to_the_reference_has_no_kl_at_any_temperature(world):
@@ -84,14 +90,14 @@ def test_policy_equal_to_the_reference_has_no_kl_at_any_temperature(world):
 
 def test_first_minibatch_has_ratio_one_and_no_clipping(world):
     batch, metrics = experience(world, world["other"])
-    _, weight, first = ppo.actor_loss(world["actor"], batch, None, {}, setup=setup())
+    _, weight, first = actor_loss(world["actor"], batch, None, {}, spec=setup())
     np.testing.assert_allclose(first["ratio"][0] / weight, 1.0, atol=1e-5)
     assert float(first["clip_fraction"][0]) == 0 and abs(float(first["approx_kl"][0])) < 1e-5
     assert float(metrics["sampler_drift"][0] / metrics["sampler_drift"][1]) < 1e-4
     hot = setup(
         dataclasses.replace(CONFIG, sampling=dataclasses.replace(SAMPLING, temperature=1.0))
     )
-    wrong = ppo.actor_loss(world["actor"], batch, None, {}, setup=hot)[2]
+    wrong = actor_loss(world["actor"], batch, None, {}, spec=hot)[2]
     assert float(wrong["clip_fraction"][0]) > 0  # another temperature would show
 
 
@@ -103,7 +109,7 @@ def test_rewards_are_fractional_and_on_the_last_token(world):
 
 def test_the_reward_model_reads_a_row_as_if_it_were_alone(world):
     rollout = world["rollout"]
-    scores = ppo.reward_scores(world["reward"], rollout, model=MODEL)
+    scores = reward_scores(world["reward"], rollout, model=MODEL)
     for i in range(4):
         ids = [
             *PROMPTS[i],
@@ -121,7 +127,7 @@ def test_responses_that_never_end_get_the_set_score(world):
     finished, raw = world["rollout"].finished, jnp.linspace(-3.0, 3.0, 16)
     assert finished.any() and not finished.all()
     config = dataclasses.replace(CONFIG, missing_end_score=-7.5, score_clip=1.0)
-    scores, _, metrics = ppo.shape_scores(raw, finished, NO_MOMENTS, config=config)
+    scores, _, metrics = shape_scores(raw, finished, NO_MOMENTS, config=config)
     np.testing.assert_allclose(scores, np.where(finished, np.clip(raw, -1, 1), -7.5))
     np.testing.assert_allclose(metrics["score"][0], np.where(finished, raw, -7.5).sum(), rtol=1e-5)
 
@@ -132,7 +138,7 @@ def test_scores_are_normalised_by_all_that_were_seen():
     for _ in range(5):
         raw, finished = rng.normal(3.0, 2.0, 16).astype(np.float32), rng.random(16) < 0.8
         seen += raw[finished].tolist()
-        scores, moments, _ = ppo.shape_scores(
+        scores, moments, _ = shape_scores(
             jnp.array(raw), jnp.array(finished), moments, config=config
         )
         want = (raw - np.mean(seen)) / np.std(seen)
@@ -142,9 +148,9 @@ def test_scores_are_normalised_by_all_that_were_seen():
 def test_a_value_belongs_to_the_state_before_its_token(world):
     """Changing the tokens from place t on leaves the values up to t as they were."""
     rollout = world["rollout"]
-    values = ppo.response_values(world["critic"], rollout, model=MODEL)
+    values = response_values(world["critic"], rollout, model=MODEL)
     changed = rollout._replace(tokens=rollout.tokens.at[:, 6 + 4 :].set(3))
-    other = ppo.response_values(world["critic"], changed, model=MODEL)
+    other = response_values(world["critic"], changed, model=MODEL)
     np.testing.assert_allclose(values[:, :5], other[:, :5], atol=1e-5)
     assert (np.abs(np.asarray(values - other))[:, 5:] > 1e-3).any()
 
@@ -152,7 +158,7 @@ def test_a_value_belongs_to_the_state_before_its_token(world):
 def test_gradients_do_not_depend_on_padding_or_microbatches(world):
     config = dataclasses.replace(CONFIG, entropy_coef=0.01, kl_loss_coef=0.1)
     batch, _ = experience(world, world["other"], config)
-    loss = functools.partial(ppo.actor_loss, setup=setup(config))
+    loss = functools.partial(actor_loss, spec=setup(config))
     gradient = jax.jit(
         lambda params, batch, n: train.accumulate(
             loss, params, batch, jax.random.key(0), n, {"base": {}}
@@ -181,7 +187,7 @@ def test_a_fully_masked_microbatch_contributes_nothing(world):
         mask=jnp.zeros_like(batch.mask), advantages=jnp.full_like(batch.advantages, jnp.nan)
     )
     config = dataclasses.replace(CONFIG, entropy_coef=0.01, kl_loss_coef=0.1)
-    loss = functools.partial(ppo.actor_loss, setup=setup(config))
+    loss = functools.partial(actor_loss, spec=setup(config))
     grads, weight, _ = train.accumulate(
         loss, world["actor"], off, jax.random.key(0), 1, {"base": {}}
     )
@@ -213,7 +219,7 @@ def test_whitened_advantages_have_mean_zero_and_variance_one(world):
     np.testing.assert_allclose([advantages.mean(), advantages.std()], [0, 1], atol=1e-4)
 
 
-SMALL = ppo.PPOConfig(
+SMALL = PPOConfig(
     rewards=(RewardSource("tests.stages.worlds:reward_of"), RewardSource("length", -0.25)),
     batch_size=64,
     num_epochs=2,
@@ -303,7 +309,7 @@ def test_the_reward_rises_and_a_resumed_run_has_the_same_bits(name):
 def as_on_a_tpu(monkeypatch):
     """Layouts of their own have the devices in another order."""
     monkeypatch.setattr(
-        ppo, "planned_mesh", lambda layout, devices: make_mesh(layout, devices[::-1])
+        layouts, "planned_mesh", lambda layout, devices: make_mesh(layout, devices[::-1])
     )
 
 
@@ -311,7 +317,7 @@ def as_on_a_tpu(monkeypatch):
 def test_one_device_and_eight_with_a_critic_laid_out_otherwise_make_the_same_update():
     """The critic's moments are digested and compared where they are."""
     after = []
-    for devices, meshes in ((1, ()), (8, (ppo.RoleMesh(role="critic", data=2, fsdp=2, tensor=2),))):
+    for devices, meshes in ((1, ()), (8, (RoleMesh(role="critic", data=2, fsdp=2, tensor=2),))):
         config = dataclasses.replace(SMALL, meshes=meshes)
         world = worlds.World(config, seed=2, vocab=4, length=3, devices=devices, layers=1)
         after.append({})
@@ -332,13 +338,13 @@ def test_one_device_and_eight_with_a_critic_laid_out_otherwise_make_the_same_upd
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(*(seen["metrics"]["ppo/score"] for seen in after), rtol=1e-6)
     for more in ({"critic_trunk": "shared"}, {"advantages": "rloo", "num_responses": 2}):
-        with pytest.raises(ValueError, match="no critic of its own"):
-            dataclasses.replace(SMALL, meshes=(ppo.RoleMesh(role="critic"),), **more)
+        with pytest.raises(ValueError, match="no separate critic"):
+            dataclasses.replace(SMALL, meshes=(RoleMesh(role="critic"),), **more)
 
 
 def test_permutations_are_fresh_in_every_epoch_and_update():
     orders = [
-        tuple(ppo.minibatches(setup(), n).reshape(2, -1)[e].tolist())
+        tuple(minibatch_rows(setup(), n).reshape(2, -1)[e].tolist())
         for n in range(3)
         for e in range(2)
     ]
@@ -408,45 +414,48 @@ def test_at_the_optimum_with_the_true_value_every_advantage_is_zero():
 def test_responses_drawn_in_another_layout_are_the_same(more):
     drawn, mesh = [], make_mesh(MeshConfig(data=2, fsdp=4))
     for tensor in (0, 4):
-        meshes = (ppo.RoleMesh(role="rollout", tensor=tensor),) if tensor else ()
+        meshes = (RoleMesh(role="rollout", tensor=tensor),) if tensor else ()
         config = dataclasses.replace(CONFIG, meshes=meshes, **more)
         made = setup(config)
         with jax.set_mesh(mesh):
-            parts = ppo.build(made, mesh)
+            programs, _ = build_programs(made, mesh)
             policy = transformer.init(MODEL, jax.random.key(0))
-            whole = ppo.first_scalar(policy, MODEL, {}, config) if made.shares_trunk else policy
-            params, base = ppo.split(config.lora, whole)
+            start = with_value_head(policy, MODEL) if config.shares_trunk else policy
+            axes = (scalar if config.shares_trunk else transformer).axes(MODEL)
+            params, base = split_trainable(config.lora, start, axes)
             tokens, mask = g.left_pad(PROMPTS, 6, 0)
             batch = {
                 "tokens": jnp.array(tokens),
                 "mask": jnp.array(mask),
                 "index": jnp.arange(16, dtype=jnp.int32),
             }
-            drawn.append(jax.device_get(parts.rollout(params, base, batch, jax.random.key(3))))
+            weights = programs.weights(params, base)
+            words = np.asarray(jax.random.key_data(jax.random.key(3)))
+            drawn.append(jax.device_get(programs.rollout(weights, batch, words)))
     for field in ("tokens", "mask", "prompt_mask", "finished"):
         np.testing.assert_array_equal(getattr(drawn[0], field), getattr(drawn[1], field))
     np.testing.assert_allclose(drawn[0].logprobs, drawn[1].logprobs, rtol=1e-4, atol=1e-5)
-    assert parts.drawing.mesh.shape["tensor"] == 4 and drawn[0].mask.sum() > 16
+    assert programs.rollout.mesh.shape["tensor"] == 4 and drawn[0].mask.sum() > 16
 
 
 @pytest.mark.usefixtures("as_on_a_tpu")
 def test_a_reference_and_a_reward_model_in_other_layouts_judge_the_same(world):
     meshes = (
-        ppo.RoleMesh(role="reference", fsdp=2, tensor=4),
-        ppo.RoleMesh(role="reward", data=1, fsdp=8),
+        RoleMesh(role="reference", fsdp=2, tensor=4),
+        RoleMesh(role="reward", data=1, fsdp=8),
     )
     mesh, rollout = make_mesh(MeshConfig(data=2, fsdp=4)), world["rollout"]
     made = setup(dataclasses.replace(CONFIG, meshes=meshes))
     plain = (
         made.logprobs(world["other"], rollout).logprob,
-        ppo.reward_scores(world["reward"], rollout, model=MODEL),
+        reward_scores(world["reward"], rollout, model=MODEL),
     )
     with jax.set_mesh(mesh):
-        parts = ppo.build(made, mesh)
+        programs, _ = build_programs(made, mesh)
         rows = jax.device_put(rollout, activation(mesh, "batch"))
         roles = (
-            (parts.reference, world["other"], transformer),
-            (parts.reward, world["reward"], scalar),
+            (programs.reference, world["other"], transformer),
+            (programs.reward, world["reward"], scalar),
         )
         for (judge, params, family), want in zip(roles, plain, strict=True):
             found = judge(
@@ -457,43 +466,44 @@ def test_a_reference_and_a_reward_model_in_other_layouts_judge_the_same(world):
             )
             assert judge.mesh is not mesh and found.sharding.mesh == mesh
             np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="one layout only"):
-        dataclasses.replace(CONFIG, meshes=(ppo.RoleMesh(), ppo.RoleMesh(tensor=2)))
+    with pytest.raises(ValueError, match="one mesh only"):
+        dataclasses.replace(CONFIG, meshes=(RoleMesh(), RoleMesh(tensor=2)))
 
 
 @pytest.mark.usefixtures("as_on_a_tpu")
 def test_evaluation_in_other_layouts_finds_the_same(world):
     """Six prompts: of rollouts on two shards, of the stage on four, of the reference on eight."""
     mesh, found = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), []
-    other = (ppo.RoleMesh(tensor=4), ppo.RoleMesh(role="reference"))
+    other = (RoleMesh(tensor=4), RoleMesh(role="reference"))
     prompts = [
         PromptExample([{"role": "user", "content": ""}], ids) for ids in [*PROMPTS[:4], [3], [4, 5]]
     ]
     for meshes in ((), other):
         made = setup(dataclasses.replace(CONFIG, meshes=meshes, rewards=(RewardSource("length"),)))
         with jax.set_mesh(mesh):
-            parts = ppo.build(made, mesh)
+            programs, states = build_programs(made, mesh)
             place = lambda params, there: reshard_across_meshes(
                 params, there, param_shardings(there, params, transformer.axes(MODEL))
             )
-            roles = ppo.Roles(place(world["other"], parts.reference.mesh), {}, {}, {})
-            state = ppo.first_state(
-                parts,
+            roles = FrozenModels(place(world["other"], programs.reference.mesh), {}, {}, {})
+            state = initial_state(
+                states,
                 made.config,
                 mesh,
                 place(jax.tree.map(jnp.copy, world["actor"]), mesh),
                 jax.tree.map(jnp.copy, world["critic"]),
             )
-            score = ppo.make_score(made, parts, roles, mesh, "rewards")
-            found.append(ppo.make_evaluation(made, parts, roles, score, prompts, mesh)(0, state))
+            score = make_scorer(made, programs, roles, LETTERS.decode, mesh, "rewards")
+            evaluate = make_evaluation(made, programs, roles, score, prompts, LETTERS.decode, mesh)
+            found.append(evaluate(0, state))
     assert found[0]["eval/kl"] > 0.1
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_a_rollout_layout_that_does_not_divide_the_prompts_is_refused():
     config = dataclasses.replace(
-        CONFIG, batch_size=4, meshes=(ppo.RoleMesh(role="rollout"),), num_minibatches=1
+        CONFIG, batch_size=4, meshes=(RoleMesh(role="rollout"),), num_minibatches=1
     )
     mesh = make_mesh(MeshConfig(data=1, tensor=-1), jax.devices()[:8])
     with pytest.raises(InputError, match=r"4 does not divide over the 8 shards"):
-        ppo.build(setup(config), mesh)
+        build_programs(setup(config), mesh)

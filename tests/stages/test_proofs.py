@@ -17,8 +17,9 @@ import pytest
 from jaxllm import losses
 from jaxllm.generate import SamplingConfig
 from jaxllm.optim import OptimConfig
+from jaxllm.rl import programs
+from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.rewards import RewardSource
-from jaxllm.stages import ppo
 from tests.stages import worlds
 
 pytestmark = pytest.mark.usefixtures("compiled_well")
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("compiled_well")
 _ADAM = OptimConfig(
     learning_rate=3e-3, schedule="linear", final_fraction=0.0, weight_decay=0.0, eps=1e-5, b2=0.99
 )
-PPO = ppo.PPOConfig(
+PPO = PPOConfig(
     rewards=(RewardSource("tests.stages.worlds:reward_of"),),
     num_steps=300,
     batch_size=512,
@@ -186,7 +187,7 @@ def _leaking_gae(rewards, values, mask, *, discount, lam):
     return advantages, advantages + values
 
 
-_right_logprobs, _right_shape = losses.token_logprobs, ppo.shape_scores
+_right_logprobs, _right_shape = losses.token_logprobs, programs.shape_scores
 
 
 def _integer_scores(scores, finished, moments, *, config):
@@ -225,6 +226,6 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_with_one_mistake_the_optimum_is_missed(mistake, monkeypatch):
     for name, wrong in MISTAKES[mistake].items():
-        monkeypatch.setattr(ppo if name == "shape_scores" else losses, name, wrong)
+        monkeypatch.setattr(programs if name == "shape_scores" else losses, name, wrong)
     end = reached(QUICK, seed=0, vocab=3, layers=1, name=f"mistake: {mistake}")
     assert within(end) == (mistake == "none")

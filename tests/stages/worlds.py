@@ -9,10 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.data.loader import PromptExample, make_prompt_batch_at
-from jaxllm.models import transformer
+from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
+from jaxllm.rl.config import PPOConfig
+from jaxllm.rl.programs import build_programs
+from jaxllm.rl.roles import (
+    FrozenModels,
+    RunSpec,
+    abstract_state,
+    initial_critic,
+    initial_state,
+    split_trainable,
+    with_value_head,
+)
+from jaxllm.rl.scoring import end_at_strings, make_scorer
+from jaxllm.rl.update import HostWork, make_step, passes_kl_limit
 from jaxllm.sharding import MeshConfig, activation, make_mesh, param_shardings
-from jaxllm.stages import ppo
+from jaxllm.stages import reinforce
 
 PROMPTS = [[2], [0, 0, 2]]  # of two lengths: one is padded; neither goes on as the other begins
 REWARDS: dict[
@@ -72,6 +85,23 @@ class Responses:
         return np.where(self.mask, each, 0.0).sum(1)
 
 
+def run_spec(config: PPOConfig, model: ModelConfig, seed: int = 0) -> RunSpec:
+    return RunSpec(config, model, model, LETTERS.stop_ids, LETTERS.pad_id, seed)
+
+
+def host_work(spec: RunSpec, score, examples) -> HostWork:
+    """The host's part of an update, without documents and without a log."""
+    config = spec.config
+    asked = lambda batch: reinforce.prompts_of_rows(batch, examples, config.num_responses)
+    return HostWork(
+        score=lambda run, rollout, batch: score(run, rollout, asked(batch)),
+        end_responses=lambda rollout: end_at_strings(rollout, spec, LETTERS.decode),
+        documents_at=None,
+        ends_early=lambda metrics: passes_kl_limit(metrics, config.max_approx_kl),
+        log=None,
+    )
+
+
 class World:
     """The real stage on two prompts whose every response can be listed: where it ends is known beforehand.
 
@@ -81,7 +111,7 @@ class World:
 
     def __init__(
         self,
-        config: ppo.PPOConfig,
+        config: PPOConfig,
         seed: int,
         vocab: int = 5,
         length: int = 4,
@@ -117,9 +147,9 @@ class World:
             self.mesh, transformer.abstract(self.model), transformer.axes(self.model)
         )
         self.ref = jax.device_put(transformer.init(self.model, jax.random.key(seed)), shardings)
-        self.setup = ppo.Setup(config, self.model, self.model, LETTERS, seed)  # pyright: ignore[reportArgumentType]
+        self.spec = run_spec(config, self.model, seed)
         with jax.set_mesh(self.mesh):
-            self.parts = ppo.build(self.setup, self.mesh)
+            self.programs, self.layouts = build_programs(self.spec, self.mesh)
         self.examples = [
             PromptExample([{"role": "user", "content": LETTERS.decode(p)}], p)
             for p in PROMPTS
@@ -128,28 +158,26 @@ class World:
 
     def train(self, num_steps: int | None = None, watch=None, resume=None):
         """The stage's loop; returns the final policy's parameters. watch(step, metrics, state) sees every update."""
-        setup, config, copy = self.setup, self.config, functools.partial(jax.tree.map, jnp.copy)
-        with jax.set_mesh(self.mesh):
-            first = (
-                {}
-                if not setup.has_critic
-                else ppo.first_scalar(copy(self.ref), self.model, {}, config)
-            )
-            whole = (
-                ppo.first_scalar(copy(self.ref), self.model, {}, config)
-                if setup.shares_trunk
-                else copy(self.ref)
-            )
-            (actor, actor_base), (critic, critic_base) = (
-                ppo.split(config.lora, p) for p in (whole, first)
-            )
-            roles, parts = ppo.Roles(self.ref, actor_base, critic_base, {}), self.parts
-            state = ppo.first_state(parts, config, self.mesh, copy(actor), copy(critic))
+        spec, config, mesh = self.spec, self.config, self.mesh
+        copy = functools.partial(jax.tree.map, jnp.copy)
+        with jax.set_mesh(mesh):
+            start = copy(self.ref)
+            if config.shares_trunk:
+                start = with_value_head(start, self.model)
+            axes = (scalar if config.shares_trunk else transformer).axes(self.model)
+            actor, actor_base = split_trainable(config.lora, start, axes)
+            critic, critic_base = {}, {}
+            if config.has_critic:
+                first = initial_critic(config, copy(self.ref), {}, self.model)
+                critic, critic_base = split_trainable(config.lora, first, scalar.axes(self.model))
+            frozen = FrozenModels(self.ref, actor_base, critic_base, {})
+            state = initial_state(self.layouts, config, mesh, copy(actor), copy(critic))
             if resume is not None:
                 place = lambda value, like: jax.device_put(value, like.sharding)
-                state = jax.tree.map(place, resume, ppo.abstract_state(parts, config, self.mesh))
-            score = ppo.make_score(setup, parts, roles, self.mesh, "rewards")
-            step = ppo.make_step(setup, parts, roles, score, self.examples, "ppo")
+                state = jax.tree.map(place, resume, abstract_state(self.layouts, config, mesh))
+            score = make_scorer(spec, self.programs, frozen, LETTERS.decode, mesh, "rewards")
+            host = host_work(spec, score, self.examples)
+            step = make_step(spec, self.programs, frozen, host, "ppo")
             batch_at = make_prompt_batch_at(
                 self.examples, batch_size=config.batch_size // config.num_responses, seed=self.seed, length=4,
                 pad_id=0, sharding=activation(self.mesh, "batch", None),
@@ -164,7 +192,7 @@ class World:
                         {name: float(s) / float(w) for name, (s, w) in metrics.items()},
                         state,
                     )
-            return jax.device_get(setup.policy(state.actor.params, roles.actor_base))
+            return jax.device_get(spec.policy(state.actor.params, frozen.actor_base))
 
     def expected_reward(self, params) -> float:
         pi = [

@@ -1,0 +1,270 @@
+"""Settings of PPO, RLOO and GRPO. A comment beside a default names its source.
+
+Schulman: Schulman et al. 2017, "Proximal policy optimization algorithms".
+Ziegler: Ziegler et al. 2019, "Fine-tuning language models from human preferences".
+Stiennon: Stiennon et al. 2020, "Learning to summarize from human feedback".
+InstructGPT: Ouyang et al. 2022, "Training language models to follow instructions with human feedback".
+Huang: Huang et al. 2024, "The N+ implementation details of RLHF with PPO".
+"""
+
+import dataclasses
+from typing import Literal
+
+from jaxllm.config import require
+from jaxllm.config.ranges import (
+    AnyFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Proportion,
+    ProportionBelowOne,
+)
+from jaxllm.data.sources import DataConfig
+from jaxllm.generate import SamplingConfig
+from jaxllm.models.lora import LoRAConfig
+from jaxllm.optim import OptimConfig
+from jaxllm.rl.rewards import RewardSource
+from jaxllm.runtime.checkpoint import CheckpointConfig
+from jaxllm.sharding import MeshConfig
+
+# Adam's b2 of 0.95: InstructGPT; its eps of 1e-5: Huang, detail 21.
+_OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0, eps=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class PtxConfig:
+    """PPO-ptx: the pretraining gradient mixed into the policy's (InstructGPT, eq. 2)."""
+
+    # InstructGPT uses 27.8 on sums over sequences; this coefficient weighs means per token.
+    coef: NonNegativeFloat = 0.0
+    """Weight of the next-token loss on documents, relative to the policy loss; both are means per token. 0: off."""
+    data: DataConfig = DataConfig()
+    """Documents; by default those of pretrain."""
+    batch_size: PositiveInt = 16
+    """Rows of documents per minibatch of responses."""
+    length: NonNegativeInt = 0
+    """Tokens per row; 0: model.max_length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RoleMesh(MeshConfig):
+    """Another mesh over the same devices for one role. The policy itself trains on the stage's mesh."""
+
+    role: Literal["rollout", "reference", "reward", "critic"] = "rollout"
+    """rollout: the policy while it samples; reference and reward: those models; critic: a separate critic."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """Reinforcement learning from a reward. Sources of the defaults: jaxllm/rl/config.py."""
+
+    # --- Data and models.
+    data: DataConfig = DataConfig()
+    """Prompts; by default those of the sample stage."""
+    init_from: str = ""
+    """Stage directory of the initial policy, which is also the reference; empty: sft."""
+    reward_from: str = ""
+    """Stage directory of the reward model; empty: reward."""
+    rewards: tuple[RewardSource, ...] = (RewardSource(),)
+    """Terms of the score: the reward model, functions, patterns, length."""
+
+    # --- The size of an update.
+    advantages: Literal["gae", "rloo", "grpo"] = "gae"
+    """gae: from a critic (PPO); rloo, grpo: from the scores of a prompt's other responses, without a critic."""
+    num_responses: PositiveInt = 1
+    """Responses sampled for each prompt."""
+    num_steps: PositiveInt = 100
+    """Updates. Each samples a batch of responses and makes num_epochs passes over it."""
+    batch_size: PositiveInt = 64
+    """Responses per update, num_responses of each prompt."""
+    num_epochs: PositiveInt = 4  # Ziegler; Stiennon; Huang (InstructGPT: 1)
+    """Passes over a batch of responses."""
+    num_minibatches: PositiveInt = 4  # chosen for small batches (InstructGPT: 8 of 64)
+    """Optimizer updates per pass."""
+    num_micro: PositiveInt = 1
+    """Microbatches per minibatch, whose gradients are accumulated."""
+
+    # --- Staying near the reference.
+    kl_coef: NonNegativeFloat = 0.05  # Huang (InstructGPT 0.02; Ziegler 0.15, adaptive)
+    """Weight of the per-token KL to the reference in the reward."""
+    kl_target: NonNegativeFloat = 0.0  # Ziegler: 6 nats, with kl_horizon 10000
+    """Adapt kl_coef to reach this KL in nats per response (Ziegler et al. 2019, section 2.2); 0: kl_coef is fixed."""
+    kl_horizon: PositiveFloat = 10_000.0
+    """Time constant of that adaptation, in responses. Its error is clipped to 0.2, so doubling kl_coef takes five times as many."""
+    kl_loss_coef: NonNegativeFloat = 0.0
+    """Weight of the k3 estimate of the KL in the loss, as in GRPO; in addition to kl_coef or instead of it."""
+    max_approx_kl: NonNegativeFloat = 0.0
+    """End an update early when a minibatch's approximate KL to the old policy, in nats per token, exceeds this; 0: never."""
+
+    # --- Advantages and losses.
+    discount: Proportion = 1.0  # InstructGPT, appendix C.4; Ziegler
+    """Discount of later rewards."""
+    gae_lambda: Proportion = 0.95  # Ziegler; Huang (InstructGPT does not say)
+    """Lambda of generalized advantage estimation."""
+    clip_low: Proportion = 0.2  # Schulman; InstructGPT (two limits: Yu et al. 2025)
+    """The probability ratio is clipped from below at 1 - clip_low."""
+    clip_high: NonNegativeFloat = 0.2
+    """The probability ratio is clipped from above at 1 + clip_high."""
+    dual_clip: NonNegativeFloat = 0.0
+    """Bound the loss of a negative advantage by this times the advantage (Ye et al. 2020); above 1, or 0: off."""
+    value_clip: NonNegativeFloat = 0.2  # Ziegler; Huang
+    """A value may move this far from its old value in an update; 0: no limit."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of an entropy bonus per token."""
+    whiten_advantages: bool = True  # Ziegler; Huang
+    """Normalize advantages over the batch to mean 0 and (population) variance 1."""
+    whiten_rewards: bool = False  # Huang (Ziegler: true)
+    """Scale per-token rewards over the batch to variance 1, without shifting their mean."""
+    normalise_scores: bool = False
+    """Normalize scores by the running mean and standard deviation of all scores so far."""
+    score_clip: NonNegativeFloat = 0.0
+    """Clip scores to plus or minus this, after they are normalized; 0: off."""
+    missing_end_score: AnyFloat = -1.0  # Ziegler; Huang, detail 13 ("EOS trick")
+    """Score of a response that does not end, instead of the sum of all terms."""
+
+    # --- Sampling.
+    stop_strings: tuple[str, ...] = ()
+    """A response ends with the token that completes one of these strings, and counts as finished."""
+    max_prompt_length: PositiveInt = 64
+    """Longest prompt in tokens. Longer ones are an error, or dropped, as data.too_long says."""
+    meshes: tuple[RoleMesh, ...] = ()
+    """Overrides of the mesh for single roles, such as [{role: rollout, tensor: 8}]."""
+    # Temperature 1: InstructGPT, appendix C.4 (Ziegler and Huang: 0.7).
+    sampling: SamplingConfig = SamplingConfig()
+    """How responses are sampled. top_k and top_p must stay off: the loss models the temperature only."""
+
+    # --- The critic.
+    # Separate, initialized from the reward model: InstructGPT; Stiennon.
+    critic_trunk: Literal["separate", "shared"] = "separate"
+    """separate: a critic with its own weights, initialized from the reward model; shared: a value head on the policy."""
+    critic_head: Literal["copy", "zero"] = "copy"  # InstructGPT (zero: Huang, detail 11)
+    """Initial head of the critic: the reward model's, or zero. Without a reward model it is zero."""
+    value_coef: NonNegativeFloat = (
+        0.1  # Ziegler; Huang. A separate critic has its own optimizer step.
+    )
+    """Weight of the value loss when the trunk is shared."""
+
+    # --- The trained model.
+    ema_decay: ProportionBelowOne = 0.0  # InstructGPT: 0.992 an update
+    """Decay per update of a moving average of the policy, which becomes the stage's model; 0: off."""
+    lora: LoRAConfig = LoRAConfig()
+    """Train adapters of policy and critic; the reference is the policy without them."""
+    ptx: PtxConfig = PtxConfig()
+    """Pretraining gradients mixed in (PPO-ptx)."""
+
+    # --- The loop.
+    log_every: PositiveInt = 1
+    """Updates per logged interval."""
+    num_logged: NonNegativeInt = 4
+    """Responses of each update that are written to rollouts.jsonl."""
+    eval_every: PositiveInt = 10
+    """Updates between evaluations on held-out prompts."""
+    eval_prompts: PositiveInt = 64
+    """Held-out prompts per evaluation."""
+    # 1e-5: Ziegler (InstructGPT about 9e-6; Huang 3e-6). Small models take more.
+    actor: OptimConfig = _OPTIM
+    """The policy's optimizer."""
+    critic: OptimConfig = _OPTIM  # InstructGPT: 9e-6
+    """The critic's optimizer."""
+    checkpoint: CheckpointConfig = CheckpointConfig(save_every=20)
+    """When to save."""
+
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_sampling()
+        self._check_rewards()
+        self._check_meshes()
+        require(
+            not self.dual_clip or self.dual_clip > 1, "dual_clip: must be above 1, or 0 for off"
+        )
+
+    def _check_sizes(self) -> None:
+        require(
+            self.batch_size % (self.num_minibatches * self.num_micro) == 0,
+            "num_minibatches: num_minibatches x num_micro must divide batch_size",
+        )
+        require(
+            self.batch_size % self.num_responses == 0,
+            f"num_responses: {self.num_responses} does not divide batch_size {self.batch_size}",
+        )
+        require(
+            self.advantages == "gae" or self.num_responses > 1,
+            f"num_responses: {self.advantages} needs at least 2 responses to each prompt",
+        )
+
+    def _check_sampling(self) -> None:
+        require(
+            not self.sampling.greedy,
+            "sampling.temperature: a policy gradient needs a temperature of at least 1e-5",
+        )
+        require(
+            not self.sampling.top_k and self.sampling.top_p == 1,
+            "sampling.top_k: top_k and top_p must be off: the loss does not model the truncated distribution",
+        )
+        require(
+            all(self.stop_strings),
+            "stop_strings: an empty string would end every response at once; remove it",
+        )
+
+    def _check_rewards(self) -> None:
+        require(bool(self.rewards), "rewards: name at least one source")
+        names = [source.source for source in self.rewards]
+        for name in names:
+            require(names.count(name) == 1, f"rewards: {name} is given twice; add up the weights")
+
+    def _check_meshes(self) -> None:
+        roles = [mesh.role for mesh in self.meshes]
+        require(len(set(roles)) == len(roles), "meshes: a role can have one mesh only")
+        require(
+            self.has_critic or "critic" not in roles,
+            "meshes: there is no separate critic; remove the role critic",
+        )
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the critic has its own weights."""
+        return self.advantages == "gae" and self.critic_trunk == "separate"
+
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether the critic is a value head on the policy's trunk."""
+        return self.advantages == "gae" and self.critic_trunk == "shared"
+
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether a term of the score is the reward model's."""
+        return any(source.source == "model" for source in self.rewards)
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts per update."""
+        return self.batch_size // self.num_responses
+
+    @property
+    def minibatch_size(self) -> int:
+        """Responses per minibatch."""
+        return self.batch_size // self.num_minibatches
+
+    @property
+    def updates_per_step(self) -> int:
+        """Minibatches per update, which is optimizer updates unless the update ends early."""
+        return self.num_epochs * self.num_minibatches
+
+
+# Ahmadian et al. 2024: the whole response is one action, with its KL in the reward, and one step per batch.
+RLOO = PPOConfig(
+    advantages="rloo",
+    num_responses=4,
+    num_epochs=1,
+    num_minibatches=1,
+    whiten_advantages=False,
+)
+# Shao et al. 2024: scores normalized within a prompt's responses, with the k3 estimate in the loss.
+GRPO = dataclasses.replace(
+    RLOO,
+    advantages="grpo",
+    num_responses=8,
+    kl_coef=0.0,
+    kl_loss_coef=0.04,
+)

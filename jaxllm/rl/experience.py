@@ -1,0 +1,195 @@
+"""Experience: what one update learns from, computed once from a batch of responses.
+
+A row is a prompt, padded on the left, and its response, padded on the right. With P = 3, R = 4, and a response of
+three tokens of which the last one ends it:
+
+    tokens        _   p1  p2 | r1  r2  end  _
+    prompt_mask   0   1   1  |
+    mask                     | 1   1   1    0
+    log-probs                | l1  l2  l3   .     of each response token, given everything before it
+    values                   | v1  v2  v3   .     of the state *before* each token: v1 sees p1 p2 only
+    rewards                  | -k1 -k2 -k3+score  k = kl_coef * (log-prob - reference log-prob)
+
+The score of the whole response is paid at its last token; every token pays for moving away from the reference. The rest
+of this file turns that into one advantage a token: with a critic by GAE (PPO), without one by comparing the responses
+to the same prompt (RLOO, GRPO).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm import losses, rollouts
+from jaxllm.losses import Metrics, Moments
+from jaxllm.models import lora, scalar
+from jaxllm.models.config import ModelConfig
+from jaxllm.rl.config import PPOConfig
+from jaxllm.rl.roles import RunSpec
+from jaxllm.rollouts import Rollout
+
+
+class Experience(NamedTuple):
+    """A batch of B responses of at most R tokens to prompts of at most P tokens; padding is masked."""
+
+    tokens: jax.Array  # int32[B, P + R]
+    prompt_mask: jax.Array  # bool[B, P]
+    mask: jax.Array  # bool[B, R]: the tokens of the response, its end included
+    old_logprobs: jax.Array  # float32[B, R], under the policy that sampled them
+    ref_logprobs: jax.Array  # float32[B, R], under the reference
+    old_values: jax.Array  # float32[B, R]; zero without a critic
+    advantages: jax.Array  # float32[B, R]
+    returns: jax.Array  # float32[B, R]: what values are trained towards; zero without a critic
+
+
+def shape_scores(
+    scores: jax.Array, finished: jax.Array, moments: Moments, *, config: PPOConfig
+) -> tuple[jax.Array, Moments, Metrics]:
+    """Normalizes and clips scores, and replaces those of responses that did not end.
+
+    Args:
+      scores: float32[B], the weighted sum of all reward terms.
+      finished: bool[B], whether the response ended.
+      moments: of all scores of finished responses so far.
+
+    Returns:
+      (scores float32[B] to learn from, moments including these scores, metrics).
+    """
+    # Metrics show what the rewards said, before anything is normalized.
+    reported = jnp.where(finished, scores, config.missing_end_score)
+    metrics = {
+        "score": (reported.sum(), jnp.float32(scores.shape[0])),
+        "score_std": (reported.std(), jnp.ones(())),
+    }
+    if config.normalise_scores:
+        moments = losses.update_moments(moments, scores, finished)
+        std = jnp.sqrt(moments.m2 / jnp.maximum(moments.count, 1.0))
+        scores = (scores - moments.mean) / jnp.maximum(std, 1e-6)
+    if config.score_clip:
+        scores = jnp.clip(scores, -config.score_clip, config.score_clip)
+    # Last, so that neither normalizing nor clipping can make a response without an end attractive.
+    return jnp.where(finished, scores, config.missing_end_score), moments, metrics
+
+
+def make_experience(
+    actor: Any,
+    base: Any,
+    rollout: Rollout,
+    ref_logprobs: jax.Array,
+    values: Any,
+    scores: jax.Array,
+    kl_coef: jax.Array,
+    *,
+    spec: RunSpec,
+) -> tuple[Experience, Metrics]:
+    """Per-token rewards and advantages of a batch of responses.
+
+    Args:
+      actor: trainable parameters of the policy.
+      base: frozen parameters under its adapters, {} without adapters.
+      rollout: prompts and responses.
+      ref_logprobs: float32[B, R], under the reference.
+      values: float32[B, R] from a separate critic; not read without one.
+      scores: float32[B], one for each response.
+      kl_coef: float32[].
+    """
+    config, mask = spec.config, rollout.mask
+    # Recomputed rather than taken from sampling: the decoding program rounds differently from the one that learns, and
+    # the probability ratio of the first minibatch should be exactly 1.
+    policy = spec.logprobs(spec.policy(actor, base), rollout)
+    rewards = losses.token_rewards(scores, policy.logprob, ref_logprobs, mask, kl_coef)
+    if config.whiten_rewards:
+        # The mean stays: shifting rewards would pay for the length of a response.
+        rewards = losses.whiten(rewards, mask, centre=False)
+
+    if config.advantages == "gae":
+        if config.shares_trunk:
+            values = response_values(lora.join(base, actor), rollout, model=spec.reward_model)
+        advantages, returns = losses.gae(
+            rewards, values, mask, discount=config.discount, lam=config.gae_lambda
+        )
+    else:
+        values = returns = jnp.zeros_like(rewards)
+        advantages = _compare_responses(rewards, mask, config)
+
+    metrics = rollout_metrics(rollout, policy, ref_logprobs, advantages)
+    if config.advantages == "gae":
+        metrics |= value_metrics(values, returns, mask)
+    if config.whiten_advantages:
+        advantages = losses.whiten(advantages, mask)
+    experience = Experience(
+        tokens=rollout.tokens,
+        prompt_mask=rollout.prompt_mask,
+        mask=mask,
+        old_logprobs=policy.logprob,
+        ref_logprobs=ref_logprobs,
+        old_values=values,
+        advantages=advantages,
+        returns=returns,
+    )
+    return experience, metrics
+
+
+def _compare_responses(rewards: jax.Array, mask: jax.Array, config: PPOConfig) -> jax.Array:
+    """Advantages float32[B, R] from the other responses to the same prompt.
+
+    Rows of one prompt are adjacent: with two responses to each, rows 0 and 1 answer prompt 0, rows 2 and 3 prompt 1.
+    Every token of a response has the advantage of the whole response.
+    """
+    by_prompt = rewards.sum(1).reshape(-1, config.num_responses)
+    by_response = losses.group_advantages(by_prompt, config.advantages).reshape(-1, 1)
+    return jnp.where(mask, by_response, 0.0)
+
+
+def rollout_metrics(
+    rollout: Rollout, policy: losses.TokenStats, ref_logprobs: jax.Array, advantages: jax.Array
+) -> Metrics:
+    """{name: (sum, weight)} of a batch of responses; ref_logprobs and advantages float32[B, R]."""
+    mask = rollout.mask
+    log_ratio = policy.logprob - ref_logprobs
+    drift = jnp.abs(policy.logprob - rollout.logprobs)
+    rows = jnp.float32(mask.shape[0])
+    tokens = mask.astype(jnp.float32).sum()
+    return {
+        "kl": (_masked_sum(losses.kl_k1(log_ratio), mask), rows),  # nats per response
+        "kl_k3": (_masked_sum(losses.kl_k3(log_ratio), mask), rows),
+        "entropy": (_masked_sum(policy.entropy, mask), tokens),
+        "advantage_size": (_masked_sum(jnp.abs(advantages), mask), tokens),
+        "response_length": (tokens, rows),
+        "finished": (rollout.finished.astype(jnp.float32).sum(), rows),
+        # How far sampling and learning disagree: large where a mask, a position or a temperature differs.
+        "sampler_drift": (_masked_sum(drift, mask), tokens),
+    }
+
+
+def value_metrics(values: jax.Array, returns: jax.Array, mask: jax.Array) -> Metrics:
+    """{name: (sum, weight)} of a critic: values and returns float32[B, R], mask bool[B, R].
+
+    explained_variance is 1 for a perfect critic and 0 for one that says the mean return everywhere.
+    """
+    tokens = mask.astype(jnp.float32).sum()
+    mean_return = _masked_sum(returns, mask) / tokens
+    spread = _masked_sum(jnp.square(returns - mean_return), mask)
+    unexplained = _masked_sum(jnp.square(returns - values), mask) / jnp.maximum(spread, 1e-8)
+    return {
+        "value": (_masked_sum(values, mask), tokens),
+        "explained_variance": (1.0 - unexplained, jnp.ones(())),
+    }
+
+
+def _masked_sum(x: jax.Array, mask: jax.Array) -> jax.Array:
+    # `where`, not a product: what lies under the mask may be infinite.
+    return jnp.where(mask, x, 0.0).sum()
+
+
+def response_values(params: Any, batch: Rollout | Experience, *, model: ModelConfig) -> jax.Array:
+    """The critic's value float32[B, R] of the state before each response token."""
+    hidden = rollouts.response_hidden(params["trunk"], batch, model)
+    return scalar.read(params["head"], hidden)
+
+
+def reward_scores(params: Any, rollout: Rollout, *, model: ModelConfig) -> jax.Array:
+    """The reward model's score float32[B] of each response, read at its last token."""
+    segments, positions = rollouts.row_inputs(rollout)
+    values = scalar.apply(params, model, rollout.tokens, segments, positions)
+    return scalar.last_value(values, segments)

@@ -1,0 +1,127 @@
+"""An update without devices: which programs it runs, how often, and on what. For `jaxllm plan`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm import train
+from jaxllm.losses import Metrics
+from jaxllm.models import next_token
+from jaxllm.models.config import ModelConfig
+from jaxllm.rl.config import PPOConfig
+from jaxllm.rl.layouts import REPLICATED, ROWS, STAY, MeshProgram
+from jaxllm.rl.programs import build_programs
+from jaxllm.rl.roles import RunSpec, abstract_frozen, abstract_state, check_lengths
+from jaxllm.rl.update import HostWork, collect, minibatch_rows, optimize
+from jaxllm.sharding import replicated, rows_like, with_shardings
+
+
+class Recorder:
+    """Stands in for `update.call`: notes every program with its arguments as shapes, and returns shapes."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, tuple[MeshProgram, tuple[Any, ...], dict[str, Any]]] = {}
+        self.times: dict[str, int] = {}
+        self._results: dict[str, Any] = {}
+
+    def __call__(self, program: MeshProgram, *arguments: Any, **resident: Any) -> Any:
+        if not program.computes:
+            return program.function(*arguments, **resident)
+        name = program.name
+        self.times[name] = self.times.get(name, 0) + 1
+        if name not in self.calls:
+            # Later calls of a program have arguments of the same shapes, so its results are known.
+            moved = arguments
+            if program.mesh is not program.home:
+                moved = travel_shapes(arguments, program.arguments, program.mesh)
+            self.calls[name] = (program, moved, resident)
+            with jax.set_mesh(program.mesh):
+                shapes = jax.eval_shape(program.function, *moved, **resident)
+            self._results[name] = travel_shapes(shapes, program.results, program.home)
+        return self._results[name]
+
+    def programs(self) -> list[train.Program]:
+        """The programs whose FLOPs count, in the order they first ran."""
+        return [
+            train.Program(
+                name,
+                program.function,
+                arguments,
+                resident,
+                program.flops,
+                times=self.times[name],
+                decoded=program.decoded,
+                mesh=program.mesh,
+                copied=arguments[0] if program.copies_weights else None,
+            )
+            for name, (program, arguments, resident) in self.calls.items()
+            if program.flops
+        ]
+
+
+def travel_shapes(shapes: Any, how: Any, mesh: Any) -> Any:
+    """`layouts.travel` for shapes: the same values with the shardings they arrive in."""
+    if how == STAY:
+        return shapes
+    if how == ROWS:
+        return rows_like(mesh, shapes)
+    if how == REPLICATED:
+        return with_shardings(shapes, jax.tree.map(lambda _: replicated(mesh), shapes))
+    if isinstance(how, tuple):
+        return tuple(
+            travel_shapes(part, kind, mesh) for part, kind in zip(shapes, how, strict=True)
+        )
+    return with_shardings(shapes, how)
+
+
+def planned_update(
+    mesh: jax.sharding.Mesh, stage: str, config: PPOConfig, model: ModelConfig, seed: int
+) -> tuple[list[train.Program], dict[str, Any]]:
+    """(the programs of an update, {role: its state}), as shapes with their shardings.
+
+    Reward model and critic are taken to be of the policy's size.
+    """
+    check_lengths(config, model, stage)
+    spec = RunSpec(config, model, model, stop_ids=(0,), pad_id=0, seed=seed)
+    programs, layouts = build_programs(spec, mesh)
+    state = abstract_state(layouts, config, mesh)
+    frozen = abstract_frozen(spec, mesh)
+    record = Recorder()
+
+    def score(run: Any, rollout: Any, batch: Any) -> tuple[Any, Metrics]:
+        del batch
+        if config.has_reward_model:
+            run(programs.reward, frozen.reward, rollout)
+        return rows_like(mesh, jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)), {}
+
+    documents = None
+    if config.ptx.coef:
+        length = config.ptx.length or model.max_length
+        documents = next_token.planned_rows(mesh, config.ptx.batch_size, length)
+    host = HostWork(
+        score=score,
+        end_responses=lambda rollout: rollout,
+        documents_at=(lambda _: documents) if documents else None,
+        ends_early=lambda _: False,
+        log=None,
+    )
+    key_words = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    experience, _, _ = collect(
+        record, programs, frozen, host, state, _prompts(config, mesh), key_words
+    )
+    rows = minibatch_rows(spec, 0)
+    optimize(record, programs, frozen, host, state.actor, state.critic, experience, rows)
+    held = {"policy": state.actor, "critic": state.critic, "ema": state.ema, **frozen._asdict()}
+    return record.programs(), {role: tree for role, tree in held.items() if jax.tree.leaves(tree)}
+
+
+def _prompts(config: PPOConfig, mesh: Any) -> Any:
+    """A batch of prompts, as shapes with their shardings."""
+    rows, length = config.num_prompts, config.max_prompt_length
+    shapes = {
+        "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((rows, length), jnp.bool_),
+        "index": jax.ShapeDtypeStruct((rows,), jnp.int32),
+    }
+    return rows_like(mesh, shapes)

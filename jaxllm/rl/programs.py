@@ -1,0 +1,243 @@
+"""The compiled programs that an update runs, each on the mesh of its role.
+
+`update` calls them in order. `jaxllm plan` calls the same update with shapes instead of arrays, and so learns from it
+which programs run, how often, and on what: there is no second list to keep in step.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxllm import generate, losses, train
+from jaxllm.models import decode, lora, scalar, transformer
+from jaxllm.models.config import ModelConfig
+from jaxllm.optim import OptimConfig, make_optimizer
+from jaxllm.rl import layouts
+from jaxllm.rl.experience import make_experience, response_values, reward_scores, shape_scores
+from jaxllm.rl.layouts import REPLICATED, ROWS, STAY, MeshProgram
+from jaxllm.rl.objectives import actor_loss, critic_loss, ptx_loss
+from jaxllm.rl.roles import RunSpec, StateLayouts
+from jaxllm.rollouts import Rollout
+from jaxllm.sharding import activation, constrain, place_params
+
+
+class UpdatePrograms(NamedTuple):
+    """In the order they run. Arguments are on the stage's mesh, except parameters, which are on that of their role."""
+
+    weights: MeshProgram  # (trained, base) -> the policy's weights, on the mesh that samples
+    rollout: MeshProgram  # (weights, prompts, key data uint32[2]) -> Rollout
+    reward: MeshProgram  # (reward model, rollout) -> float32[B]
+    shape_scores: MeshProgram  # (scores, finished, moments) -> (scores, moments, metrics)
+    values: MeshProgram  # ((trained, base) of the critic, rollout) -> float32[B, R]
+    reference: MeshProgram  # (reference, rollout) -> log-probabilities float32[B, R]
+    experience: MeshProgram  # see `experience.make_experience`
+    take: MeshProgram  # (experience, rows int32[b]) -> those rows of it
+    actor_step: MeshProgram  # (state, minibatch, base=) -> (state, metrics)
+    critic_step: MeshProgram | None  # the same, of a separate critic
+
+
+def build_programs(spec: RunSpec, mesh: jax.sharding.Mesh) -> tuple[UpdatePrograms, StateLayouts]:
+    """All programs of an update, not yet compiled, and where the states that they train live."""
+    meshes = layouts.role_meshes(spec.config, mesh)
+    weights, rollout = _sampling_programs(spec, mesh, meshes["rollout"])
+    actor_step, actor = _actor_step(spec, mesh)
+    critic_step, critic = None, None
+    if spec.config.has_critic:
+        critic_step, critic = _critic_step(spec, mesh, meshes["critic"])
+    tokens = _num_tokens(spec)
+    flops_of = _FlopsPerToken(spec)
+
+    def judge(name: str, role: str, function: Callable[..., jax.Array], flops: float):
+        """A program of (parameters on the role's mesh, rollout) with a row of results for each response."""
+        return MeshProgram(
+            name, jax.jit(function), meshes[role], mesh, (STAY, ROWS), ROWS, flops=flops * tokens
+        )
+
+    programs = UpdatePrograms(
+        weights=weights,
+        rollout=rollout,
+        reward=judge(
+            "score",
+            "reward",
+            functools.partial(reward_scores, model=spec.reward_model),
+            flops_of.headless / 3,
+        ),
+        shape_scores=MeshProgram(
+            "shape_scores",
+            jax.jit(functools.partial(shape_scores, config=spec.config)),
+            mesh,
+            mesh,
+            (STAY, STAY, STAY),
+            (ROWS, STAY, STAY),
+        ),
+        values=judge(
+            "values",
+            "critic",
+            lambda critic, rollout: response_values(
+                lora.join(critic[1], critic[0]), rollout, model=spec.reward_model
+            ),
+            flops_of.headless / 3,
+        ),
+        reference=judge(
+            "reference",
+            "reference",
+            lambda ref, rollout: spec.logprobs(ref, rollout).logprob,
+            flops_of.scored / 3,
+        ),
+        experience=MeshProgram(
+            "experience",
+            jax.jit(functools.partial(make_experience, spec=spec)),
+            mesh,
+            mesh,
+            (STAY,) * 7,
+            (ROWS, STAY),
+            flops=flops_of.scored / 3 * tokens,
+        ),
+        take=MeshProgram("take", jax.jit(_take), mesh, mesh, (STAY, STAY), ROWS),
+        actor_step=actor_step,
+        critic_step=critic_step,
+    )
+    return programs, StateLayouts(actor, critic, meshes["critic"])
+
+
+def _take(experience: Any, rows: jax.Array) -> Any:
+    """A minibatch: these rows of every array, sharded like a batch."""
+
+    def rows_of(x: jax.Array) -> jax.Array:
+        return constrain(x[rows], "batch", *[None] * (x.ndim - 1))
+
+    return jax.tree.map(rows_of, experience)
+
+
+# --- Sampling.
+
+
+def _sampling_programs(spec: RunSpec, mesh: Any, role_mesh: Any) -> tuple[MeshProgram, MeshProgram]:
+    """The programs that give the sampler its weights and sample responses."""
+    config, model = spec.config, spec.model
+
+    def sample(weights: Any, prompts: Any, key_data: jax.Array) -> Rollout:
+        return generate.generate(
+            weights,
+            model,
+            prompts["tokens"],
+            prompts["mask"],
+            # Words rather than a key: they come from the host to any mesh.
+            jax.random.wrap_key_data(key_data),
+            index=prompts["index"],
+            num_samples=config.num_responses,
+            **spec.sampling,
+        )
+
+    elsewhere = role_mesh is not mesh
+    prompt_tokens = config.num_prompts * config.max_prompt_length
+    response_tokens = config.batch_size * config.sampling.max_new_tokens
+    rollout = MeshProgram(
+        "rollout",
+        jax.jit(sample, out_shardings=activation(role_mesh, "batch")),
+        role_mesh,
+        mesh,
+        (STAY, ROWS, STAY),
+        ROWS,
+        flops=_FlopsPerToken(spec).scored / 3 * (prompt_tokens + response_tokens),
+        decoded=config.sampling.max_new_tokens,
+        copies_weights=elsewhere,
+    )
+    if not elsewhere:
+        pick = MeshProgram("weights", spec.policy, mesh, mesh, (STAY, STAY), computes=False)
+        return pick, rollout
+
+    shapes = jax.eval_shape(functools.partial(narrow, model), transformer.abstract(model))
+    placed = place_params(role_mesh, shapes, transformer.axes(model))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
+    prepare = jax.jit(lambda params, base: narrow(model, lora.merge(spec.policy(params, base))))
+    return MeshProgram("weights", prepare, mesh, role_mesh, (STAY, STAY), shardings), rollout
+
+
+def narrow(model: ModelConfig, params: Any) -> Any:
+    """Matrices in the dtype they are decoded in, so that half as much is moved and kept.
+
+    Norms and biases stay float32, as in `decode.unstack`.
+    """
+    dtype = decode.decoding_config(model).compute_dtype
+    stacked = {name for name, *_ in transformer.stacks(model)}
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        vector_rank = 1 + (path[0].key in stacked)  # stacked layers add a dimension in front
+        return leaf.astype(dtype) if leaf.ndim > vector_rank else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+# --- Training steps.
+
+
+def _actor_step(spec: RunSpec, mesh: Any) -> tuple[MeshProgram, train.StateLayout]:
+    config = spec.config
+    family = scalar if config.shares_trunk else transformer
+    mixed = None
+    if config.ptx.coef:
+        mixed = (functools.partial(ptx_loss, spec=spec), config.ptx.coef)
+    step, layout = _train_step(spec, actor_loss, config.actor, family, spec.model, mesh, mixed)
+    flops = _FlopsPerToken(spec).scored * (_num_tokens(spec) / config.num_minibatches)
+    program = MeshProgram("actor", step, mesh, mesh, (STAY, STAY), (STAY, STAY), flops=flops)
+    return program, layout
+
+
+def _critic_step(spec: RunSpec, mesh: Any, role_mesh: Any) -> tuple[MeshProgram, train.StateLayout]:
+    config = spec.config
+    step, layout = _train_step(
+        spec, critic_loss, config.critic, scalar, spec.reward_model, role_mesh
+    )
+    flops = _FlopsPerToken(spec).headless * (_num_tokens(spec) / config.num_minibatches)
+    program = MeshProgram(
+        "critic", step, role_mesh, mesh, (STAY, ROWS), (STAY, REPLICATED), flops=flops
+    )
+    return program, layout
+
+
+def _train_step(
+    spec: RunSpec,
+    loss: Callable[..., losses.Loss],
+    optim: OptimConfig,
+    family: Any,
+    model: ModelConfig,
+    mesh: Any,
+    mixed: Any = None,
+) -> tuple[Any, train.StateLayout]:
+    """(update step, where its state lives) of a model of this family that learns from this loss."""
+    config = spec.config
+    shapes, axes = lora.trained(config.lora, family.abstract(model), family.axes(model))
+    tx = make_optimizer(optim, config.num_steps * config.updates_per_step, axes)
+    layout = train.state_layout(mesh, shapes, axes, tx)
+    step = train.make_step(
+        functools.partial(loss, spec=spec),
+        tx,
+        num_micro=config.num_micro,
+        state_shardings=layout.shardings,
+        mixed=mixed,
+        spike_factor=optim.spike_factor,
+    )
+    return step, layout
+
+
+# --- What a program costs.
+
+
+class _FlopsPerToken:
+    """Training FLOPs per token of the two kinds of model. A forward pass alone is a third of it."""
+
+    def __init__(self, spec: RunSpec):
+        length = spec.config.max_prompt_length + spec.config.sampling.max_new_tokens
+        self.scored = transformer.flops_per_token(spec.model, length)
+        """With the product with the vocabulary."""
+        self.headless = transformer.flops_per_token(spec.reward_model, length, scored=False)
+        """Without it, as in a model with a scalar head."""
+
+
+def _num_tokens(spec: RunSpec) -> int:
+    """Tokens of all prompts and responses of an update, padding included."""
+    config = spec.config
+    return config.batch_size * (config.max_prompt_length + config.sampling.max_new_tokens)

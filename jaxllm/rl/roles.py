@@ -1,0 +1,270 @@
+"""The models of an update: which are trained, which are frozen, and where they start.
+
+    policy     trained. Starts from `init_from`, by default the sft stage.
+    reference  frozen: the policy as it started.
+    reward     frozen: the reward stage's model, where a term of the score is a model.
+    critic     trained, with GAE only. Starts from the reward model, or from the policy where there is none; or it is a
+               value head on the policy's trunk.
+
+With adapters (`lora`), policy and critic train small matrices on top of frozen base weights.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm import losses, rollouts
+from jaxllm.losses import Moments
+from jaxllm.models import lora, scalar, transformer
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.lora import LoRAConfig
+from jaxllm.rl.config import PPOConfig
+from jaxllm.rl.layouts import role_meshes
+from jaxllm.rollouts import Rollout
+from jaxllm.sharding import (
+    param_shardings,
+    place_params,
+    replicated,
+    reshard_across_meshes,
+)
+from jaxllm.train import StateLayout, TrainState
+from jaxllm.workspace import Workspace, load_model
+
+
+class PPOState(NamedTuple):
+    """Everything that changes, and therefore everything that a checkpoint holds."""
+
+    step: Any  # int32[]: updates done
+    actor: TrainState
+    critic: Any  # TrainState, or {} without a separate critic
+    kl_coef: Any  # float32[]
+    ema: Any  # moving average of the policy, or {}
+    moments: Moments  # of all scores so far
+
+
+class FrozenModels(NamedTuple):
+    """Parameters that are not trained; with adapters also the base weights of actor and critic (`lora.join`)."""
+
+    ref: Any
+    actor_base: Any
+    critic_base: Any
+    reward: Any  # {} where no term of the score is a reward model
+
+
+class RunSpec(NamedTuple):
+    """What the programs of an update are made from."""
+
+    config: PPOConfig
+    model: ModelConfig  # of policy and reference
+    reward_model: ModelConfig  # of reward model and critic
+    stop_ids: tuple[int, ...]  # tokens that end a response
+    pad_id: int
+    seed: int
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How responses are sampled, as keyword arguments for `generate`."""
+        return {
+            "sampling": self.config.sampling,
+            "stop_ids": self.stop_ids,
+            "pad_id": self.pad_id,
+        }
+
+    def policy(self, params: Any, base: Any) -> Any:
+        """The decoder inside what the actor trains: joined with frozen base weights, without a value head."""
+        joined = lora.join(base, params)
+        return joined["trunk"] if self.config.shares_trunk else joined
+
+    def logprobs(self, params: Any, rollout: Rollout) -> losses.TokenStats:
+        """Of each response token under a decoder, at the temperature responses are sampled at."""
+        temperature = self.config.sampling.temperature
+        return rollouts.response_logprobs(
+            params, rollout, config=self.model, temperature=temperature
+        )
+
+
+class InitialModels(NamedTuple):
+    """Models of a stage as it starts. Actor and critic may share arrays with the frozen ones: copy before donating."""
+
+    spec: RunSpec
+    frozen: FrozenModels
+    actor: Any
+    critic: Any  # {} without a separate critic
+
+
+def load_models(
+    workspace: Workspace, config: PPOConfig, stage: str, stop_ids: tuple[int, ...], pad_id: int
+) -> InitialModels:
+    """Loads every model of the stage, each onto the mesh of its role.
+
+    Raises:
+      InputError: where a stage that a model comes from is not finished, or a context is too short.
+    """
+    mesh = workspace.mesh
+    source = workspace.source(config.init_from, "sft", stage)
+    loaded, model = load_model(source, mesh)
+    ref = lora.merge(loaded)
+    reward, reward_model = {}, model
+    if config.has_reward_model:
+        reward_from = workspace.source(config.reward_from, "reward", stage)
+        # A reward model trained as adapters has the policy as its base, which is loaded already.
+        reward, reward_model = load_model(reward_from, mesh, "reward", {source: ref})
+    for each in (model, reward_model):
+        check_lengths(config, each, stage)
+    spec = RunSpec(config, model, reward_model, stop_ids, pad_id, workspace.seed)
+    meshes = role_meshes(config, mesh)
+
+    start = with_value_head(ref, model) if config.shares_trunk else ref
+    axes = (scalar if config.shares_trunk else transformer).axes(model)
+    actor, actor_base = split_trainable(config.lora, start, axes)
+    critic, critic_base = {}, {}
+    if config.has_critic:
+        critic, critic_base = split_trainable(
+            config.lora,
+            initial_critic(config, ref, reward, reward_model),
+            scalar.axes(reward_model),
+        )
+        shapes = _critic_base_shapes(spec, meshes["critic"])
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        critic_base = reshard_across_meshes(critic_base, meshes["critic"], shardings)
+    frozen = FrozenModels(
+        ref=_on_role_mesh(ref, transformer.axes(model), mesh, meshes["reference"]),
+        actor_base=actor_base,
+        critic_base=critic_base,
+        reward=_on_role_mesh(reward, scalar.axes(reward_model), mesh, meshes["reward"]),
+    )
+    return InitialModels(spec, frozen, actor, critic)
+
+
+def _on_role_mesh(params: Any, axes: Any, mesh: Any, role_mesh: Any) -> Any:
+    """Parameters on the mesh of their role. Adapters are merged where that is another one: their axes have no rules."""
+    if not params or role_mesh is mesh:
+        return params
+    merged = lora.merge(params)
+    return reshard_across_meshes(merged, role_mesh, param_shardings(role_mesh, merged, axes))
+
+
+def check_lengths(config: PPOConfig, model: ModelConfig, stage: str) -> None:
+    """Raises InputError where a prompt and its response, or a row of documents, exceed the model's context."""
+    prompt, response = config.max_prompt_length, config.sampling.max_new_tokens
+    model.row_length(
+        prompt + response,
+        f"{stage}.max_prompt_length",
+        f"{prompt} + max_new_tokens {response}",
+    )
+    model.row_length(config.ptx.length, f"{stage}.ptx.length")
+
+
+def with_value_head(trunk: Any, model: ModelConfig) -> Any:
+    """A decoder with a scalar head of zeros."""
+    head = {"kernel": jnp.zeros(model.embed_dim), "bias": jnp.zeros(())}
+    return {"trunk": trunk, "head": head}
+
+
+def initial_critic(config: PPOConfig, ref: Any, reward: Any, model: ModelConfig) -> Any:
+    """The separate critic as it starts: a copy of the reward model, or the policy where there is none ({}).
+
+    model: the reward model's config; the policy's where there is none.
+    """
+    if not reward:
+        return with_value_head(ref, model)
+    if config.critic_head == "zero":
+        return with_value_head(reward["trunk"], model)
+    return {"trunk": reward["trunk"], "head": reward["head"]}
+
+
+def split_trainable(config: LoRAConfig, params: Any, axes: Any) -> tuple[Any, Any]:
+    """(trainable, frozen) parts of parameters. Adapters of the configured shape that exist already are trained on."""
+    trunk = params.get("trunk", {})
+    if config.rank and "lora" in trunk:
+        fresh = jax.eval_shape(
+            lambda: lora.init(config, lora.merge(params), jax.random.key(0), axes)
+        )
+        present = {**params, "trunk": {"lora": {"layers": trunk["lora"]["layers"]}}}
+        if jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, present):
+            scale = {"scale": trunk["lora"]["scale"]}
+            return present, {"trunk": {**trunk, "lora": scale}}
+    merged = lora.merge(params)
+    return lora.init(config, merged, jax.random.key(0), axes), lora.frozen(config, merged)
+
+
+# --- The state, and everything as shapes: for checkpoints, which are restored through them, and for `jaxllm plan`.
+
+
+class StateLayouts(NamedTuple):
+    """Where the trained states live."""
+
+    actor: StateLayout
+    critic: StateLayout | None
+    critic_mesh: Any
+
+
+def initial_state(
+    layouts: StateLayouts, config: PPOConfig, mesh: jax.sharding.Mesh, actor: Any, critic: Any
+) -> PPOState:
+    """The state before the first update. Donates `actor` and `critic`."""
+    ema = {}
+    if config.ema_decay:
+        # A copy: the actor's own arrays are donated to its state.
+        ema = jax.device_put(jax.tree.map(jnp.copy, actor), layouts.actor.shardings.params)
+    if layouts.critic:
+        shardings = layouts.critic.shardings.params
+        critic = reshard_across_meshes(critic, layouts.critic_mesh, shardings)
+        with jax.set_mesh(layouts.critic_mesh):
+            critic = layouts.critic.init(critic)
+
+    def number(dtype: Any, value: float) -> jax.Array:
+        return jax.device_put(dtype(value), replicated(mesh))
+
+    return _assemble(config, number, layouts.actor.init(actor), critic, ema)
+
+
+def abstract_state(layouts: StateLayouts, config: PPOConfig, mesh: jax.sharding.Mesh) -> PPOState:
+    """Shapes, dtypes and shardings of the state."""
+    actor = layouts.actor.abstract
+    critic = layouts.critic.abstract if layouts.critic else {}
+
+    def number(dtype: Any, _: float) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
+
+    return _assemble(config, number, actor, critic, actor.params if config.ema_decay else {})
+
+
+def _assemble(config: PPOConfig, number: Any, actor: Any, critic: Any, ema: Any) -> PPOState:
+    """number: (dtype, value) -> a scalar array, or its shape."""
+    return PPOState(
+        step=number(jnp.int32, 0),
+        actor=actor,
+        critic=critic,
+        kl_coef=number(jnp.float32, config.kl_coef),
+        ema=ema,
+        moments=Moments(*(number(jnp.float32, 0) for _ in range(3))),
+    )
+
+
+def abstract_frozen(spec: RunSpec, mesh: jax.sharding.Mesh) -> FrozenModels:
+    """Shapes, dtypes and shardings of the frozen models."""
+    config = spec.config
+    meshes = role_meshes(config, mesh)
+    policy_family = scalar if config.shares_trunk else transformer
+    policy = _abstract(policy_family, spec.model, mesh)
+    reward = {}
+    if config.has_reward_model:
+        reward = _abstract(scalar, spec.reward_model, meshes["reward"])
+    return FrozenModels(
+        ref=_abstract(transformer, spec.model, meshes["reference"]),
+        actor_base=lora.place_frozen(config.lora, policy, replicated(mesh)),
+        critic_base=_critic_base_shapes(spec, meshes["critic"]) if config.has_critic else {},
+        reward=reward,
+    )
+
+
+def _abstract(family: Any, model: ModelConfig, mesh: Any) -> Any:
+    """Shapes with shardings of a model of a family: `transformer`, or `scalar` with its head."""
+    return place_params(mesh, family.abstract(model), family.axes(model))
+
+
+def _critic_base_shapes(spec: RunSpec, mesh: Any) -> Any:
+    placed = _abstract(scalar, spec.reward_model, mesh)
+    return lora.place_frozen(spec.config.lora, placed, replicated(mesh))

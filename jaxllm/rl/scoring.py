@@ -1,0 +1,95 @@
+"""The score of a response: the weighted sum of the configured reward terms."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm import rollouts
+from jaxllm.data.loader import PromptExample
+from jaxllm.data.messages import prompt_text
+from jaxllm.losses import Metrics
+from jaxllm.rl import rewards
+from jaxllm.rl.programs import UpdatePrograms
+from jaxllm.rl.roles import FrozenModels, RunSpec
+from jaxllm.rl.update import RunProgram
+from jaxllm.rollouts import Rollout
+from jaxllm.sharding import activation, fetch
+
+# (run, rollout, its prompts, one per row) -> (scores float32[B] before they are shaped, the mean of each term)
+Scorer = Callable[[RunProgram, Rollout, Sequence[PromptExample]], tuple[jax.Array, Metrics]]
+
+
+def make_scorer(
+    spec: RunSpec,
+    programs: UpdatePrograms,
+    frozen: FrozenModels,
+    decode: Callable[[Sequence[int]], str],
+    mesh: jax.sharding.Mesh,
+    field: str,
+) -> Scorer:
+    """A function that scores responses by every configured source.
+
+    Args:
+      decode: token ids -> text, for the sources that read text.
+      field: the config field that names the sources, for error messages.
+
+    Raises:
+      InputError: where a source is not a function that can be imported.
+    """
+    sources = spec.config.rewards
+    names = rewards.metric_names(sources)
+    text_terms = {}
+    for source in sources:
+        if source.source not in ("model", "length"):
+            text_terms[source] = rewards.resolve(source, field)
+    length = jax.jit(lambda mask: mask.astype(jnp.float32).mean(1))
+
+    def score_texts(rollout: Rollout, prompts: Sequence[PromptExample]) -> dict[Any, jax.Array]:
+        """The terms that are functions of text, computed on the host."""
+        if not text_terms:
+            return {}
+        completions = rollouts.completions(fetch(rollout), spec.stop_ids)
+        texts = [decode(completion.ids) for completion in completions]
+        questions = [prompt_text(prompt.messages) for prompt in prompts]
+        answers = [prompt.answer for prompt in prompts]
+        rows = activation(mesh, "batch")
+        terms = {}
+        for source, term in text_terms.items():
+            scores = term(questions, texts, answers).astype(np.float32)
+            terms[source] = jax.device_put(scores, rows)
+        return terms
+
+    def score(
+        run: RunProgram, rollout: Rollout, prompts: Sequence[PromptExample]
+    ) -> tuple[jax.Array, Metrics]:
+        terms = score_texts(rollout, prompts)
+        total, metrics = jnp.zeros(()), {}
+        for source, name in zip(sources, names, strict=True):
+            if source.source == "model":
+                term = run(programs.reward, frozen.reward, rollout)
+            elif source.source == "length":
+                term = length(rollout.mask)
+            else:
+                term = terms[source]
+            total = total + source.weight * term
+            metrics[f"reward_{name}"] = (term.sum(), jnp.float32(len(prompts)))
+        return total, metrics
+
+    return score
+
+
+def end_at_strings(
+    rollout: Rollout, spec: RunSpec, decode: Callable[[Sequence[int]], str]
+) -> Rollout:
+    """Cuts responses at the configured stop strings; without any the rollout stays on its devices."""
+    strings = spec.config.stop_strings
+    if not strings:
+        return rollout
+    cut = rollouts.cut_at_strings(fetch(rollout), strings, decode)
+    return rollout._replace(
+        mask=jax.device_put(cut.mask, rollout.mask.sharding),
+        finished=jax.device_put(cut.finished, rollout.finished.sharding),
+    )

@@ -1,0 +1,203 @@
+"""The stages that learn from a reward: ppo, rloo and grpo. How is told in `jaxllm.rl`."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm import train
+from jaxllm.data.loader import (
+    PromptExample,
+    fingerprint,
+    load_prompts,
+    load_rows,
+    make_batch_at,
+    make_prompt_batch_at,
+)
+from jaxllm.metrics import Work, held_out
+from jaxllm.optim import learning_rate
+from jaxllm.rl import planned, rewards
+from jaxllm.rl.config import PPOConfig
+from jaxllm.rl.held_out import make_evaluation
+from jaxllm.rl.programs import build_programs
+from jaxllm.rl.roles import (
+    PPOState,
+    RunSpec,
+    abstract_state,
+    initial_state,
+    load_models,
+)
+from jaxllm.rl.rollout_log import RolloutLog
+from jaxllm.rl.scoring import Scorer, end_at_strings, make_scorer
+from jaxllm.rl.update import HostWork, make_step, passes_kl_limit
+from jaxllm.runtime.console import console
+from jaxllm.sharding import activation, check_batch, fetch
+from jaxllm.tokenizers.trained import Tokenizer
+from jaxllm.workspace import Workspace, write_model_card
+
+
+def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
+    """The training of the policy. Its result has score and KL on held-out prompts under the same reward."""
+    config: PPOConfig = getattr(life, stage)
+    mesh = workspace.mesh
+    _check_batches(mesh, config, stage)
+    tokenizer = workspace.tokenizer()
+    models = load_models(workspace, config, stage, tokenizer.stop_ids, tokenizer.pad_id)
+    spec, frozen = models.spec, models.frozen
+    prompts = _load_prompts(stage, config, tokenizer)
+    _write_card(workspace, spec, stage)
+    programs, layouts = build_programs(spec, mesh)
+    score = make_scorer(spec, programs, frozen, tokenizer.decode, mesh, f"{stage}.rewards")
+    host = _host_work(workspace, spec, tokenizer, score, prompts["train"], stage)
+    return train.Training(
+        data=fingerprint([*prompts["train"], *prompts["held_out"]]),
+        # Copies: making a state donates its parameters, and reference and reward model may share them.
+        init=lambda: initial_state(
+            layouts, config, mesh, *jax.tree.map(jnp.copy, (models.actor, models.critic))
+        ),
+        abstract=abstract_state(layouts, config, mesh),
+        step=make_step(spec, programs, frozen, host, stage),
+        batch_at=make_prompt_batch_at(
+            prompts["train"],
+            batch_size=config.num_prompts,
+            seed=workspace.seed,
+            length=config.max_prompt_length,
+            pad_id=tokenizer.pad_id,
+            sharding=activation(mesh, "batch", None),
+        ),
+        num_steps=config.num_steps,
+        settings=config,
+        work=Work(config.batch_size * config.sampling.max_new_tokens),
+        evaluate=make_evaluation(
+            spec, programs, frozen, score, prompts["held_out"], tokenizer.decode, mesh
+        ),
+        best="eval/score",
+        lower_is_better=False,
+        schedules={f"{stage}/learning_rate": _schedule(config)},
+        shown=(
+            f"{stage}/score",
+            f"{stage}/kl",
+            f"{stage}/entropy",
+            f"{stage}/response_length",
+            "eval/score",
+            "eval/kl",
+        ),
+        result=functools.partial(_result, config, stage),
+    )
+
+
+def plan(
+    mesh: jax.sharding.Mesh, life: Any, stage: str
+) -> tuple[list[train.Program], dict[str, Any]]:
+    """(the programs of an update, {role: its state}), as shapes with their shardings."""
+    return planned.planned_update(mesh, stage, getattr(life, stage), life.model, life.seed)
+
+
+def _check_batches(mesh: jax.sharding.Mesh, config: PPOConfig, stage: str) -> None:
+    microbatch = config.minibatch_size // config.num_micro
+    check_batch(mesh, microbatch, f"{stage} minibatch")
+    check_batch(mesh, config.num_prompts, f"{stage}.batch_size / {stage}.num_responses")
+
+
+def _load_prompts(
+    stage: str, config: PPOConfig, tokenizer: Tokenizer
+) -> dict[str, list[PromptExample]]:
+    """Prompts by split. Raises InputError where a reward needs answers that they do not have."""
+    prompts = {}
+    for split in ("train", "held_out"):
+        prompts[split] = load_prompts(config.data, split, tokenizer, config.max_prompt_length)
+    prompts["held_out"] = prompts["held_out"][: config.eval_prompts]
+    console.print(
+        f"{stage}: {len(prompts['train'])} training prompts, "
+        f"{len(prompts['held_out'])} held-out prompts for evaluation"
+    )
+    answers = [prompt.answer for prompt in (*prompts["train"], *prompts["held_out"])]
+    rewards.check_answers(config.rewards, answers, f"{stage}.rewards")
+    return prompts
+
+
+def _write_card(workspace: Workspace, spec: RunSpec, stage: str) -> None:
+    """Says where in a checkpoint the policy is, so that the stage's directory can be used as a model."""
+    config = spec.config
+    path = ("ema",) if config.ema_decay else ("actor", "params")
+    if config.shares_trunk:
+        path = (*path, "trunk")
+    source = workspace.source(config.init_from, "sft", stage)
+    directory = workspace.stage_dir(stage)
+    write_model_card(directory, spec.model, "policy", path, config.lora, source)
+
+
+def _host_work(
+    workspace: Workspace,
+    spec: RunSpec,
+    tokenizer: Tokenizer,
+    score: Scorer,
+    prompts: list[PromptExample],
+    stage: str,
+) -> HostWork:
+    config = spec.config
+    log = RolloutLog(workspace.stage_dir(stage) / "rollouts.jsonl", config.num_logged, tokenizer)
+
+    def asked(batch: Any) -> list[PromptExample]:
+        return prompts_of_rows(batch, prompts, config.num_responses)
+
+    return HostWork(
+        score=lambda run, rollout, batch: score(run, rollout, asked(batch)),
+        end_responses=lambda rollout: end_at_strings(rollout, spec, tokenizer.decode),
+        documents_at=_documents(workspace, spec, tokenizer, stage),
+        ends_early=lambda metrics: passes_kl_limit(metrics, config.max_approx_kl),
+        log=lambda step, rollout, batch, scores: log(step, rollout, asked(batch), scores),
+    )
+
+
+def prompts_of_rows(
+    batch: Any, prompts: list[PromptExample], num_responses: int
+) -> list[PromptExample]:
+    """The prompt of each response: with two responses to each prompt, prompts 7 and 3 become 7 7 3 3."""
+    return [prompts[i] for i in np.repeat(fetch(batch["prompt"]), num_responses)]
+
+
+def _documents(
+    workspace: Workspace, spec: RunSpec, tokenizer: Tokenizer, stage: str
+) -> Callable[[Any], Any] | None:
+    """Number of the optimizer update -> rows of documents; None without PPO-ptx."""
+    config = spec.config.ptx
+    if not config.coef:
+        return None
+    microbatch = config.batch_size // spec.config.num_micro
+    check_batch(workspace.mesh, microbatch, f"{stage}.ptx.batch_size / num_micro")
+    rows = load_rows(
+        config.data,
+        "document",
+        "train",
+        tokenizer,
+        config.length or spec.model.max_length,
+        workspace.run_dir / "cache",
+    )
+    batch_at = make_batch_at(
+        rows,
+        batch_size=config.batch_size,
+        seed=workspace.seed,
+        sharding=activation(workspace.mesh, "batch", None),
+    )
+    return lambda step: batch_at(int(step))
+
+
+def _schedule(config: PPOConfig) -> Callable[[int], Any]:
+    """Number of the update -> learning rate of its first minibatch."""
+    updates = config.updates_per_step
+    rate = learning_rate(config.actor, config.num_steps * updates)
+    return lambda number: rate(number * updates)
+
+
+def _result(
+    config: PPOConfig, stage: str, state: PPOState, metrics: Mapping[str, float]
+) -> dict[str, Any]:
+    del state
+    result = {"steps": config.num_steps, **held_out(metrics)}
+    for name in ("entropy", "clip_fraction", "sampler_drift"):
+        result[name] = metrics[f"{stage}/{name}"]
+    return result
