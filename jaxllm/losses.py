@@ -327,10 +327,10 @@ def group_advantages(scores: Array, kind: str) -> Array:
     return centered / (scores.std(1, keepdims=True) + 1e-6)
 
 
-def whiten(x: Array, mask: Array, eps: float = 1e-8, *, centre: bool = True) -> Array:
+def whiten(x: Array, mask: Array, eps: float = 1e-8, *, center: bool = True) -> Array:
     """(x - mean) / std over the mask, with the population variance (as OpenAI's tf.nn.moments); 0 elsewhere.
 
-    x: float32 of any shape; mask: bool of it. centre=False keeps the mean, for rewards (Ziegler et al. 2019; Huang et al.,
+    x: float32 of any shape; mask: bool of it. center=False keeps the mean, for rewards (Ziegler et al. 2019; Huang et al.,
     detail 17).
     """
     count = jnp.maximum(mask.astype(jnp.float32).sum(), 1.0)
@@ -338,7 +338,7 @@ def whiten(x: Array, mask: Array, eps: float = 1e-8, *, centre: bool = True) -> 
     variance = _sum(jnp.square(x - mean), mask) / count
     # eps keeps a constant x finite: it becomes 0.
     white = (x - mean) * jax.lax.rsqrt(variance + eps)
-    return jnp.where(mask, white if centre else white + mean, 0.0)
+    return jnp.where(mask, white if center else white + mean, 0.0)
 
 
 def policy(

@@ -320,7 +320,7 @@ def test_moments_in_parts_are_those_of_the_whole():
 
 def test_whitening_without_centring_keeps_the_mean():
     x, mask = jnp.array([[1.0, 2.0, 3.0, 99.0]]), jnp.array([[True, True, True, False]])
-    white = losses.whiten(x, mask, centre=False)[0, :3]
+    white = losses.whiten(x, mask, center=False)[0, :3]
     np.testing.assert_allclose([white.mean(), white.std()], [2.0, 1.0], rtol=1e-5)
 
 

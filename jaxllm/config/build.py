@@ -14,6 +14,7 @@ import pydantic
 
 from jaxllm.config.errors import InputError
 from jaxllm.config.messages import Origin, describe_errors
+from jaxllm.config.renames import current_keys
 from jaxllm.config.trees import KeyPath, Locations, Tree, flag_name, leaves, merge, plain
 from jaxllm.config.yaml_files import read_yaml
 
@@ -123,6 +124,7 @@ def _expand_fields(cls: Any, tree: Mapping[str, Any], path: KeyPath, origin: Ori
     # Field types are strings where a module postpones annotations; hints are the types themselves.
     hints = typing.get_type_hints(cls)
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    tree = current_keys(cls, tree, origin.describe(path))
     expanded = {}
     for key, value in tree.items():
         if key not in defaults:

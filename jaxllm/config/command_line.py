@@ -14,6 +14,7 @@ import tyro
 from jaxllm.config.build import adapter
 from jaxllm.config.errors import InputError
 from jaxllm.config.messages import complaint
+from jaxllm.config.renames import current_flag
 from jaxllm.config.trees import KeyPath, Tree, flag_name, plain
 
 
@@ -31,6 +32,7 @@ def parse_overrides(cls: type, default: Any, args: Sequence[str], prog: str) -> 
     Raises:
         InputError: for an unknown flag or a wrong value.
     """
+    args = [current_flag(cls, arg) for arg in args]
     parsed = tyro_cli(cls, args, prog, default)
     tree: Tree = {}
     for arg in args:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from jaxllm.config.errors import InputError
+from jaxllm.config.renames import say_renamed
 
 # Modules of this package that have moved, and their new names: old configs keep working.
 _MOVED = {
@@ -32,7 +33,7 @@ def current_name(spec: str) -> str:
     if not colon or module not in _MOVED:
         return spec
     renamed = f"{scheme}{_MOVED[module]}:{function}"
-    _print_once(f"{spec} is now {renamed}; the old name keeps working")
+    say_renamed(spec, renamed)
     return renamed
 
 

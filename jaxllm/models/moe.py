@@ -11,8 +11,8 @@ expert, k experts per token.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ _ROWS = 1 << 15
 class MoEConfig:
     """Experts instead of the MLP; num_experts 0: a dense MLP."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"normalise": "normalize"}
+
     num_experts: NonNegativeInt = 0
     """Routed experts of a layer."""
     per_token: PositiveInt = 2
@@ -42,7 +44,7 @@ class MoEConfig:
     """Additional experts that every token goes to (computed as one MLP of num_shared times the size)."""
     router: Literal["softmax", "sigmoid"] = "softmax"
     """Scores of the experts: a softmax over all (Mixtral, Qwen3, DeepSeek-V2) or a sigmoid for each (DeepSeek-V3)."""
-    normalise: bool = True
+    normalize: bool = True
     """Divide the weights of a token's experts by their sum."""
     scale: PositiveFloat = 1.0
     """Factor of the weights."""
@@ -266,7 +268,7 @@ def route(
     expert = jax.lax.top_k(choice, c.per_token)[1]
     # Weights are of the scores, not of the choice: neither bias nor groups change them.
     weights = jnp.take_along_axis(scores, expert, axis=-1)
-    if c.normalise:
+    if c.normalize:
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
     return weights * c.scale, expert, scores / scores.sum(-1, keepdims=True)
 

@@ -207,7 +207,7 @@ def _deepseek_v2(fields: Fields) -> dict[str, Any]:
     method = fields.one_of("topk_method", "greedy", "group_limited_greedy")
     special = _deepseek(fields, grouped=method == "group_limited_greedy")
     special["moe.router"] = "softmax"
-    special["moe.normalise"] = False  # the class does not read norm_topk_prob
+    special["moe.normalize"] = False  # the class does not read norm_topk_prob
     return special
 
 

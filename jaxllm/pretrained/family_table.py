@@ -73,7 +73,7 @@ FIELDS = {
     "n_routed_experts": Field("moe.num_experts", "count"),
     "num_experts_per_tok": Field("moe.per_token", "count"),
     "moe_intermediate_size": Field("moe.mlp_dim", "count"),
-    "norm_topk_prob": Field("moe.normalise", "flag"),
+    "norm_topk_prob": Field("moe.normalize", "flag"),
     "n_shared_experts": Field("moe.num_shared", "count from 0"),
     "routed_scaling_factor": Field("moe.scale", "number"),
     "first_k_dense_replace": Field("moe.first_dense", "count from 0"),

@@ -8,7 +8,8 @@ Huang: Huang et al. 2024, "The N+ implementation details of RLHF with PPO".
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from jaxllm.config import require
 from jaxllm.config.ranges import (
@@ -58,6 +59,8 @@ class RoleMesh(MeshConfig):
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
     """Reinforcement learning from a reward. Sources of the defaults: jaxllm/rl/config.py."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"normalise_scores": "normalize_scores"}
 
     # --- Data and models.
     data: DataConfig = DataConfig()
@@ -116,7 +119,7 @@ class PPOConfig:
     """Normalize advantages over the batch to mean 0 and (population) variance 1."""
     whiten_rewards: bool = False  # Huang (Ziegler: true)
     """Scale per-token rewards over the batch to variance 1, without shifting their mean."""
-    normalise_scores: bool = False
+    normalize_scores: bool = False
     """Normalize scores by the running mean and standard deviation of all scores so far."""
     score_clip: NonNegativeFloat = 0.0
     """Clip scores to plus or minus this, after they are normalized; 0: off."""

@@ -62,7 +62,7 @@ def shape_scores(
         "score": (reported.sum(), jnp.float32(scores.shape[0])),
         "score_std": (reported.std(), jnp.ones(())),
     }
-    if config.normalise_scores:
+    if config.normalize_scores:
         moments = losses.update_moments(moments, scores, finished)
         std = jnp.sqrt(moments.m2 / jnp.maximum(moments.count, 1.0))
         scores = (scores - moments.mean) / jnp.maximum(std, 1e-6)
@@ -101,7 +101,7 @@ def make_experience(
     rewards = losses.token_rewards(scores, policy.logprob, ref_logprobs, mask, kl_coef)
     if config.whiten_rewards:
         # The mean stays: shifting rewards would pay for the length of a response.
-        rewards = losses.whiten(rewards, mask, centre=False)
+        rewards = losses.whiten(rewards, mask, center=False)
 
     if config.advantages == "gae":
         if config.shares_trunk:

@@ -8,12 +8,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from annotated_types import Ge, Lt
 from etils import epath
+from pydantic import BeforeValidator
 
 from jaxllm import losses, train
 from jaxllm.config import InputError, require
@@ -39,9 +40,15 @@ from jaxllm.stages.training_config import TrainingConfig
 from jaxllm.workspace import Workspace
 
 
+def _current_value(value: Any) -> Any:
+    return "center" if value == "centre" else value  # as configs spelled it once
+
+
 @dataclasses.dataclass(frozen=True)
 class PreferenceConfig(TrainingConfig):
     """Training on rankings. One prompt with all its responses is one example (Ouyang et al. 2022, section 3.5)."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"normalise": "normalize"}
 
     loss: Literal["pairwise", "plackett_luce", "regression"] = "pairwise"
     """All pairs (Bradley-Terry), the whole order (Plackett-Luce), or squared error to the records' own scores."""
@@ -53,7 +60,9 @@ class PreferenceConfig(TrainingConfig):
     """What counts once: a prompt, however many responses it has, or each of its pairs."""
     beta: PositiveFloat = 0.1
     """dpo: the implicit reward is beta * log(policy / reference)."""
-    normalise: Literal["centre", "unit", "none"] = "centre"
+    normalize: Annotated[Literal["center", "unit", "none"], BeforeValidator(_current_value)] = (
+        "center"
+    )
     """reward: scores of the training responses are shifted to mean 0, also scaled to variance 1, or left unchanged."""
     log_every: PositiveInt = 5
     """Steps per logged interval."""
@@ -125,7 +134,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
 
     def finalize(state: train.TrainState) -> train.TrainState:
         scores, ranks = score_split(state.params, rankings["train"])
-        return response_scores.normalize_scores(state, scores[ranks > 0], config.normalise)
+        return response_scores.normalize_scores(state, scores[ranks > 0], config.normalize)
 
     batch_at = make_ranked_batch_at(
         rankings["train"], batch_size=config.batch_size, seed=workspace.seed, sharding=sharding

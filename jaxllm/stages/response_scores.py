@@ -82,7 +82,7 @@ def normalize_scores(state: TrainState, scores: np.ndarray, how: str) -> TrainSt
     Args:
       state: of the reward model.
       scores: float[N] of all training responses under that state.
-      how: "centre" shifts; "unit" also scales to variance one; "none" changes nothing. None of them changes the order
+      how: "center" shifts; "unit" also scales to variance one; "none" changes nothing. None of them changes the order
         of two responses.
     """
     head = state.params["head"]

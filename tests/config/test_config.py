@@ -1,11 +1,14 @@
 """YAML -> dataclass -> command line -> JSON; every mistake is one line that names its location."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import pytest
 
 from jaxllm import config as c
-from jaxllm.config import InputError
+from jaxllm.config import InputError, build, complete, load, parse_overrides, renames
+from jaxllm.life import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,3 +171,48 @@ def test_a_config_that_an_earlier_version_recorded_is_completed_and_a_real_chang
     ]
     gone = {"inner": {"num_steps": 3, "former": 1}}
     assert c.complete(Outer, gone) == gone
+
+
+# --- Keys with a better name today.
+
+
+@dataclasses.dataclass(frozen=True)
+class Renamed:
+    RENAMED: ClassVar[Mapping[str, str]] = {"normalise": "normalize"}
+
+    normalize: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    inner: Renamed = Renamed()
+
+
+def test_an_old_key_keeps_working_in_files_records_and_flags(tmp_path, capsys):
+    renames.say_renamed.cache_clear()
+    (tmp_path / "x.yaml").write_text("inner: {normalise: false}")
+    config = load(Section, tmp_path / "x.yaml")
+    assert config == Section(Renamed(normalize=False))
+    assert "normalise is now normalize; the old name keeps working" in capsys.readouterr().err
+    assert complete(Section, {"inner": {"normalise": False}}) == {"inner": {"normalize": False}}
+    for flag in ("--inner.no-normalise", "--inner.no-normalize"):
+        overrides = parse_overrides(Section, Section(), [flag], "x")
+        assert overrides == {"inner": {"normalize": False}}
+
+
+def test_a_key_under_both_of_its_names_is_refused(tmp_path):
+    (tmp_path / "x.yaml").write_text("inner: {normalise: false, normalize: true}")
+    with pytest.raises(
+        InputError, match=r"x.yaml:1: inner: normalise is the old name of normalize"
+    ):
+        load(Section, tmp_path / "x.yaml")
+
+
+def test_the_shipped_sections_accept_their_old_keys():
+    config = build(Config, {
+        "model": {"moe": {"normalise": False}},
+        "reward": {"normalise": "centre"},
+        "ppo": {"normalise_scores": True},
+    })  # fmt: skip
+    assert not config.model.moe.normalize and config.reward.normalize == "center"
+    assert config.ppo.normalize_scores

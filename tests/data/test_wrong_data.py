@@ -11,7 +11,7 @@ from jaxllm.config import InputError
 from jaxllm.data import messages, splits
 from jaxllm.data.messages import prompt_text
 from jaxllm.data.sources import DataConfig, Source
-from jaxllm.evaluation import tasks
+from jaxllm.evaluation import task_files
 from jaxllm.stages import sample
 from tests.data.test_formats import FEW, write
 
@@ -302,8 +302,8 @@ def test_null_is_absent_in_tasks_and_required_where_it_is(tmp_path, line):
     nulls = dict.fromkeys(
         {"prompt", "messages", "question", "choices", "answer", "text"} - set(line)
     )
-    read_all = lambda value: tasks.read_tasks(
-        [write(tmp_path / "t.jsonl", json.dumps(value))], tasks.ScoringConfig()
+    read_all = lambda value: task_files.read_tasks(
+        [write(tmp_path / "t.jsonl", json.dumps(value))], shots=0
     )
     (plain,), (with_nulls,) = read_all(line), read_all({**nulls, **line})
     assert plain.items == with_nulls.items and plain.kind == with_nulls.kind
@@ -318,16 +318,16 @@ def test_null_is_absent_in_tasks_and_required_where_it_is(tmp_path, line):
 )
 def test_answers_of_tasks_are_spelled_as_json_does(tmp_path, answer, text):
     path = write(tmp_path / "t.jsonl", f'\ufeff{{"prompt": "q", "answer": {answer}}}')
-    assert tasks.read_tasks([path], tasks.ScoringConfig())[0].items[0].answer == text
+    assert task_files.read_tasks([path], shots=0)[0].items[0].answer == text
 
 
 def test_tasks_in_a_table_are_read_and_wrong_answers_refused(tmp_path):
     path = write(tmp_path / "t.CSV", "prompt,answer\nq,3\n")
-    assert tasks.read_tasks([path], tasks.ScoringConfig())[0].items[0].answer == "3"
+    assert task_files.read_tasks([path], shots=0)[0].items[0].answer == "3"
     for answer in ("true", "1e999", "NaN", "[1]", "null"):
         path = write(tmp_path / "t.jsonl", f'{{"prompt": "q", "answer": {answer}}}')
         with pytest.raises(InputError, match=r"t.jsonl:1: "):
-            tasks.read_tasks([path], tasks.ScoringConfig())
+            task_files.read_tasks([path], shots=0)
 
 
 @pytest.mark.parametrize("content", [b'{"responses": [\n', b"caf\xe9\n"])
@@ -410,7 +410,7 @@ def test_any_value_in_any_field_gives_an_example_or_one_line(tmp_path, kind, cha
     path = write(tmp_path / "a.jsonl", json.dumps(fields))
     try:
         if kind == "task":
-            found = tasks.read_tasks([path], tasks.ScoringConfig())[0].items
+            found = task_files.read_tasks([path], shots=0)[0].items
         else:
             templates = {"prompt": template, "response": template} if template else {}
             found = examples(path, kind, min_chars=0, **templates)

@@ -75,11 +75,11 @@ def tied_head(model, params, patch):
 
 def choose_then_softmax(model, params, patch):
     """Softmax over the chosen experts alone, instead of the share of all experts."""
-    return of_moe(normalise=True)(model, params, patch)
+    return of_moe(normalize=True)(model, params, patch)
 
 
 def softmax_then_choose(model, params, patch):
-    return of_moe(normalise=False)(model, params, patch)
+    return of_moe(normalize=False)(model, params, patch)
 
 
 def last_layer_everywhere(stack):

@@ -169,7 +169,7 @@ def test_tensors_and_config_come_out_as_they_went_in(tmp_path, case):
     model = family_config.from_hf(config, "x")[0]
     want = family_config.from_hf(config_of(case), "y")[0]
     assert model.moe.num_experts == want.moe.num_experts
-    assert model.moe.normalise == want.moe.normalise
+    assert model.moe.normalize == want.moe.normalize
     # GGUF says none of these.
     assert want == dataclasses.replace(
         model, dtype=want.dtype, init_std=want.init_std, moe=want.moe

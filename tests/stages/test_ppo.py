@@ -130,7 +130,7 @@ def test_responses_that_never_end_get_the_set_score(world):
 
 
 def test_scores_are_normalised_by_all_that_were_seen():
-    config = dataclasses.replace(CONFIG, normalise_scores=True)
+    config = dataclasses.replace(CONFIG, normalize_scores=True)
     rng, moments, seen = np.random.default_rng(0), NO_MOMENTS, []
     for _ in range(5):
         raw, finished = rng.normal(3.0, 2.0, 16).astype(np.float32), rng.random(16) < 0.8
@@ -231,7 +231,7 @@ EVERYTHING = dataclasses.replace(
     SMALL,
     kl_target=0.2,
     kl_horizon=500.0,
-    normalise_scores=True,
+    normalize_scores=True,
     missing_end_score=-3.0,  # in units of the normalised score: below what the clip leaves
     score_clip=2.0,
     whiten_rewards=True,

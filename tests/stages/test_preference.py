@@ -126,7 +126,7 @@ def test_distance_is_in_scores_and_in_ranks_where_there_are_none():
 
 
 @pytest.mark.parametrize(
-    ("how", "mean", "std"), [("centre", 0.0, 2.5), ("unit", 0.0, 1.0), ("none", 4.0, 2.5)]
+    ("how", "mean", "std"), [("center", 0.0, 2.5), ("unit", 0.0, 1.0), ("none", 4.0, 2.5)]
 )
 def test_normalized_scores_have_this_mean_and_deviation(how, mean, std):
     hidden = np.random.default_rng(0).normal(size=(40, 8))
