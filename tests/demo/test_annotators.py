@@ -107,5 +107,5 @@ def test_batch_of_another_length_is_refused():
         return 0.0
 
     one.batch = lambda prompts, responses: [0.0]
-    with pytest.raises(InputError, match="gave 1 scores for 2 responses"):
+    with pytest.raises(InputError, match="returned 1 scores for 2 responses"):
         score_all(one, ["p", "p"], ["a", "b"])

@@ -85,11 +85,11 @@ def residual_stream(params, ids, *, model):
     """The hidden state before every layer and after the last one, where it is normalized, as in the recording."""
     positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     segments = jnp.ones_like(ids)
-    states = [transformer._embed(params, model, ids, positions)]
+    states = [transformer.embed(params, model, ids, positions)]
     for name, block, numbers in transformer.stacks(model):
         for i, number in enumerate(numbers):
             weights = jax.tree.map(lambda stacked, i=i: stacked[i], params[name])
-            layer = transformer._merge(transformer.Block, block, weights)
+            layer = transformer.merge_module(transformer.Block, block, weights)
             states.append(layer(states[-1], positions, segments, model.windowed(number))[0])
     return [*states[:-1], transformer.apply(params, model, ids)]
 
