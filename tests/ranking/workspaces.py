@@ -9,6 +9,7 @@ import jax
 from etils import epath
 
 from jaxllm.ranking.records import read_rankings
+from jaxllm.runtime.goodput import Ledger
 from jaxllm.stages import rank
 from jaxllm.stages.rank import RankConfig
 from jaxllm.workspace import Workspace
@@ -19,7 +20,8 @@ WORDS = ("good", "bad", "nice good", "ugly bad", "table", "很好", "[b]x[/b]", 
 
 def open_workspace(run_dir) -> Workspace:
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-    return Workspace(epath.Path(run_dir), mesh, 7, {})
+    run_dir = epath.Path(run_dir)
+    return Workspace(run_dir, mesh, 7, {}, Ledger(run_dir / "goodput.jsonl"))
 
 
 def make_workspace(run_dir, count: int = 6) -> Workspace:
