@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from jaxllm.config import InputError
 from jaxllm.data.format import is_held_out
-from jaxllm.data.sources import DataConfig
 from jaxllm.ranking.records import read_rankings
 from jaxllm.stages import rank
 from jaxllm.stages.rank import RankConfig
@@ -90,9 +89,8 @@ def test_a_prompt_has_the_split_that_it_has_in_the_data_of_every_stage(workspace
     lines = [{**LINE, "prompt": f"question {i}"} for i in range(200)]
     config = write(tmp_path / "in.jsonl", *lines)
     run_rank(workspace, dataclasses.replace(config, held_out=0.3))
-    data = DataConfig(held_out_fraction=0.3)
     for i, line in enumerate(rankings(workspace)):
-        assert (line["split"] == "held_out") == is_held_out(f"question {i}", data)
+        assert (line["split"] == "held_out") == is_held_out(f"question {i}", 0.3)
 
 
 @pytest.mark.parametrize(
