@@ -65,10 +65,8 @@ def within(end):
     return end[0] <= LIMIT[0] and end[1] <= LIMIT[1]
 
 
-@pytest.mark.parametrize("updates", [100, pytest.param(150, marks=pytest.mark.life)])
-def test_ppo_reaches_the_known_optimum(updates):
-    config = dataclasses.replace(QUICK, num_steps=updates)
-    assert within(reached(config, seed=0, vocab=3, layers=1))
+def test_ppo_reaches_the_known_optimum():
+    assert within(reached(QUICK, seed=0, vocab=3, layers=1))
 
 
 @pytest.mark.slow
