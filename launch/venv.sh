@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh: `make_venv EXTRAS` makes .venv and installs jaxllm with these extras into it.
-# Does nothing where pyproject.toml has not changed since the last time; takes up an install that was cut.
+# Sourced by quickstart.sh and test.sh: `make_venv EXTRAS` creates .venv and installs jaxllm with these extras into it.
+# Does nothing if pyproject.toml has not changed since the last install; finishes one that was interrupted.
 
 find_python() {
   local candidate
@@ -14,7 +14,7 @@ find_python() {
   return 1
 }
 
-# Names each package as pip gets to it, on one line that is rewritten; nothing where nobody watches.
+# Names each package as pip reaches it, on one line that is rewritten; silent if stderr is not a terminal.
 show_progress() {
   local line
   while IFS= read -r line; do
@@ -34,14 +34,15 @@ make_venv() {
     [ -x .venv/bin/python ] || uv venv --quiet --allow-existing --python 3.12 .venv
     uv pip install --quiet --python .venv/bin/python -e ".[$extras]"
   else
-    # A .venv that uv made, or that was cut while it was made, has no working pip: it is made anew.
+    # A .venv from uv, or from an interrupted start, has no working pip: create it again.
     if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
       python=$(find_python)
       "$python" -m venv --clear .venv
     fi
     .venv/bin/python -m pip install --disable-pip-version-check --no-compile -e ".[$extras]" | show_progress
   fi
-  # Compiling all that came takes half a minute, what the program imports 4 s, at every start where it may not be kept.
+  # Only what jaxllm imports is compiled to bytecode: 4 s, where all packages would take half a minute. Without it each
+  # start compiles again wherever Python may not write.
   env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c 'import jaxllm.plan.planning, jaxllm.chat, jaxllm.stages.reinforce, jaxllm.report.report'
   touch "$stamp"
 }

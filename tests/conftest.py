@@ -69,9 +69,21 @@ def jaxllm(*args: str, **kwargs) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "jaxllm", *args], env=env, **{**pipes, **kwargs})
 
 
+# The longest files go to the workers first, so that both workers end at about the same time. Of these only
+# test_life.py uses the tiny run: the other worker does not wait while it is made.
+LONGEST = (
+    "test_life.py",
+    "test_proofs.py",
+    "test_train.py",
+    "test_generate.py",
+    "test_families.py",
+    "test_ppo.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file goes to a worker first."""
-    items.sort(key=lambda item: item.path.name != "test_life.py")
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")

@@ -291,8 +291,8 @@ def test_help_explains_every_option(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    text = "\n".join(line.strip("│ ") for line in out.splitlines())
-    options = re.split(r"^(?=--[a-z])", text, flags=re.MULTILINE)[1:]
+    text = "\n".join(line.strip("│| ") for line in out.splitlines())
+    options = re.split(r"^(?=--\w)", text, flags=re.MULTILINE)[1:]
     assert len(options) >= 6
     # A sentence comes before the default; an option without help has the default alone.
     for option in options:

@@ -9,7 +9,7 @@ from jaxllm.models.config import PRESETS, ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.models.parameters import Axes
 from jaxllm.optim import decay_mask
-from jaxllm.pretrained import families
+from jaxllm.pretrained import family_config
 from tests.pretrained.test_families import RECORD
 
 # By name, for comparison: optimizer states and adapters of earlier checkpoints depend on both.
@@ -20,7 +20,9 @@ VECTORS |= {f"{name}_bias" for name in ("q", "k", "v", "out", "gate", "up", "dow
 NUM_INPUTS = dict.fromkeys(LoRAConfig().targets, 1) | {"out": 2}
 
 MODELS = {name: build(ModelConfig, {"preset": name, "vocab_size": 256}) for name in PRESETS}
-MODELS |= {name: families.from_hf(record["config"], name)[0] for name, record in RECORD.items()}
+MODELS |= {
+    name: family_config.from_hf(record["config"], name)[0] for name, record in RECORD.items()
+}
 MODELS["mtp"] = build(ModelConfig, {"preset": "deepseek-v3", "mtp_modules": 1})
 WITH_ADAPTERS = LoRAConfig(rank=4)
 

@@ -22,6 +22,9 @@ ARRAYS = np.load(Path(HERE) / "families.npz")
 CASES = pytest.mark.parametrize("case", RECORD)
 # Decoding and padding of every part once; the other families are slow (-m "slow or not slow").
 _PARTS = ("gpt2", "llama3", "gemma3", "deepseek_v3")
+PARTS = pytest.mark.parametrize(
+    "case", [c if c in _PARTS else pytest.param(c, marks=pytest.mark.life) for c in RECORD]
+)
 MOST = pytest.mark.parametrize(
     "case", [c if c in _PARTS else pytest.param(c, marks=pytest.mark.slow) for c in RECORD]
 )
@@ -68,7 +71,7 @@ def test_names_and_shapes_are_those_of_the_file(case):
     assert families.file_shapes(model, family, transformer.abstract(model)) == want
 
 
-@CASES
+@PARTS
 def test_logits_and_every_layers_hidden_state(case):
     model, _, params = load(case)
     ids = jnp.array(tokens(0, 1))
@@ -94,9 +97,7 @@ def residual_stream(params, ids, *, model):
     return [*states[:-1], transformer.apply(params, model, ids)]
 
 
-@pytest.mark.parametrize(
-    "case", [c if c in _PARTS else pytest.param(c, marks=pytest.mark.life) for c in RECORD]
-)
+@PARTS
 def test_loss_and_gradients(case):
     model, family, params = load(case)
     ids = jnp.array(tokens(0, 1))

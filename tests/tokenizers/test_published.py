@@ -228,7 +228,10 @@ def test_training_data_carries_tools_and_calls(tmp_path):
     with pytest.raises(InputError, match=r'chats\.jsonl:1: "tools" are for conversations only'):
         list(examples(data, "prompt", "train"))
     path.write_text(json.dumps({"messages": [*CALLING[:2], {"role": "tool"}, CALLING[3]]}) + "\n")
-    with pytest.raises(InputError, match=r"chats\.jsonl:1: a message needs a role .* and content"):
+    with pytest.raises(
+        InputError,
+        match=r"chats\.jsonl:1: messages.2: has no content; a message needs a role .* and content",
+    ):
         list(examples(data, "chat", "train"))
 
 
