@@ -173,6 +173,7 @@ def _count_targets(
     sizes = table["size"].astype(np.int64)
     ids, mask = examples.tokens.read(table["start"], sizes)
     firsts = np.cumsum(sizes) - sizes
+    assert mask is not None  # conversations have masks
     # Nothing predicts a first token.
     mask[firsts] = False
     counts = np.add.reduceat(mask, firsts, dtype=np.int64)
