@@ -151,11 +151,11 @@ def make_example(kind: str, source: Source, record: Record, index: int = 0) -> E
         return example._replace(tools=tools)
     if kind == "prompt":
         return example._replace(answer=_answer(source, record))
-    ranking = check_ranking(fields, origin)
+    responses, ranks, scores = check_ranking(fields, origin)
     return example._replace(
-        responses=ranking["responses"],
-        ranks=ranking.get("ranks", []),
-        scores=tuple(ranking.get("scores", [])),
+        responses=responses,
+        ranks=ranks,
+        scores=tuple(scores),
         annotator=spelled(fields.get("annotator", ""), origin),
     )
 

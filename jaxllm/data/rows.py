@@ -174,6 +174,7 @@ def _count_targets(
     ids, mask = examples.tokens.read(table["start"], sizes)
     assert mask is not None  # conversations have a mask of targets
     firsts = np.cumsum(sizes) - sizes
+    assert mask is not None  # conversations have masks
     # Nothing predicts a first token.
     mask[firsts] = False
     counts = np.add.reduceat(mask, firsts, dtype=np.int64)

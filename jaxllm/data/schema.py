@@ -85,27 +85,24 @@ def check_tools(tools: Any, origin: str) -> list[dict[str, Any]]:
     return _checked(_TOOLS, tools, origin, "tools are a list of objects", "tools")
 
 
-def check_ranking(fields: Mapping[str, Any], origin: str) -> Ranking:
-    """Returns a record's responses, scores ([] if it has none), and ranks, which follow from scores if not given.
+def check_ranking(
+    fields: Mapping[str, Any], origin: str
+) -> tuple[list[str], list[int], list[float]]:
+    """Returns a record's responses, ranks, which follow from scores if not given, and scores, [] if it has none.
 
     Raises:
         InputError: a field has the wrong type, or there is not one rank or score for each response.
     """
-    ranking = _checked(_RANKING, dict(fields), origin, _RANKING_NEEDS)
-    num_responses = len(ranking["responses"])
-    if "scores" in ranking:
-        _require_length(ranking, "scores", num_responses, origin)
-    scores = ranking.setdefault("scores", [])
-    ranking["ranks"] = ranking.get("ranks") or _ranks_of(scores)
-    _require_length(ranking, "ranks", num_responses, origin)
-    return ranking
-
-
-def _require_length(ranking: Any, name: str, num_responses: int, origin: str) -> None:
-    num_values = len(ranking[name])
-    if num_values != num_responses:
-        counts = f"{num_values} {name} for {num_responses} responses"
-        raise InputError(f"{origin}: {counts}; {_RANKING_NEEDS}")
+    ranking: Any = _checked(_RANKING, dict(fields), origin, _RANKING_NEEDS)
+    responses = ranking["responses"]
+    scores = ranking.get("scores", [])
+    ranks = ranking.get("ranks") or _ranks_of(scores)
+    # Absent scores are as good as one for each.
+    for name, values in (("scores", ranking.get("scores", responses)), ("ranks", ranks)):
+        if len(values) != len(responses):
+            counts = f"{len(values)} {name} for {len(responses)} responses"
+            raise InputError(f"{origin}: {counts}; {_RANKING_NEEDS}")
+    return responses, ranks, scores
 
 
 def _checked(

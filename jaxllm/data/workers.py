@@ -47,7 +47,7 @@ def prepare(
     share: (index of this process, number of processes) that prepare the same cache.
     """
     # Two sources with the same file and settings have one folder.
-    metas = {unit.folder: open_valid(unit.folder) for unit in units}
+    metas: dict[Path, Any] = {unit.folder: open_valid(unit.folder) for unit in units}
     # Each process begins at a different unit; a unit that another one is building is skipped.
     first = share[0] * len(units) // share[1]
     by_folder = {unit.folder: unit for unit in (*units[first:], *units[:first])}
@@ -75,7 +75,7 @@ def prepare(
     for unit in units:
         if metas[unit.folder] is None:
             metas[unit.folder] = get_or_build(unit.folder, _writer(unit, tokenizer))
-    return [metas[unit.folder] for unit in units]  # pyright: ignore[reportReturnType]
+    return [metas[unit.folder] for unit in units]
 
 
 def _build(
@@ -99,7 +99,7 @@ def _build(
                 connection = idle.pop()
                 busy[connection] = waiting.popleft()
                 connection.send((busy[connection], tokenizer and tokenizer.model))
-            ready: Any = wait(list(busy))
+            ready: list[Any] = wait(list(busy))
             for connection in ready:
                 yield busy.pop(connection), connection.recv()
                 idle.append(connection)
