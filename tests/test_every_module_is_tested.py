@@ -23,6 +23,7 @@ TESTED_IN = {
     "workspace.py": "tests/test_wrong_input.py",
     "config/functions.py": "tests/demo/test_annotators.py",
     "config/shipped.py": "tests/test_api.py",
+    "config/renames.py": "tests/config/test_config.py",
     "config/build.py": "tests/config/test_config.py",
     "config/command_line.py": "tests/config/test_config.py",
     "config/differences.py": "tests/config/test_config.py",
