@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A command in the background of a machine that one leaves again, started anew after failures (restart.sh):
+# A command in the background of a machine one logs out of, restarted after failures (restart.sh):
 #   bash launch/daemon.sh start RUN_DIR COMMAND...    does nothing where it runs already
 #   bash launch/daemon.sh stop                        SIGTERM, and waits until everything is saved
 #   bash launch/daemon.sh status                      "running", "ended with status N", or "not started"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A run on TPU slices of a GKE cluster that has JobSet, by kubectl. JOB.yaml: launch/example.yaml.
-#   bash launch/gke.sh up JOB.yaml        submit; leaves alone what is going on, and submits anew what has ended
+# A run on TPU slices of a GKE cluster with JobSet, through kubectl. JOB.yaml: see launch/example.yaml.
+#   bash launch/gke.sh up JOB.yaml        submit; a running job is left alone, an ended one is submitted again
 #   bash launch/gke.sh logs JOB.yaml      follow the first host of the first slice
 #   bash launch/gke.sh status JOB.yaml    the JobSet and its pods
 #   bash launch/gke.sh down JOB.yaml      delete it; the pods get SIGTERM and save

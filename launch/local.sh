@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One run in N processes on this machine, as on N machines: to try out a job, or for one GPU a process.
 #   bash launch/local.sh N CONFIG [any option of jaxllm run]     e.g.  bash launch/local.sh 2 configs/tiny.yaml --cpu-devices 1
-# Running it again goes on where it stopped. SIGTERM and Ctrl-C stop all processes at the same step, with everything
+# Running it again resumes. SIGTERM and Ctrl-C stop all processes at the same step, with everything
 # saved and status 0. With restarts after failures:
 #   bash launch/restart.sh runs/tiny bash launch/local.sh 2 configs/tiny.yaml
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole life of a small model, from an empty machine with Python 3.12. Running it again goes on where it stopped.
+# The whole life of a small model, from an empty machine with Python 3.12. Running it again resumes.
 #   bash launch/quickstart.sh [any option of jaxllm run]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

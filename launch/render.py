@@ -1,12 +1,12 @@
-"""One small description of a job (launch/example.yaml), rendered for the place where it runs.
+"""One small description of a job (launch/example.yaml), rendered for the system it runs on.
 
     python launch/render.py slurm JOB.yaml | bash       # a command: sbatch ... launch/slurm.sbatch ...
     python launch/render.py sky JOB.yaml > task.yaml    # a SkyPilot task
     python launch/render.py gke JOB.yaml                # a JobSet, for launch/gke.sh
     python launch/render.py shell JOB.yaml              # variables, for launch/tpu_vm.sh
 
-Everything is printed and nothing is done. Rendering and submitting the same description again goes on with the run.
-Exit code 2 and one line where the description makes no sense.
+Everything is printed, nothing is submitted. Submitting the same description again resumes the run.
+A description that is not valid gives one line and exit code 2.
 """
 
 import dataclasses

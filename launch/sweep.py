@@ -1,12 +1,12 @@
-"""A grid over a config's fields: every point is a run of its own, the results one table and one plot.
+"""A grid over a config's fields: each point is a separate run, and the results are one table and one plot.
 
     python launch/sweep.py configs/tiny.yaml --stages tokenizer pretrain --jobs 2 \\
         --grid pretrain.optim.learning-rate=1e-3,3e-3 --grid model.num-layers=1,2,4
     python launch/sweep.py ... --slurm='--partition=gpu --gpus-per-node=8 --time=4:00:00'
 
-A point's run directory is OUT/FIELD=VALUE,... Running it again skips finished points and goes on with cut ones; a
-failed one is named, and the exit code is then 1. OUT gets table.csv, table.md and plot.png. Where the model's size
-varies, and the metric is a loss, L = E + A / N^alpha is fitted to the best loss of each size.
+A point's run directory is OUT/FIELD=VALUE,... Running it again skips finished points and resumes interrupted ones;
+a failed one is named, and the exit code is then 1. OUT gets table.csv, table.md and plot.png. If the model's size varies
+and the metric is a loss, L = E + A / N^alpha is fitted to the best loss of each size.
 """
 
 import csv
@@ -236,5 +236,6 @@ if __name__ == "__main__":
         sys.exit(print(f"sweep: {str(error).removeprefix('sweep: ')}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(
-            print("sweep: interrupted; run the same command again to go on", file=sys.stderr) or 130
+            print("sweep: interrupted; run the same command again to resume", file=sys.stderr)
+            or 130
         )

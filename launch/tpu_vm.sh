@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A run on a slice of TPU VMs, or on several, that a queued resource brings. JOB.yaml: launch/example.yaml.
+# A run on one or several slices of TPU VMs from a queued resource. JOB.yaml: see launch/example.yaml.
 #   bash launch/tpu_vm.sh up JOB.yaml        ask for the slice and wait for it; install this working tree; start the run
 #   bash launch/tpu_vm.sh logs JOB.yaml      follow the first worker's output
 #   bash launch/tpu_vm.sh status JOB.yaml    state of the queued resource, and of the run on every worker
 #   bash launch/tpu_vm.sh stop JOB.yaml      SIGTERM to the run: it saves and ends
 #   bash launch/tpu_vm.sh down JOB.yaml      delete slice and queued resource
-# `up` again goes on, wherever it was cut: it takes a slice that is there, asks anew for one that was preempted, and
-# leaves a run alone that is going on.
+# `up` can be repeated at any time: it uses a slice that exists, asks again for one that was preempted, and leaves a running
+# run alone.
 set -euo pipefail
 if [[ $# -ne 2 || ! $1 =~ ^(up|logs|status|stop|down)$ ]]; then
   echo "usage: bash launch/tpu_vm.sh up|logs|status|stop|down JOB.yaml" >&2
