@@ -29,7 +29,7 @@ from jaxllm.pretrained.safetensors_files import DTYPES, KINDS, Files, read_impor
 from jaxllm.pretrained.safetensors_writer import LazyTensor, write_model
 from jaxllm.runtime import checkpoint
 from jaxllm.runtime.console import console
-from jaxllm.runtime.files import read_json, write_json
+from jaxllm.runtime.files import new_folder, read_json, write_json
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.sharding import replicated
 from jaxllm.tokenizers.files import IDS
@@ -52,19 +52,13 @@ def import_model(source: str, out: str) -> None:
     target = Path(out).expanduser()
     if target.exists():
         raise InputError(f"{target}: exists already; give another directory, or remove it")
-    # Everything is written under another name first: an import that fails does not leave
-    # a half-written directory.
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    # An import that fails does not leave a half-written directory.
+    with new_folder(target) as stage:
         if folder.suffix.lower() == ".gguf" and not folder.is_dir():
-            _make_stage(partial, _unpack_gguf(folder, partial / "gguf"), move=True)
+            _make_stage(stage, _unpack_gguf(folder, stage / "gguf"), move=True)
+            shutil.rmtree(stage / "gguf")
         else:
-            _make_stage(partial, folder, move=False)
-        shutil.rmtree(partial / "gguf", ignore_errors=True)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            _make_stage(stage, folder, move=False)
     console.print(f"next: {_next_command(target)}")
 
 
@@ -183,19 +177,16 @@ def export_model(
     config, family = to_hf(model)
     # One device: leaves are read to the host one at a time, whatever mesh they were trained on.
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if adapters:
-        _export_adapters(source, record, model, family, mesh, partial)
-    else:
-        stored = _export_tensors(source, record, model, family, mesh, partial, dtype, shard_gb)
-        given = read_json(source / "hf" / "config.json") or {}
-        config = {**config, **given, "dtype": stored, "vocab_size": model.vocab_size}
-        if record["kind"] == "reward":
-            config |= _classifier_fields(family)
-        _write_configs_and_tokenizer(source, partial, config)
-    partial.rename(target)
+    with new_folder(target) as folder:
+        if adapters:
+            _export_adapters(source, record, model, family, mesh, folder)
+        else:
+            stored = _export_tensors(source, record, model, family, mesh, folder, dtype, shard_gb)
+            given = read_json(source / "hf" / "config.json") or {}
+            config = {**config, **given, "dtype": stored, "vocab_size": model.vocab_size}
+            if record["kind"] == "reward":
+                config |= _classifier_fields(family)
+            _write_configs_and_tokenizer(source, folder, config)
     console.print(f"{target}: {family}{' adapters' if adapters else ''}")
 
 

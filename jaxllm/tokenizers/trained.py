@@ -5,9 +5,7 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 import sentencepiece
 
 from jaxllm.config import InputError
-from jaxllm.runtime.files import read_json
+from jaxllm.runtime.files import new_folder, read_json
 
 PAD = "<|pad|>"
 BOS = "<|bos|>"
@@ -175,18 +173,10 @@ class Tokenizer:
         """Write the model's files and a record of them as a new directory, at once; an older one is replaced."""
         record = {"type": self.kind, "vocab_size": self.vocab_size, "sha256": self.fingerprint}
         record |= settings or {}
-        target = Path(directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tokenizer-") as partial:
-            new = Path(partial) / "new"
-            new.mkdir()
+        with new_folder(Path(directory)) as folder:
             for name, content in self._files.items():
-                (new / name).write_bytes(content)
-            (new / self.record).write_text(json.dumps(record, indent=1) + "\n")
-            # A directory cannot be replaced by one that is not empty; the old one goes with `partial`.
-            if target.exists():
-                os.replace(target, Path(partial) / "old")
-            os.replace(new, target)
+                (folder / name).write_bytes(content)
+            (folder / self.record).write_text(json.dumps(record, indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: Any) -> "Tokenizer":
