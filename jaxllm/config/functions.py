@@ -1,8 +1,6 @@
 """Functions that a config names as "module:function": the only code that a config can run."""
 
-import functools
 import importlib
-import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Annotated, Any
@@ -10,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from jaxllm.config.errors import InputError
-from jaxllm.config.renames import say_renamed
+from jaxllm.config.renames import print_once, say_renamed
 
 # Modules of this package that have moved, and their new names: old configs keep working.
 _MOVED = {
@@ -71,7 +69,7 @@ def resolve_function(spec: str, field: str) -> Callable[..., Any]:
             f"{field} {spec!r}: {module_name} has no function {name!r}; it has: {known}"
         )
     # Announced, because it is foreign code that a config file can make run.
-    _print_once(f"{field}: running {spec}")
+    print_once(f"{field}: running {spec}")
     return function
 
 
@@ -82,8 +80,3 @@ def _functions_of(module: ModuleType) -> list[str]:
         if callable(value) and getattr(value, "__module__", "") == module.__name__:
             names.append(name)
     return names
-
-
-@functools.cache
-def _print_once(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

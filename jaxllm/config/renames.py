@@ -52,7 +52,12 @@ def current_flag(cls: Any, argument: str) -> str:
     return f"--{'.'.join([*sections, prefix + new.replace('_', '-')])}{equals}{value}"
 
 
-@functools.cache
 def say_renamed(old: str, new: str) -> None:
     """Says once that a name has changed."""
-    print(f"{old} is now {new}; the old name keeps working", file=sys.stderr, flush=True)
+    print_once(f"{old} is now {new}; the old name keeps working")
+
+
+@functools.cache
+def print_once(line: str) -> None:
+    """Prints a line to standard error, unless it was printed before."""
+    print(line, file=sys.stderr, flush=True)

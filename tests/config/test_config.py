@@ -189,7 +189,7 @@ class Section:
 
 
 def test_an_old_key_keeps_working_in_files_records_and_flags(tmp_path, capsys):
-    renames.say_renamed.cache_clear()
+    renames.print_once.cache_clear()
     (tmp_path / "x.yaml").write_text("inner: {normalise: false}")
     config = load(Section, tmp_path / "x.yaml")
     assert config == Section(Renamed(normalize=False))
