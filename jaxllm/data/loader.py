@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxllm.config import InputError
-from jaxllm.data.batches import Batch, BatchAt, epoch, make_batch_function
+from jaxllm.data.batches import Batch, BatchAt, epoch, global_batch, make_batch_function
 from jaxllm.data.cache import key_of
 from jaxllm.data.format import Example
 from jaxllm.data.mixture import SINGLE_SOURCE, Mixture, interval_at, intervals, make_order
@@ -215,8 +215,7 @@ def make_prompt_batch_at(
         tokens  . . a b c      mask  0 0 1 1 1
     """
 
-    def row(position: int, _: int, number: int) -> Row:
-        ids = prompts[number].ids
+    def padded(ids: Sequence[int], position: int) -> Row:
         tokens = np.full(length, pad_id, np.int32)
         mask = np.zeros(length, bool)
         tokens[length - len(ids) :] = ids
@@ -228,12 +227,16 @@ def make_prompt_batch_at(
         }
 
     order = make_order([len(prompts)], SINGLE_SOURCE, seed)
-    on_devices = make_batch_function(order, row, batch_size, sharding)
 
     def batch_at(step: int) -> Batch:
         first = step * batch_size
         numbers = [order(number)[1] for number in range(first, first + batch_size)]
-        return {**on_devices(step), "prompt": np.array(numbers, np.int32)}
+
+        def row(position: int) -> Row:
+            return padded(prompts[numbers[position]].ids, position)
+
+        on_devices = global_batch(row, batch_size, sharding)
+        return {**on_devices, "prompt": np.array(numbers, np.int32)}
 
     return batch_at
 
