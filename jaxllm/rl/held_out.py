@@ -17,8 +17,8 @@ from jaxllm.generation.rollouts import Rollout
 from jaxllm.rl.layouts import ROWS, travel
 from jaxllm.rl.programs import UpdatePrograms
 from jaxllm.rl.roles import FrozenModels, PPOState, RunSpec
-from jaxllm.rl.scoring import Scorer, end_at_strings
-from jaxllm.rl.update import call
+from jaxllm.rl.scoring import end_at_strings
+from jaxllm.rl.update import Scorer, call
 from jaxllm.runtime.transfer import fetch
 from jaxllm.sharding import batch_shards
 

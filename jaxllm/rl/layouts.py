@@ -17,12 +17,15 @@ from jaxllm.runtime.mesh import planned_mesh
 from jaxllm.runtime.transfer import reshard_across_meshes
 from jaxllm.sharding import activation, check_batch, replicated
 
-ROLES = ("rollout", "reference", "reward", "critic")
+ROLES = ("policy", "rollout", "reference", "reward", "critic")
 
 # How an argument or a result travels between two meshes. A tree of shardings says it leaf by leaf.
 STAY = "stay"  # it is on the program's mesh already, or on the host
 ROWS = "rows"  # its leading dimension is the batch
 REPLICATED = "replicated"  # every device holds all of it
+
+# (tree, mesh, one sharding for all leaves or a tree of them) -> the tree on that mesh
+Move = Callable[[Any, Any, Any], Any]
 
 
 class MeshProgram(NamedTuple):
@@ -63,21 +66,24 @@ class MeshProgram(NamedTuple):
         return travel(results, self.results, self.home)
 
 
-def travel(value: Any, how: Any, mesh: Any) -> Any:
-    """`value` on another mesh: STAY, ROWS, REPLICATED, a tuple of these for a tuple, or a tree of shardings."""
+def travel(value: Any, how: Any, mesh: Any, move: Move = reshard_across_meshes) -> Any:
+    """`value` on another mesh: STAY, ROWS, REPLICATED, a tuple of these for a tuple, or a tree of shardings.
+
+    move: how a tree gets there, which is different for arrays and for their shapes.
+    """
     if how == STAY:
         return value
     if how == ROWS:
-        return reshard_across_meshes(value, mesh, activation(mesh, "batch"))
+        return move(value, mesh, activation(mesh, "batch"))
     if how == REPLICATED:
-        return reshard_across_meshes(value, mesh, replicated(mesh))
+        return move(value, mesh, replicated(mesh))
     if isinstance(how, tuple):
-        return tuple(travel(part, kind, mesh) for part, kind in zip(value, how, strict=True))
-    return reshard_across_meshes(value, mesh, how)
+        return tuple(travel(part, kind, mesh, move) for part, kind in zip(value, how, strict=True))
+    return move(value, mesh, how)
 
 
 def role_meshes(config: PPOConfig, mesh: Any) -> dict[str, Any]:
-    """The mesh of every role: its own over the same devices, or the stage's.
+    """The mesh of every role: its own over the same devices, or the stage's, on which the policy trains.
 
     Raises:
       InputError: where the rows of a role do not divide over its mesh.

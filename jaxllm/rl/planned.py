@@ -10,11 +10,11 @@ from jaxllm.losses import Metrics
 from jaxllm.models import next_token
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.config import PPOConfig
-from jaxllm.rl.layouts import REPLICATED, ROWS, STAY, MeshProgram
+from jaxllm.rl.layouts import MeshProgram, role_meshes, travel
 from jaxllm.rl.programs import build_programs
 from jaxllm.rl.roles import RunSpec, abstract_frozen, abstract_state, check_lengths
 from jaxllm.rl.update import HostWork, collect, minibatch_rows, optimize
-from jaxllm.sharding import replicated, rows_like, with_shardings
+from jaxllm.sharding import rows_like, with_shardings
 
 
 class Recorder:
@@ -34,12 +34,12 @@ class Recorder:
             # Later calls of a program have arguments of the same shapes, so its results are known.
             moved = arguments
             if program.mesh is not program.home:
-                moved = travel_shapes(arguments, program.arguments, program.mesh)
+                moved = travel(arguments, program.arguments, program.mesh, _move_shapes)
             self.calls[name] = (program, moved, resident)
             # Under the mesh, since dtypes and kernels depend on its platform.
             with jax.set_mesh(program.mesh):
                 shapes = jax.eval_shape(program.function, *moved, **resident)
-            self._results[name] = travel_shapes(shapes, program.results, program.home)
+            self._results[name] = travel(shapes, program.results, program.home, _move_shapes)
         return self._results[name]
 
     def programs(self) -> list[train.Program]:
@@ -61,19 +61,12 @@ class Recorder:
         ]
 
 
-def travel_shapes(shapes: Any, how: Any, mesh: Any) -> Any:
-    """`layouts.travel` for shapes: the same values with the shardings they arrive in."""
-    if how == STAY:
-        return shapes
-    if how == ROWS:
-        return rows_like(mesh, shapes)
-    if how == REPLICATED:
-        return with_shardings(shapes, jax.tree.map(lambda _: replicated(mesh), shapes))
-    if isinstance(how, tuple):
-        return tuple(
-            travel_shapes(part, kind, mesh) for part, kind in zip(shapes, how, strict=True)
-        )
-    return with_shardings(shapes, how)
+def _move_shapes(shapes: Any, mesh: Any, shardings: Any) -> Any:
+    """`layouts.Move` for shapes: the same ones with the shardings they arrive in."""
+    del mesh  # the shardings are of it
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return with_shardings(shapes, shardings)
 
 
 def planned_update(
@@ -85,13 +78,14 @@ def planned_update(
     """
     check_lengths(config, model, stage)
     spec = RunSpec(config, model, model, stop_ids=(0,), pad_id=0, seed=seed)
-    programs, layouts = build_programs(spec, mesh)
+    meshes = role_meshes(config, mesh)
+    programs, layouts = build_programs(spec, meshes)
     state = abstract_state(layouts, config, mesh)
-    frozen = abstract_frozen(spec, mesh)
+    frozen = abstract_frozen(spec, meshes)
     record = Recorder()
 
-    def score(run: Any, rollout: Any, batch: Any) -> tuple[Any, Metrics]:
-        del batch
+    def score(run: Any, rollout: Any, prompts: Any) -> tuple[Any, Metrics]:
+        del prompts
         if config.has_reward_model:
             run(programs.reward, frozen.reward, rollout)
         return rows_like(mesh, jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)), {}
@@ -102,6 +96,7 @@ def planned_update(
         length = config.ptx.length or model.max_length
         documents = next_token.planned_rows(mesh, config.ptx.batch_size, length)
     host = HostWork(
+        prompts_of=lambda _: (),
         score=score,
         end_responses=lambda rollout: rollout,
         documents_at=(lambda _: documents) if documents else None,

@@ -5,7 +5,7 @@ which programs run, how often, and on what: there is no second list to keep in s
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,6 @@ from jaxllm.generation.generate import Rollout
 from jaxllm.models import decode, lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig, make_optimizer
-from jaxllm.rl import layouts
 from jaxllm.rl.experience import make_experience, response_values, reward_scores, shape_scores
 from jaxllm.rl.layouts import REPLICATED, ROWS, STAY, MeshProgram
 from jaxllm.rl.objectives import actor_loss, critic_loss, ptx_loss
@@ -39,9 +38,9 @@ class UpdatePrograms(NamedTuple):
     critic_step: MeshProgram | None  # the same, of a separate critic
 
 
-def build_programs(spec: RunSpec, mesh: jax.sharding.Mesh) -> tuple[UpdatePrograms, StateLayouts]:
+def build_programs(spec: RunSpec, meshes: Mapping[str, Any]) -> tuple[UpdatePrograms, StateLayouts]:
     """All programs of an update, not yet compiled, and where the states that they train live."""
-    meshes = layouts.role_meshes(spec.config, mesh)
+    mesh = meshes["policy"]
     weights, rollout = _sampling_programs(spec, mesh, meshes["rollout"])
     actor_step, actor = _actor_step(spec, mesh)
     critic_step, critic = None, None

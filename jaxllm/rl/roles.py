@@ -9,6 +9,7 @@
 With adapters (`lora`), policy and critic train small matrices on top of frozen base weights.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,6 @@ from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoRAConfig
 from jaxllm.rl.config import PPOConfig
-from jaxllm.rl.layouts import role_meshes
 from jaxllm.runtime.transfer import reshard_across_meshes
 from jaxllm.sharding import param_shardings, place_params, replicated
 from jaxllm.train import StateLayout, TrainState
@@ -89,14 +89,19 @@ class InitialModels(NamedTuple):
 
 
 def load_models(
-    workspace: Workspace, config: PPOConfig, stage: str, stop_ids: tuple[int, ...], pad_id: int
+    workspace: Workspace,
+    config: PPOConfig,
+    stage: str,
+    meshes: Mapping[str, Any],
+    stop_ids: tuple[int, ...],
+    pad_id: int,
 ) -> InitialModels:
-    """Loads every model of the stage, each onto the mesh of its role.
+    """Loads every model of the stage, each onto the mesh of its role (`layouts.role_meshes`).
 
     Raises:
       InputError: where a stage that a model comes from is not finished, or a context is too short.
     """
-    mesh = workspace.mesh
+    mesh = meshes["policy"]
     source = workspace.source(config.init_from, "sft", stage)
     loaded, model = load_model(source, mesh)
     # The reference is a plain model: adapters of an earlier stage are part of it.
@@ -109,17 +114,17 @@ def load_models(
     for each in (model, reward_model):
         check_lengths(config, each, stage)
     spec = RunSpec(config, model, reward_model, stop_ids, pad_id, workspace.seed)
-    meshes = role_meshes(config, mesh)
 
     start = with_value_head(ref, model) if config.shares_trunk else ref
-    with_head = scalar.axes(reward_model)
-    actor_axes = with_head if config.shares_trunk else transformer.axes(model)
-    actor, actor_base = split_trainable(config.lora, start, actor_axes)
+    actor_family = scalar if config.shares_trunk else transformer
+    actor, actor_base = split_trainable(config.lora, start, actor_family.axes(model))
     # An empty tree rather than None: states and checkpoints map over it.
     critic, critic_base = {}, {}
     if config.has_critic:
         critic, critic_base = split_trainable(
-            config.lora, initial_critic(config, ref, reward, reward_model), with_head
+            config.lora,
+            initial_critic(config, ref, reward, reward_model),
+            scalar.axes(reward_model),
         )
         shapes = _critic_base_shapes(spec, meshes["critic"])
         shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
@@ -244,10 +249,9 @@ def _assemble(config: PPOConfig, number: Any, actor: Any, critic: Any, ema: Any)
     )
 
 
-def abstract_frozen(spec: RunSpec, mesh: jax.sharding.Mesh) -> FrozenModels:
+def abstract_frozen(spec: RunSpec, meshes: Mapping[str, Any]) -> FrozenModels:
     """Shapes, dtypes and shardings of the frozen models."""
-    config = spec.config
-    meshes = role_meshes(config, mesh)
+    config, mesh = spec.config, meshes["policy"]
     policy_family = scalar if config.shares_trunk else transformer
     policy = _abstract(policy_family, spec.model, mesh)
     reward = {}

@@ -15,12 +15,9 @@ from jaxllm.losses import Metrics
 from jaxllm.rl import rewards
 from jaxllm.rl.programs import UpdatePrograms
 from jaxllm.rl.roles import FrozenModels, RunSpec
-from jaxllm.rl.update import RunProgram
+from jaxllm.rl.update import RunProgram, Scorer
 from jaxllm.runtime.transfer import fetch
 from jaxllm.sharding import activation
-
-# (run, rollout, its prompts, one per row) -> (scores float32[B] before they are shaped, the mean of each term)
-Scorer = Callable[[RunProgram, Rollout, Sequence[PromptExample]], tuple[jax.Array, Metrics]]
 
 
 def make_scorer(

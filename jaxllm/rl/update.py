@@ -5,7 +5,7 @@ a recorder instead, which notes the program and returns the shapes of its result
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import losses
+from jaxllm.data.loader import PromptExample
 from jaxllm.generation.generate import Rollout
 from jaxllm.losses import Metrics
 from jaxllm.rl.config import PPOConfig
@@ -24,6 +25,8 @@ from jaxllm.train import TrainState
 
 # (program, *arguments, **resident arguments) -> its results
 RunProgram = Callable[..., Any]
+# (run, rollout, prompts of its rows) -> (scores float32[B] before they are shaped, the mean of each term)
+Scorer = Callable[[RunProgram, Rollout, Sequence[PromptExample]], tuple[jax.Array, Metrics]]
 
 
 def call(program: MeshProgram, *arguments: Any, **resident: Any) -> Any:
@@ -34,16 +37,17 @@ def call(program: MeshProgram, *arguments: Any, **resident: Any) -> Any:
 class HostWork(NamedTuple):
     """What an update does on the host, between its programs."""
 
-    score: Callable[[RunProgram, Rollout, Any], tuple[jax.Array, Metrics]]
-    """(run, rollout, batch of prompts) -> (scores float32[B], the mean of each reward term)."""
+    prompts_of: Callable[[Any], Sequence[PromptExample]]
+    """Batch -> the prompt of each response."""
+    score: Scorer
     end_responses: Callable[[Rollout], Rollout]
     """Cuts responses at the configured strings."""
     documents_at: Callable[[Any], Any] | None
     """Number of the optimizer update -> rows of documents; None without PPO-ptx."""
     ends_early: Callable[[Metrics], bool]
     """Whether an update should end after the minibatch with these metrics."""
-    log: Callable[[int, Rollout, Any, jax.Array], None] | None
-    """(number of the update, rollout, batch of prompts, scores): writes a few responses."""
+    log: Callable[[int, Rollout, Sequence[PromptExample], jax.Array], None] | None
+    """(number of the update, rollout, prompts of its rows, scores): writes a few responses."""
 
 
 def collect(
@@ -64,11 +68,12 @@ def collect(
     actor = (state.actor.params, frozen.actor_base)
     # The sampler may live on another mesh, where it needs its own copy of the weights.
     weights = run(programs.weights, *actor)
-    prompts = {name: batch[name] for name in ("tokens", "mask", "index")}
-    rollout = host.end_responses(run(programs.rollout, weights, prompts, key_data))
+    token_rows = {name: batch[name] for name in ("tokens", "mask", "index")}
+    rollout = host.end_responses(run(programs.rollout, weights, token_rows, key_data))
+    prompts = host.prompts_of(batch)
 
     # Scored after stop strings are cut: a reward must not see text that the response does not have.
-    raw_scores, reward_metrics = host.score(run, rollout, batch)
+    raw_scores, reward_metrics = host.score(run, rollout, prompts)
     scores, moments, score_metrics = run(
         programs.shape_scores, raw_scores, rollout.finished, state.moments
     )
@@ -82,7 +87,7 @@ def collect(
         programs.experience, *actor, rollout, ref_logprobs, values, scores, state.kl_coef
     )
     if host.log:
-        host.log(int(state.step) + 1, rollout, batch, scores)
+        host.log(int(state.step) + 1, rollout, prompts, scores)
     return experience, moments, {**metrics, **reward_metrics, **score_metrics}
 
 
@@ -102,7 +107,7 @@ def optimize(
     """
     collected: list[Metrics] = []
     for rows in minibatches:
-        # The experience stays as it is: every epoch compares with the policy that sampled it.
+        # The experience does not change: every epoch compares with the policy that sampled it.
         minibatch = run(programs.take, experience, rows)
         learned_from = minibatch
         if host.documents_at:

@@ -23,11 +23,12 @@ from jaxllm.optim import learning_rate
 from jaxllm.rl import planned, rewards
 from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.held_out import make_evaluation
+from jaxllm.rl.layouts import role_meshes
 from jaxllm.rl.programs import build_programs
 from jaxllm.rl.roles import PPOState, RunSpec, abstract_state, initial_state, load_models
 from jaxllm.rl.rollout_log import RolloutLog
-from jaxllm.rl.scoring import Scorer, end_at_strings, make_scorer
-from jaxllm.rl.update import HostWork, make_step, passes_kl_limit
+from jaxllm.rl.scoring import end_at_strings, make_scorer
+from jaxllm.rl.update import HostWork, Scorer, make_step, passes_kl_limit
 from jaxllm.runtime.console import console
 from jaxllm.sharding import activation, check_batch
 from jaxllm.tokenizers.trained import Tokenizer
@@ -38,15 +39,16 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     """The training of the policy. Its result has score and KL on held-out prompts under the same reward."""
     config: PPOConfig = getattr(life, stage)
     mesh = workspace.mesh
-    _check_batches(mesh, config, stage)
     # Checked before models are loaded: a wrong batch size should not take minutes to find.
+    _check_batches(mesh, config, stage)
+    meshes = role_meshes(config, mesh)
     tokenizer = workspace.tokenizer()
-    models = load_models(workspace, config, stage, tokenizer.stop_ids, tokenizer.pad_id)
+    models = load_models(workspace, config, stage, meshes, tokenizer.stop_ids, tokenizer.pad_id)
     spec, frozen = models.spec, models.frozen
     prompts = _load_prompts(stage, config, tokenizer)
     _write_card(workspace, spec, stage)
     # Nothing is compiled yet; a program compiles when it first runs.
-    programs, layouts = build_programs(spec, mesh)
+    programs, layouts = build_programs(spec, meshes)
     score = make_scorer(spec, programs, frozen, tokenizer.decode, mesh, f"{stage}.rewards")
     host = _host_work(workspace, spec, tokenizer, score, prompts["train"], stage)
     return train.Training(
@@ -139,16 +141,13 @@ def _host_work(
     config = spec.config
     # Each update appends a few of its responses.
     log = RolloutLog(workspace.stage_dir(stage) / "rollouts.jsonl", config.num_logged, tokenizer)
-
-    def asked(batch: Any) -> list[PromptExample]:
-        return prompts_of_rows(batch, prompts, config.num_responses)
-
     return HostWork(
-        score=lambda run, rollout, batch: score(run, rollout, asked(batch)),
+        prompts_of=lambda batch: prompts_of_rows(batch, prompts, config.num_responses),
+        score=score,
         end_responses=lambda rollout: end_at_strings(rollout, spec, tokenizer.decode),
         documents_at=_documents(workspace, spec, tokenizer, stage),
         ends_early=lambda metrics: passes_kl_limit(metrics, config.max_approx_kl),
-        log=lambda step, rollout, batch, scores: log(step, rollout, asked(batch), scores),
+        log=log,
     )
 
 

@@ -431,7 +431,7 @@ def test_responses_drawn_in_another_layout_are_the_same(more):
         config = dataclasses.replace(CONFIG, meshes=meshes, **more)
         made = setup(config)
         with jax.set_mesh(mesh):
-            programs, _ = build_programs(made, mesh)
+            programs, _ = build_programs(made, layouts.role_meshes(made.config, mesh))
             policy = transformer.init(MODEL, jax.random.key(0))
             start = with_value_head(policy, MODEL) if config.shares_trunk else policy
             params, base = split_trainable(
@@ -466,7 +466,7 @@ def test_a_reference_and_a_reward_model_in_other_layouts_judge_the_same(world):
         reward_scores(world["reward"], rollout, model=MODEL),
     )
     with jax.set_mesh(mesh):
-        programs, _ = build_programs(made, mesh)
+        programs, _ = build_programs(made, layouts.role_meshes(made.config, mesh))
         rows = jax.device_put(rollout, activation(mesh, "batch"))
         roles = (
             (programs.reference, world["other"], transformer),
@@ -497,7 +497,7 @@ def test_evaluation_in_other_layouts_finds_the_same(world):
     for meshes in ((), other):
         made = setup(dataclasses.replace(CONFIG, meshes=meshes, rewards=(RewardSource("length"),)))
         with jax.set_mesh(mesh):
-            programs, states = build_programs(made, mesh)
+            programs, states = build_programs(made, layouts.role_meshes(made.config, mesh))
             place = lambda params, there: reshard_across_meshes(
                 params, there, param_shardings(there, params, transformer.axes(MODEL))
             )
@@ -522,4 +522,4 @@ def test_a_rollout_layout_that_does_not_divide_the_prompts_is_refused():
     )
     mesh = make_mesh(MeshConfig(data=1, tensor=-1), jax.devices()[:8])
     with pytest.raises(InputError, match=r"4 does not divide over the 8 shards"):
-        build_programs(setup(config), mesh)
+        layouts.role_meshes(config, mesh)

@@ -12,6 +12,7 @@ from jaxllm.data.loader import PromptExample, make_prompt_batch_at
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.config import PPOConfig
+from jaxllm.rl.layouts import role_meshes
 from jaxllm.rl.programs import build_programs
 from jaxllm.rl.roles import (
     FrozenModels,
@@ -93,9 +94,9 @@ def run_spec(config: PPOConfig, model: ModelConfig, seed: int = 0) -> RunSpec:
 def host_work(spec: RunSpec, score, examples) -> HostWork:
     """The host's part of an update, without documents and without a log."""
     config = spec.config
-    asked = lambda batch: reinforce.prompts_of_rows(batch, examples, config.num_responses)
     return HostWork(
-        score=lambda run, rollout, batch: score(run, rollout, asked(batch)),
+        prompts_of=lambda batch: reinforce.prompts_of_rows(batch, examples, config.num_responses),
+        score=score,
         end_responses=lambda rollout: end_at_strings(rollout, spec, LETTERS.decode),
         documents_at=None,
         ends_early=lambda metrics: passes_kl_limit(metrics, config.max_approx_kl),
@@ -150,7 +151,7 @@ class World:
         self.ref = jax.device_put(transformer.init(self.model, jax.random.key(seed)), shardings)
         self.spec = run_spec(config, self.model, seed)
         with jax.set_mesh(self.mesh):
-            self.programs, self.layouts = build_programs(self.spec, self.mesh)
+            self.programs, self.layouts = build_programs(self.spec, role_meshes(config, self.mesh))
         self.examples = [
             PromptExample([{"role": "user", "content": LETTERS.decode(p)}], p)
             for p in PROMPTS
