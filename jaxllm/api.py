@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import chat, losses, run
+from jaxllm import chat, output_layer, run
 from jaxllm.config import InputError, build
 from jaxllm.config import load as load_config
 from jaxllm.config.shipped import find_config
@@ -159,7 +159,7 @@ def _token_logprobs(params: Any, tokens: jax.Array, *, config: ModelConfig) -> j
     """Log-probabilities float32[B, T] of all but the first of tokens int32[B, T + 1]."""
     inputs = tokens[:, :-1]
     hidden = transformer.apply(params, config, inputs, jnp.ones_like(inputs))
-    stats = losses.token_logprobs(
+    stats = output_layer.token_logprobs(
         hidden, transformer.head(params), tokens[:, 1:], cap=config.logit_softcap
     )
     return stats.logprob

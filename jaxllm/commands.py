@@ -159,7 +159,9 @@ def generate(args: Sequence[str]) -> None:
             "--best-of: give a number above 1 together with --reward-from STAGE_DIR, or neither"
         )
     from jaxllm import chat
+    from jaxllm.runtime import compile_cache
 
+    compile_cache.enable()
     completions = chat.answer_once(
         options.stage_dir,
         options.prompt,
@@ -179,7 +181,9 @@ def chat(args: Sequence[str]) -> None:
     """`jaxllm chat`."""
     options: ChatArgs = _parse("chat", args)
     from jaxllm.chat import converse
+    from jaxllm.runtime import compile_cache
 
+    compile_cache.enable()
     sampling = options.sampling(default_length=128)
     shorten = not options.max_new_tokens
     converse(options.stage_dir, sampling, options.seed, options.system, shorten=shorten)
@@ -208,8 +212,10 @@ def score(args: Sequence[str]) -> None:
     options = _parse("score", args)
     from jaxllm.evaluation import tasks
     from jaxllm.run import set_cpu_devices
+    from jaxllm.runtime import compile_cache
 
-    set_cpu_devices(0)  # one device per core, over which the rows of a batch are shared
+    set_cpu_devices(1)  # it uses all cores
+    compile_cache.enable()
     tasks.command(options)
 
 
@@ -233,7 +239,7 @@ def run_harness(args: Sequence[str]) -> None:
     options: HarnessArgs = _parse("lm_eval", args[:1])
     from jaxllm.run import set_cpu_devices
 
-    set_cpu_devices(0)
+    set_cpu_devices(1)
     try:
         # Imports the harness's own package, which is an extra and may be missing.
         from jaxllm.evaluation.harness import harness

@@ -43,7 +43,7 @@ class Life:
     stages: tuple[str, ...] = ()
     """Stages of `jaxllm run`, in order. By default all but dpo, rloo and grpo, which can replace or follow ppo."""
     cpu_devices: Threads = 0
-    """Virtual devices on a CPU; 0: one per core, which is fastest."""
+    """Virtual devices on a CPU; 0: as many as the mesh asks for, or else one, which uses all cores and is fastest."""
     distributed: bool = False
     """Join the other processes of the job (jax.distributed): pod slices, Slurm, several processes."""
     deterministic: bool = False

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tensorboardX
 from etils import epath
 from rich.progress import (
     BarColumn,
@@ -418,6 +417,8 @@ def _jsonl(directory: epath.Path, kept: list[dict[str, Any]]) -> Writer:
 
 def _tensorboard(directory: epath.Path, start: int) -> Writer:
     # TensorBoard files cannot be cut like metrics.jsonl; purge_step hides the points that a killed run wrote past its newest checkpoint.
+    import tensorboardX  # slow: it also imports cloud SDKs, where they are installed
+
     writer = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
 
     def write(step: int, values: Mapping[str, float]) -> None:

@@ -1,6 +1,7 @@
 """Composition root: from a config to processes, devices and a run directory, and through the stages in order."""
 
 import functools
+import math
 import os
 import resource
 import sys
@@ -19,12 +20,14 @@ from jaxllm.life import Config, run_directory, with_defaults
 from jaxllm.loop import Supervision, run_training
 from jaxllm.metrics import require_finite
 from jaxllm.plan.kept import compare_with_measured, plan_path
-from jaxllm.runtime import checkpoint, goodput
+from jaxllm.runtime import checkpoint, compile_cache, goodput
 from jaxllm.runtime.console import console
+from jaxllm.runtime.cpu import keep_pages, num_cores
 from jaxllm.runtime.files import check_path, read_json, read_jsonl
 from jaxllm.runtime.mesh import make_mesh
 from jaxllm.runtime.processes import Signals, barrier, join
 from jaxllm.runtime.seal import set_aside, warn_damaged
+from jaxllm.sharding import MESH_AXES
 from jaxllm.stages import Stage
 from jaxllm.train import Training
 from jaxllm.workspace import Workspace
@@ -247,17 +250,26 @@ def start_devices(config: Config) -> jax.sharding.Mesh:
     if config.deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-    set_cpu_devices(config.cpu_devices)
+    set_cpu_devices(config.cpu_devices or _default_cpu_devices(config))
+    compile_cache.enable()
     if config.distributed:
         join(config.process)
-    return make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
+    if mesh.devices.flat[0].platform == "cpu":
+        keep_pages()
+    return mesh
+
+
+def _default_cpu_devices(config: Config) -> int:
+    """One device, whose products use all cores, or as many as the mesh asks for; in a job of several processes, the cores."""
+    if config.distributed:
+        return num_cores()
+    sizes = [getattr(config.mesh, axis) for axis in MESH_AXES]
+    return math.prod(size for size in sizes if size != -1)
 
 
 def set_cpu_devices(count: int) -> None:
-    """Makes `count` virtual CPU devices (0: one per core). Must come before the first use of a device."""
-    if not count and hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))  # the cores this process may use, as in a container
-    count = count or os.cpu_count() or 1
+    """Makes `count` virtual CPU devices. Must come before the first use of a device."""
     # Several executions in flight on virtual devices can starve each other of threads inside a collective.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:

@@ -193,6 +193,12 @@ def mesh_size(axis: str) -> int:
     return 1 if mesh.empty else mesh.shape[axis]
 
 
+def on_one_cpu() -> bool:
+    """Whether the current mesh is one CPU device (of this process, or one that is only compiled for)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return platform() == "cpu" and (mesh.empty or mesh.size == 1)
+
+
 def platform() -> str:
     """Platform of the current mesh ("cpu", "gpu" or "tpu"), which may be a mesh that is only compiled for."""
     mesh = jax.sharding.get_abstract_mesh()

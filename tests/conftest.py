@@ -14,7 +14,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-from tests import compile_cache
+from jaxllm.runtime import compile_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -28,29 +28,19 @@ def _start_session() -> None:
 
     compiled programs, which are kept for the next session, and one run of configs/tiny.yaml, which is not.
     """
-    session = Path(tempfile.mkdtemp())
-    os.environ["JAXLLM_TEST_SESSION"] = str(session)
-    store = compile_cache.store()
-    if store:
-        compile_cache.borrow(store, session / "compiled")
-    atexit.register(_end_session, session, store)
-
-
-def _end_session(session: Path, store: Path | None) -> None:
-    if store:
-        compile_cache.give_back(store, session / "compiled")
-    shutil.rmtree(session, ignore_errors=True)
+    session = tempfile.mkdtemp()
+    os.environ["JAXLLM_TEST_SESSION"] = session
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    # Beside a user's own programs, of which a session would drop many.
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAXLLM_CACHE", str(caches / "jaxllm-tests"))
+    atexit.register(shutil.rmtree, session, ignore_errors=True)
 
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _start_session()
 SESSION = Path(os.environ["JAXLLM_TEST_SESSION"])
-COMPILED = {
-    "jax_compilation_cache_dir": f"{SESSION}/compiled",
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
-}
-for name, value in COMPILED.items():
-    jax.config.update(name, value)
+compile_cache.enable()
 jax.devices()  # initializes the backend: a command that a test calls can no longer change the 8 devices
 
 ROOT = Path(__file__).parent.parent
@@ -58,10 +48,8 @@ ROOT = Path(__file__).parent.parent
 
 def jaxllm(*args: str, **kwargs) -> subprocess.Popen:
     """Starts `jaxllm ARGS` in a separate process, in the repository's root."""
-    cache = {name.upper(): str(value) for name, value in COMPILED.items()}
     env = {
         **os.environ,
-        **cache,
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
     }

@@ -62,6 +62,7 @@ TESTED_IN = {
     "models/pipeline.py": "tests/test_sharded.py",
     "models/rope.py": "tests/models/test_transformer.py",
     "models/scalar.py": "tests/models/test_transformer.py",
+    "models/attention_cpu.py": "tests/models/test_attention_tpu.py",
     "models/attention_gpu.py": "tests/models/test_attention_tpu.py",
     "models/attention_mask.py": "tests/models/test_attention_tpu.py",
     "models/decode.py": "tests/generation/test_generate.py",

@@ -38,7 +38,7 @@ def life(directory, processes, devices, sizes, stages=STAGES):
     mesh = [word for axis, size in sizes.items() for word in (f"--mesh.{axis}", str(size))]
     more = (*mesh, *(EXPERTS if "expert" in sizes else ()))
     command = ("tests.watched", "run", "tests/processes.yaml")
-    return Life(directory, processes, devices, str(SESSION / "compiled"), stages, command, more)
+    return Life(directory, processes, devices, stages=stages, command=command, more=more)
 
 
 def live(*args, **kwargs):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxllm import losses, train
+from jaxllm import output_layer, train
 from jaxllm.models import layers, moe, next_token, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.moe import MoEConfig
@@ -192,15 +192,15 @@ def test_what_goes_in_blocks_equals_what_goes_at_once(model, sizes, monkeypatch)
     whole = dataclasses.replace(model, vocab_size=66)
     want, cut = outcome(whole, ()), dataclasses.replace(whole, remat="full")
     for module, name, size in (
-        (losses, "_BLOCK_ELEMENTS", 2200),
+        (output_layer, "_BLOCK_ELEMENTS", 2200),
         (layers, "_MLP_BLOCK", 16),
         (moe, "_ROWS", 24),
     ):
         monkeypatch.setattr(module, name, size)
     assert (
-        losses._blocks(66, 4) == (6, 66)
-        and losses._blocks(66, 7) == (11, 66)
-        and losses._blocks(66, 12) == (22, 66)
+        output_layer._blocks(66, 4) == (6, 66)
+        and output_layer._blocks(66, 7) == (11, 66)
+        and output_layer._blocks(66, 12) == (22, 66)
     )
     scans = str(
         jax.make_jaxpr(lambda p: transformer.apply(p, cut, np.ones((B, T), np.int32)))(

@@ -96,7 +96,7 @@ def test_axes_fit_every_parameter_of_decoder_and_scalar_model(norm):
 _PROGRAM = """
 import jax, jax.numpy as jnp
 jax.config.update("jax_num_cpu_devices", 8)
-from jaxllm import losses, train
+from jaxllm import losses, output_layer, train
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import OptimConfig, make_optimizer
@@ -107,7 +107,7 @@ mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 def loss(params, batch, key):
     hidden = transformer.apply(params, model, batch)
     targets, mask = losses.next_token_targets(batch, jnp.ones_like(batch), batch >= 0)
-    return losses.language_model(losses.token_logprobs(hidden, transformer.head(params), targets), mask)
+    return losses.language_model(output_layer.token_logprobs(hidden, transformer.head(params), targets), mask)
 tx = make_optimizer(OptimConfig(), 10, transformer.axes(model))
 placed = train.state_layout(mesh, transformer.abstract(model), transformer.axes(model), tx)
 with jax.set_mesh(mesh):

@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm import loop, losses, train
+from jaxllm import loop, losses, output_layer, train
 from jaxllm.config import InputError
 from jaxllm.data.sources import DataConfig
 from jaxllm.metrics import LoggingConfig, TrainingDiverged, Work
@@ -51,7 +51,7 @@ def loss(params, batch, key):
         batch["tokens"], batch["segment_ids"], batch["loss_mask"]
     )
     return losses.language_model(
-        losses.token_logprobs(hidden, transformer.head(params), targets), mask, 1e-4
+        output_layer.token_logprobs(hidden, transformer.head(params), targets), mask, 1e-4
     )
 
 

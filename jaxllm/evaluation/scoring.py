@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import losses
+from jaxllm import output_layer
 from jaxllm.config import InputError
 from jaxllm.generation.generate import (
     Completion,
@@ -133,7 +133,7 @@ def _row_sums(
     positions = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)[None]  # of the targets
     real = positions < lengths[:, None]
     hidden = transformer.apply(params, config, tokens[:, :-1], real.astype(jnp.int32))
-    stats = losses.token_logprobs(
+    stats = output_layer.token_logprobs(
         hidden, transformer.head(params), tokens[:, 1:], cap=config.logit_softcap
     )
     scored = real & (positions >= (lengths - counts)[:, None])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import losses
+from jaxllm import output_layer
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 
@@ -109,10 +109,10 @@ def response_hidden(params: Any, rollout: Any, config: ModelConfig) -> jax.Array
 
 def response_logprobs(
     params: Any, rollout: Any, *, config: ModelConfig, temperature: float
-) -> losses.TokenStats:
+) -> output_layer.TokenStats:
     """Log-probabilities and entropies float32[B, R] of the response tokens under softmax(logits / temperature)."""
     R = rollout.mask.shape[1]
-    return losses.token_logprobs(
+    return output_layer.token_logprobs(
         response_hidden(params, rollout, config),
         transformer.head(params),
         rollout.tokens[:, -R:],

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxllm import losses
+from jaxllm import output_layer
 from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveProportion
 from jaxllm.sharding import constrain
 
@@ -72,7 +72,7 @@ def sample_token(
     logits = jnp.einsum("bd,dv->bv", hidden, unembed, preferred_element_type=jnp.float32)
     # Pinned twice, so that XLA gathers the logits and not the matrix, which it would do for each token.
     logits = constrain(logits, "batch", "vocab")
-    logits = losses.softcap(constrain(logits, "batch", None), softcap) / sampling.divisor
+    logits = output_layer.softcap(constrain(logits, "batch", None), softcap) / sampling.divisor
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     # The log-probabilities are those of the whole softmax: training compares them with the model's own.
     if sampling.greedy:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxllm.models import attention_gpu
+from jaxllm.models import attention_cpu, attention_gpu
 from jaxllm.models.attention_mask import WholeRows, visible
 from jaxllm.sharding import platform
 
@@ -44,7 +44,7 @@ def attention(
         . . 1 1 .
         . . . . 1
 
-    Whole rows (q_offset None) go to a kernel that never holds the scores, where the device has one for their shape.
+    Whole rows (q_offset None) go to the kernel of the platform, where it has one for their shape.
 
     Args:
       q: [B, T, N, H] queries.
@@ -69,6 +69,28 @@ def attention(
         kernel = _kernel(q, k, v, rows)
         if kernel is not None:
             return _run_kernel(kernel, q, k, v, rows, use_window)
+    # Positions of the queries among the keys, int[T].
+    if q_order is None:
+        positions = jnp.arange(q.shape[1]) + (0 if q_offset is None else q_offset)
+    else:
+        positions = jnp.array(q_order)
+    limit = _window_limit(window, use_window)
+    allowed = visible(positions, q_segment_ids, kv_segment_ids, limit)
+    return reference_attention(q, k, v, allowed, scale, softcap)
+
+
+def reference_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    allowed: jax.Array,
+    scale: float,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """Attention as it is defined, with which kernels are compared; arguments as in `attention`.
+
+    allowed: bool[B, T, S], which keys a query sees.
+    """
     B, T, N, H = q.shape
     K = k.shape[2]
     # N = K * group: the queries of a group share a key head.
@@ -77,15 +99,9 @@ def attention(
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    # Positions of the queries among the keys, int[T].
-    if q_order is None:
-        positions = jnp.arange(T) + (0 if q_offset is None else q_offset)
-    else:
-        positions = jnp.array(q_order)
-    limit = _window_limit(window, use_window)
-    allowed = visible(positions, q_segment_ids, kv_segment_ids, limit)[:, None, None]
     # A large finite number instead of -inf: a row that sees nothing would otherwise be NaN.
-    weights = jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1)
+    scores = jnp.where(allowed[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1)
     out = checkpoint_name(jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v), ATTENDED)
     return out.reshape(B, T, N, v.shape[-1])
 
@@ -101,6 +117,8 @@ def _kernel(
     q: jax.Array, k: jax.Array, v: jax.Array, rows: WholeRows
 ) -> Callable[..., jax.Array] | None:
     """The kernel for whole rows of this shape on the mesh's platform; None: the reference, compiled by XLA."""
+    if platform() == "cpu":
+        return attention_cpu.cpu_attention if attention_cpu.supports(rows) else None
     if platform() == "tpu":
         from jaxllm.models import attention_tpu
 

@@ -8,9 +8,10 @@ from flax import nnx
 
 from jaxllm.models.attention import UseWindow
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.linear import linear, swiglu
 from jaxllm.models.moe import moe
 from jaxllm.models.norm import Norm
-from jaxllm.models.parameters import constant, expand_like, linear, normal
+from jaxllm.models.parameters import constant, expand_like, matrix, normal
 from jaxllm.models.self_attention import (
     Attention,
     CacheSlot,
@@ -35,9 +36,9 @@ class MLP(nnx.Module):
         hidden = {"mlp": size}
         self.gated = c.mlp != "gelu"
         if self.gated:
-            self.gate = linear(rngs, c.init_std, embed, hidden)
-        self.up = linear(rngs, c.init_std, embed, hidden)
-        self.down = linear(rngs, c.residual_init_std, hidden, embed)
+            self.gate = matrix(rngs, c.init_std, embed, hidden)
+        self.up = matrix(rngs, c.init_std, embed, hidden)
+        self.down = matrix(rngs, c.residual_init_std, hidden, embed)
         if c.bias:
             self.up_bias = constant(0.0, **hidden)
             self.down_bias = constant(0.0, norm=c.embed_dim)
@@ -60,21 +61,21 @@ class MLP(nnx.Module):
 
     def _hidden_units(self, x: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
         """x [B, T, D] through some of the F hidden units: gate, up [D, F], their biases [F], down [F, D]."""
-        activation = jax.nn.silu if self.config.mlp == "swiglu" else jax.nn.gelu
 
         def project(name: str) -> jax.Array:
-            # Parameters are float32; products are in the type of the activations.
-            y = jnp.einsum("btd,df->btf", x, weights[name].astype(x.dtype))
+            y = linear(x, weights[name])
             bias = weights.get(f"{name}_bias")
             return y if bias is None else y + expand_like(bias, y)
 
-        if self.gated:
-            hidden = activation(project("gate")) * project("up")
+        if self.config.mlp == "swiglu":
+            hidden = swiglu(project("gate"), project("up"))
+        elif self.gated:
+            hidden = jax.nn.gelu(project("gate")) * project("up")
         else:
-            hidden = activation(project("up"))
+            hidden = jax.nn.gelu(project("up"))
         # [B, T, F], with F over the tensor axis; the product below sums over it.
         hidden = constrain(hidden, "batch", "seq", "mlp")
-        return jnp.einsum("btf,fd->btd", hidden, weights["down"].astype(x.dtype))
+        return linear(hidden, weights["down"])
 
     def _in_blocks(self, x: jax.Array, weights: dict[str, jax.Array], count: int) -> jax.Array:
         """The hidden units in `count` blocks, so that only one block's activations and gathered weights are in memory.
@@ -237,7 +238,7 @@ class MTPModule(nnx.Module):
         """
         # Eq. 21, in the order of the published weights: the embedding first.
         both = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], -1)
-        x = constrain(both @ self.project[...].astype(both.dtype), "batch", "seq", "embed")
+        x = constrain(linear(both, self.project[...]), "batch", "seq", "embed")
         # Without a window; the positions are in the order of the row.
         x, load = self.block(x, positions, segment_ids, False)
         return self.norm(x), load

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm import losses
+from jaxllm import losses, output_layer
 from jaxllm.models import lora, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.sharding import rows_like
@@ -103,6 +103,8 @@ def _mtp_loss(
 
 def _score(
     params: Any, model: ModelConfig, hidden: jax.Array, targets: jax.Array
-) -> losses.TokenStats:
+) -> output_layer.TokenStats:
     """Statistics of the logits of hidden states [B, T, D] at targets int32[B, T]."""
-    return losses.token_logprobs(hidden, transformer.head(params), targets, cap=model.logit_softcap)
+    return output_layer.token_logprobs(
+        hidden, transformer.head(params), targets, cap=model.logit_softcap
+    )

@@ -1,11 +1,16 @@
-"""Normalization of activations."""
+"""Normalization of activations, with a gradient written by hand."""
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.parameters import constant, expand_like
+from jaxllm.runtime.cpu import computed_once
 
 
 class Norm(nnx.Module):
@@ -25,16 +30,57 @@ class Norm(nnx.Module):
         if self.centers:
             self.bias = constant(0.0, **axes)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         """Normalizes x [..., *axes]; returns the same shape and dtype."""
-        # In bfloat16 the mean of squares would lose most of its digits.
-        y = x.astype(jnp.float32)
-        # The dimensions that the scale has.
-        dims = tuple(range(-self.rank, 0))
-        if self.centers:
-            y = y - y.mean(dims, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(dims, keepdims=True) + self.eps)
-        y = y * (self.offset + expand_like(self.scale[...], y))
-        if self.centers:
-            y = y + expand_like(self.bias[...], y)
-        return y.astype(x.dtype)
+        scale = self.offset + self.scale[...]
+        bias = self.bias[...] if self.centers else None
+        return _normalize(x, scale, bias, self.eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalize(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:
+    """x [..., *S] normalized over the dimensions of scale and bias float32[*S]; centered if there is a bias."""
+    return _forward(x, scale, bias, eps)[0]
+
+
+def _forward(x: Array, scale: Array, bias: Array | None, eps: float) -> tuple[Array, Any]:
+    unit, inverse = _unit(x, scale.ndim, bias is not None, eps)
+    y = unit * expand_like(scale, unit)
+    if bias is not None:
+        y = y + expand_like(bias, y)
+    return y.astype(x.dtype), (x, scale, bias, inverse)
+
+
+def _unit(x: Array, rank: int, center: bool, eps: float) -> tuple[Array, Array]:
+    """x with mean square 1 over its last `rank` dimensions, and 1 / deviation [..., 1], both float32."""
+    # In bfloat16 the mean of squares would lose most of its digits.
+    y = x.astype(jnp.float32)
+    dims = tuple(range(-rank, 0))
+    if center:
+        y = y - y.mean(dims, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(y).mean(dims, keepdims=True) + eps)
+    return y * inverse, inverse
+
+
+def _backward(eps: float, residuals: Any, dy: Array) -> tuple[Array, Array, Array | None]:
+    """With u = x / deviation and y = scale u: dx = (du - u mean(u du)) / deviation, du = scale dy, dscale = sum of u dy.
+
+    If x is centered first, du loses its mean, too.
+    """
+    x, scale, bias, inverse = residuals
+    # XLA would write the scale out, once for each token, for the forward and the backward pass together.
+    scale = computed_once(scale)
+    unit, _ = _unit(x, scale.ndim, bias is not None, eps)
+    dims = tuple(range(-scale.ndim, 0))
+    tokens = tuple(range(x.ndim - scale.ndim))
+    dy = dy.astype(jnp.float32)
+    du = dy * expand_like(scale, dy)
+    dx = du - unit * (du * unit).mean(dims, keepdims=True)
+    if bias is not None:
+        dx = dx - du.mean(dims, keepdims=True)
+    d_scale = (dy * unit).sum(tokens)
+    d_bias = None if bias is None else dy.sum(tokens)
+    return (dx * inverse).astype(x.dtype), d_scale, d_bias
+
+
+_normalize.defvjp(_forward, _backward)

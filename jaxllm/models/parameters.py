@@ -35,12 +35,12 @@ class Axes(tuple[str | None, ...]):
         return Axes((name, *self), decays=self.decays, num_inputs=self.num_inputs)
 
 
-def linear(
+def matrix(
     rngs: nnx.Rngs, std: float, inputs: Mapping[str, int], outputs: Mapping[str, int]
 ) -> nnx.Param:
     """The float32 matrix of a linear map, sampled from N(0, std^2); see `normal`.
 
-    linear(rngs, 0.02, {"embed": 8}, {"heads": 2, "head_dim": 4}) maps [..., 8] to [..., 2, 4] and has shape [8, 2, 4].
+    matrix(rngs, 0.02, {"embed": 8}, {"heads": 2, "head_dim": 4}) maps [..., 8] to [..., 2, 4] and has shape [8, 2, 4].
     """
     return _sample(rngs, std, {**inputs, **outputs}, num_inputs=len(inputs))
 

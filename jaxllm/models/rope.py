@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from jaxllm.runtime.cpu import computed_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +129,30 @@ def rope(
     Returns:
       [B, T, N, H] in x's dtype; computed in float32.
     """
-    half = x.shape[-1] // 2
     # Angles in float32: bfloat16 cannot tell neighboring positions apart beyond 256.
     steps = positions.astype(jnp.float32)[:, :, None, None]
     angle = steps * jnp.asarray(frequency)[None, None, None, :]
-    cos = amplitude * jnp.cos(angle)
-    sin = amplitude * jnp.sin(angle)
-    # (a, b) is rotated by the angle: (a cos - b sin, b cos + a sin).
+    cos, sin = computed_once((amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)))
+    return _rotate(x, cos, sin)
+
+
+@jax.custom_vjp
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates each pair (a, b) of x [B, T, N, H]: (a cos - b sin, b cos + a sin), with cos, sin [B, T, 1, H / 2]."""
+    half = x.shape[-1] // 2
     a = x[..., :half].astype(jnp.float32)
     b = x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, Any]:
+    return _rotate(x, cos, sin), (cos, sin)
+
+
+def _backward(tables: Any, dy: jax.Array) -> tuple[jax.Array, None, None]:
+    """The gradient is rotated back. Positions are no parameters: cos and sin need no gradient."""
+    cos, sin = tables
+    return _rotate(dy, cos, -sin), None, None
+
+
+_rotate.defvjp(_forward, _backward)

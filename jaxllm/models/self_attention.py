@@ -11,8 +11,9 @@ from flax import nnx
 
 from jaxllm.models.attention import UseWindow, attention
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.linear import linear
 from jaxllm.models.norm import Norm
-from jaxllm.models.parameters import constant, expand_like, linear
+from jaxllm.models.parameters import constant, expand_like, matrix
 from jaxllm.models.rope import frequencies, rope
 from jaxllm.sharding import constrain, undo_zigzag
 
@@ -46,10 +47,10 @@ class Attention(nnx.Module):
         embed = {"embed": c.embed_dim}
         heads = {"heads": c.num_heads, "head_dim": c.head_dim}
         kv_heads = {"kv_heads": c.num_kv_heads, "head_dim": c.head_dim}
-        self.q = linear(rngs, c.init_std, embed, heads)
-        self.k = linear(rngs, c.init_std, embed, kv_heads)
-        self.v = linear(rngs, c.init_std, embed, kv_heads)
-        self.out = linear(rngs, c.residual_init_std, heads, embed)
+        self.q = matrix(rngs, c.init_std, embed, heads)
+        self.k = matrix(rngs, c.init_std, embed, kv_heads)
+        self.v = matrix(rngs, c.init_std, embed, kv_heads)
+        self.out = matrix(rngs, c.residual_init_std, heads, embed)
         if c.bias or c.qkv_bias:
             self.q_bias = constant(0.0, **heads)
             self.k_bias = constant(0.0, **kv_heads)
@@ -153,15 +154,15 @@ class LatentAttention(nnx.Module):
         value_heads = {"heads": c.num_heads, "head_dim": m.value_dim}
         # V2-Lite has no latent of its queries.
         if m.q_rank:
-            self.q_a = linear(rngs, c.init_std, embed, {"latent": m.q_rank})
+            self.q_a = matrix(rngs, c.init_std, embed, {"latent": m.q_rank})
             self.q_a_norm = Norm(c, latent=m.q_rank)
-            self.q_b = linear(rngs, c.init_std, {"rank": m.q_rank}, q_heads)
+            self.q_b = matrix(rngs, c.init_std, {"rank": m.q_rank}, q_heads)
         else:
-            self.q = linear(rngs, c.init_std, embed, q_heads)
-        self.kv_a = linear(rngs, c.init_std, embed, {"latent": m.kv_rank + m.rope_dim})
+            self.q = matrix(rngs, c.init_std, embed, q_heads)
+        self.kv_a = matrix(rngs, c.init_std, embed, {"latent": m.kv_rank + m.rope_dim})
         self.kv_a_norm = Norm(c, latent=m.kv_rank)
-        self.kv_b = linear(rngs, c.init_std, {"rank": m.kv_rank}, kv_heads)
-        self.out = linear(rngs, c.residual_init_std, value_heads, embed)
+        self.kv_b = matrix(rngs, c.init_std, {"rank": m.kv_rank}, kv_heads)
+        self.out = matrix(rngs, c.residual_init_std, value_heads, embed)
 
     def __call__(
         self,
@@ -224,11 +225,11 @@ class LatentAttention(nnx.Module):
         """Queries [B, T, N, nope_dim + rope_dim], latents [B, T, kv_rank], the shared key [B, T, 1, rope_dim]."""
         m = self.config.mla
         if m.q_rank:
-            q = _to_heads(self.q_a_norm(x @ self.q_a[...].astype(x.dtype)), self.q_b)
+            q = _to_heads(self.q_a_norm(linear(x, self.q_a[...])), self.q_b)
         else:
             q = _to_heads(x, self.q)
         # The latent and the shared key come from one product.
-        both = x @ self.kv_a[...].astype(x.dtype)
+        both = linear(x, self.kv_a[...])
         rotate = _rotation(self.config, positions, use_window)
         # Only the last rope_dim elements of a query are rotated.
         q = jnp.concatenate([q[..., : m.nope_dim], rotate(q[..., m.nope_dim :])], -1)
@@ -238,13 +239,13 @@ class LatentAttention(nnx.Module):
 
 def _to_heads(x: jax.Array, weights: nnx.Param) -> jax.Array:
     """x [B, T, D] times a matrix [D, N, H] -> [B, T, N, H], in x's dtype."""
-    return jnp.einsum("btd,dnh->btnh", x, weights[...].astype(x.dtype))
+    return linear(x, weights[...])
 
 
 def _merge_heads(y: jax.Array, weights: nnx.Param) -> jax.Array:
     """y [B, T, N, H] times a matrix [N, H, D] -> [B, T, D], in y's dtype."""
-    matrix = weights[...].astype(y.dtype)
-    return y.reshape(*y.shape[:2], -1) @ matrix.reshape(-1, matrix.shape[-1])
+    w = weights[...]
+    return linear(y.reshape(*y.shape[:2], -1), w.reshape(-1, w.shape[-1]))
 
 
 def _attend(

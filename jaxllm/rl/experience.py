@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm import losses
+from jaxllm import losses, output_layer
 from jaxllm.generation import rollouts
 from jaxllm.generation.rollouts import Rollout
 from jaxllm.losses import Metrics, Moments
@@ -143,7 +143,10 @@ def _compare_responses(rewards: jax.Array, mask: jax.Array, config: PPOConfig) -
 
 
 def rollout_metrics(
-    rollout: Rollout, policy: losses.TokenStats, ref_logprobs: jax.Array, advantages: jax.Array
+    rollout: Rollout,
+    policy: output_layer.TokenStats,
+    ref_logprobs: jax.Array,
+    advantages: jax.Array,
 ) -> Metrics:
     """{name: (sum, weight)} of a batch of responses; ref_logprobs and advantages float32[B, R]."""
     mask = rollout.mask

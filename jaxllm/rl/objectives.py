@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxllm import losses
+from jaxllm import losses, output_layer
 from jaxllm.generation import rollouts
 from jaxllm.models import lora, next_token, scalar, transformer
 from jaxllm.rl.experience import Experience, response_values
@@ -24,7 +24,7 @@ def actor_loss(
     policy = spec.policy(params, base)
     # Only positions that predict a response token are scored: prompts would cost as much and teach nothing.
     hidden = rollouts.response_hidden(policy, batch, spec.model)
-    stats = losses.token_logprobs(
+    stats = output_layer.token_logprobs(
         hidden,
         transformer.head(policy),
         batch.tokens[:, -mask.shape[1] :],

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm import losses
+from jaxllm import output_layer
 from jaxllm.generation.rollouts import Rollout, response_logprobs
 from jaxllm.losses import Moments
 from jaxllm.model_store import load_model
@@ -73,7 +73,7 @@ class RunSpec(NamedTuple):
         joined = lora.join(base, params)
         return joined["trunk"] if self.config.shares_trunk else joined
 
-    def logprobs(self, params: Any, rollout: Rollout) -> losses.TokenStats:
+    def logprobs(self, params: Any, rollout: Rollout) -> output_layer.TokenStats:
         """Of each response token under a decoder, at the temperature responses are sampled at."""
         temperature = self.config.sampling.temperature
         return response_logprobs(params, rollout, config=self.model, temperature=temperature)

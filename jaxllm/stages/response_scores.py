@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import losses
+from jaxllm import losses, output_layer
 from jaxllm.data.loader import RankedExample, ranked_epoch
 from jaxllm.evaluation import measures
 from jaxllm.models import lora, scalar, transformer
@@ -69,7 +69,7 @@ def reply_logprobs(params: Any, batch: Any, model: ModelConfig) -> jax.Array:
     loss_mask = batch["loss_mask"].reshape(B * K, T)
     targets, mask = losses.next_token_targets(tokens, segment_ids, loss_mask)
     hidden = transformer.apply(params, model, tokens, segment_ids)
-    stats = losses.token_logprobs(
+    stats = output_layer.token_logprobs(
         hidden, transformer.head(params), targets, cap=model.logit_softcap
     )
     # Summed, not averaged over tokens: eq. 5 compares the probabilities of complete responses.

@@ -57,7 +57,7 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    set_cpu_devices(0)
+    set_cpu_devices(1)
     mesh = make_mesh(
         MeshConfig(data=1, fsdp=-1)
     )  # each device has a part: the state is in memory once

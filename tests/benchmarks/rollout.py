@@ -108,9 +108,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peer", default="", help="an interpreter with torch and transformers")
-    parser.add_argument(
-        "--devices", type=int, default=0, help="virtual CPU devices; 0: one per core"
-    )
+    parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices")
     args = parser.parse_args()
     set_cpu_devices(args.devices)
     mesh = make_mesh(MeshConfig())

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import losses, train
+from jaxllm import losses, output_layer, train
 from jaxllm.generation import generate
 from jaxllm.metrics import peak_flops
 from jaxllm.models import transformer
@@ -41,7 +41,7 @@ def training(model, mesh, args) -> float:
         hidden = transformer.apply(params, model, tokens)
         targets, mask = losses.next_token_targets(tokens, jnp.ones_like(tokens), tokens >= 0)
         return losses.language_model(
-            losses.token_logprobs(hidden, transformer.head(params), targets), mask
+            output_layer.token_logprobs(hidden, transformer.head(params), targets), mask
         )
 
     tx = make_optimizer(OptimConfig(), 1000, transformer.axes(model))
@@ -86,7 +86,7 @@ def main() -> None:
     for name, value in (("vocab", 8192), ("length", 256), ("batch", 16), ("seconds", 10)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
-    set_cpu_devices(0)
+    set_cpu_devices(1)
     mesh = make_mesh(MeshConfig())
     model = preset(args.preset, vocab_size=args.vocab, max_length=args.length)
     with jax.set_mesh(mesh):

@@ -38,7 +38,7 @@ class Life:
     directory: Path
     processes: int = 1
     devices: int = 2
-    cache: str = ""
+    cache: str = ""  # folder for compiled programs; empty: the environment's
     stages: tuple[str, ...] = STAGES
     command: tuple[str, ...] = ("jaxllm", "run", CONFIG)  # a module and its arguments
     more: tuple[str, ...] = ()  # further arguments
@@ -53,8 +53,9 @@ class Life:
         command = [sys.executable, "-m", *self.command, "--run-dir", str(self.directory)]
         command += ["--stages", *self.stages, *self.more]
         for number in range(self.processes):
-            env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": self.cache}
-            env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+            env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+            if self.cache:
+                env |= {"JAXLLM_CACHE": self.cache}
             if many:
                 env |= {
                     "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",

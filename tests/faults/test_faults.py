@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from tests.conftest import SESSION
 from tests.faults import harness
 from tests.faults.harness import FAULTS, Life
 
@@ -26,8 +25,7 @@ def chosen(*names):
     ],
 )
 def test_a_life_ends_with_the_same_bits_whatever_happens_to_it(tmp_path, processes, names):
-    cache = str(SESSION / "compiled")
-    whole, life = (Life(tmp_path / name, processes, cache=cache) for name in ("whole", "life"))
+    whole, life = (Life(tmp_path / name, processes) for name in ("whole", "life"))
     whole.start()
     assert whole.wait(600.0) and not any(whole.clear()), whole.log()[-2000:]
     happened = [

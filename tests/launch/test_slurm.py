@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import COMPILED, ROOT
+from tests.conftest import ROOT
 from tests.faults import harness
 from tests.faults.harness import CONFIG, Life, differences, outcome
 
@@ -75,10 +75,7 @@ class Cluster:
             "PYTHON": sys.executable,
             "PYTHONPATH": str(ROOT),
         }
-        self.env |= {
-            "JAX_PLATFORMS": "cpu",
-            **{name.upper(): str(value) for name, value in COMPILED.items()},
-        }
+        self.env |= {"JAX_PLATFORMS": "cpu"}
         (base / "state").mkdir()
         (base / "slurm.conf").write_text(CONF.format(base=base, ports=free_ports(3)))
         (base / "hosts").write_text("127.0.0.1 localhost\n127.0.0.1 n1\n127.0.0.1 n2\n")
@@ -188,7 +185,6 @@ def whole(tmp_path_factory):
     life = Life(
         tmp_path_factory.mktemp("whole") / "life",
         2,
-        cache=str(COMPILED["jax_compilation_cache_dir"]),
     )
     life.stages = STAGES
     life.start()

@@ -1,4 +1,4 @@
-"""Attention kernels of TPUs (interpreted) and GPUs (XLA's operations for cuDNN's) and the reference: values and
+"""Attention kernels of CPUs, TPUs (interpreted) and GPUs (XLA's operations for cuDNN's) and the reference: values and
 gradients, packed rows, windows, meshes."""
 
 import contextlib
@@ -9,14 +9,20 @@ import numpy as np
 import pytest
 
 from jaxllm.models import attention as attention_module
-from jaxllm.models import attention_gpu, attention_tpu
-from jaxllm.models.attention import attention
-from jaxllm.models.attention_mask import WholeRows
+from jaxllm.models import attention_cpu, attention_gpu, attention_tpu
+from jaxllm.models.attention import attention, reference_attention
+from jaxllm.models.attention_mask import WholeRows, visible
 from jaxllm.runtime.mesh import MeshConfig, make_mesh
 from jaxllm.sharding import undo_zigzag, zigzag_order
 
 B, T, K, H = 2, 256, 2, 64
 SEGMENTS = jnp.array([[1] * 100 + [2] * 120 + [0] * 36, [1] * 256], jnp.int32)
+
+
+def reference(q, k, v, *, q_segment_ids, kv_segment_ids, window=None, scale=None, softcap=0.0):
+    """`reference_attention` of whole rows in their order."""
+    allowed = visible(jnp.arange(q.shape[1]), q_segment_ids, kv_segment_ids, window)
+    return reference_attention(q, k, v, allowed, scale or q.shape[-1] ** -0.5, softcap)
 
 
 def value_and_gradients(function, arrays):
@@ -48,7 +54,7 @@ def test_queries_may_come_in_a_balanced_order(window, softcap):
     how = {"window": window, "scale": 0.2, "softcap": softcap}
     weigh = lambda y: jnp.square(y).sum()
     plain = lambda q, k, v: weigh(
-        attention(q, k, v, q_segment_ids=segments, kv_segment_ids=segments, **how)
+        reference(q, k, v, q_segment_ids=segments, kv_segment_ids=segments, **how)
     )
     want, wanted = jax.jit(jax.value_and_grad(plain, argnums=(0, 1, 2)))(*arrays)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2, context=2))):
@@ -62,8 +68,8 @@ def test_queries_may_come_in_a_balanced_order(window, softcap):
         kernel = lambda q, k, v: weigh(
             attention_tpu.tpu_attention(q[:, order], k, v, WholeRows(**more), interpret=True)
         )
-        reference = lambda q, k, v: weigh(attention(q[:, order], k, v, **more))
-        for ordered in (kernel, reference):
+        plain = lambda q, k, v: weigh(attention(q[:, order], k, v, **more))
+        for ordered in (kernel, plain):
             got, grads = jax.jit(jax.value_and_grad(ordered, argnums=(0, 1, 2)))(*arrays)
             np.testing.assert_allclose(got, want, rtol=1e-5)
             for a, b in zip(grads, wanted, strict=True):
@@ -80,12 +86,16 @@ def test_tpu_kernels_take_rows_whose_chunks_are_whole_tiles(length, fits):
 
 
 KERNELS = {
+    "cpu": lambda *a, **how: attention_cpu.cpu_attention(*a, rows=WholeRows(**how), name="x"),
     "tpu": lambda *a, **how: attention_tpu.tpu_attention(*a, WholeRows(**how), interpret=True),
     "gpu": lambda *a, **how: attention_gpu.gpu_attention(
         *a, WholeRows(**how), implementation="xla"
     ),
 }
 CASES = [
+    ("cpu", None, 0.0, 2),
+    ("cpu", 64, 0.0, 1),
+    ("cpu", 1000, 0.0, 3),
     ("tpu", None, 0.0, 2),
     ("tpu", 64, 20.0, 2),
     ("tpu", 1000, 0.0, 1),
@@ -109,7 +119,7 @@ def test_the_kernel_is_the_reference(kernel, window, softcap, groups, mesh):
         "scale": 0.2,
         "softcap": softcap,
     }
-    want, wanted = value_and_gradients(lambda *a: attention(*a, **how), arrays)
+    want, wanted = value_and_gradients(lambda *a: reference(*a, **how), arrays)
     with jax.set_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext():
         got, grads = value_and_gradients(lambda *a: KERNELS[kernel](*a, **how), arrays)
     np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -123,7 +133,20 @@ def test_values_may_be_narrower_than_keys():
     )
     how = {"q_segment_ids": SEGMENTS, "kv_segment_ids": SEGMENTS, "window": None, "scale": 0.2}
     got = attention_gpu.gpu_attention(q, k, v[..., :40], WholeRows(**how), implementation="xla")
-    np.testing.assert_allclose(got, attention(q, k, v[..., :40], **how), atol=1e-5)
+    np.testing.assert_allclose(got, reference(q, k, v[..., :40], **how), atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 127, 129, 300, 1100])
+def test_blocks_of_queries_on_a_cpu_cover_a_row_of_any_length(length):
+    """1,100 positions are eight blocks, the last of them shorter."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    q, k, v = (
+        jax.random.normal(key, (1, length, n, 8)) for key, n in zip(keys, (4, 2, 2), strict=True)
+    )
+    segments = (1 + jnp.arange(length) // 90)[None].astype(jnp.int32)
+    how = {"q_segment_ids": segments, "kv_segment_ids": segments}
+    got = KERNELS["cpu"](q, k, v, window=None, scale=8**-0.5, **how)
+    np.testing.assert_allclose(got, reference(q, k, v, **how), atol=1e-5)
 
 
 @pytest.fixture
@@ -147,7 +170,7 @@ def test_where_cudnn_refuses_the_reason_is_printed_once_and_xla_takes_over(monke
     arrays = [jnp.full(x.shape, 0.5, x.dtype) for x in HALF]
     run = lambda *a: jax.jit(lambda *a: attention(*a, **PACKED))(*a)
     with monkeypatch.context() as on_a_cpu:
-        on_a_cpu.setattr(attention_module, "platform", lambda: "cpu")
+        on_a_cpu.setattr(attention_module, "platform", lambda: "none of them")
         want = run(*arrays)
     with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
         for _ in range(2):

@@ -7,7 +7,7 @@ import jax
 import pytest
 import yaml
 
-from jaxllm import losses
+from jaxllm import output_layer
 from jaxllm.__main__ import main
 from jaxllm.life import Config
 from jaxllm.models import transformer
@@ -103,7 +103,9 @@ def test_no_array_of_all_logits_ever_lives():
         for shape, dtype in (((B, T, D), "float32"), ((V, D), "float32"))
     ]
     targets = jax.ShapeDtypeStruct((B, T), "int32")
-    loss = lambda hidden, head, targets: losses.token_logprobs(hidden, head, targets).logprob.sum()
+    loss = lambda hidden, head, targets: output_layer.token_logprobs(
+        hidden, head, targets
+    ).logprob.sum()
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes, targets).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < B * T * V * 4 / 6
 

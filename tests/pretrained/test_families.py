@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import losses
+from jaxllm import output_layer
 from jaxllm.generation.generate import SamplingConfig, complete, left_pad
 from jaxllm.models import transformer
 from jaxllm.models.config import PRESETS, preset
@@ -61,7 +61,7 @@ def relative(got, want):
 def logits_of(params, model, ids, **more):
     hidden = transformer.apply(params, model, ids, **more)
     logits = jnp.einsum("btd,vd->btv", hidden, transformer.head(params))
-    return losses.softcap(logits, model.logit_softcap)
+    return output_layer.softcap(logits, model.logit_softcap)
 
 
 @CASES

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import losses
+from jaxllm import losses, output_layer
 from jaxllm.generation.generate import SamplingConfig
 from jaxllm.optim import OptimConfig
 from jaxllm.rl import programs
@@ -187,7 +187,7 @@ def _leaking_gae(rewards, values, mask, *, discount, lam):
     return advantages, advantages + values
 
 
-_right_logprobs, _right_shape = losses.token_logprobs, programs.shape_scores
+_right_logprobs, _right_shape = output_layer.token_logprobs, programs.shape_scores
 
 
 def _integer_scores(scores, finished, moments, *, config):
@@ -225,7 +225,8 @@ MISTAKES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_with_one_mistake_the_optimum_is_missed(mistake, monkeypatch):
+    homes = {"shape_scores": programs, "token_logprobs": output_layer}
     for name, wrong in MISTAKES[mistake].items():
-        monkeypatch.setattr(programs if name == "shape_scores" else losses, name, wrong)
+        monkeypatch.setattr(homes.get(name, losses), name, wrong)
     end = reached(QUICK, seed=0, vocab=3, layers=1, name=f"mistake: {mistake}")
     assert within(end) == (mistake == "none")
