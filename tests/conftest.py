@@ -41,6 +41,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _start_session()
 SESSION = Path(os.environ["JAXLLM_TEST_SESSION"])
 compile_cache.enable()
+# Units compile thousands of programs, most of them faster than they could be kept.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.devices()  # initializes the backend: a command that a test calls can no longer change the 8 devices
 
 ROOT = Path(__file__).parent.parent

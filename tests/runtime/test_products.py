@@ -98,7 +98,8 @@ def test_a_program_with_onednns_product_is_not_cached(tmp_path, monkeypatch):
         compiled = jax.jit(run).lower(sample(rows, 512), sample(512, 512)).compile()
         executable = compiled._executable.xla_executable
         compilation_cache.put_executable_and_time("key", name, executable, None, 1)
-    assert written == ["small"]
+    # JAX itself has written the small one as well, under its function's name, unless it was cached.
+    assert [name for name in written if name in ("large", "small")] == ["small"]
 
 
 def test_where_jaxlib_lacks_the_product_xla_computes(monkeypatch):
