@@ -1,8 +1,9 @@
 """Rotary positions, and ways to stretch them over longer contexts."""
 
 import dataclasses
+import functools
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -129,30 +130,36 @@ def rope(
     Returns:
       [B, T, N, H] in x's dtype; computed in float32.
     """
+    return _rotate(x, positions, jnp.asarray(frequency), amplitude)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rotate(
+    x: jax.Array, positions: jax.Array, frequency: jax.Array, amplitude: float
+) -> jax.Array:
+    """Each pair (a, b) of a head becomes (a cos - b sin, b cos + a sin); arguments as in `rope`."""
     # Angles in float32: bfloat16 cannot tell neighboring positions apart beyond 256.
     steps = positions.astype(jnp.float32)[:, :, None, None]
-    angle = steps * jnp.asarray(frequency)[None, None, None, :]
+    angle = steps * frequency[None, None, None, :]
     cos, sin = computed_once((amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)))
-    return _rotate(x, cos, sin)
-
-
-@jax.custom_vjp
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates each pair (a, b) of x [B, T, N, H]: (a cos - b sin, b cos + a sin), with cos, sin [B, T, 1, H / 2]."""
     half = x.shape[-1] // 2
     a = x[..., :half].astype(jnp.float32)
     b = x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, Any]:
-    return _rotate(x, cos, sin), (cos, sin)
+def _forward(
+    x: jax.Array, positions: jax.Array, frequency: jax.Array, amplitude: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _rotate(x, positions, frequency, amplitude), (positions, frequency)
 
 
-def _backward(tables: Any, dy: jax.Array) -> tuple[jax.Array, None, None]:
-    """The gradient is rotated back. Positions are no parameters: cos and sin need no gradient."""
-    cos, sin = tables
-    return _rotate(dy, cos, -sin), None, None
+def _backward(
+    amplitude: float, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, None, None]:
+    """The gradient is rotated back. Positions and frequencies are no parameters and have none."""
+    positions, frequency = residuals
+    return _rotate(dy, positions, -frequency, amplitude), None, None
 
 
 _rotate.defvjp(_forward, _backward)
