@@ -9,7 +9,11 @@ those wrong (jax 0.12.0.1, float32). Here oneDNN is called for single products i
 import functools
 import json
 import math
+import os
+import platform
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -105,7 +109,7 @@ def _to_onednn(multiplications: int) -> bool:
 @functools.cache
 def onednn_works() -> bool:
     """Whether this jaxlib has oneDNN's product, and it is right. It is not part of JAX's API, so it is tried out."""
-    if not _leave_out_of_cache():
+    if sys.platform != "linux" or platform.machine() != "x86_64" or not _leave_out_of_cache():
         return False
     a = np.arange(6, dtype=np.float32).reshape(3, 2)
     b = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -121,6 +125,18 @@ def onednn_works() -> bool:
         if not np.array_equal(found, a.T @ b):
             return False
     return True
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers. Where it does not, oneDNN's product of them takes seconds, or aborts."""
+    if os.environ.keys() & {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}:
+        return False  # oneDNN may have been told to do without
+    try:
+        words = {*Path("/proc/cpuinfo").read_text().split()}
+    except OSError:
+        return False
+    return bool(words & {"amx_bf16", "avx512_bf16"})
 
 
 def _leave_out_of_cache() -> bool:
@@ -143,6 +159,13 @@ def _leave_out_of_cache() -> bool:
 
 def _onednn(a: Array, b: Array, transpose_a: bool, transpose_b: bool, dtype: DTypeLike) -> Array:
     """One call of oneDNN's product; arguments as in `batched`."""
+    if a.dtype != b.dtype:  # oneDNN would end the process
+        raise TypeError(f"a product of {a.dtype} and {b.dtype}; convert one of them")
+    if a.dtype == jnp.bfloat16 and not _has_bfloat16():
+        wide = _onednn(
+            a.astype(jnp.float32), b.astype(jnp.float32), transpose_a, transpose_b, jnp.float32
+        )
+        return wide.astype(dtype)
     m = a.shape[-1] if transpose_a else a.shape[-2]
     n = b.shape[-2] if transpose_b else b.shape[-1]
     config = {"onednn_matmul_config": {"transpose_a": transpose_a, "transpose_b": transpose_b}}

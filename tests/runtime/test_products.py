@@ -1,6 +1,9 @@
 """Matrix products through oneDNN equal XLA's, in every order of the operands; no program with one is cached."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +75,13 @@ def test_dimensions_in_the_middle_are_refused(monkeypatch):
 
 
 @needs_onednn
+def test_operands_of_two_types_are_refused(monkeypatch):
+    monkeypatch.setattr(products, "_LARGE", 0)
+    with pytest.raises(TypeError, match="float32 and bfloat16"):
+        contract(sample(2, 3), sample(3, 4, dtype="bfloat16"), ((1,), (0,)))
+
+
+@needs_onednn
 def test_large_products_of_one_cpu_device_alone_are_onednns():
     product = lambda a, b: contract(a, b, ((1,), (0,)))
     large = sample(512, 512), sample(512, 512)
@@ -79,6 +89,30 @@ def test_large_products_of_one_cpu_device_alone_are_onednns():
     assert not calls(product, sample(8, 512), large[1])
     with jax.set_mesh(make_mesh(MeshConfig(data=8))):  # XLA cuts its products, not this call
         assert not calls(product, *large)
+
+
+# Prints the largest error of a product of bfloat16 numbers, relative to the largest result.
+WITHOUT = """
+import jax, jax.numpy as jnp, numpy as np
+from jaxllm.runtime import products
+products._LARGE = 0
+a, b = (jax.random.normal(jax.random.key(n), (64, 96)).astype(jnp.bfloat16) for n in (0, 1))
+product = jax.jit(lambda a, b: products.contract(a, b, ((0,), (0,)), dtype=jnp.float32))
+assert "__onednn" in product.lower(a, b).as_text()
+want = np.asarray(a, np.float64).T @ np.asarray(b, np.float64)
+print(np.abs(product(a, b) - want).max() / np.abs(want).max())
+"""
+
+
+@needs_onednn
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE"])
+def test_a_cpu_without_bfloat16_multiplies_in_float32(instructions):
+    """oneDNN's own product of bfloat16 numbers aborts the process on the first, and takes seconds on the second."""
+    environ = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", WITHOUT]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-6 and "reference implementation" not in done.stderr
 
 
 @needs_onednn
