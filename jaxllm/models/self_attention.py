@@ -244,8 +244,7 @@ def _to_heads(x: jax.Array, weights: nnx.Param) -> jax.Array:
 
 def _merge_heads(y: jax.Array, weights: nnx.Param) -> jax.Array:
     """y [B, T, N, H] times a matrix [N, H, D] -> [B, T, D], in y's dtype."""
-    w = weights[...]
-    return linear(y.reshape(*y.shape[:2], -1), w.reshape(-1, w.shape[-1]))
+    return linear(y.reshape(*y.shape[:2], -1), weights[...], 2)
 
 
 def _attend(

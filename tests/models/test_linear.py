@@ -34,6 +34,12 @@ def test_linear(shape):
     same_gradients(linear, derived, sample(B, T, D), sample(*shape))
 
 
+def test_linear_of_heads():
+    ours = lambda x, w: linear(x.reshape(B, T, 6), w, 2)
+    derived = lambda x, w: jnp.einsum("btnh,nhd->btd", x, w)
+    same_gradients(ours, derived, sample(B, T, 2, 3), sample(2, 3, 4))
+
+
 def test_linear_under_vmap_and_checkpoint():
     x, w = sample(3, B, T, D), sample(3, D, 4)
     ours = lambda x, w: jax.vmap(jax.checkpoint(linear))(x, w)
