@@ -99,7 +99,7 @@ def _token_stats(hidden: Array, head: Array, targets: Array, softmax: _Softmax) 
     def score(_: None, block: tuple[Array, Array]) -> tuple[None, _BlockStats]:
         weights, ids = block
         logits = _logits(hidden, weights, ids, head.shape[0], softmax)
-        return None, _block_stats(logits, _target_logits(logits, ids, targets))[0]
+        return None, _block_stats(logits, ids, targets)[0]
 
     _, stats = jax.lax.scan(score, None, (_cut(head, softmax), _cut_ids(softmax)))
     return _combine(stats)
@@ -111,7 +111,7 @@ def _at_once(
     """Statistics of a vocabulary of one block, and exp(logits - their maximum), float32[B, T, V]."""
     ids = jnp.arange(head.shape[0], dtype=jnp.int32)
     logits = _logits(hidden, head, ids, head.shape[0], softmax)
-    stats, exponentials = _block_stats(logits, _target_logits(logits, ids, targets))
+    stats, exponentials = _block_stats(logits, ids, targets)
     return _combine(jax.tree.map(lambda x: x[None], stats)), exponentials
 
 
@@ -270,8 +270,8 @@ def _target_logits(logits: Array, ids: Array, targets: Array) -> Array:
     return jnp.where(inside, found, 0.0)
 
 
-def _block_stats(logits: Array, target: Array) -> tuple[_BlockStats, Array]:
-    """The statistics of logits float32[B, T, V / count], and exp(logits - top); target: the target's logit."""
+def _block_stats(logits: Array, ids: Array, targets: Array) -> tuple[_BlockStats, Array]:
+    """The statistics of a block, and exp(logits - top); logits: float32[B, T, V / count], ids: their tokens."""
     top = logits.max(-1)
     below = logits - top[..., None]  # at most 0, so that exp cannot overflow
     exp = jnp.exp(below)
@@ -279,7 +279,7 @@ def _block_stats(logits: Array, target: Array) -> tuple[_BlockStats, Array]:
         top=top,
         total=exp.sum(-1),
         weighted=(exp * below).sum(-1),
-        target=target,
+        target=_target_logits(logits, ids, targets),
     )
     return stats, exp
 

@@ -22,8 +22,9 @@ from jaxllm.metrics import require_finite
 from jaxllm.plan.kept import compare_with_measured, plan_path
 from jaxllm.runtime import checkpoint, compile_cache, goodput
 from jaxllm.runtime.console import console
-from jaxllm.runtime.cpu import keep_pages, num_cores
+from jaxllm.runtime.cpu import keep_pages
 from jaxllm.runtime.files import check_path, read_json, read_jsonl
+from jaxllm.runtime.hardware import num_cores
 from jaxllm.runtime.mesh import make_mesh
 from jaxllm.runtime.processes import Signals, barrier, join
 from jaxllm.runtime.seal import set_aside, warn_damaged

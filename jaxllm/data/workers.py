@@ -32,6 +32,7 @@ from jaxllm.config import InputError
 from jaxllm.data.cache import build_once, get_or_build, open_valid
 from jaxllm.data.tokenization import write_unit
 from jaxllm.data.units import Unit
+from jaxllm.runtime.hardware import num_cores
 from jaxllm.tokenizers.published import restore
 from jaxllm.tokenizers.trained import Tokenizer
 
@@ -53,7 +54,7 @@ def prepare(
     by_folder = {unit.folder: unit for unit in (*units[first:], *units[:first])}
     missing = [unit for unit in by_folder.values() if metas[unit.folder] is None]
     total = sum(unit.size for unit in missing)
-    num_workers = 0 if total < IN_PROCESS else min(len(missing), _num_cores())
+    num_workers = 0 if total < IN_PROCESS else min(len(missing), num_cores())
     columns = (TextColumn("data:"), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     is_quiet = total < IN_PROCESS or share[0] > 0
     bar = Progress(*columns, console=Console(stderr=True), disable=is_quiet)
@@ -112,13 +113,6 @@ def _build(
 
 def _writer(unit: Unit, tokenizer: Tokenizer | None) -> Callable[[Path], dict[str, Any]]:
     return functools.partial(write_unit, unit=unit, tokenizer=tokenizer)
-
-
-def _num_cores() -> int:
-    # In a container this process may have fewer cores than the machine.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextlib.contextmanager

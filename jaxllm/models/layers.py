@@ -116,7 +116,7 @@ class Experts(nnx.Module):
         c = self.config = config
         experts = c.moe.num_experts
         size = c.moe.mlp_dim or c.mlp_dim
-        # `normal`, not `linear`: routers and routed experts have no adapters.
+        # `normal`, not `matrix`: routers and routed experts have no adapters.
         self.router = normal(rngs, c.init_std, embed=c.embed_dim, router=experts)
         if c.moe.router == "sigmoid":
             self.router_bias = constant(0.0, router=experts)

@@ -44,11 +44,11 @@ def _normalize(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:
 
 
 def _forward(x: Array, scale: Array, bias: Array | None, eps: float) -> tuple[Array, Any]:
-    unit, inverse = _unit(x, scale.ndim, bias is not None, eps)
+    unit, _ = _unit(x, scale.ndim, bias is not None, eps)
     y = unit * expand_like(scale, unit)
     if bias is not None:
         y = y + expand_like(bias, y)
-    return y.astype(x.dtype), (x, scale, bias, inverse)
+    return y.astype(x.dtype), (x, scale, bias)
 
 
 def _unit(x: Array, rank: int, center: bool, eps: float) -> tuple[Array, Array]:
@@ -67,10 +67,10 @@ def _backward(eps: float, residuals: Any, dy: Array) -> tuple[Array, Array, Arra
 
     If x is centered first, du loses its mean, too.
     """
-    x, scale, bias, inverse = residuals
+    x, scale, bias = residuals
     # XLA would write the scale out, once for each token, for the forward and the backward pass together.
     scale = computed_once(scale)
-    unit, _ = _unit(x, scale.ndim, bias is not None, eps)
+    unit, inverse = _unit(x, scale.ndim, bias is not None, eps)
     dims = tuple(range(-scale.ndim, 0))
     tokens = tuple(range(x.ndim - scale.ndim))
     dy = dy.astype(jnp.float32)

@@ -1,7 +1,6 @@
 """What is particular to running on a CPU."""
 
 import ctypes
-import os
 import sys
 from typing import Any
 
@@ -12,13 +11,6 @@ from jaxllm import sharding
 # Settings of glibc's mallopt (malloc.h): every block from the heap instead of a mapping of its own (M_MMAP_MAX 0), one heap
 # (M_ARENA_MAX 1) that never shrinks (M_TRIM_THRESHOLD, the largest number) and grows by 64 MiB (M_TOP_PAD).
 _KEEP_PAGES = {-4: 0, -8: 1, -1: -1, -2: 1 << 26}
-
-
-def num_cores() -> int:
-    """Cores that this process may use, which in a container are fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def keep_pages() -> None:

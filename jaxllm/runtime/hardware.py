@@ -1,4 +1,4 @@
-"""Data sheets of accelerators, for measured MFU and for plans; and whether this machine has an accelerator."""
+"""Data sheets of accelerators, for measured MFU and for plans; and what this machine has: an accelerator, cores."""
 
 import dataclasses
 import glob
@@ -51,6 +51,13 @@ _ACCELERATOR_FILES = (
     "/dev/kfd",
     "/dev/dxg",
 )
+
+
+def num_cores() -> int:
+    """Cores that this process may use, which in a container are fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def by_kind(device_kind: str) -> Chip | None:

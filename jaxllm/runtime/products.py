@@ -50,15 +50,15 @@ def contract(
       float32_if_free: return float32 instead of `dtype` where that costs nothing.
     """
     dtype = a.dtype if dtype is None else dtype
-    outputs = math.prod(n for i, n in enumerate(b.shape) if i not in dims[1])
-    if not _to_onednn(a.size * outputs):
+    a_outer = [n for i, n in enumerate(a.shape) if i not in dims[0]]
+    b_outer = [n for i, n in enumerate(b.shape) if i not in dims[1]]
+    if not _to_onednn(a.size * math.prod(b_outer)):
         return lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=dtype)
     a_rows, transpose_a = _as_matrix(a, dims[0], inner_last=True)
     b_rows, transpose_b = _as_matrix(b, dims[1], inner_last=False)
-    outer = [n for i, n in enumerate(a.shape) if i not in dims[0]]
-    outer += [n for i, n in enumerate(b.shape) if i not in dims[1]]
     dtype = jnp.float32 if float32_if_free else dtype
-    return _onednn(a_rows, b_rows, transpose_a, transpose_b, dtype).reshape(outer)
+    product = _onednn(a_rows, b_rows, transpose_a, transpose_b, dtype)
+    return product.reshape(*a_outer, *b_outer)
 
 
 def _as_matrix(x: Array, inner: Sequence[int], *, inner_last: bool) -> tuple[Array, bool]:
