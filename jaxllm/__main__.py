@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import jaxllm
-from jaxllm import commands, stages
-from jaxllm.config import Ending, InputError
+from jaxllm import stages, tools
+from jaxllm.errors import Ending, InputError
 from jaxllm.runtime.hardware import choose_platform
 
 # What a disk, its permissions and its limits can refuse to any function that writes.
@@ -41,9 +41,10 @@ def main(argv: list[str] | None = None) -> None:
         argv: the arguments after the program's name; None: those of this process.
     """
     if argv is None:
-        _use_huge_pages()
-        choose_platform()  # before JAX is imported
         argv = sys.argv[1:]
+        if not _only_prints(argv):
+            _use_huge_pages()
+        choose_platform()  # before JAX is imported
     _escape_unprintable()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs its options as warnings
     try:
@@ -61,6 +62,13 @@ def main(argv: list[str] | None = None) -> None:
         _exit(f"jaxllm: {what}; fix that and run the same command again", 1)
     except KeyboardInterrupt:
         _exit("jaxllm: interrupted; run the same command again to resume", 130)
+
+
+def _only_prints(args: list[str]) -> bool:
+    """Whether a command computes nothing: a restart for huge pages would only take time."""
+    if not args or {"-h", "--help", "--help-all"} & {*args}:
+        return True
+    return args[0] in ("--version", "--tyro-print-completion", "config", "configs")
 
 
 def _use_huge_pages() -> None:
@@ -93,25 +101,32 @@ def _parse(args: list[str]) -> Callable[[], None]:
     if command == "--version":
         return functools.partial(print, f"jaxllm {jaxllm.__version__}")
     if command == "--tyro-print-completion":
-        return functools.partial(commands.print_completion, " ".join(rest))
-    if command in commands.TOOLS:
-        return functools.partial(commands.TOOLS[command].run, rest)
+        return functools.partial(_call, "jaxllm.commands:print_completion", " ".join(rest))
+    if command in tools.TABLE:
+        return functools.partial(_call, tools.TABLE[command].run, rest)
     if command == "run" or command in stages.names():
         return _parse_stage(command, rest)
-    known = ["run", *stages.names(), *commands.TOOLS]
+    known = ["run", *stages.names(), *tools.TABLE]
     close = difflib.get_close_matches(command, known, n=1)
     hint = f"did you mean {close[0]}?" if close else "see jaxllm --help"
     raise InputError(f"unknown command {command!r}; {hint}")
 
 
+def _call(spec: str, arguments: str | list[str]) -> None:
+    """Calls the function named by "module:name", whose imports take longer than `jaxllm --help`."""
+    stages.load(spec)(arguments)
+
+
 def _parse_stage(command: str, args: list[str]) -> Callable[[], None]:
     """Returns the work of a stage's command, or of `run`."""
+    from jaxllm import commands
+
     if {"-h", "--help", "--help-all"} & {*args}:
         return functools.partial(commands.explain_stage, command, args)
-    # Imports JAX and everything that trains: not for --help, --version or a tool.
+    config = commands.read_config(command, args)
+    # Imports JAX and everything that trains: a wrong config is reported before.
     from jaxllm.run import run_stages
 
-    config = commands.read_config(command, args)
     wanted = config.stages if command == "run" else [command]
     # The path as it was given: messages name the next command with it.
     return functools.partial(run_stages, config, args[0], wanted)
@@ -121,10 +136,10 @@ def _usage() -> str:
     """Returns the list of all commands. It must not need JAX, whose import takes seconds."""
     stage_usage = "CONFIG [--section.field VALUE ...]"
     # Only the table of stages and that of tools, which are plain data.
-    rows = [("run", stage_usage, commands.RUN_HELP)]
+    rows = [("run", stage_usage, tools.RUN_HELP)]
     for stage in stages.TABLE:
         rows.append((stage.name, stage_usage, stage.help))
-    for name, tool in commands.TOOLS.items():
+    for name, tool in tools.TABLE.items():
         rows.append((name, tool.usage, tool.help))
     lines = ["The whole life of a language model.", ""]
     for name, usage, text in rows:

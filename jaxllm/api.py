@@ -29,7 +29,8 @@ from jaxllm.config import InputError, build
 from jaxllm.config import load as load_config
 from jaxllm.config.shipped import find_config
 from jaxllm.evaluation import scoring
-from jaxllm.generation.generate import SamplingConfig, complete
+from jaxllm.generation.config import SamplingConfig
+from jaxllm.generation.generate import complete
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.run import Config

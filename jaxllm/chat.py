@@ -9,13 +9,15 @@ from typing import Any, TextIO
 import jax
 
 from jaxllm.config import InputError
-from jaxllm.generation.generate import SamplingConfig, complete
+from jaxllm.generation.config import SamplingConfig
+from jaxllm.generation.generate import complete
 from jaxllm.generation.rollouts import Completion
 from jaxllm.generation.streaming import stream
 from jaxllm.model_store import load_model, load_policy
 from jaxllm.models import decode, scalar
 from jaxllm.models.config import ModelConfig
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.tokenizers.trained import StreamDecoder, Tokenizer
 
 Message = dict[str, str]

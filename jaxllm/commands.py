@@ -8,12 +8,12 @@ it: `jaxllm --help` and `jaxllm generate --help` answer at once.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from jaxllm import stages
+from jaxllm import stages, tools
 from jaxllm.config import InputError, differences, load, parse_overrides, to_tree, tyro_cli
 from jaxllm.config.ranges import (
     NonNegativeFloat,
@@ -26,9 +26,7 @@ from jaxllm.config.ranges import (
 from jaxllm.config.shipped import find_config, listing
 
 if TYPE_CHECKING:
-    from jaxllm.generation.generate import SamplingConfig
-
-RUN_HELP = "all stages in order; finished stages are skipped, an interrupted one resumes"
+    from jaxllm.generation.config import SamplingConfig
 
 
 def _argument(metavar: str) -> Any:
@@ -55,7 +53,7 @@ class SamplingOptions:
 
     def sampling(self, default_length: int) -> "SamplingConfig":
         """Returns the config of the sampler; default_length: in tokens, if no --max-new-tokens is given."""
-        from jaxllm.generation.generate import SamplingConfig
+        from jaxllm.generation.config import SamplingConfig
 
         return SamplingConfig(
             max_new_tokens=self.max_new_tokens or default_length,
@@ -228,9 +226,8 @@ def plan(args: Sequence[str]) -> None:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     options = _parse("plan", args)
     from jaxllm.plan import planning
-    from jaxllm.run import Config
 
-    planning.command(options, load(Config, find_config(options.config)))
+    planning.command(options, load(_config_class(), find_config(options.config)))
 
 
 def run_harness(args: Sequence[str]) -> None:
@@ -277,82 +274,9 @@ def show_config(args: Sequence[str]) -> None:
         print(line)
 
 
-@dataclasses.dataclass(frozen=True)
-class Tool:
-    """A command that is not a stage."""
-
-    usage: str
-    """What it takes, for the list of commands."""
-    help: str
-    """What it does, in one line."""
-    options: str
-    """The class of its options, as "module:name": imported when needed, since some modules import JAX."""
-    run: Callable[[Sequence[str]], None]
-    """Parses the arguments that follow the command's name, and does the work."""
-
-
-# In the order of `jaxllm --help`.
-TOOLS: dict[str, Tool] = {
-    "generate": Tool(
-        usage="STAGE_DIR --prompt TEXT [options]",
-        help="complete a prompt with a stage's model",
-        options="jaxllm.commands:GenerateArgs",
-        run=generate,
-    ),
-    "chat": Tool(
-        usage="STAGE_DIR [options]",
-        help="chat with a stage's model",
-        options="jaxllm.commands:ChatArgs",
-        run=chat,
-    ),
-    "import": Tool(
-        usage="SOURCE STAGE_DIR",
-        help="make a stage directory from a downloaded model: safetensors or GGUF",
-        options="jaxllm.commands:ImportArgs",
-        run=import_model,
-    ),
-    "export": Tool(
-        usage="STAGE_DIR FOLDER [options]",
-        help="write a stage's model for other programs: safetensors, config.json, tokenizer",
-        options="jaxllm.commands:ExportArgs",
-        run=export_model,
-    ),
-    "score": Tool(
-        usage="STAGE_DIR ... --task FILE ... [options]",
-        help="score stages' models on tasks in JSONL files, side by side",
-        options="jaxllm.evaluation.tasks:ScoreArgs",
-        run=score,
-    ),
-    "plan": Tool(
-        usage="CONFIG --topology NAME [options]",
-        help="compile a stage's step for TPUs that are not attached: memory and cost",
-        options="jaxllm.plan.planning:PlanArgs",
-        run=plan,
-    ),
-    "lm_eval": Tool(
-        usage="STAGE_DIR --tasks NAME ...",
-        help="run EleutherAI's lm-evaluation-harness on a stage's model",
-        options="jaxllm.commands:HarnessArgs",
-        run=run_harness,
-    ),
-    "configs": Tool(
-        usage="",
-        help="list the configs that ship with the program; commands accept their names",
-        options="jaxllm.commands:ConfigsArgs",
-        run=list_configs,
-    ),
-    "config": Tool(
-        usage="CONFIG [--diff OTHER]",
-        help="print a config with every default filled in, or how it differs from another",
-        options="jaxllm.commands:ConfigArgs",
-        run=show_config,
-    ),
-}
-
-
 def _parse(tool: str, args: Sequence[str]) -> Any:
-    """Returns the options of a tool, an instance of the class that its entry in TOOLS names."""
-    return tyro_cli(stages.load(TOOLS[tool].options), args, f"jaxllm {tool}")
+    """Returns the options of a tool, an instance of the class that its row in the table of tools names."""
+    return tyro_cli(stages.load(tools.TABLE[tool].options), args, f"jaxllm {tool}")
 
 
 def read_config(command: str, args: Sequence[str]) -> Any:
@@ -362,16 +286,15 @@ def read_config(command: str, args: Sequence[str]) -> Any:
         command: its name, for errors.
         args: a config file or the name of a shipped config, then flags that override its fields.
     """
-    from jaxllm.run import Config
-
     if not args or args[0].startswith("-"):
         raise InputError(
             f"jaxllm {command}: give a config file first, or a name that `jaxllm configs` lists"
         )
     path = find_config(args[0])
     # The flags are parsed over what the file says, since some replace one item of a list in it.
-    overrides = parse_overrides(Config, load(Config, path), args[1:], f"jaxllm {command} CONFIG")
-    return load(Config, path, overrides)
+    config = _config_class()
+    overrides = parse_overrides(config, load(config, path), args[1:], f"jaxllm {command} CONFIG")
+    return load(config, path, overrides)
 
 
 def explain_stage(command: str, args: Sequence[str]) -> None:
@@ -379,26 +302,26 @@ def explain_stage(command: str, args: Sequence[str]) -> None:
 
     --help explains the common options and the stage's own section, --help-all every section.
     """
-    from jaxllm.run import Config
-
     everything = "--help-all" in args
     # `jaxllm sft tiny --help` shows the values of that config as defaults, `jaxllm sft --help` the
     # defaults of the fields.
-    given = load(Config, find_config(args[0])) if not args[0].startswith("-") else Config()
-    shown = _config_class(command, everything)
+    config = _config_class()
+    given = load(config, find_config(args[0])) if not args[0].startswith("-") else config()
+    shown = config if everything else _config_class(command)
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(shown)}
-    text = RUN_HELP if command == "run" else stages.named(command).help
+    text = tools.RUN_HELP if command == "run" else stages.named(command).help
     about = f"{text[:1].upper()}{text[1:]}. --help-all explains every stage."
     if everything:
         about = "Every option of every stage."
     tyro_cli(shown, ["--help"], f"jaxllm {command} CONFIG", shown(**values), about)
 
 
-def _config_class(command: str, everything: bool = False) -> type:
-    """Returns a config class with the common sections and the command's own, or with all."""
+def _config_class(command: str = "") -> Any:
+    """Returns a config class with the common sections and that of a stage's command, or with all sections."""
+    # Of the table as it is now, which may have a row that life.Config has not.
     from jaxllm.life import config_class
 
-    return config_class([row for row in stages.TABLE if everything or row.name == command])
+    return config_class([row for row in stages.TABLE if command in ("", row.name)])
 
 
 def print_completion(shell: str) -> None:
@@ -406,14 +329,13 @@ def print_completion(shell: str) -> None:
 
     shell: bash, zsh or fish.
     """
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the options' modules import JAX; no device is needed
     if shell not in ("bash", "zsh", "fish"):
         raise InputError(f"--tyro-print-completion {shell!r}: must be bash, zsh or fish")
     classes = {}
     for command in ("run", *stages.names()):
         # Only the sections that the command's --help explains: with all of them the script is five times as long.
         classes[command] = _config_class(command)
-    for name, tool in TOOLS.items():
+    for name, tool in tools.TABLE.items():
         classes[name] = stages.load(tool.options)
     with contextlib.suppress(SystemExit):  # tyro prints the script and exits
         tyro.extras.subcommand_cli_from_dict(

@@ -5,15 +5,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from etils import epath
 
 from jaxllm import stages
 from jaxllm.config import require
 from jaxllm.config.ranges import Seed, Threads
-from jaxllm.metrics import LoggingConfig
 from jaxllm.models.config import ModelConfig
-from jaxllm.runtime.mesh import MeshConfig
-from jaxllm.runtime.processes import ProcessConfig
+from jaxllm.runtime.config import LoggingConfig, MeshConfig, ProcessConfig
 from jaxllm.stages import Stage
 
 
@@ -110,6 +107,7 @@ def _section(stage: Stage) -> tuple[str, Any, Any]:
 
 
 if TYPE_CHECKING:
+    from etils import epath
 
     class Config(Life):
         """`Life` with the sections of the table, which a type checker cannot see."""
@@ -144,6 +142,8 @@ def with_defaults(config: Config) -> Config:
     return dataclasses.replace(config, **filled)
 
 
-def run_directory(config: Config) -> epath.Path:
+def run_directory(config: Config) -> "epath.Path":
     """Where a run keeps everything: `run_dir`, by default runs/NAME."""
+    from etils import epath  # not above: its import takes a third of `--help`'s time
+
     return epath.Path(config.run_dir or f"runs/{config.name}").expanduser()

@@ -9,8 +9,9 @@ from etils import epath
 
 from jaxllm.config import Ending, check_unchanged
 from jaxllm.losses import Metrics
-from jaxllm.metrics import LoggingConfig, MetricLog, Rewind, TrainingDiverged
+from jaxllm.metrics import MetricLog, Rewind, TrainingDiverged
 from jaxllm.runtime import checkpoint
+from jaxllm.runtime.config import LoggingConfig
 from jaxllm.runtime.console import console
 from jaxllm.runtime.digest import unequal_replicas
 from jaxllm.runtime.goodput import Ledger

@@ -7,7 +7,6 @@ devices never wait for the host.
 They go to metrics.jsonl, to a line on the terminal, and, if configured, to TensorBoard and Weights & Biases.
 """
 
-import dataclasses
 import json
 import math
 import numbers
@@ -30,19 +29,10 @@ from rich.progress import (
 from jaxllm.config import Ending, InputError
 from jaxllm.losses import Metrics
 from jaxllm.runtime import hardware
+from jaxllm.runtime.config import LoggingConfig
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_jsonl, write_whole
 from jaxllm.runtime.transfer import fetch
-
-
-@dataclasses.dataclass(frozen=True)
-class LoggingConfig:
-    """Where metrics go in addition to the progress line and metrics.jsonl."""
-
-    tensorboard: bool = True
-    """Write TensorBoard event files into STAGE/tensorboard."""
-    wandb_project: str = ""
-    """Weights & Biases project; empty: off. Needs `pip install wandb`."""
 
 
 class Work(NamedTuple):

@@ -16,7 +16,7 @@ from etils import epath
 from jaxllm.config import InputError, build, to_tree
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.lora import LoRAConfig
+from jaxllm.models.parts_config import LoRAConfig
 from jaxllm.pretrained.safetensors_files import read_imported
 from jaxllm.runtime import checkpoint
 from jaxllm.runtime.files import is_remote, read_json, write_json

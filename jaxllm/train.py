@@ -16,7 +16,7 @@ from jaxllm.config import InputError
 from jaxllm.config.ranges import LARGEST_INT
 from jaxllm.losses import Loss, Metrics
 from jaxllm.metrics import Work
-from jaxllm.runtime.checkpoint import CheckpointConfig
+from jaxllm.runtime.config import CheckpointConfig
 from jaxllm.sharding import param_shardings, replicated, with_shardings
 
 Batch = Any

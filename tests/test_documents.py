@@ -21,14 +21,14 @@ import pytest
 import jaxllm
 from jaxllm import __main__ as cli
 from jaxllm.config import InputError, build, load
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.format import KINDS
-from jaxllm.data.sources import DataConfig, Source
 from jaxllm.data.splits import examples
-from jaxllm.generation.generate import SamplingConfig
-from jaxllm.models.lora import LoRAConfig
-from jaxllm.optim import OptimConfig
+from jaxllm.generation.config import SamplingConfig
+from jaxllm.models.parts_config import LoRAConfig
+from jaxllm.optim_config import OptimConfig
 from jaxllm.run import Config
-from jaxllm.runtime.checkpoint import CheckpointConfig
+from jaxllm.runtime.config import CheckpointConfig
 from tests.conftest import ROOT
 from tests.pages import (
     anchors,

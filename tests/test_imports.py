@@ -2,8 +2,12 @@
 
 import ast
 import dataclasses
+import subprocess
+import sys
 import typing
 from pathlib import Path
+
+import pytest
 
 from jaxllm.life import Config
 from jaxllm.stages import TABLE, named, names
@@ -11,9 +15,11 @@ from jaxllm.stages import TABLE, named, names
 PACKAGE = Path(__file__).parent.parent / "jaxllm"
 # What a module may import: its own entry and those above it. An entry is a folder, a module or a module in a folder.
 LAYERS = [
+    {"errors"},
     {"config"},
     {"sharding"},
     {"runtime"},
+    {"optim_config"},
     {"output_layer", "optim", "tokenizers"},
     {"losses"},
     {"metrics", "models"},
@@ -28,6 +34,7 @@ LAYERS = [
     {"plan"},
     {"run"},
     {"chat", "pretrained.convert"},
+    {"tools"},
     {"api", "commands"},
     {"__main__"},
 ]
@@ -100,6 +107,28 @@ def test_the_table_of_stages_imports_nothing_of_the_project():
     assert not [
         name for name in imports(PACKAGE / "stages" / "__init__.py") if name.startswith("jaxllm")
     ]
+
+
+@pytest.mark.parametrize(
+    "module", ["life", "commands", "tools", "plan.config", "evaluation.config", "rl.config"]
+)
+def test_configs_and_options_import_neither_jax_nor_numpy(module):
+    """`jaxllm ppo --help` and a wrong config are answered before JAX could be imported."""
+    heavy = (
+        "{'jax', 'numpy', 'optax', 'flax', 'orbax', 'grain', 'fsspec', 'etils', 'sentencepiece'}"
+    )
+    code = f"import sys, jaxllm.{module}; print(*sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not done.stdout.split()
+
+
+def test_the_list_of_commands_imports_nothing_but_the_tables():
+    code = (
+        "import sys, jaxllm.__main__ as cli; cli.main(['--help']);"
+        "print(*sorted({'tyro', 'pydantic', 'yaml', 'jax', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n\n")
 
 
 def test_extras_are_not_imported_at_start():

@@ -84,7 +84,8 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
 
 def test_the_peak_of_a_cpu_is_measured():
-    from jaxllm.runtime.mesh import MeshConfig, make_mesh
+    from jaxllm.runtime.config import MeshConfig
+    from jaxllm.runtime.mesh import make_mesh
 
     assert m.peak_flops(make_mesh(MeshConfig())) > 1e9
 

@@ -12,9 +12,11 @@ import pytest
 from jaxllm import output_layer, train
 from jaxllm.models import layers, moe, next_token, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.moe import MoEConfig
-from jaxllm.optim import OptimConfig, make_optimizer
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.models.parts_config import MoEConfig
+from jaxllm.optim import make_optimizer
+from jaxllm.optim_config import OptimConfig
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import activation
 
 B, T = 8, 16

@@ -14,7 +14,8 @@ from jaxllm import sharding
 from jaxllm.config import InputError
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import ACT_RULES, PARAM_RULES, spec
 
 

@@ -13,9 +13,9 @@ import pytest
 
 import jaxllm
 from jaxllm import __main__ as cli
-from jaxllm import chat, commands, life, metrics, run
+from jaxllm import chat, life, metrics, run, tools
 from jaxllm.config import InputError, load
-from jaxllm.generation.generate import SamplingConfig
+from jaxllm.generation.config import SamplingConfig
 from jaxllm.runtime import hardware
 from jaxllm.runtime.console import console
 from jaxllm.tokenizers.trained import train
@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 from tests.conftest import jaxllm as start
 from tests.tokenizers.test_trained import CORPUS
 
-COMMANDS = {"run", *cli.stages.names(), *commands.TOOLS}
+COMMANDS = {"run", *cli.stages.names(), *tools.TABLE}
 
 
 def test_the_help_lists_every_command_and_its_arguments(capsys):
@@ -46,13 +46,13 @@ def test_the_version_is_printed(capsys):
     assert capsys.readouterr().out == f"jaxllm {jaxllm.__version__}\n"
 
 
-@pytest.mark.parametrize("command", commands.TOOLS)
+@pytest.mark.parametrize("command", tools.TABLE)
 def test_a_tools_help_names_its_arguments(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
     assert stop.value.code == 0
     usage = capsys.readouterr().out.split("\n")[0]
-    for name in re.findall(r"STAGE_DIR|CONFIG|SOURCE|FOLDER", commands.TOOLS[command].usage):
+    for name in re.findall(r"STAGE_DIR|CONFIG|SOURCE|FOLDER", tools.TABLE[command].usage):
         assert name in usage
 
 

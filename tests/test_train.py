@@ -15,16 +15,17 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm import loop, losses, output_layer, train
 from jaxllm.config import InputError
-from jaxllm.data.sources import DataConfig
-from jaxllm.metrics import LoggingConfig, TrainingDiverged, Work
+from jaxllm.data.config import DataConfig
+from jaxllm.metrics import TrainingDiverged, Work
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.optim import OptimConfig, learning_rate, make_optimizer
+from jaxllm.optim import learning_rate, make_optimizer
+from jaxllm.optim_config import OptimConfig
 from jaxllm.runtime import prefetch
-from jaxllm.runtime.checkpoint import CheckpointConfig
+from jaxllm.runtime.config import CheckpointConfig, LoggingConfig, MeshConfig
 from jaxllm.runtime.digest import unequal_replicas
 from jaxllm.runtime.goodput import Ledger
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.runtime.processes import Signals, Stopped
 from jaxllm.sharding import activation
 

@@ -2,10 +2,9 @@
 
     YAML (with `extends:`) -> tree -> merged with flags -> validated -> frozen dataclass -> JSON
 
-Sections are frozen dataclasses that are defined next to the code that reads them; this package knows
-none of them. Every error is one line: where, what is wrong, how to fix it.
+Sections are frozen dataclasses in the config.py of the folder that reads them, which imports no JAX; this
+package knows none of them. Every error is one line: where, what is wrong, how to fix it.
 
-- errors: `InputError` and what else ends the program; `require` for checks in config classes
 - trees: nested mappings and key paths; `merge`
 - yaml_files: `read_yaml`, which remembers the line of every key
 - messages: locations and pydantic's findings as one line
@@ -20,9 +19,9 @@ none of them. Every error is one line: where, what is wrong, how to fix it.
 from jaxllm.config.build import build, complete, load, to_tree
 from jaxllm.config.command_line import parse_overrides, tyro_cli
 from jaxllm.config.differences import check_unchanged, differences
-from jaxllm.config.errors import Ending, InputError, require
 from jaxllm.config.trees import Tree, merge
 from jaxllm.config.yaml_files import read_yaml
+from jaxllm.errors import Ending, InputError, require
 
 __all__ = [
     "Ending",

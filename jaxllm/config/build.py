@@ -12,11 +12,11 @@ from typing import Any
 
 import pydantic
 
-from jaxllm.config.errors import InputError
 from jaxllm.config.messages import Origin, describe_errors
 from jaxllm.config.renames import current_keys
 from jaxllm.config.trees import KeyPath, Locations, Tree, flag_name, leaves, merge, plain
 from jaxllm.config.yaml_files import read_yaml
+from jaxllm.errors import InputError
 
 # Making an adapter compiles a validator for the whole class, which takes far longer than using it.
 adapter: Any = functools.cache(pydantic.TypeAdapter)

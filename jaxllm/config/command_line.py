@@ -12,10 +12,10 @@ import pydantic
 import tyro
 
 from jaxllm.config.build import adapter
-from jaxllm.config.errors import InputError
 from jaxllm.config.messages import complaint
 from jaxllm.config.renames import current_flag
 from jaxllm.config.trees import KeyPath, Tree, flag_name, plain
+from jaxllm.errors import InputError
 
 
 def parse_overrides(cls: type, default: Any, args: Sequence[str], prog: str) -> Tree:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxllm.config.errors import InputError
+from jaxllm.errors import InputError
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from jaxllm.config.errors import InputError
 from jaxllm.config.renames import print_once, say_renamed
+from jaxllm.errors import InputError
 
 # Modules of this package that have moved, and their new names: old configs keep working.
 _MOVED = {

@@ -10,8 +10,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.config.errors import InputError
 from jaxllm.config.trees import Tree
+from jaxllm.errors import InputError
 
 
 def current_keys(cls: Any, tree: Mapping[str, Any], where: str) -> Tree:

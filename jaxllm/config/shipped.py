@@ -6,7 +6,7 @@ In a checkout both are in the folder configs/; in an installed package they are 
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxllm.config.errors import InputError
+from jaxllm.errors import InputError
 
 _PACKAGE = Path(__file__).parent.parent
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from jaxllm.config.errors import InputError
 from jaxllm.config.trees import KeyPath, Locations, Tree, dotted, merge
+from jaxllm.errors import InputError
 
 # Per file, with aliases expanded: a few lines of nested aliases can stand for more keys than fit in
 # memory ("billion laughs").

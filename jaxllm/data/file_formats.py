@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jaxllm.config import InputError
+from jaxllm.data.config import Format
 from jaxllm.data.files import opened, readable, suffix_of
 
-Format = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "array_record"]
 _BY_SUFFIX: dict[str, Format] = {
     "jsonl": "jsonl",
     "ndjson": "jsonl",

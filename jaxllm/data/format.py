@@ -15,13 +15,15 @@ A record may also name its split itself, in the field "split".
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
 from jaxllm.config import InputError
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.messages import as_json, message_text, question
 from jaxllm.data.records import Record, spelled
 from jaxllm.data.schema import Messages, check_messages, check_ranking, check_tools
-from jaxllm.data.sources import DataConfig, Source, digest
+from jaxllm.data.sources import digest
 from jaxllm.data.templates import fill
 from jaxllm.tokenizers.trained import Tokenizer
 
@@ -45,6 +47,8 @@ class Example(NamedTuple):
     def content(self) -> str:
         """A JSON text that is equal for duplicates: where an example comes from is not part of it."""
         # The hash of this text is stored in caches: neither order nor spelling may change.
+        if not (self.messages or self.responses or self.tools):
+            return document_content(self.text)
         fields: list[Any] = [self.text, self.messages]
         if self.responses:
             fields += [self.responses, self.ranks, self.scores, self.annotator]
@@ -85,6 +89,12 @@ class Example(NamedTuple):
             return tokenizer.encode_chat(messages, reply=reply, **inputs)
         except InputError as error:
             raise InputError(f"{self.origin}: {error}") from None
+
+
+def document_content(text: str) -> str:
+    """`Example.content` of a document."""
+    # What as_json([text, []]) writes, in a third of the time.
+    return f"[{encode_basestring(text)}, []]"
 
 
 def assign_splits(

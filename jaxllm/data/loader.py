@@ -11,11 +11,11 @@ from jax.sharding import Sharding
 from jaxllm.config import InputError
 from jaxllm.data.batches import Batch, BatchAt, epoch, global_batch, make_batch_function
 from jaxllm.data.cache import key_of
+from jaxllm.data.config import DataConfig
 from jaxllm.data.format import Example
 from jaxllm.data.mixture import SINGLE_SOURCE, Mixture, interval_at, intervals, make_order
 from jaxllm.data.packing import Row
 from jaxllm.data.rows import Rows, pack_rows
-from jaxllm.data.sources import DataConfig
 from jaxllm.data.splits import examples, nothing_there, require_examples, require_room, shuffled
 from jaxllm.data.store import open_store
 from jaxllm.tokenizers.trained import Tokenizer

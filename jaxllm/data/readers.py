@@ -6,17 +6,20 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxllm.config import InputError
-from jaxllm.data.file_formats import Format, check_head, check_is_text, format_of
+from jaxllm.data.config import Format
+from jaxllm.data.file_formats import check_head, check_is_text, format_of
 from jaxllm.data.files import compression_of, extra, filesystem, opened, readable
 from jaxllm.data.records import Record, decoded, parse, parse_object, present
 
 # A part of a file has about as many bytes: 32 MB.
 PART_BYTES = 1 << 25
 _BOM = b"\xef\xbb\xbf"
+# Lines are read in blocks of about as many bytes.
+_BLOCK_BYTES = 1 << 20
 # Rows, and records of an ArrayRecord file, that are read at once.
 _BATCH_ROWS = 1024
 _BATCH_RECORDS = 256
@@ -47,28 +50,64 @@ def split_file(
         return _row_groups(path)
     if kind == "array_record":
         return _record_ranges(path, size)
-    # Only where each line is a record can a file be cut between lines: a quoted cell can hold a newline.
-    is_by_line = kind == "jsonl" or (kind == "text" and unit == "line")
-    if not is_by_line or len(lines) < 2 or compression_of(path):
+    # Only where each line is a record can a file be cut between lines.
+    if not is_by_line(path, given, unit) or len(lines) < 2 or compression_of(path):
         return [FilePart(path)]
     return [
         FilePart(path, i * PART_BYTES, (i + 1) * PART_BYTES, 1 + n) for i, n in enumerate(lines)
     ]
 
 
+def is_by_line(path: str, given: Format, unit: str) -> bool:
+    """Whether each line of a file is a record; a quoted cell of a table can hold a newline."""
+    kind = format_of(path, given)
+    return kind == "jsonl" or (kind == "text" and unit == "line")
+
+
 def read_part(part: FilePart, given: Format, unit: str) -> Iterator[Record]:
     """The records of a part of a file. Raises InputError, with the line, if something cannot be read."""
     kind = format_of(part.path, given)
-    # Once for each file, in its first part.
-    if kind == "text" and given == "auto" and not part.start:
-        check_is_text(part.path)
-    # Errors while records are read, not only while the file is opened: decompression fails late.
-    with readable(part.path):
+    with _checked(part, given):
         yield from _read_text(part, unit) if kind == "text" else _READERS[kind](part)
 
 
-def _lines(part: FilePart) -> Generator[tuple[str, str]]:
-    """("path:number", line) of the lines that begin in a part; a byte order mark is not part of the first.
+def read_blocks(part: FilePart, given: Format) -> Iterator["Block"]:
+    """The lines of a part of a file whose lines are records, in blocks. Raises InputError if it cannot be read."""
+    with _checked(part, given):
+        yield from _blocks(part)
+
+
+@contextlib.contextmanager
+def _checked(part: FilePart, given: Format) -> Iterator[None]:
+    # Once for each file, in its first part.
+    if format_of(part.path, given) == "text" and given == "auto" and not part.start:
+        check_is_text(part.path)
+    # Errors while records are read, not only while the file is opened: decompression fails late.
+    with readable(part.path):
+        yield
+
+
+class Block(NamedTuple):
+    """Some lines of a file, as bytes."""
+
+    lines: list[bytes]
+    path: str
+    number: int  # of the first line
+
+    def decoded(self) -> Iterator[tuple[str, str]]:
+        """("path:number", line) of each line. Raises InputError if one is not UTF-8."""
+        for number, line in enumerate(self.lines, self.number):
+            origin = f"{self.path}:{number}"
+            yield origin, decoded(line, origin)
+
+    def records(self, given: Format) -> Iterator[Record]:
+        """The records, if each line is one. Raises InputError if one is malformed."""
+        is_text = format_of(self.path, given) == "text"
+        return _text_records(self.decoded()) if is_text else _json_records(self.decoded())
+
+
+def _blocks(part: FilePart) -> Generator[Block]:
+    """The lines that begin in a part; a byte order mark is not part of the first.
 
     A line belongs to the part in which it begins. Three lines, cut at byte 6 ("|"):
 
@@ -84,18 +123,32 @@ def _lines(part: FilePart) -> Generator[tuple[str, str]]:
             if rest != b"\n":
                 number += 1
             offset = part.start - 1 + len(rest)
+        lines: list[bytes] = []
+        size = 0
         for line in file:
             if part.stop and offset >= part.stop:
-                return
+                break
             text = line
             # Only at the beginning of the file: elsewhere U+FEFF is a character of the text.
             if not offset:
                 check_head(line, part.path)
                 text = line.removeprefix(_BOM)
             offset += len(line)
-            origin = f"{part.path}:{number}"
-            yield origin, decoded(text, origin)
-            number += 1
+            size += len(line)
+            lines.append(text)
+            if size >= _BLOCK_BYTES:
+                yield Block(lines, part.path, number)
+                number += len(lines)
+                lines = []
+                size = 0
+        if lines:
+            yield Block(lines, part.path, number)
+
+
+def _lines(part: FilePart) -> Generator[tuple[str, str]]:
+    """("path:number", line) of the lines that begin in a part."""
+    for block in _blocks(part):
+        yield from block.decoded()
 
 
 def _texts(part: FilePart) -> Generator[str]:
@@ -105,8 +158,7 @@ def _texts(part: FilePart) -> Generator[str]:
 
 def _read_text(part: FilePart, unit: str) -> Iterator[Record]:
     if unit == "line":
-        for origin, line in _lines(part):
-            yield Record({"text": line.rstrip("\r\n")}, origin)
+        yield from _text_records(_lines(part))
         return
     # A file is one paragraph: blank lines do not end it.
     is_inside = lambda line: unit == "file" or bool(line[1].strip())
@@ -116,8 +168,17 @@ def _read_text(part: FilePart, unit: str) -> Iterator[Record]:
             yield Record({"text": "".join(texts).strip("\r\n")}, origins[0])
 
 
+def _text_records(lines: Iterable[tuple[str, str]]) -> Iterator[Record]:
+    for origin, line in lines:
+        yield Record({"text": line.rstrip("\r\n")}, origin)
+
+
 def _read_jsonl(part: FilePart) -> Iterator[Record]:
-    for origin, line in _lines(part):
+    return _json_records(_lines(part))
+
+
+def _json_records(lines: Iterable[tuple[str, str]]) -> Iterator[Record]:
+    for origin, line in lines:
         if line.strip():
             yield present(parse_object(line, origin), origin)
 

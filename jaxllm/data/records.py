@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,6 +125,22 @@ def check_unicode(text: str, origin: str) -> None:
         raise InputError(
             f"{origin}: not valid Unicode: {half} is half of a surrogate pair; write U+FFFD"
         ) from None
+
+
+def parse_lines(lines: Iterable[str], text: str) -> list[dict[str, Any]] | None:
+    """The JSON objects of lines, as `parse_object` returns them; None if one of them is not an object, or suspicious.
+
+    text: the lines, joined.
+    """
+    if "\\" in text and _SURROGATE.search(text):
+        return None
+    if any(line.count("[") + line.count("{") > _MAX_DEPTH for line in lines):
+        return None
+    try:
+        values = [_decode(line) for line in lines if line.strip()]
+    except (ValueError, RecursionError):
+        return None
+    return values if all(type(value) is dict for value in values) else None
 
 
 def parse_object(line: str, origin: str) -> dict[str, Any]:

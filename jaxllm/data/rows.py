@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxllm.config import InputError
 from jaxllm.data.cache import ArrayFile, get_or_build, key_of
+from jaxllm.data.config import DataConfig
 from jaxllm.data.packing import Row, best_fit, build_row, concat_and_split
-from jaxllm.data.sources import DataConfig
 from jaxllm.data.store import Examples, Tokens
 from jaxllm.data.units import EXAMPLE
 from jaxllm.tokenizers.trained import Tokenizer

@@ -9,138 +9,15 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-from jaxllm.config import InputError, require
-from jaxllm.config.functions import FunctionName, resolve_function
-from jaxllm.config.ranges import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ProportionBelowOne,
-    Threads,
-)
-from jaxllm.data.file_formats import Format
+from jaxllm.config import InputError
+from jaxllm.config.functions import resolve_function
+from jaxllm.data.config import Source
 from jaxllm.data.files import resolve
 from jaxllm.data.readers import FilePart, read_part
 from jaxllm.data.records import Record, check_unicode, present
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where records come from, and how a plain text becomes fields, a conversation or a prompt."""
-
-    path: FunctionName = ""
-    """File or glob, on this machine (~ is the home folder) or on an object store (gs://, s3://); pkg://PACKAGE/path/in/package;
-    or py://module:function."""
-    weight: NonNegativeFloat = 0.0
-    """Share of the rows in a mixture, relative to the other sources; 0 (then for every source): weight sources by size."""
-    epochs: PositiveFloat = 1.0
-    """Passes over this source in one pass over the mixture, if sources are weighted by size."""
-    format: Format = "auto"
-    """Format of the files, compressed (.gz, .zst, .bz2, .xz) or not. auto: by their suffixes, in any case. .jsonl, .ndjson:
-    one object per line; .json: a list of objects; .csv, .tsv: a table whose first line names the columns; .parquet;
-    .array_record; everything else is text, but JSON or a table under an unknown suffix is refused."""
-    record: Literal["line", "paragraph", "file"] = "line"
-    """What one record of a plain text file is; paragraphs are separated by blank lines."""
-    text_field: str = "text"
-    """Field of the records that holds the text, if the files are not plain text."""
-    replace: tuple[tuple[str, str], ...] = ()
-    """Regular expressions and their replacements, applied to the text in order."""
-    match: str = ""
-    """Regular expression: texts without a match are dropped, and its named groups become fields for the templates."""
-    system: str = ""
-    """Template of the system message, with {field} placeholders; {text} is the whole text, and a field that is null is empty."""
-    prompt: str = ""
-    """Template of the user's message."""
-    response: str = ""
-    """Template of the assistant's message."""
-    exclude: tuple[str, ...] = ()
-    """Files whose texts are dropped from this source."""
-    min_chars: NonNegativeInt = 1
-    """Shorter texts are dropped."""
-    max_chars: NonNegativeInt = 0
-    """Longer texts are dropped; 0: no limit."""
-    max_records: NonNegativeInt = 0
-    """Take a sample of this many texts, those with the smallest hashes; 0: take all."""
-
-    def __post_init__(self) -> None:
-        # Epochs say how often rows are used when weights follow from sizes; a weight says it directly.
-        require(not self.weight or self.epochs == 1, "epochs: must be 1 if a weight is given")
-        _check_pattern("match", self.match, "")
-        for pattern, replacement in self.replace:
-            _check_pattern("replace", pattern, replacement)
-        # With `match`, the fields of a template are known before any file is read.
-        groups = re.compile(self.match).groupindex
-        require(
-            "text" not in groups,
-            "match: a group cannot be called text, the whole text that decides the split",
-        )
-        if self.match:
-            for name in ("system", "prompt", "response"):
-                _check_template(name, getattr(self, name), {"text", *groups})
-        require(
-            bool(self.prompt or not self.response),
-            "prompt: a response template needs a prompt template",
-        )
-
-
-def _check_pattern(field: str, pattern: str, replacement: str) -> None:
-    try:
-        # Applied once, which refuses references to groups that do not exist.
-        re.compile(pattern).sub(replacement, "")
-    except (re.error, IndexError) as error:
-        raise ValueError(f"{field}: {pattern!r} -> {replacement!r}: {error}") from None
-
-
-def _check_template(field: str, template: str, known: set[str]) -> None:
-    for name in re.findall(r"\{(\w+)\}", template):
-        names = ", ".join(sorted(known))
-        require(name in known, f"{field}: {{{name}}} is not a group of `match`; known: {names}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """Other weights from some step on."""
-
-    step: PositiveInt = 1
-    """The first step that uses these weights."""
-    weights: tuple[NonNegativeFloat, ...] = ()
-    """One for each source, in their order; 0 leaves a source out."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Sources, the held-out share, and what happens to examples that do not fit."""
-
-    sources: tuple[Source, ...] = ()
-    """Where the records come from."""
-    curriculum: tuple[Phase, ...] = ()
-    """Changes of the weights during training; each source continues at the row where it was."""
-    workers: Threads = 1
-    """Threads that prepare batches ahead of the step; 0: none, so that the loop waits for each batch."""
-    held_out_fraction: ProportionBelowOne = 0.05
-    """Share of the contents that is held out, chosen by their hashes."""
-    split_salt: str = ""
-    """Another salt gives another split; stages that share texts need the same one."""
-    too_long: Literal["error", "drop", "truncate"] = "error"
-    """What to do with a conversation or prompt that is too long (documents are split)."""
-
-    def __post_init__(self) -> None:
-        # A weight of 0 would be read as "by size" next to weights that are shares.
-        weighted = {source.weight > 0 for source in self.sources}
-        require(len(weighted) <= 1, "sources: give every source a weight, or none")
-        # From 0, where the weights of the sources themselves apply.
-        steps = [0, *(phase.step for phase in self.curriculum)]
-        require(steps == sorted(set(steps)), "curriculum: steps must be positive and rise")
-        for phase in self.curriculum:
-            require(
-                len(phase.weights) == len(self.sources) and any(phase.weights),
-                f"curriculum: step {phase.step} needs a weight for each of {len(self.sources)} "
-                "sources, one above 0",
-            )
 
 
 def read_records(source: Source, parts: Sequence[FilePart] | None = None) -> Iterator[Record]:
@@ -151,16 +28,19 @@ def read_records(source: Source, parts: Sequence[FilePart] | None = None) -> Ite
     Raises:
         InputError: something cannot be read, with its line.
     """
-    # Read once for all parts of a source.
-    excluded = excluded_digests(source)
-    kept = (
-        record for record in raw_records(source, parts) if not dropped(source, record, excluded)
-    )
+    kept = keep(source, raw_records(source, parts))
     if not source.max_records:
         return kept
     # The smallest hashes are a random sample that does not depend on the order of the records.
     by_hash = lambda record: digest(canonical(record.fields))
     return iter(heapq.nsmallest(source.max_records, kept, key=by_hash))
+
+
+def keep(source: Source, records: Iterable[Record]) -> Iterator[Record]:
+    """The records that the filters of a source do not drop."""
+    # Read once for all parts of a source.
+    excluded = excluded_digests(source)
+    return (record for record in records if not dropped(source, record, excluded))
 
 
 def canonical(fields: dict[str, Any]) -> str:
@@ -240,6 +120,11 @@ def raw_records(source: Source, parts: Sequence[FilePart] | None = None) -> Iter
             parts = list(map(FilePart, resolve(source.path)))
         read = lambda part: read_part(part, source.format, source.record)
         records = itertools.chain.from_iterable(map(read, parts))
+    return with_text(source, records)
+
+
+def with_text(source: Source, records: Iterable[Record]) -> Iterator[Record]:
+    """The records with their text in the field "text", after the replacements of the source."""
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in source.replace]
     for record in records:
         text = record.fields.get(source.text_field)

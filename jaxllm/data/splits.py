@@ -6,15 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from jaxllm.config import InputError
+from jaxllm.data.config import DataConfig
 from jaxllm.data.format import Example, assign_splits
-from jaxllm.data.sources import (
-    DataConfig,
-    digest,
-    dropped,
-    excluded_digests,
-    raw_records,
-    read_records,
-)
+from jaxllm.data.sources import digest, dropped, excluded_digests, raw_records, read_records
 
 _MARKED = 'marked "split": "held_out"'
 

@@ -16,12 +16,14 @@ import numpy as np
 
 from jaxllm.config import InputError
 from jaxllm.data.cache import ArrayFile, clean, get_or_build, key_of
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.deduplication import MAX_OPEN_FILES, join_units
+from jaxllm.data.documents import distinct_documents
 from jaxllm.data.readers import FilePart
-from jaxllm.data.sources import DataConfig, Source, read_records
+from jaxllm.data.sources import read_records
 from jaxllm.data.splits import nothing_there, require_examples
 from jaxllm.data.tokenization import distinct_items
-from jaxllm.data.units import EXAMPLE, SPLITS, list_units, token_dtype
+from jaxllm.data.units import EXAMPLE, SPLITS, Unit, list_units, token_dtype
 from jaxllm.data.workers import prepare
 from jaxllm.tokenizers.trained import Tokenizer
 
@@ -178,11 +180,20 @@ def _kept_texts(data: DataConfig, kind: str, split: str, folder: Path) -> Iterat
     # The same order as in `open_store`: units in the order of the sources, records in that of the files.
     number = 0
     for unit in list_units(data, kind, None, folder):
-        for item in distinct_items(unit):
+        for text in _full_texts(unit):
             if number == wanted:
-                yield item.example.full_text()
+                yield text
                 wanted = next(kept, None)
             number += 1
+
+
+def _full_texts(unit: Unit) -> Iterator[str]:
+    if unit.kind == "document":
+        for documents in distinct_documents(unit):
+            yield from documents.texts
+    else:
+        for item in distinct_items(unit):
+            yield item.example.full_text()
 
 
 def _starts(tables: Sequence[ArrayFile]) -> Iterator[int]:

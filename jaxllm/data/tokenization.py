@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.data import units
+from jaxllm.data.documents import Documents, distinct_documents
 from jaxllm.data.format import Example, assign_splits
 from jaxllm.data.sources import read_records
-from jaxllm.data.units import EXAMPLE, KEY, SPLITS, Unit, token_dtype
+from jaxllm.data.units import EXAMPLE, KEY, SPLITS, Recent, Unit, token_dtype
 from jaxllm.tokenizers.trained import Tokenizer
 
-# A chunk is encoded in one call and is in memory at once: it ends at so many examples or characters.
+# Conversations are encoded in chunks: so many, or so many characters.
 _CHUNK_EXAMPLES = 1024
 _CHUNK_CHARS = 1 << 20
 
@@ -26,6 +27,15 @@ class Item(NamedTuple):
     example: Example
     digest: bytes  # of its content
     side: int  # 1 + the index of its split in SPLITS
+
+
+class _Encoded(NamedTuple):
+    """Some examples of a unit as arrays."""
+
+    tokens: np.ndarray  # token_dtype[n]
+    mask: np.ndarray  # bool[n]; empty for documents, where all tokens but the first are targets
+    table: np.ndarray  # EXAMPLE[kind][examples], without `start`
+    keys: list[tuple[bytes, int]]  # (digest, side) of each
 
 
 def write_unit(folder: Path, unit: Unit, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -39,47 +49,103 @@ def write_unit(folder: Path, unit: Unit, tokenizer: Tokenizer | None) -> dict[st
         files = {}
         for name in ("tokens", "mask", "examples", "keys"):
             files[name] = stack.enter_context(open(folder / name, "wb"))
-        for chunk in _chunks(distinct_items(unit)):
-            examples, digests, sides = zip(*chunk, strict=True)
-            ids, masks = _encode(examples, unit.kind, tokenizer)
-            table = _example_table(examples, ids, unit, first_token=total)
-            table["bytes"] = _scored_bytes(examples, ids, masks, tokenizer)
-            size = int(table["size"].sum(dtype=np.int64))
-            # fromiter, since one list of all ids of a chunk would take 36 bytes a token.
-            tokens = np.fromiter(itertools.chain.from_iterable(ids), token_dtype(tokenizer), size)
-            mask = np.fromiter(itertools.chain.from_iterable(masks), bool)
-            files["tokens"].write(tokens.tobytes())
-            files["mask"].write(mask.tobytes())
-            files["examples"].write(table.tobytes())
-            total += size
-            keys += zip(digests, sides, strict=True)
+        for encoded in _encoded(unit, tokenizer):
+            sizes = encoded.table["size"].astype(np.int64)
+            encoded.table["start"] = total + np.cumsum(sizes) - sizes
+            files["tokens"].write(encoded.tokens)
+            files["mask"].write(encoded.mask)
+            files["examples"].write(encoded.table)
+            total += len(encoded.tokens)
+            keys += encoded.keys
             # A run is complete only when it has RUN keys, so that run i holds examples [i RUN, (i + 1) RUN).
             while len(keys) >= units.RUN:
-                files["keys"].write(_sorted_run(keys[: units.RUN]).tobytes())
+                files["keys"].write(_sorted_run(keys[: units.RUN]))
                 keys = keys[units.RUN :]
-        files["keys"].write(_sorted_run(keys).tobytes())
+        files["keys"].write(_sorted_run(keys))
     return {"tokens": total}
 
 
-def distinct_items(unit: Unit) -> Iterator[Item]:
-    """The examples of a unit that belong to a split, without repetitions that are near each other.
+def _encoded(unit: Unit, tokenizer: Tokenizer | None) -> Iterator[_Encoded]:
+    if unit.kind == "document":
+        for documents in distinct_documents(unit):
+            yield _encode_documents(documents, tokenizer)
+    else:
+        for chunk in _chunks(distinct_items(unit)):
+            yield _encode_chats(chunk, unit, tokenizer)
 
-    Only the store compares all contents. Here a text that occurs a million times is dropped early, so that it is
-    sorted only a few times.
-    """
+
+def distinct_items(unit: Unit) -> Iterator[Item]:
+    """The examples of a unit that belong to a split, without repetitions that are near each other (see `Recent`)."""
     records = read_records(unit.data.sources[unit.source], unit.parts)
-    seen: set[tuple[bytes, int]] = set()
+    recent = Recent()
     for example, split in assign_splits(unit.data, unit.kind, unit.source, records):
         if split is None:
             continue
-        key = (example.digest(), 1 + SPLITS.index(split))
-        if key in seen:
-            continue
-        # A bounded memory of what was seen lately.
-        if len(seen) >= units.RUN:
-            seen.clear()
-        seen.add(key)
-        yield Item(example, *key)
+        item = Item(example, example.digest(), 1 + SPLITS.index(split))
+        if recent.is_new(item.digest, item.side):
+            yield item
+
+
+def _encode_documents(documents: Documents, tokenizer: Tokenizer | None) -> _Encoded:
+    texts = documents.texts
+    table = np.zeros(len(texts), EXAMPLE["document"])
+    num_bytes = np.array(list(map(_num_bytes, texts)), np.int64)
+    table["bytes"] = num_bytes
+    keys = list(zip(documents.digests, documents.sides, strict=True))
+    nothing = np.zeros(0, bool)
+    if tokenizer is None:
+        table["size"] = 1  # the dummy token
+        return _Encoded(np.zeros(len(texts), token_dtype(None)), nothing, table, keys)
+    ids = tokenizer.encode_batch(texts)
+    if not tokenizer.begin_ids:
+        table["bytes"] = np.maximum(num_bytes - _first_bytes(ids, tokenizer), 0)
+    sizes, tokens = _join_documents(ids, tokenizer)
+    table["size"] = sizes
+    return _Encoded(tokens, nothing, table, keys)
+
+
+def _join_documents(
+    ids: Sequence[Sequence[int]], tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """(int64[documents], token_dtype[n]): the size of each document, and the tokens of all. As `Tokenizer.document`.
+
+    ids       [7 8] [9]        begin_ids 1, eos_id 2
+    sizes     4 3
+    tokens    1 7 8 2 1 9 2
+    """
+    num_ids = np.fromiter(map(len, ids), np.int64, len(ids))
+    # fromiter, since one list of all ids would take 36 bytes a token.
+    flat = np.fromiter(
+        itertools.chain.from_iterable(ids), token_dtype(tokenizer), int(num_ids.sum())
+    )
+    sizes = len(tokenizer.begin_ids) + num_ids + 1
+    ends = np.cumsum(sizes)
+    tokens = np.empty(int(sizes.sum()), flat.dtype)
+    is_text = np.ones(len(tokens), bool)
+    for number, token in enumerate(tokenizer.begin_ids):
+        tokens[ends - sizes + number] = token
+        is_text[ends - sizes + number] = False
+    tokens[ends - 1] = tokenizer.eos_id
+    is_text[ends - 1] = False
+    tokens[is_text] = flat
+    return sizes, tokens
+
+
+def _first_bytes(ids: Sequence[Sequence[int]], tokenizer: Tokenizer) -> np.ndarray:
+    """int64[documents]: UTF-8 bytes of the first token, which is no target if nothing comes before it.
+
+    Changes by a normalizer, and the space that some tokenizers put before a text, do not count.
+    """
+    counts = []
+    for text_ids in ids:
+        # Of an empty text the first token is the one that ends it, which has no such space.
+        first = len(tokenizer.token_bytes(text_ids[0] if text_ids else tokenizer.eos_id))
+        counts.append(first - 1 if tokenizer.dummy_prefix and text_ids else first)
+    return np.array(counts, np.int64)
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
@@ -96,65 +162,45 @@ def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
         yield chunk
 
 
-def _encode(
-    examples: Sequence[Example], kind: str, tokenizer: Tokenizer | None
-) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[bool]]]:
-    """(token ids, target mask) of each example; no masks for documents, where all tokens but the first are targets."""
+def _encode_chats(chunk: Sequence[Item], unit: Unit, tokenizer: Tokenizer | None) -> _Encoded:
+    table = np.zeros(len(chunk), EXAMPLE["chat"])
+    table["part"], table["line"] = _origins(chunk, unit)
+    keys = [(item.digest, item.side) for item in chunk]
     if tokenizer is None:
-        # The dummy token; its mask is not needed.
-        return [[0]] * len(examples), []
-    if kind == "chat":
-        encoded = [example.encode(tokenizer) for example in examples]
-        ids, masks = zip(*encoded, strict=True)
-        return ids, masks
-    encoded = tokenizer.encode_batch([example.text for example in examples])
-    return list(map(tokenizer.document, encoded)), []
+        table["size"] = 1  # the dummy token, whose mask is not needed
+        table["bytes"] = [_num_bytes(item.example.target_text()) for item in chunk]
+        return _Encoded(np.zeros(len(chunk), token_dtype(None)), np.zeros(0, bool), table, keys)
+    encoded = [item.example.encode(tokenizer) for item in chunk]
+    ids, masks = zip(*encoded, strict=True)
+    table["size"] = list(map(len, ids))
+    table["bytes"] = _target_bytes(ids, masks, tokenizer)
+    size = sum(map(len, ids))
+    tokens = np.fromiter(itertools.chain.from_iterable(ids), token_dtype(tokenizer), size)
+    mask = np.fromiter(itertools.chain.from_iterable(masks), bool, size)
+    return _Encoded(tokens, mask, table, keys)
 
 
-def _example_table(
-    examples: Sequence[Example], ids: Sequence[Sequence[int]], unit: Unit, first_token: int
-) -> np.ndarray:
-    """EXAMPLE[kind][examples] without the bytes, which `_scored_bytes` counts."""
-    sizes = np.array(list(map(len, ids)), np.int64)
-    table = np.zeros(len(examples), EXAMPLE[unit.kind])
-    table["start"] = first_token + np.cumsum(sizes) - sizes
-    table["size"] = sizes
-    if unit.kind == "chat":
-        number_of = {part.path: number for number, part in enumerate(unit.parts)}
+def _origins(chunk: Sequence[Item], unit: Unit) -> tuple[list[int], list[int]]:
+    """(index of the file part, line) of each conversation, for error messages."""
+    number_of = {part.path: number for number, part in enumerate(unit.parts)}
+    parts = []
+    lines = []
+    for item in chunk:
         # A path can hold colons, a line number cannot.
-        for row, example in zip(table, examples, strict=True):
-            path, _, line = example.origin.rpartition(":")
-            row["part"] = number_of[path]
-            row["line"] = int(line)
-    return table
+        path, _, line = item.example.origin.rpartition(":")
+        parts.append(number_of[path])
+        lines.append(int(line))
+    return parts, lines
 
 
-def _scored_bytes(
-    examples: Sequence[Example],
-    ids: Sequence[Sequence[int]],
-    masks: Sequence[Sequence[bool]],
-    tokenizer: Tokenizer | None,
+def _target_bytes(
+    ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], tokenizer: Tokenizer
 ) -> list[int]:
-    """UTF-8 bytes that the targets of each example stand for. The first token is never a target: nothing predicts it.
-
-    For a document these are the bytes of its text, without those of the first token if no special token comes before
-    the text. So changes by a normalizer, and the space that some tokenizers put before a text, do not count.
-    """
-    if masks:
-        counts = []
-        for example_ids, mask in zip(ids, masks, strict=True):
-            sizes = _token_sizes(tokenizer)[list(example_ids)]
-            counts.append(int((sizes * mask)[1:].sum()))
-        return counts
-    counts = [len(e.target_text().encode("utf-8", "surrogatepass")) for e in examples]
-    if tokenizer is None or tokenizer.begin_ids:
-        return counts
-    for number, example_ids in enumerate(ids):
-        first = len(tokenizer.token_bytes(example_ids[0]))
-        # Of an empty text the first token is the one that ends it, which has no such space.
-        if tokenizer.dummy_prefix and len(example_ids) > 1:
-            first -= 1
-        counts[number] = max(0, counts[number] - first)
+    """UTF-8 bytes that the targets of each conversation stand for. The first token is never one: nothing predicts it."""
+    counts = []
+    for example_ids, mask in zip(ids, masks, strict=True):
+        sizes = _token_sizes(tokenizer)[list(example_ids)]
+        counts.append(int((sizes * mask)[1:].sum()))
     return counts
 
 

@@ -19,10 +19,11 @@ import numpy as np
 
 from jaxllm.data import readers, sources
 from jaxllm.data.cache import fingerprint_file, key_of
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.file_formats import format_of
 from jaxllm.data.files import compression_of, remote_info
 from jaxllm.data.readers import FilePart
-from jaxllm.data.sources import DataConfig, Source, read_records
+from jaxllm.data.sources import read_records
 from jaxllm.tokenizers.trained import Tokenizer
 
 # Part of every key: another number when the content of a unit's files changes its meaning.
@@ -51,6 +52,27 @@ class Unit(NamedTuple):
     source: int  # index into data.sources
     parts: tuple[FilePart, ...]
     size: int  # bytes
+
+
+class Recent:
+    """A bounded memory of the contents that were seen lately.
+
+    Only the store compares all contents. Here a text that occurs a million times is dropped early, so that it is
+    tokenized and sorted only a few times.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[bytes, int]] = set()
+
+    def is_new(self, digest: bytes, side: int) -> bool:
+        """Whether a content in a split was not seen lately; now it was."""
+        key = (digest, side)
+        if key in self._seen:
+            return False
+        if len(self._seen) >= RUN:
+            self._seen.clear()
+        self._seen.add(key)
+        return True
 
 
 class _Piece(NamedTuple):

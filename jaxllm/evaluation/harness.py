@@ -12,8 +12,9 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 
 from jaxllm.evaluation.scoring import Row, fit, generate_texts, score_rows, split, windows
 from jaxllm.evaluation.tasks import load
-from jaxllm.generation.generate import SamplingConfig
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.generation.config import SamplingConfig
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 
 _BATCH_SIZE = 32
 

@@ -15,14 +15,8 @@ import numpy as np
 
 from jaxllm import output_layer
 from jaxllm.config import InputError
-from jaxllm.generation.generate import (
-    Completion,
-    Rollout,
-    SamplingConfig,
-    completions,
-    roll_out,
-    whole_batch,
-)
+from jaxllm.generation.config import SamplingConfig
+from jaxllm.generation.generate import Completion, Rollout, completions, roll_out, whole_batch
 from jaxllm.generation.rollouts import cut_at_strings
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig

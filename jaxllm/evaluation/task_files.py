@@ -14,9 +14,10 @@ import fsspec
 from etils import epath
 
 from jaxllm.config import InputError
+from jaxllm.data.config import Source
 from jaxllm.data.format import Example, make_example
 from jaxllm.data.records import Record, spelled
-from jaxllm.data.sources import Source, files, read_records
+from jaxllm.data.sources import files, read_records
 
 
 class Task(NamedTuple):

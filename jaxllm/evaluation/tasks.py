@@ -7,21 +7,20 @@ import re
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tyro
 from etils import epath
 from rich.console import Console
 from rich.table import Table
 
 import jaxllm
 from jaxllm.config import InputError, to_tree
-from jaxllm.config.ranges import NonNegativeInt, PositiveInt, Seed
 from jaxllm.data.format import Example
 from jaxllm.data.messages import message_text
 from jaxllm.evaluation import measures
+from jaxllm.evaluation.config import ScoreArgs, ScoringConfig
 from jaxllm.evaluation.scoring import (
     Model,
     Row,
@@ -33,13 +32,12 @@ from jaxllm.evaluation.scoring import (
     windows,
 )
 from jaxllm.evaluation.task_files import Task, describe, read_tasks
-from jaxllm.generation.generate import SamplingConfig
 from jaxllm.model_store import load_policy
 from jaxllm.rl import numerals, rewards
 from jaxllm.runtime.checkpoint import committed_steps
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, write_json
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.workspace import provenance
 
 # {metric: value}, or {stage: value} of one metric. None is a value too large for a float.
@@ -47,46 +45,6 @@ Numbers = dict[str, float | None]
 
 # Between the answered questions that precede a question, if it is not asked in the chat format.
 _BETWEEN_SHOTS = "\n\n"
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoringConfig:
-    """How models are asked the questions of task files."""
-
-    shots: NonNegativeInt = 0
-    """This many lines at the head of a file are shown, answered, before each question and not scored; not for perplexity."""
-    chat: Literal["auto", "always", "never"] = "auto"
-    """Ask in the chat format; auto: every stage but pretrain."""
-    delimiter: str = " "
-    """Between question and answer if the chat format is not used."""
-    batch_size: PositiveInt = 32
-    """Rows per batch."""
-    sampling: SamplingConfig = SamplingConfig(max_new_tokens=64, temperature=0.0)
-    """How answers are generated; greedily by default."""
-
-    def chats(self, stage: str) -> bool:
-        """Whether a stage, given by its name or directory, is asked in the chat format."""
-        if self.chat == "auto":
-            return epath.Path(stage).name != "pretrain"
-        return self.chat == "always"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreArgs(ScoringConfig):
-    """Score stages' models on task files, side by side."""
-
-    stage_dirs: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="STAGE_DIR ...")
-    ]
-    """Directories of stages that trained a model, for example runs/quickstart/pretrain runs/quickstart/ppo."""
-    task: tuple[str, ...]
-    """Files in JSONL or another data format, one kind of line in each: multiple choice, perplexity or generation."""
-    json: str = ""
-    """File for the scores and their provenance."""
-    mesh: MeshConfig = MeshConfig()
-    """Device mesh."""
-    seed: Seed = 0
-    """Seed for sampling answers."""
 
 
 class Asking(NamedTuple):

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import InputError
+from jaxllm.generation.config import SamplingConfig
 from jaxllm.generation.rollouts import Completion, Rollout, completions, left_pad
-from jaxllm.generation.sampling import SamplingConfig, row_keys, sample_token
+from jaxllm.generation.sampling import row_keys, sample_token
 from jaxllm.models import decode
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decode import KVCache

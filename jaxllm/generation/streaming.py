@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxllm.generation.config import SamplingConfig
 from jaxllm.generation.generate import (
     check_lengths,
     check_not_empty,
@@ -15,7 +16,7 @@ from jaxllm.generation.generate import (
     prefill,
 )
 from jaxllm.generation.rollouts import left_pad
-from jaxllm.generation.sampling import SamplingConfig, row_keys, sample_token
+from jaxllm.generation.sampling import row_keys, sample_token
 from jaxllm.models import decode
 from jaxllm.models.config import ModelConfig
 

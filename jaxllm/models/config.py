@@ -4,9 +4,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax.numpy as jnp
 import yaml
 
 from jaxllm.config import InputError, build, merge
@@ -17,29 +16,15 @@ from jaxllm.config.ranges import (
     PositiveFloat,
     PositiveInt,
 )
-from jaxllm.models.moe import MoEConfig
-from jaxllm.models.rope import RopeScaling
+from jaxllm.models.parts_config import MLAConfig, MoEConfig, RopeScaling
+
+if TYPE_CHECKING:
+    import jax.numpy as jnp
 
 # Fields of each preset, by its name.
 PRESETS: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8")
 )["presets"]
-
-
-@dataclasses.dataclass(frozen=True)
-class MLAConfig:
-    """Multi-head latent attention (DeepSeek-V2, section 2.1); kv_rank 0: ordinary attention."""
-
-    kv_rank: NonNegativeInt = 0
-    """Size of the latent vector that keys and values are computed from."""
-    q_rank: NonNegativeInt = 0
-    """Size of the latent vector that queries are computed from; 0: from the hidden state."""
-    nope_dim: NonNegativeInt = 128
-    """Size of the part of a head without positions."""
-    rope_dim: PositiveInt = 64
-    """Size of the part of a head with rotary positions; all heads share its key."""
-    value_dim: PositiveInt = 128
-    """Size of a head's value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,8 +193,10 @@ class ModelConfig:
         return self.init_std / math.sqrt(2 * self.num_layers)
 
     @property
-    def compute_dtype(self) -> jnp.dtype:
+    def compute_dtype(self) -> "jnp.dtype":
         """Type of activations."""
+        import jax.numpy as jnp  # not above: `--help` reads configs without JAX
+
         return jnp.dtype(self.dtype)
 
 

@@ -9,7 +9,6 @@ adds the product layer by layer inside the scan, so that no second copy of the w
 With a scalar head both are below "trunk", and the head is trained (`scalar`).
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,36 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.config.ranges import NonNegativeInt, PositiveFloat
 from jaxllm.models.parameters import Axes
+from jaxllm.models.parts_config import LoRAConfig
 
-# Matrices that can have an adapter, by name; `Axes.num_inputs` says which of their dimensions are the input.
-_TARGETS = ("q", "k", "v", "out", "gate", "up", "down", "q_a", "q_b", "kv_a", "kv_b")
 _STACKS = ("dense_layers", "layers")  # entries of the parameters that hold stacked layers
 
 # (a matrix [L, ...] or its shape, the matrix's axes) -> its adapter, or something else about it
 Make = Callable[[Any, Axes], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRAConfig:
-    """Adapters instead of full fine-tuning."""
-
-    rank: NonNegativeInt = 0
-    """Rank of an adapter; 0 trains all parameters."""
-    alpha: PositiveFloat = 16.0
-    """The adapter's product is scaled by alpha / rank."""
-    targets: tuple[str, ...] = _TARGETS
-    """Matrices that have an adapter; by default all of attention and MLP. Routed experts have none."""
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.targets if name not in _TARGETS]
-        if unknown:
-            raise ValueError(
-                f"targets: {unknown[0]!r} has no adapter; known: {', '.join(_TARGETS)}"
-            )
-        if not self.targets:
-            raise ValueError("targets: name at least one matrix, or set rank to 0")
 
 
 def trained(config: LoRAConfig, shapes: Any, axes: Any) -> tuple[Any, Any]:

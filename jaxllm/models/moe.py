@@ -8,17 +8,16 @@ Shapes: B rows, T positions, N = B * T tokens, D model width, E experts (e of th
 expert, k experts per token.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jaxllm.models.parts_config import MoEConfig
 from jaxllm.sharding import ACT_RULES, spec
 
 # Mesh axes over which tokens stay spread while those of the expert axis are gathered.
@@ -26,56 +25,6 @@ _TOKEN_AXES = ("data", "fsdp", "context")
 
 # With in_parts: how many pairs of a token and an expert are computed at a time.
 _ROWS = 1 << 15
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-    """Experts instead of the MLP; num_experts 0: a dense MLP."""
-
-    RENAMED: ClassVar[Mapping[str, str]] = {"normalise": "normalize"}
-
-    num_experts: NonNegativeInt = 0
-    """Routed experts of a layer."""
-    per_token: PositiveInt = 2
-    """Experts that a token goes to."""
-    mlp_dim: NonNegativeInt = 0
-    """Hidden size of an expert; 0: model.mlp_dim."""
-    num_shared: NonNegativeInt = 0
-    """Additional experts that every token goes to (computed as one MLP of num_shared times the size)."""
-    router: Literal["softmax", "sigmoid"] = "softmax"
-    """Scores of the experts: a softmax over all (Mixtral, Qwen3, DeepSeek-V2) or a sigmoid for each (DeepSeek-V3)."""
-    normalize: bool = True
-    """Divide the weights of a token's experts by their sum."""
-    scale: PositiveFloat = 1.0
-    """Factor of the weights."""
-    num_groups: PositiveInt = 1
-    """Groups of experts (DeepSeek): a token first chooses groups."""
-    groups_per_token: PositiveInt = 1
-    """Groups that a token chooses its experts from."""
-    first_dense: NonNegativeInt = 0
-    """How many of the first layers have a dense MLP instead."""
-    capacity_factor: NonNegativeFloat = 0.0
-    """Tokens that an expert takes, relative to perfect balance; further tokens are dropped. 0: dropless."""
-    aux_coef: NonNegativeFloat = 0.0
-    """Coefficient of the load-balancing loss (Fedus et al. 2022, eq. 4)."""
-    bias_rate: NonNegativeFloat = 0.0
-    """Step of the bias that balances the load without a loss (Wang et al. 2024; DeepSeek-V3, section 2.1.2)."""
-
-    def __post_init__(self) -> None:
-        if not self.num_experts:
-            return
-        if self.per_token > self.num_experts:
-            raise ValueError("per_token: must be at most num_experts")
-        if self.num_experts % self.num_groups or self.groups_per_token > self.num_groups:
-            raise ValueError(
-                "num_groups: must divide num_experts, and be at least groups_per_token"
-            )
-        if self.per_token > self.groups_per_token * (self.num_experts // self.num_groups):
-            raise ValueError(
-                "groups_per_token: the groups chosen hold fewer experts than per_token"
-            )
-        if self.bias_rate and self.router != "sigmoid":
-            raise ValueError("bias_rate: balancing by a bias needs router sigmoid; use aux_coef")
 
 
 class Load(NamedTuple):

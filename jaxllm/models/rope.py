@@ -1,67 +1,14 @@
 """Rotary positions, and ways to stretch them over longer contexts."""
 
-import dataclasses
 import functools
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from jaxllm.models.parts_config import RopeScaling
 from jaxllm.runtime.cpu import computed_once
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How the rotary frequencies are changed for contexts longer than those of pretraining."""
-
-    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """Divide positions by factor (Chen et al. 2023), Llama 3's scaling by wavelength, or YaRN (Peng et al. 2023)."""
-    factor: PositiveFloat = 1.0
-    """By how much the context becomes longer."""
-    original_length: NonNegativeInt = 0
-    """llama3, yarn: context length before stretching, in tokens."""
-    low_freq_factor: PositiveFloat = 1.0
-    """llama3: frequencies of wavelengths above original_length / this are divided by factor."""
-    high_freq_factor: PositiveFloat = 4.0
-    """llama3: frequencies of wavelengths below original_length / this are kept; in between both are mixed."""
-    beta_fast: PositiveFloat = 32.0
-    """yarn: frequencies that turn more often than this in original_length are kept."""
-    beta_slow: PositiveFloat = 1.0
-    """yarn: frequencies that turn less often than this are divided by factor; in between both are mixed."""
-    mscale: NonNegativeFloat = 0.0
-    """yarn as in DeepSeek: the rotated halves are scaled by m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1."""
-    mscale_all_dim: NonNegativeFloat = 0.0
-    """yarn as in DeepSeek: attention scores are scaled by m(mscale_all_dim)^2."""
-
-    def __post_init__(self) -> None:
-        if self.kind in ("llama3", "yarn") and self.original_length < 1:
-            raise ValueError(
-                f"original_length: {self.kind} needs the context length before stretching; set it"
-            )
-
-    def magnitude(self, mscale: float) -> float:
-        """YaRN's m (Peng et al. 2023, section 3.4), with DeepSeek's coefficient `mscale`."""
-        return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
-
-    @property
-    def amplitude(self) -> float:
-        """Factor of sine and cosine."""
-        if self.kind != "yarn":
-            return 1.0
-        # DeepSeek moves part of the factor from the rotation to the scores.
-        if self.mscale and self.mscale_all_dim:
-            return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
-        return self.magnitude(1.0)
-
-    @property
-    def score_scale(self) -> float:
-        """Additional factor of the attention scores (DeepSeek-V2, section 3.1.4)."""
-        if self.kind == "yarn" and self.mscale_all_dim:
-            return self.magnitude(self.mscale_all_dim) ** 2
-        return 1.0
 
 
 def frequencies(size: int, theta: float, scaling: RopeScaling) -> np.ndarray:

@@ -14,7 +14,7 @@ from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.pipeline import MICRO
 from jaxllm.runtime.hardware import EFFICIENCY, Chip
-from jaxllm.stages.preference import PreferenceConfig
+from jaxllm.stages.config import PreferenceConfig
 
 _BF16 = 2.0  # bytes
 _SLACK = 2**29  # bytes a program takes besides what is counted here

@@ -4,60 +4,32 @@ libtpu compiles for a topology on any machine (`jax.experimental.topologies`): m
 are those of the hardware. Times are a roofline over what the data sheets promise.
 """
 
-import dataclasses
+import functools
 import importlib.util
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import jax
-import tyro
 from jax.experimental import topologies
 
 from jaxllm import stages
 from jaxllm.config import InputError
-from jaxllm.config.ranges import PositiveInt
 from jaxllm.life import Config, with_defaults
 from jaxllm.models import transformer
-from jaxllm.plan import estimate, roofline, tables
+from jaxllm.plan import compiler, estimate, roofline, tables
+from jaxllm.plan.config import PlanArgs
 from jaxllm.plan.kept import plan_path
 from jaxllm.plan.measure import bytes_of, measure, optimization_level
 from jaxllm.plan.search import candidates
+from jaxllm.runtime.console import console
 from jaxllm.runtime.files import write_json
 from jaxllm.runtime.hardware import CHIPS, Chip
 from jaxllm.runtime.mesh import planned_mesh
 from jaxllm.sharding import check_batch
 from jaxllm.train import Program, TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanArgs:
-    """Compile a stage's step for a TPU topology, without the TPU: whether it fits, and what it costs."""
-
-    config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
-    """Config file. It must set model.vocab_size, or a preset."""
-    topology: Annotated[str, tyro.conf.arg(metavar="KIND:SHAPE")]
-    """Kind and shape of a slice: v5p:4x4x4, v6e:16x16, v5e:16x16, v4:4x4x4, tpu7x:4x4x4. For GPUs, which are estimated
-    by formulas, kind and number: h100:8, h200:64, a100:8, b200:72."""
-    stage: str = "pretrain"
-    """pretrain, sft, reward, dpo, rloo, grpo or ppo."""
-    slices: PositiveInt = 1
-    """Slices joined by the data-center network; the mesh's data axis runs over them."""
-    search: bool = False
-    """Try meshes, remat policies and batch sizes, and rank those that fit by tokens per second."""
-    tries: PositiveInt = 6
-    """Candidates of a search that are compiled, the most promising first."""
-    exact: bool = False
-    """Compile exactly as training would. By default plan compiles at a low optimization level: about twice as fast, and
-    memory may be underestimated by up to 8%. Above 85% of a device's memory it compiles again exactly."""
-    json: bool = False
-    """Print one JSON object instead of tables."""
-    leaves: bool = False
-    """Show the sharding of every parameter."""
-    keep: bool = False
-    """Keep the report in the run directory. The stage's result then shows it next to what was measured."""
 
 
 def command(args: PlanArgs, config: Config) -> None:
@@ -102,6 +74,7 @@ def plan(config: Config, args: PlanArgs) -> dict[str, Any]:
     if chip.kind.startswith("NVIDIA"):
         report |= estimate.figures(config, args.stage, mesh, chip, report)
     else:
+        report["compiler"] = f"libtpu {compiler.libtpu()[0]}"
         report |= _compiled(programs, mesh, chip, report, args.exact)
     if args.leaves:
         report["leaves"] = _shardings(held)
@@ -216,6 +189,12 @@ _RANKED = (
 )
 
 
+@functools.cache  # a search asks for every candidate
+def _say_once(line: str) -> None:
+    if line:
+        console.print(line, soft_wrap=True)
+
+
 def _devices(args: PlanArgs) -> tuple[Chip, Any]:
     """(the kind of device, a list of devices to compile for; of GPUs, their number)."""
     kind, _, shape = args.topology.partition(":")
@@ -228,6 +207,7 @@ def _devices(args: PlanArgs) -> tuple[Chip, Any]:
         return chip, math.prod(map(int, shape.split("x"))) * args.slices
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("jaxllm plan: compiling for a TPU needs libtpu; pip install 'jaxllm[tpu]'")
+    _say_once(compiler.note(*compiler.libtpu()))
     # libtpu refuses the option for a single slice on some topologies.
     options = {"num_slices": args.slices} if args.slices > 1 else {}
     try:

@@ -9,8 +9,8 @@ from jaxllm.life import Config
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.plan.estimate import estimate_step, row_length, tokens_per_step
+from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.hardware import Chip
-from jaxllm.runtime.mesh import MeshConfig
 from jaxllm.sharding import MESH_AXES
 
 _REMAT = ("none", "dots", "full")

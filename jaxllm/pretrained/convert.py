@@ -28,9 +28,10 @@ from jaxllm.pretrained.family_table import FAMILIES
 from jaxllm.pretrained.safetensors_files import DTYPES, KINDS, Files, read_imported
 from jaxllm.pretrained.safetensors_writer import LazyTensor, write_model
 from jaxllm.runtime import checkpoint
+from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import new_folder, read_json, write_json
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import replicated
 from jaxllm.tokenizers.files import IDS
 from jaxllm.tokenizers.published import load_tokenizer

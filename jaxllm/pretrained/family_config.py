@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxllm.config import InputError
-from jaxllm.models.config import MLAConfig, ModelConfig
-from jaxllm.models.moe import MoEConfig
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.parts_config import MLAConfig, MoEConfig
 from jaxllm.pretrained.family_fields import Fields
 from jaxllm.pretrained.family_rope import read_rope, write_rope
 from jaxllm.pretrained.family_table import DEFAULTS, FAMILIES, FIELDS

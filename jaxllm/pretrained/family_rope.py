@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.models.rope import RopeScaling
+from jaxllm.models.parts_config import RopeScaling
 from jaxllm.pretrained.checked_values import CheckedValues
 from jaxllm.pretrained.family_fields import FIX, Fields, positive
 

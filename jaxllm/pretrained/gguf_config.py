@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.models.rope import RopeScaling, frequencies
+from jaxllm.models.parts_config import RopeScaling
+from jaxllm.models.rope import frequencies
 from jaxllm.pretrained.checked_values import CheckedValues
 
 # general.architecture -> model_type

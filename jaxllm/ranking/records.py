@@ -15,11 +15,12 @@ from typing import Any
 from etils import epath
 
 from jaxllm.config import InputError
+from jaxllm.data.config import Source
 from jaxllm.data.file_formats import format_of
 from jaxllm.data.format import is_held_out
 from jaxllm.data.messages import question
 from jaxllm.data.schema import check_messages, known_parts
-from jaxllm.data.sources import Source, read_records
+from jaxllm.data.sources import read_records
 from jaxllm.ranking.orders import LABELS, parse_order
 
 

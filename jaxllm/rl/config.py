@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from jaxllm.config import require
+from jaxllm.config.functions import FunctionName
 from jaxllm.config.ranges import (
     AnyFloat,
     NonNegativeFloat,
@@ -21,13 +22,15 @@ from jaxllm.config.ranges import (
     Proportion,
     ProportionBelowOne,
 )
-from jaxllm.data.sources import DataConfig
-from jaxllm.generation.generate import SamplingConfig
-from jaxllm.models.lora import LoRAConfig
-from jaxllm.optim import OptimConfig
-from jaxllm.rl.rewards import RewardSource
-from jaxllm.runtime.checkpoint import CheckpointConfig
-from jaxllm.runtime.mesh import MeshConfig
+from jaxllm.data.config import DataConfig
+from jaxllm.generation.config import SamplingConfig
+from jaxllm.models.parts_config import LoRAConfig
+from jaxllm.optim_config import OptimConfig
+from jaxllm.runtime.config import CheckpointConfig, MeshConfig
+
+# Terms of a reward that are neither a pattern nor a function.
+BUILT_IN_TERMS = ("model", "length")
+REGEX = "regex:"
 
 # Adam's b2 of 0.95: InstructGPT; its eps of 1e-5: Huang, detail 21.
 _OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0, eps=1e-5)
@@ -46,6 +49,26 @@ class PtxConfig:
     """Rows of documents per minibatch of responses."""
     length: NonNegativeInt = 0
     """Tokens per row; 0: model.max_length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSource:
+    """One term of a response's score."""
+
+    source: FunctionName = "model"
+    """model: the reward model's score; module:function of (prompt, response, answer); regex:PATTERN: 1 if the whole response matches; length: its tokens over max_new_tokens."""
+    weight: AnyFloat = 1.0
+    """The score is the sum of weight x term; negative for a penalty."""
+
+    def __post_init__(self) -> None:
+        kind, _, rest = self.source.partition(":")
+        known = self.source in BUILT_IN_TERMS or (kind and rest)
+        require(bool(known), "source: give model, length, regex:PATTERN or module:function")
+
+    @property
+    def name(self) -> str:
+        """The name of its mean in the metrics, unless another term has the same: see `metric_names`."""
+        return "regex" if self.source.startswith(REGEX) else self.source.rsplit(":", 1)[-1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ from jaxllm.generation import generate
 from jaxllm.generation.generate import Rollout
 from jaxllm.models import decode, lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.optim import OptimConfig, make_optimizer
+from jaxllm.optim import make_optimizer
+from jaxllm.optim_config import OptimConfig
 from jaxllm.rl.experience import make_experience, response_values, reward_scores, shape_scores
 from jaxllm.rl.layouts import REPLICATED, ROWS, STAY, MeshProgram
 from jaxllm.rl.objectives import actor_loss, critic_loss, ptx_loss

@@ -5,7 +5,6 @@ function of two parameters, as annotators are, gets prompt and response.
 """
 
 import ast
-import dataclasses
 import inspect
 import operator
 import re
@@ -14,19 +13,15 @@ from fractions import Fraction
 
 import numpy as np
 
-from jaxllm.config import InputError, require
-from jaxllm.config.functions import FunctionName, resolve_function
-from jaxllm.config.ranges import AnyFloat
+from jaxllm.config import InputError
+from jaxllm.config.functions import resolve_function
 from jaxllm.rl import numerals
+from jaxllm.rl.config import BUILT_IN_TERMS, REGEX, RewardSource
 from jaxllm.rl.score_functions import check_scores, score_all
 from jaxllm.runtime.console import console
 
 # (prompts, responses, answers) -> float64[N], the terms of N responses.
 Terms = Callable[[Sequence[str], Sequence[str], Sequence[str]], np.ndarray]
-
-# Names of sources that are neither a pattern nor a function.
-_BUILT_IN = ("model", "length")
-_REGEX = "regex:"
 
 _OPERAND = numerals.UNSIGNED
 # At least one operator between two numbers. Brackets need not match here: those at the ends may belong to the text.
@@ -37,26 +32,6 @@ _OPERATORS = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardSource:
-    """One term of a response's score."""
-
-    source: FunctionName = "model"
-    """model: the reward model's score; module:function of (prompt, response, answer); regex:PATTERN: 1 if the whole response matches; length: its tokens over max_new_tokens."""
-    weight: AnyFloat = 1.0
-    """The score is the sum of weight x term; negative for a penalty."""
-
-    def __post_init__(self) -> None:
-        kind, _, rest = self.source.partition(":")
-        known = self.source in _BUILT_IN or (kind and rest)
-        require(bool(known), "source: give model, length, regex:PATTERN or module:function")
-
-    @property
-    def name(self) -> str:
-        """The name of its mean in the metrics, unless another term has the same: see `metric_names`."""
-        return "regex" if self.source.startswith(_REGEX) else self.source.rsplit(":", 1)[-1]
 
 
 def metric_names(sources: Sequence[RewardSource]) -> list[str]:
@@ -100,7 +75,7 @@ def check_answers(sources: Sequence[RewardSource], answers: Sequence[str], field
 
 def _takes_answer(source: RewardSource, field: str) -> bool:
     """Whether a term is a user's function of prompt, response and answer."""
-    if source.source in _BUILT_IN or source.source.startswith((_REGEX, f"{__name__}:")):
+    if source.source in BUILT_IN_TERMS or source.source.startswith((REGEX, f"{__name__}:")):
         return False
     return _num_parameters(resolve_function(source.source, field)) == 3
 
@@ -115,8 +90,8 @@ def resolve(source: RewardSource, field: str) -> Terms:
     Raises:
         InputError: the function does not exist or takes other parameters, or the pattern is not valid.
     """
-    if source.source.startswith(_REGEX):
-        return _pattern_terms(source.source.removeprefix(_REGEX), field)
+    if source.source.startswith(REGEX):
+        return _pattern_terms(source.source.removeprefix(REGEX), field)
     function = resolve_function(source.source, field)
     count = _num_parameters(function)
     if count == 2:

@@ -21,7 +21,7 @@ from jaxllm.losses import Moments
 from jaxllm.model_store import load_model
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.lora import LoRAConfig
+from jaxllm.models.parts_config import LoRAConfig
 from jaxllm.rl.config import PPOConfig
 from jaxllm.runtime.transfer import reshard_across_meshes
 from jaxllm.sharding import param_shardings, place_params, replicated

@@ -17,13 +17,12 @@ the target shardings, so that another mesh or another number of devices or hosts
 does not match the model is an error that lists both sides; nothing is overlaid on newly initialized weights.
 """
 
-import dataclasses
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,8 +30,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxllm.config import Ending, InputError
-from jaxllm.config.ranges import NonNegativeInt, PositiveInt
 from jaxllm.runtime import digest, tree_shapes
+from jaxllm.runtime.config import CheckpointConfig
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import absolute, check_path, is_remote
 from jaxllm.runtime.processes import any_process, barrier
@@ -54,30 +53,6 @@ from jaxllm.runtime.seal import (
 Record = dict[str, Any]
 # (folder of the step, record, abstract subtree, its path) -> the subtree, read from an imported model's own files
 ReadImported = Callable[[Path, Record, Any, Sequence[str]], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save, what to keep, and what to do about damage."""
-
-    save_every: PositiveInt = 200
-    """Steps between checkpoints; the last step is always saved."""
-    keep_last: PositiveInt = 2
-    """Number of newest checkpoints to keep."""
-    keep_best: NonNegativeInt = 1
-    """Number of checkpoints with the best held-out metric to keep in addition."""
-    keep_every: NonNegativeInt = 0
-    """Steps between checkpoints that are kept forever; 0: none."""
-    damaged: Literal["fall_back", "stop"] = "fall_back"
-    """If the newest checkpoint is damaged: resume from the newest good one, with a warning, or stop."""
-    rewind_after: NonNegativeInt = 20
-    """Skipped updates in a row (not finite, or a spike) after which training rewinds to a checkpoint; 0: never."""
-    rewind_skip: NonNegativeInt = 100
-    """Batches to skip beyond the last bad one after a rewind (PaLM: 200 to 500)."""
-    max_rewinds: NonNegativeInt = 3
-    """Number of rewinds after which training fails instead of rewinding again."""
-    compare_replicas_every: NonNegativeInt = 0
-    """Steps between comparisons of replicated arrays across devices, to find silent data corruption; 0: never."""
 
 
 class SaveFailed(Ending):

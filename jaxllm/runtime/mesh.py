@@ -1,6 +1,5 @@
 """The mesh of a run: the sizes of its axes, and an order of the devices that suits the network."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,34 +9,12 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from jaxllm.config import InputError, require
-from jaxllm.config.ranges import AxisSize
+from jaxllm.config import InputError
+from jaxllm.runtime.config import MeshConfig
 from jaxllm.sharding import MESH_AXES
 
 # XLA's partitioner propagates shardings between the constraints; no axis is sharded explicitly.
 _AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the mesh axes; their product is the number of devices. One axis may be -1: the remaining devices."""
-
-    data: AxisSize = -1
-    """Replicas of the parameters, each with its share of the batch."""
-    pipeline: AxisSize = 1
-    """Pipeline stages, each with its share of the layers; rows pass through them in microbatches."""
-    fsdp: AxisSize = 1
-    """Shards of parameters and optimizer state, each with its share of the batch (ZeRO-3)."""
-    context: AxisSize = 1
-    """Shards of the sequence dimension."""
-    expert: AxisSize = 1
-    """Shards of the experts, each with its share of the batch."""
-    tensor: AxisSize = 1
-    """Shards of heads, MLP and vocabulary."""
-
-    def __post_init__(self) -> None:
-        sizes = [getattr(self, axis) for axis in MESH_AXES]
-        require(sizes.count(-1) <= 1, "data: only one axis can be -1")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

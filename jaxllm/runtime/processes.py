@@ -1,6 +1,5 @@
 """This process among the others of a job: joining, waiting for each other, signals, and a watchdog for a stuck loop."""
 
-import dataclasses
 import faulthandler
 import itertools
 import os
@@ -15,21 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxllm.config import Ending, InputError
-from jaxllm.config.ranges import PositiveSeconds, Seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessConfig:
-    """The processes of a job, and when one of them gives up."""
-
-    coordinator: str = ""
-    """host:port of process 0, which listens on this address only. Empty: JAX_COORDINATOR_ADDRESS, or what the cluster says."""
-    join_seconds: PositiveSeconds = 300
-    """How long to wait at the start for all processes of the job."""
-    heartbeat_seconds: PositiveSeconds = 60
-    """A process that sends no heartbeat for so long is lost: the others exit with an error."""
-    watchdog_seconds: Seconds = 1800
-    """If a training loop makes no step for so long, dump every thread's stack and exit with status 1; 0: never."""
+from jaxllm.runtime.config import ProcessConfig
 
 
 class Stopped(Ending):

@@ -1,6 +1,5 @@
 """Evaluate: the stages' models side by side on held-out data."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,64 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import InputError
-from jaxllm.config.functions import FunctionName, resolve_function
-from jaxllm.config.ranges import NonNegativeInt, PositiveInt
+from jaxllm.config.functions import resolve_function
+from jaxllm.data.config import DataConfig
 from jaxllm.data.contamination import measure_contamination, some_documents
 from jaxllm.data.loader import load_prompts
 from jaxllm.data.messages import message_text
-from jaxllm.data.sources import DataConfig
 from jaxllm.data.splits import examples, shuffled
 from jaxllm.data.store import load_texts, open_store
 from jaxllm.evaluation import measures, scoring, tasks
 from jaxllm.evaluation.task_files import describe, read_tasks
-from jaxllm.evaluation.tasks import ScoringConfig
-from jaxllm.generation.generate import Completion, Rollout, SamplingConfig, completions
+from jaxllm.generation.config import SamplingConfig
+from jaxllm.generation.generate import Completion, Rollout, completions
 from jaxllm.generation.rollouts import response_logprobs
 from jaxllm.model_store import load_model
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.score_functions import score_all
 from jaxllm.runtime.console import console
 from jaxllm.runtime.transfer import fetch
-from jaxllm.stages import names
+from jaxllm.stages.config import EvaluateConfig
 from jaxllm.tokenizers.trained import Tokenizer
 from jaxllm.workspace import Workspace
 
 # Held-out documents that are searched for in the training data: enough for a share within a percent.
 MAX_HELD_OUT = 20_000
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-    """What to measure on held-out data, and on which stages' models."""
-
-    stages: tuple[str, ...] = names("policy")
-    """Stages whose models are measured; stages that have not run are left out."""
-    accuracy: DataConfig = DataConfig()
-    """Conversations whose last reply is a label, answered greedily; without sources accuracy is not measured."""
-    max_accuracy_examples: PositiveInt = 1000
-    """At most this many conversations of `accuracy`."""
-    prompts: DataConfig = DataConfig()
-    """Prompts for open answers; without sources those of the sample stage."""
-    num_prompts: PositiveInt = 200
-    """At most this many held-out prompts."""
-    annotator: FunctionName = ""
-    """module:function scoring (prompt, response): a SIMULATED annotator; empty: none."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How open answers are sampled."""
-    label_tokens: PositiveInt = 8
-    """Longest label in tokens."""
-    num_shown: NonNegativeInt = 8
-    """Prompts whose answers are shown side by side."""
-    batch_size: PositiveInt = 64
-    """Prompts per batch."""
-    contamination_n: NonNegativeInt = 13
-    """Length in tokens of the n-grams of the evaluation sets that are searched for in the training data; 0: no search."""
-    compare_xz: bool = True
-    """Also measure bits per byte of xz -9 on the held-out documents, after the training documents."""
-    tasks: tuple[str, ...] = ()
-    """Task files of multiple choice, perplexity or generation, as for `jaxllm score`."""
-    scoring: ScoringConfig = ScoringConfig()
-    """How the questions of `tasks` are asked."""
 
 
 class Measured(NamedTuple):

@@ -15,7 +15,6 @@ import optax
 
 from jaxllm import train
 from jaxllm.config import InputError
-from jaxllm.config.ranges import NonNegativeFloat, PositiveInt
 from jaxllm.data.loader import (
     Mixture,
     epoch_batches,
@@ -34,20 +33,9 @@ from jaxllm.optim import learning_rate
 from jaxllm.runtime import tree_shapes
 from jaxllm.runtime.console import console
 from jaxllm.sharding import activation, param_shardings, place_params, replicated
-from jaxllm.stages.training_config import TrainingConfig
+from jaxllm.stages import training
+from jaxllm.stages.config import LanguageModelConfig
 from jaxllm.workspace import Workspace
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageModelConfig(TrainingConfig):
-    """Training on next tokens."""
-
-    z_loss_coef: NonNegativeFloat = 0.0
-    """Coefficient of logsumexp^2 (PaLM)."""
-    mtp_coef: NonNegativeFloat = 0.3
-    """Weight of the losses of model.mtp_modules, together (DeepSeek-V3, eq. 25)."""
-    eval_batches: PositiveInt = 16
-    """Batches per evaluation during training; the final one uses the whole held-out split."""
 
 
 def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
@@ -60,10 +48,10 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     source = ""
     if stage != "pretrain" or config.init_from:
         source = workspace.source(config.init_from, "pretrain", stage)
-    config.check_batch(mesh, stage)  # before the data, whose preparation may take hours
+    training.check_batch(config, mesh, stage)  # before the data, whose preparation may take hours
     length = model.row_length(config.length, f"{stage}.length")
     rows = _load_rows(workspace, stage, config, length)
-    num_steps = config.count_steps(epoch_rows(rows["train"]), stage)
+    num_steps = training.count_steps(config, epoch_rows(rows["train"]), stage)
     _print_plan(stage, rows, model, num_steps, config.batch_size)
 
     step, layout = program(mesh, config, model, num_steps, workspace.seed)
@@ -233,7 +221,8 @@ def program(
     loss = functools.partial(
         next_token.loss, model=model, z_loss_coef=config.z_loss_coef, mtp_coef=config.mtp_coef
     )
-    return config.make_step(
+    return training.make_step(
+        config,
         mesh,
         loss,
         transformer.abstract(model),

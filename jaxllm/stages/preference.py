@@ -8,78 +8,33 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from annotated_types import Ge, Lt
 from etils import epath
-from pydantic import BeforeValidator
 
 from jaxllm import losses, train
-from jaxllm.config import InputError, require
-from jaxllm.config.ranges import FINITE, NOT_BOOL, NonNegativeFloat, PositiveFloat, PositiveInt
+from jaxllm.config import InputError
+from jaxllm.data.config import Source
 from jaxllm.data.loader import (
     RankedExample,
     examples_fingerprint,
     load_ranked,
     make_ranked_batch_at,
 )
-from jaxllm.data.sources import Source
 from jaxllm.metrics import Work, held_out, peak_flops
 from jaxllm.model_store import load_model, write_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.optim import OptimConfig, learning_rate
+from jaxllm.optim import learning_rate
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, write_json
 from jaxllm.sharding import activation, place_params, replicated, rows_like
-from jaxllm.stages import response_scores
+from jaxllm.stages import response_scores, training
+from jaxllm.stages.config import PreferenceConfig
 from jaxllm.stages.response_scores import held_out_metrics, implicit_rewards, reward_scores
-from jaxllm.stages.training_config import TrainingConfig
 from jaxllm.workspace import Workspace
-
-
-def _current_value(value: Any) -> Any:
-    return "center" if value == "centre" else value  # as configs spelled it once
-
-
-@dataclasses.dataclass(frozen=True)
-class PreferenceConfig(TrainingConfig):
-    """Training on rankings. One prompt with all its responses is one example (Ouyang et al. 2022, section 3.5)."""
-
-    RENAMED: ClassVar[Mapping[str, str]] = {"normalise": "normalize"}
-
-    loss: Literal["pairwise", "plackett_luce", "regression"] = "pairwise"
-    """All pairs (Bradley-Terry), the whole order (Plackett-Luce), or squared error to the records' own scores."""
-    margin_coef: NonNegativeFloat = 0.0
-    """pairwise: the better score must lead by this times the difference in given scores, or in rank."""
-    label_smoothing: Annotated[float, NOT_BOOL, FINITE, Ge(0), Lt(0.5)] = 0.0
-    """pairwise: the probability that a label is wrong."""
-    weighting: Literal["prompt", "pair"] = "prompt"
-    """What counts once: a prompt, however many responses it has, or each of its pairs."""
-    beta: PositiveFloat = 0.1
-    """dpo: the implicit reward is beta * log(policy / reference)."""
-    normalize: Annotated[Literal["center", "unit", "none"], BeforeValidator(_current_value)] = (
-        "center"
-    )
-    """reward: scores of the training responses are shifted to mean 0, also scaled to variance 1, or left unchanged."""
-    log_every: PositiveInt = 5
-    """Steps per logged interval."""
-    eval_every: PositiveInt = 20
-    """Steps between evaluations on held-out rankings."""
-    optim: OptimConfig = OptimConfig(learning_rate=1e-4, weight_decay=0.0)
-    """Optimizer and schedule."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.loss == "pairwise" or not (self.margin_coef or self.label_smoothing),
-            "loss: margin_coef and label_smoothing belong to the pairwise loss",
-        )
-
-
-DPO = PreferenceConfig(optim=OptimConfig(learning_rate=1e-5, weight_decay=0.0))
 
 
 def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
@@ -105,9 +60,9 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     kind = "policy" if is_dpo else "reward"
     write_model_card(directory, model, kind, ("params",), config.lora, source)
     rankings = _load_rankings(workspace, stage, config, model)
-    config.check_batch(mesh, stage)
+    training.check_batch(config, mesh, stage)
     # An epoch is over prompts, not pairs: all pairs of a prompt are in one batch, and are learned from once.
-    num_steps = config.count_steps(len(rankings["train"]), stage)
+    num_steps = training.count_steps(config, len(rankings["train"]), stage)
 
     step, score, layout = _program(mesh, stage, config, model, num_steps, workspace.seed)
     # Fixed parameters are arguments of every step: in a closure, XLA would copy them as constants.
@@ -248,8 +203,14 @@ def _program(
         del key  # no dropout
         return _ranking_loss(config, score(params, batch, **frozen), batch)
 
-    step, layout = config.make_step(
-        mesh, loss, family.abstract(model), family.axes(model), num_steps=num_steps, seed=seed
+    step, layout = training.make_step(
+        config,
+        mesh,
+        loss,
+        family.abstract(model),
+        family.axes(model),
+        num_steps=num_steps,
+        seed=seed,
     )
     return step, score, layout
 

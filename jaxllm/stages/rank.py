@@ -4,8 +4,6 @@ rankings.jsonl grows by one whole line per answer, so that an interrupted run re
 answer. The parts that know the files and the terminal are in `jaxllm.ranking`.
 """
 
-import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,7 @@ import numpy as np
 from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxllm.config import require
-from jaxllm.config.functions import FunctionName, resolve_function
-from jaxllm.config.ranges import NonNegativeFloat, NonNegativeInt, ProportionBelowOne
+from jaxllm.config.functions import resolve_function
 from jaxllm.data.messages import prompt_text
 from jaxllm.ranking import records
 from jaxllm.ranking.answers import Answers, count_skipped
@@ -26,32 +22,8 @@ from jaxllm.rl.score_functions import score_all
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, write_whole
 from jaxllm.runtime.processes import barrier
+from jaxllm.stages.config import RankConfig
 from jaxllm.workspace import Workspace
-
-
-@dataclasses.dataclass(frozen=True)
-class RankConfig:
-    """Who ranks the sampled responses."""
-
-    annotator: FunctionName = "person"
-    """person (asks in the terminal), file:PATH (a rankings JSONL), or module:function (SIMULATED: scores responses)."""
-    noise: NonNegativeFloat = 0.0
-    """Standard deviation of Gaussian noise added to the scores of a simulated annotator."""
-    tie_margin: NonNegativeFloat = 0.0
-    """Scores of a simulated annotator no further apart than this are a tie."""
-    annotator_name: str = ""
-    """Recorded with each ranking; empty: person, or the simulated annotator's module:function."""
-    max_prompts: NonNegativeInt = 0
-    """Rank only the first so many prompts; 0: all."""
-    held_out: ProportionBelowOne = 0.1
-    """Share of the prompts kept for evaluation, if the lines of a file name no split."""
-
-    def __post_init__(self) -> None:
-        # The form only: the function is imported when it is called, perhaps on another machine.
-        known = self.annotator == "person" or re.fullmatch(r"file:.+|[\w.]+:\w+", self.annotator)
-        require(
-            bool(known), f"annotator: person, file:PATH or module:function, not {self.annotator!r}"
-        )
 
 
 def run(

@@ -1,6 +1,5 @@
 """Sample: the fine-tuned model writes K responses to each prompt, to be ranked."""
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -8,42 +7,16 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxllm.config import InputError, require
-from jaxllm.config.ranges import NonNegativeInt, PositiveInt
+from jaxllm.config import InputError
 from jaxllm.data.loader import PromptExample, load_prompts
-from jaxllm.data.sources import DataConfig
-from jaxllm.generation.generate import Completion, SamplingConfig, complete, whole_batch
+from jaxllm.generation.generate import Completion, complete, whole_batch
 from jaxllm.model_store import load_model
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, read_jsonl, write_whole
 from jaxllm.runtime.processes import barrier
+from jaxllm.stages.config import SampleConfig
 from jaxllm.tokenizers.trained import Tokenizer
 from jaxllm.workspace import Workspace
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleConfig:
-    """Which prompts, and how many responses to each."""
-
-    data: DataConfig = DataConfig()
-    """Prompts."""
-    init_from: str = ""
-    """Stage directory of the model to sample from; empty: sft."""
-    num_prompts: PositiveInt = 1000
-    """Prompts of the training split to sample; fewer if there are fewer."""
-    num_held_out: NonNegativeInt = 200
-    """Prompts of the held-out split, for measuring the reward model."""
-    num_responses: PositiveInt = 4
-    """Responses sampled for each prompt (K)."""
-    batch_size: PositiveInt = 32
-    """Prompts per batch."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How responses are sampled."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.num_responses >= 2, "num_responses: at least 2 responses are needed to rank them"
-        )
 
 
 def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:

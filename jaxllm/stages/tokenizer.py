@@ -1,45 +1,20 @@
 """The tokenizer stage: train SentencePiece on the training split, measure compression on the held-out split."""
 
-import dataclasses
 import os
 import random
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
-from annotated_types import Ge, Le
 from etils import epath
 from rich.table import Table
 
-from jaxllm.config.ranges import FINITE, NOT_BOOL, ByteCount, Seed, Threads
-from jaxllm.data.sources import DataConfig
 from jaxllm.data.store import load_texts
 from jaxllm.runtime.console import console
+from jaxllm.stages.config import TokenizerConfig
 from jaxllm.tokenizers.published import load_tokenizer
-from jaxllm.tokenizers.trained import MAX_VOCAB_SIZE, RULE_OF_THUMB, compression, train
+from jaxllm.tokenizers.trained import RULE_OF_THUMB, compression, train
 from jaxllm.workspace import Workspace
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """A SentencePiece vocabulary with byte fallback: every Unicode string survives encoding and decoding."""
-
-    init_from: str = ""
-    """Stage directory, or folder of a downloaded model, whose tokenizer is taken; nothing is trained then."""
-    data: DataConfig = DataConfig()
-    """Text to train on; without sources that of pretrain."""
-    vocab_size: Annotated[int, NOT_BOOL, Ge(270), Le(MAX_VOCAB_SIZE)] = 4096
-    """Tokens, including the special ones and the 256 bytes."""
-    model_type: Literal["bpe", "unigram"] = "bpe"
-    """Byte-pair encoding or a unigram language model."""
-    character_coverage: Annotated[float, NOT_BOOL, FINITE, Ge(0.9), Le(1.0)] = 0.9995
-    """Share of the characters that get their own token; the rest is spelled in bytes."""
-    sample_bytes: ByteCount = 100_000_000
-    """Train on a random sample of at most this many bytes."""
-    sample_seed: Seed = 0
-    """Seed of that sample."""
-    num_threads: Threads = 0
-    """Training threads; 0: one per core."""
 
 
 def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:

@@ -114,6 +114,8 @@ def read_ranks(name: str, content: bytes, origin: str) -> PlainBackend:
     data += [b""] * (1 + max(special.values()) - count)
 
     def batch(texts: Sequence[str], num_threads: int) -> list[list[int]]:
+        if num_threads == 1:  # the library would hand every text to a thread
+            return list(map(encoding.encode_ordinary, texts))
         threads = num_threads if num_threads > 0 else 8  # the library has no "all cores"
         return encoding.encode_ordinary_batch(list(texts), num_threads=threads)
 

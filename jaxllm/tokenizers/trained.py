@@ -24,7 +24,6 @@ SYSTEM = "<|system|>"
 USER = "<|user|>"
 ASSISTANT = "<|assistant|>"
 END = "<|end|>"
-MAX_VOCAB_SIZE = 262_144
 RULE_OF_THUMB = 1000
 """Tokens in about 750 English words or 500 Chinese characters, as publishers say."""
 SPACE = "\u2581"
@@ -90,8 +89,7 @@ class Tokenizer:
         """`encode` of many texts, in as many threads (-1: all cores)."""
         check_unicode(texts)
         # All texts go to the library at once, for its threads; the few with U+2581 are encoded again.
-        plain = [text.replace(SPACE, "") for text in texts]
-        encoded = self._sp.encode(plain, num_threads=num_threads)
+        encoded = self._sp.encode(list(texts), num_threads=num_threads)
         for number, text in enumerate(texts):
             if SPACE in text:
                 encoded[number] = self._encode_with_spaces(text)
@@ -211,8 +209,14 @@ def piece_bytes(sp: sentencepiece.SentencePieceProcessor, token: int) -> bytes:
     return piece.replace(SPACE, " ").encode()
 
 
-def check_unicode(texts: Iterable[str]) -> None:
+def check_unicode(texts: Sequence[str]) -> None:
     """Raise InputError if a text has a lone surrogate, which UTF-8 cannot hold."""
+    try:
+        "".join(texts).encode()
+        return
+    except UnicodeEncodeError:
+        pass
+    # Found now, so that the error counts characters from the beginning of its text.
     try:
         for text in texts:
             text.encode()

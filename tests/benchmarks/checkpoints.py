@@ -20,10 +20,12 @@ from jaxllm import train
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.next_token import loss
-from jaxllm.optim import OptimConfig, make_optimizer
+from jaxllm.optim import make_optimizer
+from jaxllm.optim_config import OptimConfig
 from jaxllm.run import set_cpu_devices
 from jaxllm.runtime import checkpoint, digest
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import activation
 
 

@@ -18,11 +18,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxllm.generation.generate import SamplingConfig, jitted, left_pad
+from jaxllm.generation.config import SamplingConfig
+from jaxllm.generation.generate import jitted, left_pad
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.run import set_cpu_devices
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import activation, replicated
 
 MODEL = ModelConfig(

@@ -19,9 +19,11 @@ from jaxllm.generation import generate
 from jaxllm.metrics import peak_flops
 from jaxllm.models import transformer
 from jaxllm.models.config import preset
-from jaxllm.optim import OptimConfig, make_optimizer
+from jaxllm.optim import make_optimizer
+from jaxllm.optim_config import OptimConfig
 from jaxllm.run import set_cpu_devices
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import activation
 
 

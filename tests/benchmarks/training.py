@@ -58,10 +58,12 @@ def measure_ours(dtype: str) -> None:
     from jaxllm import train
     from jaxllm.models import next_token, transformer
     from jaxllm.models.config import preset
-    from jaxllm.optim import OptimConfig, make_optimizer
+    from jaxllm.optim import make_optimizer
+    from jaxllm.optim_config import OptimConfig
     from jaxllm.run import set_cpu_devices
+    from jaxllm.runtime.config import MeshConfig
     from jaxllm.runtime.cpu import keep_pages
-    from jaxllm.runtime.mesh import MeshConfig, make_mesh
+    from jaxllm.runtime.mesh import make_mesh
     from jaxllm.sharding import activation
 
     set_cpu_devices(1)

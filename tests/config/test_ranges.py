@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from jaxllm.commands import ChatArgs, ExportArgs, GenerateArgs
 from jaxllm.config import InputError, build, load, to_tree, tyro_cli
-from jaxllm.evaluation.tasks import ScoreArgs
+from jaxllm.evaluation.config import ScoreArgs
 from jaxllm.life import Config
-from jaxllm.plan.planning import PlanArgs
+from jaxllm.plan.config import PlanArgs
 
 COMMANDS = {
     GenerateArgs: ["stage", "--prompt", "x"],

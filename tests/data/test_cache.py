@@ -11,8 +11,8 @@ import pytest
 
 from jaxllm.config import InputError
 from jaxllm.data import cache, workers
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.loader import load_rows
-from jaxllm.data.sources import DataConfig, Source
 from tests.conftest import ROOT
 from tests.data.test_store import write
 
@@ -20,7 +20,7 @@ PREPARE = """
 import sys
 from pathlib import Path
 from jaxllm.data import readers, store, workers
-from jaxllm.data.sources import DataConfig, Source
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.tokenizers.trained import Tokenizer
 readers.PART_BYTES = 20_000
 workers.IN_PROCESS = int(sys.argv[4])
@@ -239,7 +239,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 from jaxllm.data import readers, store, units
-from jaxllm.data.sources import DataConfig, Source
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.tokenizers.trained import Tokenizer
 readers.PART_BYTES = 200_000
 units.RUN = 2048

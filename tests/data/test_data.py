@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from jaxllm.config import InputError, build
+from jaxllm.data.config import DataConfig, Phase, Source
 from jaxllm.data.format import is_held_out
-from jaxllm.data.sources import DataConfig, Phase, Source, read_records
+from jaxllm.data.sources import read_records
 from jaxllm.data.splits import examples, shuffled
 from jaxllm.data.store import load_texts
 

@@ -6,8 +6,8 @@ import pytest
 
 from jaxllm.config import InputError
 from jaxllm.data import splits
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.loader import load_prompts, load_ranked, load_rows
-from jaxllm.data.sources import DataConfig, Source
 from jaxllm.data.store import load_texts
 from jaxllm.tokenizers.trained import train
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from jaxllm.config import InputError
 from jaxllm.data import cache, file_formats, readers
-from jaxllm.data.sources import DataConfig, Source, read_records
+from jaxllm.data.config import DataConfig, Source
+from jaxllm.data.sources import read_records
 from jaxllm.data.store import load_texts, open_store
 from jaxllm.tokenizers.trained import train
 

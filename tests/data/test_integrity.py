@@ -9,8 +9,9 @@ import pytest
 
 from jaxllm.config import InputError
 from jaxllm.data import packing
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.loader import load_ranked, load_rows
-from jaxllm.data.sources import DataConfig, Source, read_records
+from jaxllm.data.sources import read_records
 from jaxllm.data.splits import examples
 from jaxllm.data.store import load_texts
 from jaxllm.tokenizers.trained import train

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jaxllm.config import InputError
 from jaxllm.data import batches as global_batches
 from jaxllm.data import mixture as order_of_rows
+from jaxllm.data.config import DataConfig, Phase, Source
 from jaxllm.data.format import Example
 from jaxllm.data.loader import (
     epoch_batches,
@@ -25,9 +26,9 @@ from jaxllm.data.loader import (
     make_prompt_batch_at,
     ranked_epoch,
 )
-from jaxllm.data.sources import DataConfig, Phase, Source
 from jaxllm.data.splits import examples
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import activation
 
 

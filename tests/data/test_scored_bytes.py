@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import InputError
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.contamination import some_documents
 from jaxllm.data.loader import load_rows
-from jaxllm.data.sources import DataConfig, Source
 from jaxllm.data.splits import examples
 from jaxllm.data.store import open_store
 from jaxllm.tokenizers.published import load_tokenizer

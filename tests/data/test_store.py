@@ -12,9 +12,10 @@ import pytest
 
 from jaxllm.config import InputError
 from jaxllm.data import cache, format, readers, sources, units
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.contamination import measure_contamination, some_documents
 from jaxllm.data.loader import PromptExample, examples_fingerprint, load_rows, rows_fingerprint
-from jaxllm.data.sources import DataConfig, Source, read_records
+from jaxllm.data.sources import read_records
 from jaxllm.data.splits import examples
 from jaxllm.data.store import open_store
 

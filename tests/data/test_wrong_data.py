@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from jaxllm.config import InputError
 from jaxllm.data import messages, splits
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.messages import prompt_text
-from jaxllm.data.sources import DataConfig, Source
 from jaxllm.evaluation import task_files
 from jaxllm.stages import sample
 from tests.data.test_formats import FEW, write

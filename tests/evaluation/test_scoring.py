@@ -16,11 +16,13 @@ from jaxllm.config import InputError
 from jaxllm.evaluation import scoring, tasks
 from jaxllm.evaluation.scoring import Row
 from jaxllm.evaluation.task_files import read_tasks
-from jaxllm.generation.generate import SamplingConfig, complete
+from jaxllm.generation.config import SamplingConfig
+from jaxllm.generation.generate import complete
 from jaxllm.model_store import load_model
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import param_shardings
 from jaxllm.tokenizers.trained import Tokenizer, train
 from tests.conftest import jaxllm

@@ -11,11 +11,14 @@ import pytest
 from jaxllm.config import InputError
 from jaxllm.generation import generate as g
 from jaxllm.generation import rollouts
-from jaxllm.generation.sampling import SamplingConfig, inverse_transform, keep_likely
+from jaxllm.generation.config import SamplingConfig
+from jaxllm.generation.sampling import inverse_transform, keep_likely
 from jaxllm.generation.streaming import stream
 from jaxllm.models import decode, transformer
-from jaxllm.models.config import MLAConfig, ModelConfig, MoEConfig
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.models.config import ModelConfig, MoEConfig
+from jaxllm.models.parts_config import MLAConfig
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import activation, param_shardings
 
 LLAMA = ModelConfig(

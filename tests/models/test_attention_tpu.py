@@ -12,7 +12,8 @@ from jaxllm.models import attention as attention_module
 from jaxllm.models import attention_cpu, attention_gpu, attention_tpu
 from jaxllm.models.attention import attention, reference_attention
 from jaxllm.models.attention_mask import WholeRows, visible
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import undo_zigzag, zigzag_order
 
 B, T, K, H = 2, 256, 2, 64

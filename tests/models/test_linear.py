@@ -7,7 +7,8 @@ import pytest
 
 from jaxllm.models import norm
 from jaxllm.models.linear import linear, swiglu
-from jaxllm.models.rope import RopeScaling, frequencies, rope
+from jaxllm.models.parts_config import RopeScaling
+from jaxllm.models.rope import frequencies, rope
 
 B, T, D = 2, 5, 6
 

@@ -8,8 +8,9 @@ import pytest
 from jaxllm.config import InputError, build
 from jaxllm.models import decode, lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.lora import LoRAConfig
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.models.parts_config import LoRAConfig
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import param_shardings
 
 MODEL = ModelConfig(

@@ -11,11 +11,14 @@ import pytest
 from jaxllm import train
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.moe import Load, MoEConfig, balance, moe, route
+from jaxllm.models.moe import Load, balance, moe, route
 from jaxllm.models.next_token import loss
 from jaxllm.models.parameters import Axes
-from jaxllm.optim import OptimConfig, make_optimizer
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.models.parts_config import MoEConfig
+from jaxllm.optim import make_optimizer
+from jaxllm.optim_config import OptimConfig
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import activation, param_shardings
 from tests.oracles.families import BATCH, LENGTH, STEPS, TRAINED, tokens
 from tests.pretrained.test_families import RECORD, load

@@ -16,7 +16,8 @@ from jaxllm.models.config import ModelConfig, preset
 from jaxllm.models.next_token import loss
 from jaxllm.pretrained import families, family_config
 from jaxllm.pretrained.convert import export_model, import_model
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from tests.models.test_moe import CONFIG
 from tests.oracles.families import weight
 from tests.pretrained.test_families import RECORD

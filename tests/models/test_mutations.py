@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxllm.models import self_attention, transformer
-from jaxllm.models.rope import RopeScaling
+from jaxllm.models.parts_config import RopeScaling
 from jaxllm.pretrained import families
 from tests.pretrained.test_families import ARRAYS, RECORD, load, logits_of, relative, tokens
 

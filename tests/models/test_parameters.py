@@ -6,8 +6,8 @@ import pytest
 from jaxllm.config import build
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import PRESETS, ModelConfig
-from jaxllm.models.lora import LoRAConfig
 from jaxllm.models.parameters import Axes
+from jaxllm.models.parts_config import LoRAConfig
 from jaxllm.optim import decay_mask
 from jaxllm.pretrained import family_config
 from tests.pretrained.test_families import RECORD

@@ -12,7 +12,8 @@ from jaxllm.config import InputError, build
 from jaxllm.models import scalar, transformer
 from jaxllm.models.attention import attention
 from jaxllm.models.config import ModelConfig, preset
-from jaxllm.models.rope import RopeScaling, frequencies, rope
+from jaxllm.models.parts_config import RopeScaling
+from jaxllm.models.rope import frequencies, rope
 
 LLAMA = ModelConfig(
     vocab_size=40, max_length=32, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48, dtype="float32",

@@ -19,12 +19,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxllm.generation.generate import SamplingConfig, complete
+from jaxllm.generation.config import SamplingConfig
+from jaxllm.generation.generate import complete
 from jaxllm.model_store import load_model
 from jaxllm.models import scalar
 from jaxllm.models.config import ModelConfig
 from jaxllm.pretrained.convert import export_model, import_model
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from tests.oracles.families import tokens
 from tests.pretrained.test_convert import save_stage
 from tests.pretrained.test_families import RECORD, load

@@ -14,9 +14,10 @@ from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig, preset
 from jaxllm.plan import flops, hlo, measure, planning
 from jaxllm.plan.kept import compare_with_measured
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.stages import language_model
-from jaxllm.stages.language_model import LanguageModelConfig
+from jaxllm.stages.config import LanguageModelConfig
 from tests.conftest import jaxllm
 
 SHAPE = {

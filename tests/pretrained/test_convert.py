@@ -14,12 +14,13 @@ from jaxllm.config import InputError
 from jaxllm.model_store import load_model, write_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import PRESETS, preset
-from jaxllm.models.lora import LoRAConfig
+from jaxllm.models.parts_config import LoRAConfig
 from jaxllm.pretrained import families, family_config
 from jaxllm.pretrained.convert import export_model, import_model
 from jaxllm.runtime import checkpoint
+from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.files import write_json
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import param_shardings
 from jaxllm.tokenizers.published import load_tokenizer
 from tests.oracles.families import weight

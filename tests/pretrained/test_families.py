@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from jaxllm import output_layer
-from jaxllm.generation.generate import SamplingConfig, complete, left_pad
+from jaxllm.generation.config import SamplingConfig
+from jaxllm.generation.generate import complete, left_pad
 from jaxllm.models import transformer
 from jaxllm.models.config import PRESETS, preset
 from jaxllm.pretrained import families, family_config
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from tests.oracles.families import HERE, VOCAB, probe, tokens, weight
 
 RECORD = json.loads((Path(HERE) / "families.json").read_text())["cases"]

@@ -16,7 +16,8 @@ from jaxllm.pretrained import family_config, gguf_files, gguf_tokenizer
 from jaxllm.pretrained.checked_values import CheckedValues
 from jaxllm.pretrained.convert import import_model
 from jaxllm.pretrained.gguf_config import read_config
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import train
 from tests.oracles.families import weight

@@ -12,7 +12,7 @@ from jaxllm.config import InputError
 from jaxllm.data.format import is_held_out
 from jaxllm.ranking.records import read_rankings
 from jaxllm.stages import rank
-from jaxllm.stages.rank import RankConfig
+from jaxllm.stages.config import RankConfig
 from tests.ranking.workspaces import (
     SIMULATED,
     make_workspace,

@@ -12,7 +12,7 @@ import pytest
 
 from jaxllm.config import InputError
 from jaxllm.ranking.orders import shown_order
-from jaxllm.stages.rank import RankConfig
+from jaxllm.stages.config import RankConfig
 from jaxllm.workspace import StageCut
 from tests.conftest import ROOT
 from tests.ranking.workspaces import (

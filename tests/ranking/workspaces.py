@@ -11,7 +11,7 @@ from etils import epath
 from jaxllm.ranking.records import read_rankings
 from jaxllm.runtime.goodput import Ledger
 from jaxllm.stages import rank
-from jaxllm.stages.rank import RankConfig
+from jaxllm.stages.config import RankConfig
 from jaxllm.workspace import Workspace
 
 SIMULATED = RankConfig(annotator="jaxllm.demo.annotators:keyword_sentiment")

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from jaxllm.config import InputError
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.optim import OptimConfig, make_optimizer
+from jaxllm.optim import make_optimizer
+from jaxllm.optim_config import OptimConfig
 from jaxllm.runtime import checkpoint as c
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.runtime.seal import committed_steps
 from jaxllm.train import state_layout
 

@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.digest import differing, digests
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.mesh import make_mesh
 
 VALUES = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
 

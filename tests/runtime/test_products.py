@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxllm.runtime import products
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.runtime.products import batched, contract
 
 needs_onednn = pytest.mark.skipif(

@@ -16,20 +16,20 @@ from jaxllm.generation import generate as g
 from jaxllm.generation import rollouts
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.lora import LoRAConfig
-from jaxllm.optim import OptimConfig
+from jaxllm.models.parts_config import LoRAConfig
+from jaxllm.optim_config import OptimConfig
 from jaxllm.rl import layouts
-from jaxllm.rl.config import PPOConfig, RoleMesh
+from jaxllm.rl.config import PPOConfig, RewardSource, RoleMesh
 from jaxllm.rl.experience import make_experience, response_values, reward_scores, shape_scores
 from jaxllm.rl.held_out import make_evaluation
 from jaxllm.rl.objectives import actor_loss
 from jaxllm.rl.programs import build_programs
-from jaxllm.rl.rewards import RewardSource
 from jaxllm.rl.roles import FrozenModels, initial_state, split_trainable, with_value_head
 from jaxllm.rl.scoring import make_scorer
 from jaxllm.rl.update import minibatch_rows
 from jaxllm.runtime import digest
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.runtime.transfer import reshard_across_meshes
 from jaxllm.sharding import activation, param_shardings
 from tests.stages import worlds

@@ -13,7 +13,8 @@ from jaxllm import run
 from jaxllm.models import lora, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.stages import response_scores
-from jaxllm.stages.preference import PreferenceConfig, _distance
+from jaxllm.stages.config import PreferenceConfig
+from jaxllm.stages.preference import _distance
 from jaxllm.train import Guard, TrainState
 from tests.conftest import ROOT
 from tests.test_life import same_checkpoint

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 
 from jaxllm import losses, output_layer
-from jaxllm.generation.generate import SamplingConfig
-from jaxllm.optim import OptimConfig
+from jaxllm.generation.config import SamplingConfig
+from jaxllm.optim_config import OptimConfig
 from jaxllm.rl import programs
-from jaxllm.rl.config import PPOConfig
-from jaxllm.rl.rewards import RewardSource
+from jaxllm.rl.config import PPOConfig, RewardSource
 from tests.stages import worlds
 
 pytestmark = pytest.mark.usefixtures("compiled_well")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxllm.config import InputError, build
 from jaxllm.demo.annotators import keyword_sentiment
 from jaxllm.stages import rank
-from jaxllm.stages.rank import RankConfig
+from jaxllm.stages.config import RankConfig
 from tests.ranking.workspaces import (
     SIMULATED,
     make_workspace,

@@ -19,10 +19,8 @@ from tests.stages import toy
 
 @pytest.fixture
 def table(monkeypatch):
-    """The table with one more row, and the config that has its section."""
-    with_toy = (*stages.TABLE, toy.ROW)
-    monkeypatch.setattr(stages, "TABLE", with_toy)
-    monkeypatch.setattr(run, "Config", life.config_class(with_toy))
+    """The table with one more row."""
+    monkeypatch.setattr(stages, "TABLE", (*stages.TABLE, toy.ROW))
     monkeypatch.chdir(ROOT)
 
 
@@ -78,7 +76,7 @@ def test_another_config_of_it_is_refused(table, directory, capsys):
 
 
 def test_it_is_planned(table):
-    config = load(run.Config, ROOT / "configs" / "tiny.yaml")
+    config = load(life.config_class(stages.TABLE), ROOT / "configs" / "tiny.yaml")
     (program,), held = planning.stage_programs(config, "toy", planned_mesh(config.mesh, 8))
     assert program.name == "step"
     assert held.keys() == {"policy"}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxllm.data.sources import DataConfig, Source
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.splits import examples
 from jaxllm.evaluation import measures
 from tests.conftest import ROOT, jaxllm

@@ -9,11 +9,12 @@ import numpy as np
 
 from jaxllm import train
 from jaxllm.config.ranges import PositiveInt
-from jaxllm.data.sources import DataConfig
+from jaxllm.data.config import DataConfig
 from jaxllm.metrics import Work
 from jaxllm.models.parameters import Axes
-from jaxllm.optim import OptimConfig, make_optimizer
-from jaxllm.runtime.checkpoint import CheckpointConfig
+from jaxllm.optim import make_optimizer
+from jaxllm.optim_config import OptimConfig
+from jaxllm.runtime.config import CheckpointConfig
 from jaxllm.sharding import replicated
 from jaxllm.stages import Stage
 from jaxllm.workspace import Workspace

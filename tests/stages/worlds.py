@@ -25,7 +25,8 @@ from jaxllm.rl.roles import (
 )
 from jaxllm.rl.scoring import end_at_strings, make_scorer
 from jaxllm.rl.update import HostWork, make_step, passes_kl_limit
-from jaxllm.runtime.mesh import MeshConfig, make_mesh
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import activation, param_shardings
 from jaxllm.stages import reinforce
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from jaxllm.chat import answer_once, load
 from jaxllm.config import InputError
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.loader import load_prompts, load_rows
-from jaxllm.data.sources import DataConfig, Source
-from jaxllm.generation.generate import SamplingConfig, complete
+from jaxllm.generation.config import SamplingConfig
+from jaxllm.generation.generate import complete
 from jaxllm.generation.streaming import stream
 from jaxllm.pretrained.convert import export_model, import_model
 from jaxllm.tokenizers.published import load_tokenizer

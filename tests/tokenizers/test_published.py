@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import InputError
+from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.loader import load_ranked, load_rows
-from jaxllm.data.sources import DataConfig, Source
 from jaxllm.data.splits import examples
 from jaxllm.tokenizers import trained as ours
 from jaxllm.tokenizers.published import load_tokenizer, restore

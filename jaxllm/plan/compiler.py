@@ -1,0 +1,25 @@
+"""Which compiler for TPUs answers: memory and speed of a program differ from one libtpu to the next."""
+
+import fnmatch
+import importlib.metadata
+import re
+
+
+def libtpu() -> tuple[str, str]:
+    """(the installed version, the version that this jax asks for, as a pattern; "" if it asks for none)."""
+    installed = importlib.metadata.version("libtpu")
+    # "libtpu==0.0.50.*; extra == 'tpu'": what `pip install 'jax[tpu]'` brings to a pod.
+    for requirement in importlib.metadata.requires("jax") or []:
+        if found := re.match(r"libtpu\s*==\s*([\w.*]+)", requirement):
+            return installed, found[1]
+    return installed, ""
+
+
+def note(installed: str, pinned: str) -> str:
+    """A line for whoever compiles with another compiler than a pod would; "" if it is the same."""
+    if not pinned or fnmatch.fnmatchcase(installed, pinned):
+        return ""
+    return (
+        f"note: compiled by libtpu {installed}; a pod with this jax installs {pinned}, whose memory and speed may "
+        f"differ: pip install 'libtpu=={pinned}'"
+    )

@@ -1,0 +1,82 @@
+"""The table of tools: the commands that are not stages.
+
+Like the table of stages it is plain data that names code as "module:name", so that `jaxllm --help` takes no
+longer than Python itself.
+"""
+
+import dataclasses
+
+RUN_HELP = "all stages in order; finished stages are skipped, an interrupted one resumes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tool:
+    """A command that is not a stage."""
+
+    usage: str
+    """What it takes, for the list of commands."""
+    help: str
+    """What it does, in one line."""
+    options: str
+    """The class of its options, as "module:name": imported when needed, since some modules import JAX."""
+    run: str
+    """Parses the arguments that follow the command's name, and does the work."""
+
+
+# In the order of `jaxllm --help`.
+TABLE: dict[str, Tool] = {
+    "generate": Tool(
+        usage="STAGE_DIR --prompt TEXT [options]",
+        help="complete a prompt with a stage's model",
+        options="jaxllm.commands:GenerateArgs",
+        run="jaxllm.commands:generate",
+    ),
+    "chat": Tool(
+        usage="STAGE_DIR [options]",
+        help="chat with a stage's model",
+        options="jaxllm.commands:ChatArgs",
+        run="jaxllm.commands:chat",
+    ),
+    "import": Tool(
+        usage="SOURCE STAGE_DIR",
+        help="make a stage directory from a downloaded model: safetensors or GGUF",
+        options="jaxllm.commands:ImportArgs",
+        run="jaxllm.commands:import_model",
+    ),
+    "export": Tool(
+        usage="STAGE_DIR FOLDER [options]",
+        help="write a stage's model for other programs: safetensors, config.json, tokenizer",
+        options="jaxllm.commands:ExportArgs",
+        run="jaxllm.commands:export_model",
+    ),
+    "score": Tool(
+        usage="STAGE_DIR ... --task FILE ... [options]",
+        help="score stages' models on tasks in JSONL files, side by side",
+        options="jaxllm.evaluation.config:ScoreArgs",
+        run="jaxllm.commands:score",
+    ),
+    "plan": Tool(
+        usage="CONFIG --topology NAME [options]",
+        help="compile a stage's step for TPUs that are not attached: memory and cost",
+        options="jaxllm.plan.config:PlanArgs",
+        run="jaxllm.commands:plan",
+    ),
+    "lm_eval": Tool(
+        usage="STAGE_DIR --tasks NAME ...",
+        help="run EleutherAI's lm-evaluation-harness on a stage's model",
+        options="jaxllm.commands:HarnessArgs",
+        run="jaxllm.commands:run_harness",
+    ),
+    "configs": Tool(
+        usage="",
+        help="list the configs that ship with the program; commands accept their names",
+        options="jaxllm.commands:ConfigsArgs",
+        run="jaxllm.commands:list_configs",
+    ),
+    "config": Tool(
+        usage="CONFIG [--diff OTHER]",
+        help="print a config with every default filled in, or how it differs from another",
+        options="jaxllm.commands:ConfigArgs",
+        run="jaxllm.commands:show_config",
+    ),
+}
