@@ -1,5 +1,6 @@
 """Composition root: from a config to processes, devices and a run directory, and through the stages in order."""
 
+import contextlib
 import functools
 import math
 import os
@@ -27,6 +28,7 @@ from jaxllm.runtime.files import check_path, read_json, read_jsonl
 from jaxllm.runtime.hardware import num_cores
 from jaxllm.runtime.mesh import make_mesh
 from jaxllm.runtime.processes import Signals, barrier, join
+from jaxllm.runtime.programs import Programs
 from jaxllm.runtime.seal import set_aside, warn_damaged
 from jaxllm.sharding import MESH_AXES
 from jaxllm.stages import Stage
@@ -44,15 +46,19 @@ def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
       Stopped: after a signal, with everything saved.
     """
     config = with_defaults(config)
-    mesh = start_devices(config)
+    began = goodput.process_began()
+    earlier = {"import": time.time() - began} if began else {}
+    mesh, earlier["join"] = start_devices(config)
     for stage in wanted:
         make_mesh(config.mesh_of(stage))  # one that does not fit is refused before anything runs
     run_dir = run_directory(config)
     check_path(run_dir)
     again = f"{config_path} --run-dir {config.run_dir}" if config.run_dir else config_path
-    workspace = _open_workspace(config, run_dir, mesh, f"jaxllm STAGE {again}")
+    programs = Programs()
+    ledger = goodput.Ledger(run_dir / "goodput.jsonl", began, earlier, programs)
+    workspace = _open_workspace(config, run_dir, mesh, f"jaxllm STAGE {again}", ledger)
     worked = False
-    with workspace.locked():
+    with workspace.locked(), contextlib.closing(programs):
         remade: set[str] = set()
         for stage in wanted:
             worked |= run_stage(workspace, config, stage, again, remade)
@@ -62,7 +68,11 @@ def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
 
 
 def _open_workspace(
-    config: Config, run_dir: epath.Path, mesh: jax.sharding.Mesh, command: str
+    config: Config,
+    run_dir: epath.Path,
+    mesh: jax.sharding.Mesh,
+    command: str,
+    ledger: goodput.Ledger,
 ) -> Workspace:
     signals = Signals(config.process.watchdog_seconds)
     signals.install()
@@ -71,7 +81,7 @@ def _open_workspace(
         mesh=mesh,
         seed=config.seed,
         config=to_tree(config),
-        ledger=goodput.Ledger(run_dir / "goodput.jsonl", goodput.process_began()),
+        ledger=ledger,
         command=command,
         signals=signals,
         allow_change=config.allow_change,
@@ -246,19 +256,25 @@ def _stage_to_remake(
 # --- Devices.
 
 
-def start_devices(config: Config) -> jax.sharding.Mesh:
-    """Makes the devices of this process, joins the others of the job, and arranges all devices in a mesh."""
+def start_devices(config: Config) -> tuple[jax.sharding.Mesh, float]:
+    """Makes the devices of this process, joins the others of the job, and arranges all devices in a mesh.
+
+    Returns:
+        The mesh, and the seconds that joining took.
+    """
     if config.deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     set_cpu_devices(config.cpu_devices or _default_cpu_devices(config))
     compile_cache.enable()
+    began = time.monotonic()
     if config.distributed:
         join(config.process)
+    joined = time.monotonic() - began
     mesh = make_mesh(config.mesh)
     if mesh.devices.flat[0].platform == "cpu":
         keep_pages()
-    return mesh
+    return mesh, joined
 
 
 def _default_cpu_devices(config: Config) -> int:

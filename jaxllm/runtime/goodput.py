@@ -5,19 +5,22 @@ of the ledger holds the seconds since the line before:
 
     {"attempt": 2, "time": 1790000000.0, "stage": "pretrain", "step": 40, "seconds": {"step": 9.1, "save": 0.4}}
 
-A line may also have "restored", the step of the checkpoint that the attempt resumed from, and "event". Work of earlier
-attempts beyond that checkpoint is lost; the time between two attempts is "down":
+A line may also have "programs", what it cost to have the compiled programs since the line before, "restored", the step
+of the checkpoint that the attempt resumed from, and "event". Work of earlier attempts beyond that checkpoint is lost; the
+time between two attempts is "down":
 
     attempt 1   start  compile  step 1-10  save  step 11-14  killed
                                                  (lost)
     attempt 2                                                      down  start  restore  compile  step 11-20
 """
 
+import dataclasses
 import functools
 import json
 import os
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,16 @@ import jax
 from etils import epath
 
 from jaxllm.runtime.files import read_jsonl
+from jaxllm.runtime.programs import Cost, Programs
 
 # Training steps, and the work of stages that have no steps.
 PRODUCTIVE = ("step", "work")
 KINDS = (
     *PRODUCTIVE,
-    "start",
-    "compile",
+    "import",  # Python, JAX and this package
+    "join",  # waiting for the other processes of the job
+    "start",  # everything else before a checkpoint is restored: devices, data, tokenizer
+    "compile",  # the first step
     "data_wait",
     "evaluation",
     "save",
@@ -39,6 +45,8 @@ KINDS = (
     "lost",
     "down",
 )
+# Necessary in each attempt, whatever became of its work.
+_STARTING = ("import", "join", "start")
 _FIELDS = {"attempt", "time", "stage", "step", "seconds"}
 
 
@@ -48,14 +56,24 @@ class Ledger:
     Args:
         path: goodput.jsonl.
         began: `time.time()` when the process began, if that was before now (`process_began`).
+        earlier: seconds between then and now whose kind is known; the first mark accounts for the others.
+        programs: counts what compiling costs.
     """
 
-    def __init__(self, path: epath.PathLike, began: float | None = None):
+    def __init__(
+        self,
+        path: epath.PathLike,
+        began: float | None = None,
+        earlier: Mapping[str, float] | None = None,
+        programs: Programs | None = None,
+    ):
         self.path = epath.Path(path)
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._programs = programs
+        self._seconds: dict[str, float] = defaultdict(float, earlier or {})
         self._since = time.monotonic()  # of the last mark
         if began:
             self._since -= max(0.0, time.time() - began)
+        self._since += sum(self._seconds.values())
 
     @functools.cached_property
     def attempt(self) -> int:
@@ -82,8 +100,11 @@ class Ledger:
         """Write a line with the times marked since the last line; `more`: further fields of the line."""
         seconds = {kind: round(value, 4) for kind, value in self._seconds.items()}
         self._seconds.clear()
+        cost = self._programs.take() if self._programs else Cost()
         if jax.process_index() != 0:
             return
+        if cost != Cost():
+            more["programs"] = {**dataclasses.asdict(cost), "seconds": round(cost.seconds, 4)}
         line = {
             "attempt": self.attempt,
             "time": round(time.time(), 3),
@@ -131,8 +152,7 @@ def totals(lines: list[dict[str, Any]]) -> dict[str, float]:
             seconds["down"] += max(0.0, began - previous["time"])
         lost = _is_lost(line, restored)
         for kind, value in line["seconds"].items():
-            # Starting the process was necessary, whatever became of its work.
-            seconds["lost" if lost and kind != "start" else kind] += value
+            seconds["lost" if lost and kind not in _STARTING else kind] += value
         previous = line
     return seconds
 
@@ -158,4 +178,17 @@ def summary(lines: list[dict[str, Any]]) -> str:
     for kind in sorted(KINDS, key=lambda kind: -seconds[kind]):
         if kind not in PRODUCTIVE and seconds[kind] > 0.0005 * wall:  # else it would print as 0.0%
             shares.append(f"{kind.replace('_', ' ')} {seconds[kind] / wall:.1%}")
-    return f"{text}; {', '.join(shares)}" if shares else text
+    if shares:
+        text += f"; {', '.join(shares)}"
+    return text + _programs(lines)
+
+
+def _programs(lines: list[dict[str, Any]]) -> str:
+    """What compiled programs cost over all attempts; "" if no line says it."""
+    costs = [line["programs"] for line in lines if "programs" in line]
+    if not costs:
+        return ""
+    compiled, kept, seconds = (
+        sum(cost[name] for cost in costs) for name in ("compiled", "read", "seconds")
+    )
+    return f"; programs: {compiled} compiled, {kept} read from the cache, {seconds:,.0f} s"

@@ -33,6 +33,15 @@ def test_a_ledger_partitions_the_wall_time(tmp_path):
     assert seconds["start"] == pytest.approx(5.0, abs=0.05) and seconds["step"] >= 0.06
 
 
+def test_what_is_known_of_the_start_is_not_counted_twice(tmp_path):
+    ledger = Ledger(tmp_path / "goodput.jsonl", time.time() - 5.0, {"import": 3.0, "join": 1.5})
+    ledger.mark("start")
+    ledger.write("pretrain")
+    seconds = totals(read(ledger.path))
+    assert (seconds["import"], seconds["join"]) == (3.0, 1.5)
+    assert seconds["start"] == pytest.approx(0.5, abs=0.05)
+
+
 def test_what_a_killed_attempt_did_past_the_checkpoint_is_lost():
     lines = [
         line(1, 10.0, "pretrain", 0, {"start": 4.0, "restore": 1.0}, restored=0),
