@@ -151,7 +151,7 @@ def load_texts(data: DataConfig, split: str, cache_dir: Any = None) -> Iterator[
         raise InputError("data.sources: is empty, and texts are needed; name at least one source")
     by_kind: dict[str, list[Source]] = {"document": [], "chat": []}
     for source in data.sources:
-        by_kind["chat" if _is_chat(source) else "document"].append(source)
+        by_kind[_kind_of(source)].append(source)
     is_empty = True
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(cache_dir or temporary)
@@ -202,12 +202,28 @@ def _starts(tables: Sequence[ArrayFile]) -> Iterator[int]:
             yield from chunk["start"].tolist()
 
 
-def _is_chat(source: Source) -> bool:
-    """Whether a source gives conversations; without templates its first record tells."""
+def kind_of(data: DataConfig, field: str) -> str:
+    """ "document" or "chat": what all sources give.
+
+    field: names the data in the error.
+
+    Raises:
+        InputError: some give documents and others conversations.
+    """
+    kinds = {_kind_of(source) for source in data.sources}
+    if len(kinds) > 1:
+        raise InputError(
+            f"{field}.sources: some give documents and others conversations; give one kind"
+        )
+    return kinds.pop() if kinds else "document"
+
+
+def _kind_of(source: Source) -> str:
+    """The kind of what a source gives; without templates its first record tells."""
     if source.prompt:
-        return True
+        return "chat"
     # One record decides: a source that mixes kinds is refused later, with the line.
     first = next(iter(read_records(source)), None)
     if first is None or "text" in first.fields:
-        return False
-    return "messages" in first.fields or "prompt" in first.fields
+        return "document"
+    return "chat" if {"messages", "prompt"} & first.fields.keys() else "document"

@@ -38,15 +38,15 @@ _OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0, 
 
 @dataclasses.dataclass(frozen=True)
 class PtxConfig:
-    """PPO-ptx: the pretraining gradient mixed into the policy's (InstructGPT, eq. 2)."""
+    """PPO-ptx: the gradient of earlier training mixed into the policy's (InstructGPT, eq. 2)."""
 
     # InstructGPT uses 27.8 on sums over sequences; this coefficient weighs means per token.
     coef: NonNegativeFloat = 0.0
-    """Weight of the next-token loss on documents, relative to the policy loss; both are means per token. 0: off."""
+    """Weight of the next-token loss on `data`, relative to the policy loss; both are means per token. 0: off."""
     data: DataConfig = DataConfig()
-    """Documents; by default those of pretrain."""
+    """Documents, or conversations as in sft, of which the assistant's tokens are targets; by default the data of pretrain."""
     batch_size: PositiveInt = 16
-    """Rows of documents per minibatch of responses."""
+    """Rows of it per minibatch of responses."""
     length: NonNegativeInt = 0
     """Tokens per row; 0: model.max_length."""
 

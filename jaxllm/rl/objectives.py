@@ -70,5 +70,5 @@ def critic_loss(
 
 
 def ptx_loss(params: Any, batch: Any, key: Any, base: Any, *, spec: RunSpec) -> losses.Loss:
-    """Next-token loss of the policy on rows of documents (PPO-ptx)."""
+    """Next-token loss of the policy on rows of documents or conversations (PPO-ptx)."""
     return next_token.loss(spec.policy(params, base), batch, key, {}, model=spec.model)

@@ -90,16 +90,16 @@ def planned_update(
             run(programs.reward, frozen.reward, rollout)
         return rows_like(mesh, jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)), {}
 
-    # Rows of documents come from the host; their shapes are known without data.
-    documents = None
+    # Rows of PPO-ptx come from the host; their shapes are known without data.
+    ptx_rows = None
     if config.ptx.coef:
         length = config.ptx.length or model.max_length
-        documents = next_token.planned_rows(mesh, config.ptx.batch_size, length)
+        ptx_rows = next_token.planned_rows(mesh, config.ptx.batch_size, length)
     host = HostWork(
         prompts_of=lambda _: (),
         score=score,
         end_responses=lambda rollout: rollout,
-        documents_at=(lambda _: documents) if documents else None,
+        ptx_rows_at=(lambda _: ptx_rows) if ptx_rows else None,
         ends_early=lambda _: False,
         log=None,
     )

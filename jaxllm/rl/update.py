@@ -42,8 +42,8 @@ class HostWork(NamedTuple):
     score: Scorer
     end_responses: Callable[[Rollout], Rollout]
     """Cuts responses at the configured strings."""
-    documents_at: Callable[[Any], Any] | None
-    """Number of the optimizer update -> rows of documents; None without PPO-ptx."""
+    ptx_rows_at: Callable[[Any], Any] | None
+    """Number of the optimizer update -> rows to learn next tokens from; None without PPO-ptx."""
     ends_early: Callable[[Metrics], bool]
     """Whether an update should end after the minibatch with these metrics."""
     log: Callable[[int, Rollout, Sequence[PromptExample], jax.Array], None] | None
@@ -110,8 +110,8 @@ def optimize(
         # The experience does not change: every epoch compares with the policy that sampled it.
         minibatch = run(programs.take, experience, rows)
         learned_from = minibatch
-        if host.documents_at:
-            learned_from = (minibatch, host.documents_at(actor.step))
+        if host.ptx_rows_at:
+            learned_from = (minibatch, host.ptx_rows_at(actor.step))
         actor, metrics = run(programs.actor_step, actor, learned_from, base=frozen.actor_base)
         if programs.critic_step:
             critic, critic_metrics = run(

@@ -17,6 +17,7 @@ from jaxllm.data.loader import (
     make_batch_at,
     make_prompt_batch_at,
 )
+from jaxllm.data.store import kind_of
 from jaxllm.metrics import Work, held_out
 from jaxllm.model_store import write_model_card
 from jaxllm.optim import learning_rate
@@ -145,7 +146,7 @@ def _host_work(
         prompts_of=lambda batch: prompts_of_rows(batch, prompts, config.num_responses),
         score=score,
         end_responses=lambda rollout: end_at_strings(rollout, spec, tokenizer.decode),
-        documents_at=_documents(workspace, spec, tokenizer, stage),
+        ptx_rows_at=_ptx_rows(workspace, spec, tokenizer, stage),
         ends_early=lambda metrics: passes_kl_limit(metrics, config.max_approx_kl),
         log=log,
     )
@@ -158,10 +159,10 @@ def prompts_of_rows(
     return [prompts[i] for i in np.repeat(batch["prompt"], num_responses)]
 
 
-def _documents(
+def _ptx_rows(
     workspace: Workspace, spec: RunSpec, tokenizer: Tokenizer, stage: str
 ) -> Callable[[Any], Any] | None:
-    """Number of the optimizer update -> rows of documents; None without PPO-ptx."""
+    """Number of the optimizer update -> rows to learn next tokens from; None without PPO-ptx."""
     config = spec.config.ptx
     if not config.coef:
         return None
@@ -169,7 +170,7 @@ def _documents(
     check_batch(workspace.mesh, microbatch, f"{stage}.ptx.batch_size / num_micro")
     rows = load_rows(
         config.data,
-        "document",
+        kind_of(config.data, f"{stage}.ptx.data"),
         "train",
         tokenizer,
         config.length or spec.model.max_length,

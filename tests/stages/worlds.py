@@ -99,7 +99,7 @@ def host_work(spec: RunSpec, score, examples) -> HostWork:
         prompts_of=lambda batch: reinforce.prompts_of_rows(batch, examples, config.num_responses),
         score=score,
         end_responses=lambda rollout: end_at_strings(rollout, spec, LETTERS.decode),
-        documents_at=None,
+        ptx_rows_at=None,
         ends_early=lambda metrics: passes_kl_limit(metrics, config.max_approx_kl),
         log=None,
     )
