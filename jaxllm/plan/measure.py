@@ -10,14 +10,16 @@ import jax
 
 from jaxllm.plan.flops import count_flops
 from jaxllm.plan.hlo import collectives
+from jaxllm.plan.results import Results, key_of
 from jaxllm.runtime.mesh import num_slices, slow_axis
 from jaxllm.train import Program
 
 
-def measure(program: Program, mesh: Any) -> dict[str, Any]:
-    """Compiles a program for its mesh. Figures are those of one run of it, on one device.
+def measure(program: Program, mesh: Any, results: Results) -> dict[str, Any]:
+    """Compiles a program for its mesh, unless it is known. Figures are those of one run of it, on one device.
 
-    "fits" is False where the compiler runs out of the device's memory; "reason" then says what it said.
+    "fits" is False where the compiler runs out of the device's memory; "reason" then says what it said. "known" is
+    whether the figures, "compile_seconds" among them, are those of an earlier compilation.
     """
     # A role of RL may have its own mesh.
     mesh = program.mesh or mesh
@@ -27,14 +29,29 @@ def measure(program: Program, mesh: Any) -> dict[str, Any]:
         flops = model_flops
         if not program.decoded:  # the end of a decoding loop depends on data
             flops = count_flops(traced.jaxpr.jaxpr) / mesh.size
-        began = time.monotonic()
-        compiled, refusal = _compile(traced.lower())
-    report = {
-        "fits": compiled is not None,
+        lowered = traced.lower()
+        key = key_of(lowered, mesh, program.decoded)
+        figures = results.get(key)
+        known = figures is not None
+        if figures is None:
+            figures = _compiled_figures(program, lowered, mesh)
+            results.put(key, figures)
+    return {
+        **figures,
+        "known": known,
         "times": program.times,
-        "compile_seconds": round(time.monotonic() - began, 1),
         "flops_per_device": flops,
         "model_flops_per_device": model_flops,
+    }
+
+
+def _compiled_figures(program: Program, lowered: Any, mesh: Any) -> dict[str, Any]:
+    """What only compiling tells."""
+    began = time.monotonic()
+    compiled, refusal = _compile(lowered)
+    report = {
+        "fits": compiled is not None,
+        "compile_seconds": round(time.monotonic() - began, 1),
     }
     if compiled is None:
         return report | {"reason": refusal, "collectives": []}

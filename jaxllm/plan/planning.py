@@ -23,6 +23,7 @@ from jaxllm.plan import compiler, estimate, roofline, tables
 from jaxllm.plan.config import PlanArgs
 from jaxllm.plan.kept import plan_path
 from jaxllm.plan.measure import bytes_of, measure, optimization_level
+from jaxllm.plan.results import kept_results
 from jaxllm.plan.search import candidates
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import write_json
@@ -100,13 +101,15 @@ def _compiled(
     programs: Sequence[Program], mesh: Any, chip: Chip, sizes: Mapping[str, Any], exact: bool
 ) -> dict[str, Any]:
     """What compiling finds out about programs whose `sizes` are known."""
+    results = kept_results()
 
     def compile_all(exact: bool) -> tuple[roofline.Measured, dict[str, Any]]:
         with optimization_level(None if exact else "O0"):
-            measured = {program.name: measure(program, mesh) for program in programs}
+            measured = {program.name: measure(program, mesh, results) for program in programs}
         # A device also holds the states of models whose programs are not running.
         totals = roofline.add_up(programs, measured, sizes["state_bytes_per_device"], chip)
-        return measured, totals | {"exact": exact}
+        known = sum(figures["known"] for figures in measured.values())
+        return measured, totals | {"exact": exact, "programs_known": known}
 
     measured, report = compile_all(exact)
     if not exact and report.get("total_bytes_per_device", 0) > _TIGHT * chip.hbm:

@@ -38,7 +38,7 @@ class ProgramCache(CacheInterface):
         self.found = 0  # programs that need not be compiled
         self.compiled = 0  # programs that were compiled and could be kept
         self._failed = False  # whether a write has failed and was reported
-        _shrink(folder, limit)
+        shrink(folder, limit)
 
     def get(self, key: str) -> bytes | None:
         """What was kept under the key, or None."""
@@ -64,12 +64,14 @@ class ProgramCache(CacheInterface):
         except OSError as error:  # a full disk, say: the next process compiles again
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-            self._report(error)
+            if not self._failed:
+                say_not_kept(self._path, error)
+            self._failed = True
 
-    def _report(self, error: OSError) -> None:
-        if not self._failed:
-            console.print(f"note: compiled programs are not kept in {self._path}: {error.strerror}")
-        self._failed = True
+
+def say_not_kept(path: Path, error: OSError) -> None:
+    """Tells the user why a folder keeps nothing."""
+    console.print(f"note: compiled programs are not kept in {path}: {error.strerror}")
 
 
 def enable(environ: Mapping[str, str] = os.environ) -> ProgramCache | None:
@@ -83,30 +85,30 @@ def enable(environ: Mapping[str, str] = os.environ) -> ProgramCache | None:
         return in_use
     if jax.config.jax_compilation_cache_dir or not hasattr(compilation_cache, "_cache"):
         return None
-    folder = _folder(environ)
-    if folder is None:
+    programs = folder("programs", environ)
+    if programs is None:
         return None
     # All programs: a small model has many that compile in less than JAX's limit of a second.
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()
-    cache = ProgramCache(folder)
+    cache = ProgramCache(programs)
     compilation_cache._cache = cache
     compilation_cache._cache_initialized = True
     return cache
 
 
-def _folder(environ: Mapping[str, str]) -> Path | None:
-    """The folder, made if it is missing; None if none is wanted, or none can be had."""
+def folder(name: str, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """A folder of this user's cache, made if it is missing; None if none is wanted, or none can be had."""
     base = Path(environ.get("XDG_CACHE_HOME") or "~/.cache")
     chosen = environ.get("JAXLLM_CACHE", str(base / "jaxllm"))
     if not chosen:
         return None
     try:
-        folder = Path(chosen).expanduser() / "programs"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = folder.stat()
+        path = Path(chosen).expanduser() / name
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = path.stat()
     except (OSError, RuntimeError) as error:  # read-only, or a user without a home
         console.print(f"note: compiled programs are not kept: {error}; set JAXLLM_CACHE")
         return None
@@ -114,14 +116,14 @@ def _folder(environ: Mapping[str, str]) -> Path | None:
     others = about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if os.name == "posix" and (others or about.st_uid != os.geteuid()):
         console.print(
-            f"note: compiled programs are not kept in {folder}, which others can write; "
+            f"note: compiled programs are not kept in {path}, which others can write; "
             "run chmod 700 on it, or set JAXLLM_CACHE to a folder of your own"
         )
         return None
-    return folder
+    return path
 
 
-def _shrink(folder: Path, limit: int) -> None:
+def shrink(folder: Path, limit: int) -> None:
     """Removes entries, those first that were not used for the longest time, and what killed processes left."""
     entries = []
     for path in folder.iterdir():

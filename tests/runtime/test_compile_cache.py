@@ -109,14 +109,14 @@ def test_a_disk_that_refuses_is_said_once(tmp_path, capsys):
 
 
 def test_nothing_is_kept_where_none_is_wanted_or_others_could_write(tmp_path):
-    assert compile_cache._folder({"JAXLLM_CACHE": ""}) is None
-    folder = compile_cache._folder({"JAXLLM_CACHE": str(tmp_path)})
+    assert compile_cache.folder("programs", {"JAXLLM_CACHE": ""}) is None
+    folder = compile_cache.folder("programs", {"JAXLLM_CACHE": str(tmp_path)})
     assert folder == tmp_path / "programs"
     folder.chmod(0o777)
-    assert compile_cache._folder({"JAXLLM_CACHE": str(tmp_path)}) is None
+    assert compile_cache.folder("programs", {"JAXLLM_CACHE": str(tmp_path)}) is None
     (tmp_path / "file").write_text("")
-    assert compile_cache._folder({"JAXLLM_CACHE": str(tmp_path / "file")}) is None
-    home = compile_cache._folder({"XDG_CACHE_HOME": str(tmp_path / "home")})
+    assert compile_cache.folder("programs", {"JAXLLM_CACHE": str(tmp_path / "file")}) is None
+    home = compile_cache.folder("programs", {"XDG_CACHE_HOME": str(tmp_path / "home")})
     assert home == tmp_path / "home" / "jaxllm" / "programs"
     text, found, compiled = run("")
     assert text and (found, compiled) == ("None", "None")
