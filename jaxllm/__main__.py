@@ -13,6 +13,7 @@ from typing import NoReturn
 import jaxllm
 from jaxllm import stages, tools
 from jaxllm.errors import Ending, InputError
+from jaxllm.runtime import began
 from jaxllm.runtime.hardware import choose_platform
 
 # What a disk, its permissions and its limits can refuse to any function that writes.
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: the arguments after the program's name; None: those of this process.
     """
     if argv is None:
+        began.note()
         argv = sys.argv[1:]
         if not _only_prints(argv):
             _use_huge_pages()

@@ -22,6 +22,7 @@ from jaxllm.loop import Supervision, run_training
 from jaxllm.metrics import require_finite
 from jaxllm.plan.kept import compare_with_measured, plan_path
 from jaxllm.runtime import checkpoint, compile_cache, goodput
+from jaxllm.runtime.began import process_began
 from jaxllm.runtime.console import console
 from jaxllm.runtime.cpu import keep_pages
 from jaxllm.runtime.files import check_path, read_json, read_jsonl
@@ -46,7 +47,7 @@ def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
       Stopped: after a signal, with everything saved.
     """
     config = with_defaults(config)
-    began = goodput.process_began()
+    began = process_began()
     earlier = {"import": time.time() - began} if began else {}
     mesh, earlier["join"] = start_devices(config)
     for stage in wanted:

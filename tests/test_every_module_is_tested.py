@@ -132,6 +132,7 @@ TESTED_IN = {
     "plan/roofline.py": "tests/plan/test_planning.py",
     "plan/search.py": "tests/plan/test_planning.py",
     "plan/tables.py": "tests/plan/test_planning.py",
+    "runtime/began.py": "tests/runtime/test_goodput.py",
     "runtime/config.py": "tests/config/test_config.py",
     "runtime/console.py": "tests/test_terminal.py",
     "runtime/hardware.py": "tests/test_terminal.py",

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,10 +38,17 @@ class _Encoded(NamedTuple):
     keys: list[tuple[bytes, int]]  # (digest, side) of each
 
 
-def write_unit(folder: Path, unit: Unit, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def write_unit(
+    folder: Path,
+    unit: Unit,
+    tokenizer: Tokenizer | None,
+    num_threads: Callable[[], int] = lambda: 1,
+) -> dict[str, Any]:
     """Writes the files of a unit into a folder (see `units`) and returns {"tokens": their number}.
 
-    tokenizer: None gives each example one dummy token, so that its `start` is its number.
+    Args:
+        tokenizer: None gives each example one dummy token, so that its `start` is its number.
+        num_threads: how many threads the tokenizer may use now; asked again for each batch of documents.
     """
     total = 0
     keys: list[tuple[bytes, int]] = []
@@ -49,7 +56,7 @@ def write_unit(folder: Path, unit: Unit, tokenizer: Tokenizer | None) -> dict[st
         files = {}
         for name in ("tokens", "mask", "examples", "keys"):
             files[name] = stack.enter_context(open(folder / name, "wb"))
-        for encoded in _encoded(unit, tokenizer):
+        for encoded in _encoded(unit, tokenizer, num_threads):
             sizes = encoded.table["size"].astype(np.int64)
             encoded.table["start"] = total + np.cumsum(sizes) - sizes
             files["tokens"].write(encoded.tokens)
@@ -65,10 +72,12 @@ def write_unit(folder: Path, unit: Unit, tokenizer: Tokenizer | None) -> dict[st
     return {"tokens": total}
 
 
-def _encoded(unit: Unit, tokenizer: Tokenizer | None) -> Iterator[_Encoded]:
+def _encoded(
+    unit: Unit, tokenizer: Tokenizer | None, num_threads: Callable[[], int]
+) -> Iterator[_Encoded]:
     if unit.kind == "document":
         for documents in distinct_documents(unit):
-            yield _encode_documents(documents, tokenizer)
+            yield _encode_documents(documents, tokenizer, num_threads())
     else:
         for chunk in _chunks(distinct_items(unit)):
             yield _encode_chats(chunk, unit, tokenizer)
@@ -86,7 +95,9 @@ def distinct_items(unit: Unit) -> Iterator[Item]:
             yield item
 
 
-def _encode_documents(documents: Documents, tokenizer: Tokenizer | None) -> _Encoded:
+def _encode_documents(
+    documents: Documents, tokenizer: Tokenizer | None, num_threads: int
+) -> _Encoded:
     texts = documents.texts
     table = np.zeros(len(texts), EXAMPLE["document"])
     num_bytes = np.array(list(map(_num_bytes, texts)), np.int64)
@@ -96,7 +107,7 @@ def _encode_documents(documents: Documents, tokenizer: Tokenizer | None) -> _Enc
     if tokenizer is None:
         table["size"] = 1  # the dummy token
         return _Encoded(np.zeros(len(texts), token_dtype(None)), nothing, table, keys)
-    ids = tokenizer.encode_batch(texts)
+    ids = tokenizer.encode_batch(texts, num_threads)
     if not tokenizer.begin_ids:
         table["bytes"] = np.maximum(num_bytes - _first_bytes(ids, tokenizer), 0)
     sizes, tokens = _join_documents(ids, tokenizer)

@@ -75,7 +75,7 @@ def prepare(
             missing = built_elsewhere
     for unit in units:
         if metas[unit.folder] is None:
-            metas[unit.folder] = get_or_build(unit.folder, _writer(unit, tokenizer))
+            metas[unit.folder] = get_or_build(unit.folder, _writer(unit, tokenizer, num_cores))
     return [metas[unit.folder] for unit in units]
 
 
@@ -90,7 +90,7 @@ def _build(
         if connections and not is_function:
             waiting.append(unit)
         else:
-            yield unit, build_once(unit.folder, _writer(unit, tokenizer))
+            yield unit, build_once(unit.folder, _writer(unit, tokenizer, num_cores))
     idle = list(connections)
     busy: dict[Connection, Unit] = {}
     try:
@@ -100,6 +100,11 @@ def _build(
                 connection = idle.pop()
                 busy[connection] = waiting.popleft()
                 connection.send((busy[connection], tokenizer and tokenizer.model))
+            # The last units would leave cores without work.
+            num_threads = num_cores() // len(busy)
+            if not waiting and num_threads > 1:
+                for connection in busy:
+                    connection.send(num_threads)
             ready: list[Any] = wait(list(busy))
             for connection in ready:
                 yield busy.pop(connection), connection.recv()
@@ -111,8 +116,10 @@ def _build(
         ) from None
 
 
-def _writer(unit: Unit, tokenizer: Tokenizer | None) -> Callable[[Path], dict[str, Any]]:
-    return functools.partial(write_unit, unit=unit, tokenizer=tokenizer)
+def _writer(
+    unit: Unit, tokenizer: Tokenizer | None, num_threads: Callable[[], int]
+) -> Callable[[Path], dict[str, Any]]:
+    return functools.partial(write_unit, unit=unit, tokenizer=tokenizer, num_threads=num_threads)
 
 
 @contextlib.contextmanager
@@ -143,16 +150,38 @@ def _workers(count: int) -> Iterator[list[Connection]]:
             connection.close()
 
 
+class _Threads:
+    """How many threads a worker may use, which the process that started it says at any time."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self.count = 1
+
+    def __call__(self) -> int:
+        # While a unit is made, nothing else comes.
+        while self._connection.poll():
+            self.count = self._connection.recv()
+        return self.count
+
+
 def _work(connection: Connection) -> None:
-    """The program of a worker: receives (unit, tokenizer's model), and sends back the result of `build_once`."""
+    """The program of a worker. Receives (unit, tokenizer's model) and sends back the result of `build_once`.
+
+    Between two units, or during one, it may receive the number of threads it may use.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Each message has the model; it is loaded once.
     load = functools.lru_cache(maxsize=1)(restore)
+    threads = _Threads(connection)
     while True:
-        unit, model = connection.recv()
+        message = connection.recv()
+        if isinstance(message, int):  # said too late: the unit was ready
+            continue
+        unit, model = message
+        threads.count = 1
         try:
-            result = build_once(unit.folder, _writer(unit, model and load(model)))
+            result = build_once(unit.folder, _writer(unit, model and load(model), threads))
         except (InputError, OSError) as error:
             result = error
         connection.send(result)

@@ -17,11 +17,9 @@ time between two attempts is "down":
 import dataclasses
 import functools
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -55,7 +53,7 @@ class Ledger:
 
     Args:
         path: goodput.jsonl.
-        began: `time.time()` when the process began, if that was before now (`process_began`).
+        began: `time.time()` when the process began, if that was before now (`began.process_began`).
         earlier: seconds between then and now whose kind is known; the first mark accounts for the others.
         programs: counts what compiling costs.
     """
@@ -118,18 +116,6 @@ class Ledger:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(newline + json.dumps(line) + "\n")
         self._has_cut_line = False
-
-
-def process_began() -> float | None:
-    """`time.time()` when this process was started, None if unknown: imports are part of the wall time."""
-    try:
-        # Field 22 of proc(5)'s stat, the start in clock ticks since boot. Field 2, the command in parentheses, may
-        # hold spaces.
-        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-    except OSError:
-        return None
-    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def read(path: epath.PathLike) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """tiktoken rank files (GPT-2, cl100k, o200k, Llama 3), and how they split text into words."""
 
 import base64
+import concurrent.futures
 import itertools
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -114,10 +116,16 @@ def read_ranks(name: str, content: bytes, origin: str) -> PlainBackend:
     data += [b""] * (1 + max(special.values()) - count)
 
     def batch(texts: Sequence[str], num_threads: int) -> list[list[int]]:
-        if num_threads == 1:  # the library would hand every text to a thread
-            return list(map(encoding.encode_ordinary, texts))
-        threads = num_threads if num_threads > 0 else 8  # the library has no "all cores"
-        return encoding.encode_ordinary_batch(list(texts), num_threads=threads)
+        # Not the library's own batches, which hand every text to a thread: of short ones that takes twice as long.
+        encode = encoding.encode_ordinary
+        if num_threads == 1:
+            return list(map(encode, texts))
+        threads = num_threads if num_threads > 0 else os.cpu_count() or 1
+        size = -(-len(texts) // threads)
+        parts = [texts[start : start + size] for start in range(0, len(texts), size)]
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            encoded = pool.map(lambda part: list(map(encode, part)), parts)
+            return list(itertools.chain.from_iterable(encoded))
 
     def offsets(text: str) -> tuple[list[int], Sequence[Span]]:
         ids = encoding.encode_ordinary(text)

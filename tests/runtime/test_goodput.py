@@ -1,10 +1,11 @@
 """Every second has one kind; repeated work is lost, and the time between attempts is down."""
 
+import os
 import time
 
 import pytest
 
-from jaxllm.runtime import goodput
+from jaxllm.runtime import began, goodput
 from jaxllm.runtime.goodput import Ledger, read, summary, totals
 
 
@@ -77,3 +78,14 @@ def test_a_line_cut_by_a_kill_is_left_out_and_the_next_one_is_whole(tmp_path):
     second.write("sft", 9)
     assert [(x["attempt"], x["step"]) for x in read(path)] == [(1, 5), (2, 9)]
     assert {*goodput.PRODUCTIVE} < {*goodput.KINDS}
+
+
+def test_a_process_begins_when_it_noted_it_and_not_its_parent(monkeypatch):
+    monkeypatch.setenv("JAXLLM_BEGAN", f"{os.getpid() + 1} 5.0")
+    system = began.process_began()
+    assert 0 < time.time() - system < 24 * 3600
+    began.note()
+    noted = began.process_began()
+    assert abs(time.time() - noted) < 1.0
+    began.note()  # after a restart for huge pages
+    assert began.process_began() == noted
