@@ -16,6 +16,7 @@ from jaxllm.errors import Ending, InputError
 from jaxllm.runtime import began
 from jaxllm.runtime.hardware import choose_platform
 
+_HELP = {"-h", "--help", "--help-all"}
 # What a disk, its permissions and its limits can refuse to any function that writes.
 _SYSTEM_ERRORS = (
     errno.ENOSPC,
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _only_prints(args: list[str]) -> bool:
     """Whether a command computes nothing: a restart for huge pages would only take time."""
-    if not args or {"-h", "--help", "--help-all"} & {*args}:
+    if not args or _HELP & {*args}:
         return True
     return args[0] in ("--version", "--tyro-print-completion", "config", "configs")
 
@@ -123,7 +124,7 @@ def _parse_stage(command: str, args: list[str]) -> Callable[[], None]:
     """Returns the work of a stage's command, or of `run`."""
     from jaxllm import commands
 
-    if {"-h", "--help", "--help-all"} & {*args}:
+    if _HELP & {*args}:
         return functools.partial(commands.explain_stage, command, args)
     config = commands.read_config(command, args)
     # Imports JAX and everything that trains: a wrong config is reported before.

@@ -1,8 +1,8 @@
 """What the commands do: the options of the tools, and the call that each command makes.
 
 A stage's command takes a config and flags that override its fields. The other commands, the tools,
-are in `TOOLS`. This module imports JAX, and whatever imports it, only inside the functions that need
-it: `jaxllm --help` and `jaxllm generate --help` answer at once.
+are in the table of `tools`. This module imports JAX, and whatever imports it, only inside the
+functions that need it: `jaxllm generate --help` answers at once.
 """
 
 import contextlib

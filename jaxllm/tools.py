@@ -18,9 +18,9 @@ class Tool:
     help: str
     """What it does, in one line."""
     options: str
-    """The class of its options, as "module:name": imported when needed, since some modules import JAX."""
+    """The class of its options, as "module:name": imported when needed."""
     run: str
-    """Parses the arguments that follow the command's name, and does the work."""
+    """A function that parses the arguments after the command's name and does the work, as "module:name"."""
 
 
 # In the order of `jaxllm --help`.

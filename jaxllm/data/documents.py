@@ -7,17 +7,15 @@ A block in which anything is unusual (a line that is not UTF-8 or not an object,
 through those functions, which also say what is wrong with a line. So their rules are the only rules.
 """
 
-import hashlib
-import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.file_formats import format_of
-from jaxllm.data.format import assign_splits, document_content
+from jaxllm.data.format import assign_splits, document_content, is_held_out
 from jaxllm.data.readers import Block, is_by_line, read_blocks
-from jaxllm.data.records import parse_lines
+from jaxllm.data.records import Record, parse_lines
 from jaxllm.data.sources import digest, excluded_digests, keep, read_records, with_text
 from jaxllm.data.units import SPLITS, Recent, Unit
 
@@ -55,19 +53,17 @@ def _all_documents(unit: Unit) -> Iterator[Documents]:
     data = unit.data
     source = data.sources[unit.source]
     if not _is_simple(unit):
-        records = read_records(source, unit.parts)
-        pairs = assign_splits(data, "document", unit.source, records)
-        yield from _batches((example.text, split) for example, split in pairs)
+        yield from _one_by_one(unit, read_records(source, unit.parts))
         return
+    excluded = excluded_digests(source)
     for part in unit.parts:
         for block in read_blocks(part, source.format):
             texts = _texts(block, source)
             if texts is None:
-                records = keep(source, with_text(source, block.records(source.format)))
-                pairs = assign_splits(data, "document", unit.source, records)
-                yield from _batches((example.text, split) for example, split in pairs)
+                records = with_text(source, block.records(source.format))
+                yield from _one_by_one(unit, keep(source, records))
             else:
-                texts = _kept(texts, source)
+                texts = _kept(texts, source, excluded)
                 yield Documents(texts, list(map(_content_digest, texts)), _sides(texts, data))
 
 
@@ -79,13 +75,13 @@ def _is_simple(unit: Unit) -> bool:
     return all(is_by_line(part.path, source.format, source.record) for part in unit.parts)
 
 
-def _batches(pairs: Iterator[tuple[str, str | None]]) -> Iterator[Documents]:
+def _one_by_one(unit: Unit, records: Iterator[Record]) -> Iterator[Documents]:
     batch = Documents([], [], [])
-    for text, split in pairs:
+    for example, split in assign_splits(unit.data, "document", unit.source, records):
         # A document is always in one of the splits; conversations may be in neither.
         assert split is not None
-        batch.texts.append(text)
-        batch.digests.append(_content_digest(text))
+        batch.texts.append(example.text)
+        batch.digests.append(_content_digest(example.text))
         batch.sides.append(1 + SPLITS.index(split))
         if len(batch.texts) == _BATCH:
             yield batch
@@ -126,7 +122,7 @@ def _json_texts(lines: list[str], text: str, source: Source) -> list[str] | None
     return texts
 
 
-def _kept(texts: list[str], source: Source) -> list[str]:
+def _kept(texts: list[str], source: Source, excluded: frozenset[bytes]) -> list[str]:
     """The texts after the replacements of the source, without those that it drops."""
     for pattern, replacement in source.replace:
         substitute = re.compile(pattern).sub
@@ -134,7 +130,6 @@ def _kept(texts: list[str], source: Source) -> list[str]:
     texts = [text for text in texts if len(text.strip()) >= source.min_chars]
     if source.max_chars:
         texts = [text for text in texts if len(text) <= source.max_chars]
-    excluded = excluded_digests(source)
     if excluded:
         texts = [text for text in texts if digest(text) not in excluded]
     return texts
@@ -145,12 +140,9 @@ def _content_digest(text: str) -> bytes:
 
 
 def _sides(texts: list[str], data: DataConfig) -> list[int]:
-    """1 + the index in SPLITS of each text's split, by the rule of `format.is_held_out`."""
-    # A hash is compared as bytes: their order is that of the big-endian numbers. An integer is below a fraction of
-    # 2^64 exactly if it is below the next integer.
-    bound = math.ceil(data.held_out_fraction * 2**64).to_bytes(8)
+    """1 + the index in SPLITS of each text's split."""
     train = 1 + SPLITS.index("train")
     held_out = 1 + SPLITS.index("held_out")
+    fraction = data.held_out_fraction
     salt = data.split_salt
-    salted = [(salt + text).encode("utf-8", "surrogatepass") for text in texts]
-    return [held_out if hashlib.sha256(each).digest() < bound else train for each in salted]
+    return [held_out if is_held_out(text, fraction, salt) else train for text in texts]

@@ -4,7 +4,6 @@ libtpu compiles for a topology on any machine (`jax.experimental.topologies`): m
 are those of the hardware. Times are a roofline over what the data sheets promise.
 """
 
-import functools
 import importlib.util
 import json
 import math
@@ -17,6 +16,7 @@ from jax.experimental import topologies
 
 from jaxllm import stages
 from jaxllm.config import InputError
+from jaxllm.config.renames import print_once
 from jaxllm.life import Config, with_defaults
 from jaxllm.models import transformer
 from jaxllm.plan import compiler, estimate, roofline, tables
@@ -25,7 +25,6 @@ from jaxllm.plan.kept import plan_path
 from jaxllm.plan.measure import bytes_of, measure, optimization_level
 from jaxllm.plan.results import kept_results
 from jaxllm.plan.search import candidates
-from jaxllm.runtime.console import console
 from jaxllm.runtime.files import write_json
 from jaxllm.runtime.hardware import CHIPS, Chip
 from jaxllm.runtime.mesh import planned_mesh
@@ -192,12 +191,6 @@ _RANKED = (
 )
 
 
-@functools.cache  # a search asks for every candidate
-def _say_once(line: str) -> None:
-    if line:
-        console.print(line, soft_wrap=True)
-
-
 def _devices(args: PlanArgs) -> tuple[Chip, Any]:
     """(the kind of device, a list of devices to compile for; of GPUs, their number)."""
     kind, _, shape = args.topology.partition(":")
@@ -210,7 +203,8 @@ def _devices(args: PlanArgs) -> tuple[Chip, Any]:
         return chip, math.prod(map(int, shape.split("x"))) * args.slices
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("jaxllm plan: compiling for a TPU needs libtpu; pip install 'jaxllm[tpu]'")
-    _say_once(compiler.note(*compiler.libtpu()))
+    if note := compiler.note(*compiler.libtpu()):
+        print_once(note)  # a search comes here for every candidate
     # libtpu refuses the option for a single slice on some topologies.
     options = {"num_slices": args.slices} if args.slices > 1 else {}
     try:

@@ -174,7 +174,7 @@ def _programs(lines: list[dict[str, Any]]) -> str:
     costs = [line["programs"] for line in lines if "programs" in line]
     if not costs:
         return ""
-    compiled, kept, seconds = (
-        sum(cost[name] for cost in costs) for name in ("compiled", "read", "seconds")
-    )
-    return f"; programs: {compiled} compiled, {kept} read from the cache, {seconds:,.0f} s"
+    compiled = sum(cost["compiled"] for cost in costs)
+    read_back = sum(cost["read"] for cost in costs)
+    seconds = sum(cost["seconds"] for cost in costs)
+    return f"; programs: {compiled} compiled, {read_back} read from the cache, {seconds:,.0f} s"

@@ -3,7 +3,6 @@
 import base64
 import concurrent.futures
 import itertools
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 import tiktoken
 
 from jaxllm.config import InputError
+from jaxllm.runtime.hardware import num_cores
 from jaxllm.tokenizers.plain_backend import PlainBackend, Span
 
 # Parts of the patterns that split a text into words before the ranks merge bytes in each word:
@@ -120,7 +120,7 @@ def read_ranks(name: str, content: bytes, origin: str) -> PlainBackend:
         encode = encoding.encode_ordinary
         if num_threads == 1:
             return list(map(encode, texts))
-        threads = num_threads if num_threads > 0 else os.cpu_count() or 1
+        threads = num_threads if num_threads > 0 else num_cores()
         size = -(-len(texts) // threads)
         parts = [texts[start : start + size] for start in range(0, len(texts), size)]
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:

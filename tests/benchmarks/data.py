@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def measure(megabytes: int, text: str, kind: str, rounds: int) -> dict[str, floa
         size = (folder / "corpus.txt").stat().st_size / 1e6
         for _ in range(rounds):
             alone.append(run(LIBRARY, folder)["seconds"])
-            remove(folder / "cache")
+            shutil.rmtree(folder / "cache", ignore_errors=True)
             prepared.append(run(PREPARE, folder))
         batches = run(f"    LENGTH, BATCH, STEPS = {LENGTH}, {BATCH}, {STEPS}" + DRAW, folder)
         again = run(PREPARE, folder)
@@ -131,11 +132,6 @@ def make(folder: Path, megabytes: int, text: str, kind: str) -> None:
     first = write_corpus(folder / "corpus.txt", TEXTS[text], megabytes)
     (folder / "tokenizer").mkdir()
     KINDS[kind](folder / "tokenizer", first)
-
-
-def remove(folder: Path) -> None:
-    """Removes a folder that may not exist."""
-    subprocess.run(["rm", "-rf", str(folder)], check=True)
 
 
 def english(sampler: np.random.Generator) -> list[str]:
