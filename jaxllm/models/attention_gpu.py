@@ -1,15 +1,33 @@
 """Attention that never holds the scores, on GPUs: cuDNN's kernels, through `jax.nn.dot_product_attention`."""
 
+import contextlib
 import functools
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import SingleDeviceSharding
 
 from jaxllm.models.attention_mask import WholeRows, visible
 from jaxllm.sharding import ACT_RULES, shards, spec
+
+# The GPU that cuDNN is asked about; None: one that is present.
+_ASKED_ABOUT: ContextVar[Any] = ContextVar("asked_about", default=None)
+
+
+@contextlib.contextmanager
+def asked_about(device: Any) -> Iterator[None]:
+    """Within, `supports` answers for this GPU, which need not be present: a program is only compiled for it."""
+    token = _ASKED_ABOUT.set(device)
+    try:
+        yield
+    finally:
+        _ASKED_ABOUT.reset(token)
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, softcap: float) -> bool:
@@ -28,11 +46,13 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, softcap: float) -> bool:
         return False
     queries = (B // rows, T // context, N // tensor, H)
     keys = (B // rows, S, K // tensor, H)
-    return _refusal(queries, keys, q.dtype) is None
+    return _refusal(queries, keys, q.dtype, _ASKED_ABOUT.get()) is None
 
 
 @functools.cache
-def _refusal(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any) -> str | None:
+def _refusal(
+    queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any, device: Any
+) -> str | None:
     """Why cuDNN refuses arrays of these shapes on one device; None if it does not. Printed once per shape.
 
     The only way to ask is to compile the forward and the backward pass. Caught are
@@ -46,7 +66,9 @@ def _refusal(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any) -> str
     """
     # XLA's compiler reports all its failures as RuntimeError; only the text tells them apart.
     try:
-        _compile(queries, keys, dtype)
+        # A thread of its own, since it is asked while the model is traced for a mesh of many devices.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(_compile, queries, keys, dtype, device).result()
     except RuntimeError as error:
         if not isinstance(error, NotImplementedError) and "dnn" not in str(error).lower():
             raise
@@ -59,8 +81,11 @@ def _refusal(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any) -> str
     return None
 
 
-def _compile(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any) -> None:
-    """Compiles cuDNN's attention with a mask, and its gradient, for one device. Raises what JAX and XLA raise."""
+def _compile(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any, device: Any) -> None:
+    """Compiles cuDNN's attention with a mask, and its gradient, for one device. Raises what JAX and XLA raise.
+
+    device: a GPU, present or not; None: one that is present.
+    """
     B, T = queries[:2]
     S = keys[1]
 
@@ -71,8 +96,9 @@ def _compile(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any) -> Non
         )
         return out.astype(jnp.float32).sum()  # a scalar, for the gradient
 
-    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in (queries, keys, keys)]
-    mask = jax.ShapeDtypeStruct((B, 1, T, S), jnp.bool_)
+    where = SingleDeviceSharding(device) if device else None
+    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape in (queries, keys, keys)]
+    mask = jax.ShapeDtypeStruct((B, 1, T, S), jnp.bool_, sharding=where)
     jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(*arrays, mask).compile()
 
 

@@ -1,8 +1,19 @@
-"""Which compiler for TPUs answers: memory and speed of a program differ from one libtpu to the next."""
+"""Which compiler answers: memory and speed of a program differ from one version to the next."""
 
 import fnmatch
 import importlib.metadata
 import re
+
+
+def name(platform: str) -> str:
+    """The compiler for "tpu" or "gpu" with its version, for the report."""
+    if platform == "tpu":
+        return f"libtpu {libtpu()[0]}"
+    plugin = f"jax-cuda13-plugin {importlib.metadata.version('jax-cuda13-plugin')}"
+    try:
+        return f"{plugin}, cuDNN {importlib.metadata.version('nvidia-cudnn-cu13')}"
+    except importlib.metadata.PackageNotFoundError:
+        return plugin
 
 
 def libtpu() -> tuple[str, str]:

@@ -4,6 +4,13 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+# Products of cuDNN's attention kernels, each of queries x keys x the size of a head: two forward, and backward the
+# scores once more and four gradients.
+_CUDNN_PRODUCTS = {
+    "dot_product_attention_fwd_wrapper": 2,
+    "dot_product_attention_bwd_wrapper": 5,
+}
+
 
 def count_flops(jaxpr: Any, experts: int = 1) -> float:
     """FLOPs of the matrix products of a program.
@@ -26,6 +33,8 @@ def count_flops(jaxpr: Any, experts: int = 1) -> float:
             # is too little for the forward pass and too much for the backward pass.
             blocks = math.prod(params["grid_mapping"].grid)
             total += blocks * count_flops(params["jaxpr"], experts) / 2
+        elif name in _CUDNN_PRODUCTS:
+            total += _cudnn_flops(eqn, _CUDNN_PRODUCTS[name])
         elif name == "cond":
             # Which side runs depends on data.
             total += max(count_flops(branch.jaxpr, experts) for branch in params["branches"])
@@ -39,6 +48,13 @@ def _product_flops(eqn: Any) -> float:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     return 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+
+
+def _cudnn_flops(eqn: Any, products: int) -> float:
+    """Half of a causal kernel's scores are skipped."""
+    (B, T, N, H), (_, S, *_) = (operand.aval.shape for operand in eqn.invars[:2])
+    skipped = 2 if "CAUSAL" in eqn.params["mask_type"].name else 1
+    return 2.0 * products * B * N * T * S * H / skipped
 
 
 def _grouped_flops(eqn: Any) -> float:

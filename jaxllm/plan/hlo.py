@@ -29,6 +29,8 @@ _BYTES = {
 }
 
 _LOOP = re.compile(r"while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+# Written by XLA where it has found out how often a loop runs.
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 # The sparse cores of TPU7x run collectives next to the rest of the program, as computations that are called.
 _CALL = re.compile(r" (?:call|call-start|custom-call-start|conditional|async-start)\(.*")
 _CALLED = re.compile(r"(?:to_apply|calls|computation|called_computations)=\{?%?([\w.\-]+)")
@@ -56,7 +58,7 @@ class Collectives:
             devices = self._mesh.size
             if axes:
                 devices = math.prod(self._mesh.shape[axis] for axis in axes)
-            sent = _sent_bytes(near[1], _result_bytes(line), devices)
+            sent = _sent_bytes(near[1], _result_bytes(line, near), devices)
             self._add(near[1], axes, times, times * sent)
 
     def _add(self, kind: str, axes: tuple[str, ...], count: int, size: float) -> None:
@@ -90,7 +92,7 @@ def collectives(
         for line in bodies.get(name, ()):
             # The body runs as often as the loop around it and its own trips together.
             if loop := _LOOP.search(line):
-                trips = _trip_count(bodies.get(loop[1], ()))
+                trips = _trip_count(line, bodies.get(loop[1], ()))
                 walk(loop[2], times * (trips or unknown), unknown if trips else 1)
             elif call := _CALL.search(line):
                 for called in _CALLED.findall(call[0]):
@@ -118,8 +120,10 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _trip_count(condition: Iterable[str]) -> int:
+def _trip_count(loop: str, condition: Iterable[str]) -> int:
     """How often a loop runs: the constant its counter is compared with; 0 if something else may end it too."""
+    if known := _TRIPS.search(loop):
+        return int(known[1])
     limits = [0]
     for line in condition:
         if " and(" in line:
@@ -140,10 +144,33 @@ def _sent_bytes(kind: str, result: int, devices: int) -> float:
     return result * others
 
 
-def _result_bytes(line: str) -> int:
-    result = line.split(" = ", 1)[1]
-    # Everything before the operation's name is the type of its result, which may be a tuple.
-    return _bytes_of_shapes(re.split(rf" (?:{'|'.join(_KINDS)})", result)[0])
+def _result_bytes(line: str, operation: re.Match[str]) -> int:
+    """Bytes of what the collective on this line of HLO returns."""
+    # Between " = " and the operation's name is the type of its result.
+    shape = line[: operation.start()].split(" = ", 1)[1]
+    parts = _parts(shape)
+    started = operation[0].endswith("-start(") and len(parts) > 1
+    # What has been started is (operands, results, ...); a TPU's all-reduce has its results only.
+    if started and (operation[1] != "all-reduce" or parts[0].startswith("(")):
+        return _bytes_of_shapes(parts[1])
+    return _bytes_of_shapes(shape)
+
+
+def _parts(shape: str) -> list[str]:
+    """The parts of a tuple's shape, "((f32[2]), f32[2])" -> "(f32[2])", "f32[2]"; of another shape, itself."""
+    if not shape.startswith("("):
+        return [shape]
+    parts, depth, begin = [], 0, 1
+    for index, char in enumerate(shape):
+        if char in "({[":
+            depth += 1
+        elif char in ")}]":
+            depth -= 1
+        # A comma between parts, or the end of the tuple.
+        if (char == "," and depth == 1) or (char == ")" and depth == 0):
+            parts.append(shape[begin:index].strip())
+            begin = index + 1
+    return parts
 
 
 def _bytes_of_shapes(shapes: str) -> int:

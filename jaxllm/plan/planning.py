@@ -4,9 +4,9 @@ libtpu compiles for a topology on any machine (`jax.experimental.topologies`): m
 are those of the hardware. Times are a roofline over what the data sheets promise.
 """
 
+import contextlib
 import importlib.util
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from jaxllm.config import InputError
 from jaxllm.config.renames import print_once
 from jaxllm.life import Config, with_defaults
 from jaxllm.models import transformer
-from jaxllm.plan import compiler, estimate, roofline, tables
+from jaxllm.plan import compiler, estimate, gpus, roofline, tables
 from jaxllm.plan.config import PlanArgs
 from jaxllm.plan.kept import plan_path
 from jaxllm.plan.measure import bytes_of, measure, optimization_level
@@ -28,7 +28,6 @@ from jaxllm.plan.search import candidates
 from jaxllm.runtime.files import write_json
 from jaxllm.runtime.hardware import CHIPS, Chip
 from jaxllm.runtime.mesh import planned_mesh
-from jaxllm.sharding import check_batch
 from jaxllm.train import Program, TrainState
 
 
@@ -68,28 +67,19 @@ def plan(config: Config, args: PlanArgs) -> dict[str, Any]:
     # A mesh of devices that exist only as a topology.
     chip, devices = _devices(args)
     mesh = planned_mesh(config.mesh_of(args.stage), devices)
-    programs, held = stage_programs(config, args.stage, mesh)
-    report = {**_sizes(config, args.stage, mesh, held), "compile_seconds": 0.0, "fits": True}
-    # XLA compiles for a GPU only where one is present, or with a description of it.
-    if chip.kind.startswith("NVIDIA"):
-        report |= estimate.figures(config, args.stage, mesh, chip, report)
-    else:
-        report["compiler"] = f"libtpu {compiler.libtpu()[0]}"
-        report |= _compiled(programs, mesh, chip, report, args.exact)
+    compiles = not isinstance(devices, int)
+    stage_programs = stages.load(stages.named(args.stage).programs)
+    with gpus.as_if_present(devices[0]) if compiles else contextlib.nullcontext():
+        programs, held = stage_programs(mesh, config, args.stage)
+        report = {**_sizes(config, args.stage, mesh, held), "compile_seconds": 0.0, "fits": True}
+        if compiles:
+            report["compiler"] = compiler.name(devices[0].platform)
+            report |= _compiled(programs, mesh, chip, report, args.exact)
+        else:
+            report |= estimate.figures(config, args.stage, mesh, chip, report)
     if args.leaves:
         report["leaves"] = _shardings(held)
     return report
-
-
-def stage_programs(config: Config, stage: str, mesh: Any) -> tuple[list[Program], dict[str, Any]]:
-    """(the programs of a stage's update, {role: its state}), as shapes with their shardings on this mesh."""
-    section = getattr(config, stage)
-    # RL divides its batch into minibatches first.
-    splits = getattr(section, "num_minibatches", 1) * section.num_micro
-    check_batch(
-        mesh, section.batch_size // splits, f"{stage}.batch_size / its microbatches, {splits},"
-    )
-    return stages.load(stages.named(stage).programs)(mesh, config, stage)
 
 
 # Above this share of a device's memory, a quick compilation does not decide whether a program fits.
@@ -101,17 +91,19 @@ def _compiled(
 ) -> dict[str, Any]:
     """What compiling finds out about programs whose `sizes` are known."""
     results = kept_results()
+    on_gpus = mesh.devices.flat[0].platform == "gpu"
 
     def compile_all(exact: bool) -> tuple[roofline.Measured, dict[str, Any]]:
-        with optimization_level(None if exact else "O0"):
+        # Levels are libtpu's; for a GPU there is one.
+        with optimization_level(None if exact or on_gpus else "O0"):
             measured = {program.name: measure(program, mesh, results) for program in programs}
         # A device also holds the states of models whose programs are not running.
         totals = roofline.add_up(programs, measured, sizes["state_bytes_per_device"], chip)
         known = sum(figures["known"] for figures in measured.values())
-        return measured, totals | {"exact": exact, "programs_known": known}
+        return measured, totals | {"exact": exact or on_gpus, "programs_known": known}
 
     measured, report = compile_all(exact)
-    if not exact and report.get("total_bytes_per_device", 0) > _TIGHT * chip.hbm:
+    if not report["exact"] and report.get("total_bytes_per_device", 0) > _TIGHT * chip.hbm:
         measured, report = compile_all(exact=True)
     if report["fits"]:
         report |= roofline.predict(programs, measured, chip, sizes["tokens_per_step"])
@@ -192,15 +184,31 @@ _RANKED = (
 
 
 def _devices(args: PlanArgs) -> tuple[Chip, Any]:
-    """(the kind of device, a list of devices to compile for; of GPUs, their number)."""
+    """(the kind of device, a list of devices to compile for; of GPUs without their compiler, their number)."""
     kind, _, shape = args.topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise InputError(
             f"--topology {args.topology}: must be KIND:SHAPE, as v5p:4x4x4; kinds: {', '.join(CHIPS)}"
         )
     chip = CHIPS[kind]
-    if chip.kind.startswith("NVIDIA"):
-        return chip, math.prod(map(int, shape.split("x"))) * args.slices
+    if kind in gpus.GPUS:
+        return chip, _gpus(args, kind, [int(size) for size in shape.split("x")])
+    return chip, _tpus(args)
+
+
+def _gpus(args: PlanArgs, kind: str, shape: Sequence[int]) -> list[Any] | int:
+    if args.slices > 1:
+        raise InputError(
+            f"--slices {args.slices}: GPUs come in nodes, not in slices; give NODESxGPUS, as --topology {kind}:4x8"
+        )
+    nodes, per_node = gpus.nodes(shape, args.topology)
+    if gpus.installed():
+        return gpus.devices(kind, nodes, per_node)
+    print_once("note: estimated by formulas; pip install 'jaxllm[plan-gpu]' compiles the programs")
+    return nodes * per_node
+
+
+def _tpus(args: PlanArgs) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("jaxllm plan: compiling for a TPU needs libtpu; pip install 'jaxllm[tpu]'")
     if note := compiler.note(*compiler.libtpu()):
@@ -217,4 +225,4 @@ def _devices(args: PlanArgs) -> tuple[Chip, Any]:
         raise InputError(
             f"--topology {args.topology}: libtpu knows no such slice ({reason})"
         ) from None
-    return chip, sorted(topology.devices, key=lambda device: getattr(device, "slice_index", 0))
+    return sorted(topology.devices, key=lambda device: getattr(device, "slice_index", 0))

@@ -19,8 +19,9 @@ from jaxllm.runtime import compile_cache
 from jaxllm.runtime.files import read_json, write_json
 
 # Another number when `measure` finds out something else.
-_VERSION = 1
+_VERSION = 2
 _LIMIT = 64 << 20  # bytes of all results
+_COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
 _SETTINGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
@@ -67,7 +68,8 @@ def key_of(lowered: Any, mesh: Any, decoded: int) -> str:
     """
     devices = []
     for device in mesh.devices.flatten().tolist():
-        place = [getattr(device, name, None) for name in ("coords", "core_on_chip", "slice_index")]
+        names = ("coords", "core_on_chip", "slice_index", "process_index")
+        place = [getattr(device, name, None) for name in names]
         devices.append([device.id, device.device_kind, *place])
     about = {
         "version": _VERSION,
@@ -75,7 +77,7 @@ def key_of(lowered: Any, mesh: Any, decoded: int) -> str:
         "decoded": decoded,
         "mesh": list(mesh.shape.items()),
         "devices": devices,
-        "versions": list(map(_version, ("jax", "jaxlib", "libtpu"))),
+        "versions": list(map(_version, _COMPILERS)),
         "level": str(jax.config.jax_optimization_level),  # pyright: ignore[reportAttributeAccessIssue]
         "settings": [os.environ.get(name, "") for name in _SETTINGS],
     }

@@ -83,7 +83,7 @@ def predict(
 
     compute  FLOPs / (peak x EFFICIENCY)
     hbm      (arguments, once for each decoded token, + temporaries written and read) / bandwidth
-    links    bytes of collectives / bandwidth, within a slice (ici) and between slices (dcn)
+    links    bytes of collectives / bandwidth, within a slice or node (ici) and between them (dcn)
     """
     total: dict[str, float] = {}
     for program in programs:
@@ -104,10 +104,10 @@ def predict(
 
 def _seconds(program: Program, figures: Mapping[str, Any], chip: Chip) -> dict[str, float]:
     """Of one run of a program."""
-    near = far = 0
+    near = far = 0.0
     for row in figures["collectives"]:
-        if figures["slow_axis"] in row["axes"]:
-            far += row["bytes"]
+        if row["ways_out"]:
+            far += row["bytes"] / row["ways_out"]
         else:
             near += row["bytes"]
     # Every decoded token reads all weights and the cache again.

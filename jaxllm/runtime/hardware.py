@@ -43,6 +43,7 @@ CHIPS = {
 # Share of the peak that matrix products reach in practice (MaxText's published runs: 0.45 to 0.71 on v5p and v6e).
 EFFICIENCY = 0.65
 
+_PLUGINS = ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin")
 # Device files of TPU (two drivers), NVIDIA, AMD, and GPUs under WSL.
 _ACCELERATOR_FILES = (
     "/dev/accel*",
@@ -68,13 +69,14 @@ def by_kind(device_kind: str) -> Chip | None:
 
 
 def choose_platform() -> None:
-    """Set JAX_PLATFORMS to the CPU if libtpu is installed and there is no accelerator. Call it before importing JAX.
+    """Set JAX_PLATFORMS to the CPU if there is no accelerator, but a plugin for one. Call it before importing JAX.
 
-    Without this, libtpu prints a traceback at every start. A JAX_PLATFORMS that is set already is kept.
+    Without this, the plugins of TPUs and GPUs print tracebacks at every start. They are installed on machines that only
+    compile for such devices. A JAX_PLATFORMS that is set already is kept.
     """
     if "JAX_PLATFORMS" in os.environ or sys.platform != "linux":
         return
-    if importlib.util.find_spec("libtpu") is None:
+    if not any(importlib.util.find_spec(plugin) for plugin in _PLUGINS):
         return
     if not any(glob.glob(pattern) for pattern in _ACCELERATOR_FILES):
         os.environ["JAX_PLATFORMS"] = "cpu"

@@ -52,6 +52,13 @@ def num_slices(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
+def place_of(device: Any) -> int:
+    """The TPU slice, or the node of GPUs, that a device is in. A slower network joins such places."""
+    if device.platform == "gpu":
+        return device.process_index
+    return getattr(device, "slice_index", 0)
+
+
 def slow_axis(sizes: Sequence[int], slices: int) -> str:
     """The mesh axis that crosses slices: data, or pipeline if data is not divisible. Raises InputError."""
     # The other axes exchange data in every layer, which is too slow between slices.

@@ -252,7 +252,9 @@ def plan(
     mesh: jax.sharding.Mesh, life: Any, stage: str
 ) -> tuple[list[train.Program], dict[str, Any]]:
     """`programs` of a stage of this config."""
-    return programs(mesh, stage, getattr(life, stage), life.model, life.seed)
+    config: LanguageModelConfig = getattr(life, stage)
+    training.check_batch(config, mesh, stage)
+    return programs(mesh, stage, config, life.model, life.seed)
 
 
 def _print_plan(

@@ -276,6 +276,7 @@ def plan(
 ) -> tuple[list[train.Program], dict[str, Any]]:
     """What `jaxllm plan` compiles: ([the step], {role: shapes with shardings of what devices hold})."""
     config: PreferenceConfig = getattr(life, stage)
+    training.check_batch(config, mesh, stage)
     # Sizes come from the config alone: planning reads no data, which would decide the steps, K and T.
     model: ModelConfig = life.model
     step, _, layout = _program(mesh, stage, config, model, max(config.num_steps, 1), life.seed)

@@ -93,7 +93,9 @@ def plan(
     mesh: jax.sharding.Mesh, life: Any, stage: str
 ) -> tuple[list[train.Program], dict[str, Any]]:
     """(the programs of an update, {role: its state}), as shapes with their shardings."""
-    return planned.planned_update(mesh, stage, getattr(life, stage), life.model, life.seed)
+    config: PPOConfig = getattr(life, stage)
+    _check_batches(mesh, config, stage)
+    return planned.planned_update(mesh, stage, config, life.model, life.seed)
 
 
 def _check_batches(mesh: jax.sharding.Mesh, config: PPOConfig, stage: str) -> None:

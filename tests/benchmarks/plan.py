@@ -40,7 +40,7 @@ ROWS = {
     "mixtral_8x7b:v5p": Row("mixtral_8x7b", "v5p:4x4x4", "mixtral-8x7b", "v5p-128", 4, 4096, 1.0),
     "deepseek_v3:v5p": Row("deepseek_v3", "v5p:8x8x8", "deepseek3-671b", "v5p-1024", 1, 4096, 1.0),
 }
-VERSIONS = ["maxtext[tpu]==0.2.5", "jax==0.12.0.1", "jaxlib==0.12.0.1", "libtpu==0.0.52"]
+VERSIONS = ["maxtext[tpu]==0.2.5", "jax==0.12.0.1", "jaxlib==0.12.0.1", "libtpu==0.0.50.1"]
 
 
 def make_peer(where: Path) -> Path:
