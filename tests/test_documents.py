@@ -244,7 +244,7 @@ def _refused_by_script(script, *words):
 def _unknown_extras(words):
     extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
     for word in words[1:]:
-        package = re.fullmatch(r"(?:jaxllm|\.)(?:\[([\w,]+)\])?", word)
+        package = re.fullmatch(r"(?:jaxllm|\.)(?:\[([\w,-]+)\])?", word)
         for extra in (package[1] or "").split(",") if package else ():
             if extra and extra not in extras:
                 yield f"pip install {word}: no extra {extra}"

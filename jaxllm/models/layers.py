@@ -81,9 +81,10 @@ class MLP(nnx.Module):
         """The hidden units in `count` blocks, so that only one block's activations and gathered weights are in memory.
 
         Each block is recomputed in the backward pass. That costs nothing more, since the layer is recomputed anyway.
-        Sums over blocks are in float32: of the outputs, and of the gradients of x, hence its cast.
+        Sums over blocks are in float32: of the outputs, and of the gradients of x.
         """
         wide = x.astype(jnp.float32)
+        narrow = jax.lax.stop_gradient(x)
         blocks = {
             # F is the first dimension of down, and the last of all others.
             name: in_blocks(leaf, 0 if name == "down" else leaf.ndim - 1, count)
@@ -91,7 +92,7 @@ class MLP(nnx.Module):
         }
 
         def compute(block: dict[str, jax.Array]) -> jax.Array:
-            return self._hidden_units(wide.astype(x.dtype), block)
+            return self._hidden_units(_with_wide_gradient(narrow, wide), block)
 
         compute = jax.checkpoint(compute, prevent_cse=False)
 
@@ -100,6 +101,28 @@ class MLP(nnx.Module):
 
         total, _ = jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), blocks)
         return total.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _with_wide_gradient(x: jax.Array, wide: jax.Array) -> jax.Array:
+    """x, whose gradient goes to `wide`, the same in float32, where gradients of several uses are added.
+
+    `wide.astype(x.dtype)` would be the same, but it keeps and reads the array in float32.
+    """
+    del wide
+    return x
+
+
+def _same(x: jax.Array, wide: jax.Array) -> tuple[jax.Array, None]:
+    del wide
+    return x, None
+
+
+def _widened(_: None, dy: jax.Array) -> tuple[None, jax.Array]:
+    return None, dy.astype(jnp.float32)
+
+
+_with_wide_gradient.defvjp(_same, _widened)
 
 
 def _num_blocks(size: int) -> int:

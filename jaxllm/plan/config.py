@@ -10,17 +10,17 @@ from jaxllm.config.ranges import PositiveInt
 
 @dataclasses.dataclass(frozen=True)
 class PlanArgs:
-    """Compile a stage's step for a TPU topology, without the TPU: whether it fits, and what it costs."""
+    """Compile a stage's step for TPUs or GPUs that are not there: whether it fits, and what it costs."""
 
     config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
     """Config file. It must set model.vocab_size, or a preset."""
     topology: Annotated[str, tyro.conf.arg(metavar="KIND:SHAPE")]
-    """Kind and shape of a slice: v5p:4x4x4, v6e:16x16, v5e:16x16, v4:4x4x4, tpu7x:4x4x4. For GPUs, which are estimated
-    by formulas, kind and number: h100:8, h200:64, a100:8, b200:72."""
+    """Kind and shape of a slice: v5p:4x4x4, v6e:16x16, v5e:16x16, v4:4x4x4, tpu7x:4x4x4. Of GPUs kind and number, in
+    nodes of eight, or NODESxGPUS: h100:8, h200:64, a100:4x4, b200:2x8."""
     stage: str = "pretrain"
     """pretrain, sft, reward, dpo, rloo, grpo or ppo."""
     slices: PositiveInt = 1
-    """Slices joined by the data-center network; the mesh's data axis runs over them."""
+    """TPU slices joined by the data-center network; the mesh's data axis runs over them."""
     search: bool = False
     """Try meshes, remat policies and batch sizes, and rank those that fit by tokens per second."""
     tries: PositiveInt = 6

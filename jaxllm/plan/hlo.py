@@ -1,8 +1,8 @@
-"""Collectives of a compiled program, read from the text of its HLO module."""
+"""A compiled program, read from the text of its HLO module: what runs how often, and what it sends."""
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ class Collectives:
         """Note the collective that a line of HLO may hold, which runs so many times."""
         if far := _BETWEEN_SLICES.search(line):
             kind = far[2].lower().replace("_", "-")
-            self._add(kind, (self._slow_axis,), times, times * _bytes_of_shapes(far[1]))
+            self._add(kind, (self._slow_axis,), times, times * bytes_of_shapes(far[1]))
         elif near := _COLLECTIVE.search(line):
             axes = axes_of(line, self._mesh)
             devices = self._mesh.size
@@ -74,50 +74,63 @@ class Collectives:
         return rows
 
 
+class Module:
+    """A compiled program, from the text of its HLO module.
+
+    Attributes:
+      bodies: {name of a computation: its lines}.
+      entry: the computation that the program begins with.
+    """
+
+    def __init__(self, text: str):
+        self.bodies: dict[str, list[str]] = {}
+        self.entry = name = ""
+        for line in text.splitlines():
+            # A computation begins with its name and an opening brace.
+            if head := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(|\{).*\{$", line):
+                name = head[2]
+                self.bodies[name] = []
+                if head[1]:
+                    self.entry = name
+            elif name:
+                self.bodies[name].append(line)
+
+    def runs(self, unknown_trips: int = 1) -> Iterator[tuple[str, int]]:
+        """Pairs of (computation, how often it runs) of all that run by themselves, not inside a fusion.
+
+        Args:
+          unknown_trips: how often an outermost loop runs whose end depends on data.
+        """
+        waiting = [(self.entry, 1, unknown_trips)]
+        while waiting:
+            name, times, unknown = waiting.pop()
+            yield name, times
+            for line in self.bodies.get(name, ()):
+                # The body runs as often as the loop around it and its own trips together.
+                if loop := _LOOP.search(line):
+                    trips = _trip_count(line, self.bodies.get(loop[1], ()))
+                    waiting.append((loop[2], times * (trips or unknown), unknown if trips else 1))
+                elif call := _CALL.search(line):
+                    waiting += [(called, times, unknown) for called in _CALLED.findall(call[0])]
+
+
 def collectives(
-    text: str, mesh: Any, unknown_trips: int = 1, slow: str = "data"
+    module: Module, mesh: Any, unknown_trips: int = 1, slow: str = "data"
 ) -> list[dict[str, Any]]:
     """What a compiled program sends: [{kind, axes, count, bytes that leave a device in all}].
 
     Args:
-      text: the HLO module.
+      module: the compiled program.
       mesh: its mesh, to name the axes that a collective runs along.
-      unknown_trips: how often an outermost loop runs whose end depends on data.
+      unknown_trips: as in `Module.runs`.
       slow: the mesh axis that runs over slices.
     """
-    bodies, entry = _computations(text)
     found = Collectives(mesh, slow)
-
-    def walk(name: str, times: int, unknown: int) -> None:
-        for line in bodies.get(name, ()):
-            # The body runs as often as the loop around it and its own trips together.
-            if loop := _LOOP.search(line):
-                trips = _trip_count(line, bodies.get(loop[1], ()))
-                walk(loop[2], times * (trips or unknown), unknown if trips else 1)
-            elif call := _CALL.search(line):
-                for called in _CALLED.findall(call[0]):
-                    walk(called, times, unknown)
+    for name, times in module.runs(unknown_trips):
+        for line in module.bodies.get(name, ()):
             # A call can be a collective as well: it starts one and runs its reduction.
             found.see(line, times)
-
-    walk(entry, 1, unknown_trips)
     return found.as_list()
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """({name: lines}, name of the entry) of a module."""
-    bodies: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        # A computation begins with its name and an opening brace.
-        if head := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(|\{).*\{$", line):
-            name = head[2]
-            bodies[name] = []
-            if head[1]:
-                entry = name
-        elif name:
-            bodies[name].append(line)
-    return bodies, entry
 
 
 def _trip_count(loop: str, condition: Iterable[str]) -> int:
@@ -148,15 +161,25 @@ def _result_bytes(line: str, operation: re.Match[str]) -> int:
     """Bytes of what the collective on this line of HLO returns."""
     # Between " = " and the operation's name is the type of its result.
     shape = line[: operation.start()].split(" = ", 1)[1]
-    parts = _parts(shape)
-    started = operation[0].endswith("-start(") and len(parts) > 1
-    # What has been started is (operands, results, ...); a TPU's all-reduce has its results only.
-    if started and (operation[1] != "all-reduce" or parts[0].startswith("(")):
-        return _bytes_of_shapes(parts[1])
-    return _bytes_of_shapes(shape)
+    return bytes_of_shapes(result_shape(operation[0].strip(" ("), shape))
 
 
-def _parts(shape: str) -> list[str]:
+def result_shape(kind: str, shape: str) -> str:
+    """The shape of an operation's result, which of one that is only started is a part of what it returns.
+
+    kind: as in HLO, "all-gather-start".
+    """
+    parts = parts_of(shape)
+    if not kind.endswith("-start") or len(parts) == 1:
+        return shape
+    # A TPU's all-reduce returns its results only.
+    if kind == "all-reduce-start" and not parts[0].startswith("("):
+        return shape
+    # (operands, results, ...); of a copy, (result, operand, ...).
+    return parts[0] if kind == "copy-start" else parts[1]
+
+
+def parts_of(shape: str) -> list[str]:
     """The parts of a tuple's shape, "((f32[2]), f32[2])" -> "(f32[2])", "f32[2]"; of another shape, itself."""
     if not shape.startswith("("):
         return [shape]
@@ -173,7 +196,7 @@ def _parts(shape: str) -> list[str]:
     return parts
 
 
-def _bytes_of_shapes(shapes: str) -> int:
+def bytes_of_shapes(shapes: str) -> int:
     """Bytes of all shapes in a text such as "(bf16[2,3]{1,0}, f32[4])"."""
     total = 0
     for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxllm.plan import hlo, traffic
 from jaxllm.plan.flops import count_flops
-from jaxllm.plan.hlo import collectives
 from jaxllm.plan.results import Results, key_of
 from jaxllm.runtime.mesh import place_of
 from jaxllm.train import Program
@@ -56,7 +56,7 @@ def _compiled_figures(program: Program, lowered: Any, mesh: Any) -> dict[str, An
     }
     if compiled is None:
         return report | {"reason": refusal, "collectives": []}
-    return report | _memory(compiled) | _collectives(program, compiled, mesh)
+    return report | _memory(compiled) | _moved(program, compiled, mesh)
 
 
 def _memory(compiled: Any) -> dict[str, int]:
@@ -70,14 +70,15 @@ def _memory(compiled: Any) -> dict[str, int]:
     }
 
 
-def _collectives(program: Program, compiled: Any, mesh: Any) -> dict[str, Any]:
+def _moved(program: Program, compiled: Any, mesh: Any) -> dict[str, Any]:
     crossing = [axis for axis in mesh.axis_names if _ways_out(mesh, (axis,))]
     # Decoding is one loop for each size of the cache, of which there are at most four.
     trips = max(program.decoded // 4, 1)
-    rows = collectives(compiled.as_text(), mesh, trips, crossing[0] if crossing else "data")
+    module = hlo.Module(compiled.as_text())
+    rows = hlo.collectives(module, mesh, trips, crossing[0] if crossing else "data")
     for row in rows:
         row["ways_out"] = _ways_out(mesh, row["axes"])
-    return {"collectives": rows}
+    return {"collectives": rows, "moved_bytes_per_device": traffic.bytes_moved(module, trips)}
 
 
 def _ways_out(mesh: Any, axes: Sequence[str]) -> int:

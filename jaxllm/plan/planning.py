@@ -1,7 +1,7 @@
 """`jaxllm plan`: a stage's real step, compiled for accelerators that are not there.
 
-libtpu compiles for a topology on any machine (`jax.experimental.topologies`): memory, collectives and whether a step fits
-are those of the hardware. Times are a roofline over what the data sheets promise.
+XLA compiles for a topology on any machine (`jax.experimental.topologies`), with libtpu or the plugin for NVIDIA GPUs: memory,
+collectives and whether a step fits are those of the hardware. Times are a roofline over what the data sheets promise.
 """
 
 import contextlib

@@ -46,6 +46,7 @@ def add_up(
     # Programs run one after another: the temporaries of one are gone when the next starts.
     needed = held + max(_own_bytes(program, measured[program.name]) for program in programs)
     report["total_bytes_per_device"] = needed
+    report["moved_bytes_per_device"] = total("moved_bytes_per_device")
     report["collectives"] = _merged_collectives(programs, measured)
     if needed > chip.hbm:
         report["fits"] = False
@@ -82,13 +83,13 @@ def predict(
     """Seconds of an update by a roofline: each program takes as long as what limits it, and they run in turn.
 
     compute  FLOPs / (peak x EFFICIENCY)
-    hbm      (arguments, once for each decoded token, + temporaries written and read) / bandwidth
+    hbm      bytes read from and written to the device's memory (`plan.traffic`) / bandwidth
     links    bytes of collectives / bandwidth, within a slice or node (ici) and between them (dcn)
     """
     total: dict[str, float] = {}
     for program in programs:
         figures = measured[program.name]
-        once = _seconds(program, figures, chip)
+        once = _seconds(figures, chip)
         figures["predicted_seconds"] = once["predicted_step_seconds"]
         for name, seconds in once.items():
             total[name] = total.get(name, 0.0) + seconds * program.times
@@ -102,7 +103,7 @@ def predict(
     }
 
 
-def _seconds(program: Program, figures: Mapping[str, Any], chip: Chip) -> dict[str, float]:
+def _seconds(figures: Mapping[str, Any], chip: Chip) -> dict[str, float]:
     """Of one run of a program."""
     near = far = 0.0
     for row in figures["collectives"]:
@@ -110,11 +111,8 @@ def _seconds(program: Program, figures: Mapping[str, Any], chip: Chip) -> dict[s
             far += row["bytes"] / row["ways_out"]
         else:
             near += row["bytes"]
-    # Every decoded token reads all weights and the cache again.
-    arguments = figures["argument_bytes_per_device"] * max(program.decoded, 1)
-    moved = arguments + 2 * figures["temp_bytes_per_device"]
     compute = figures["flops_per_device"] / chip.flops
-    memory = moved / chip.hbm_bandwidth
+    memory = figures["moved_bytes_per_device"] / chip.hbm_bandwidth
     ici = near / chip.link
     dcn = far / chip.dcn
     return {

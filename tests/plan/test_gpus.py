@@ -22,7 +22,6 @@ from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.hardware import CHIPS
 from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import MESH_AXES
-from jaxllm.train import Program
 from tests.conftest import jaxllm
 
 compiles = pytest.mark.skipif(
@@ -82,12 +81,11 @@ def test_a_ring_over_nodes_leaves_each_by_the_links_of_all_its_gpus():
 
 
 def test_what_leaves_a_node_takes_the_slower_links():
-    program = Program("p", None, (), {}, flops=0.0)
-    figures = {"argument_bytes_per_device": 0, "temp_bytes_per_device": 0, "flops_per_device": 0.0}
+    figures = {"moved_bytes_per_device": 0, "flops_per_device": 0.0}
 
     def seconds(ways_out):
         rows = [{"axes": ["fsdp"], "bytes": 4.5e11, "ways_out": ways_out}]
-        return roofline._seconds(program, figures | {"collectives": rows}, CHIPS["h100"])
+        return roofline._seconds(figures | {"collectives": rows}, CHIPS["h100"])
 
     inside, one, eight = seconds(0), seconds(1), seconds(8)
     assert (inside["ici_seconds"], inside["dcn_seconds"]) == (1.0, 0.0)
@@ -122,7 +120,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %w = f32[8]{0} while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
 }
 """
-    (row,) = hlo.collectives(text, make_mesh(MeshConfig(data=-1)))
+    (row,) = hlo.collectives(hlo.Module(text), make_mesh(MeshConfig(data=-1)))
     assert row["count"] == 5 and row["bytes"] == 5 * 32 * 2 * 7 / 8
 
 

@@ -12,7 +12,7 @@ from jaxllm.__main__ import main
 from jaxllm.life import Config
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig, preset
-from jaxllm.plan import flops, hlo, measure, planning
+from jaxllm.plan import flops, gpus, hlo, measure, planning
 from jaxllm.plan.kept import compare_with_measured
 from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.mesh import make_mesh
@@ -71,7 +71,9 @@ def test_flops_are_six_per_parameter_and_attention_and_a_third_more_with_remat()
 def test_collectives_are_counted_through_loops_and_named_by_their_axes():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     compiled = traced(MODEL, mesh).lower().compile()
-    found = {(c["kind"], *c["axes"]): c for c in hlo.collectives(compiled.as_text(), mesh)}
+    found = {
+        (c["kind"], *c["axes"]): c for c in hlo.collectives(hlo.Module(compiled.as_text()), mesh)
+    }
     gathered = found["all-gather", "fsdp"]
     # Every layer's matrices are gathered at least forward and backward.
     layer = sum(
@@ -118,6 +120,12 @@ def test_a_program_does_not_grow_with_depth():
     assert len(long) < 1.02 * len(short)
 
 
+@pytest.fixture
+def no_compiler_for_gpus(monkeypatch):
+    monkeypatch.setattr(gpus, "installed", lambda: False)
+
+
+@pytest.mark.usefixtures("no_compiler_for_gpus")
 def test_an_estimate_for_gpus_falls_with_more_of_them_and_says_what_it_is():
     config = lambda mesh: Config(model=preset("llama3-8b", remat="full"), mesh=mesh)
     args = lambda topology: planning.PlanArgs("x", topology)
@@ -241,6 +249,7 @@ def test_other_stages_are_compiled_for_a_tpu(tmp_path, stage, programs):
         )
 
 
+@pytest.mark.usefixtures("no_compiler_for_gpus")
 def test_a_kept_plan_stands_beside_what_is_measured(tmp_path):
     shown = compare_with_measured(None, [])
     assert shown == {}
@@ -256,6 +265,7 @@ def test_a_kept_plan_stands_beside_what_is_measured(tmp_path):
     assert shown["step_seconds"]["measured"] == report["tokens_per_step"] / 1000.0
 
 
+@pytest.mark.usefixtures("no_compiler_for_gpus")
 def test_a_search_among_gpus_ranks_what_fits():
     config = Config(model=preset("llama3-8b"), pretrain=LanguageModelConfig(batch_size=32))
     ranked = planning.search(config, planning.PlanArgs("x", "h100:32", tries=20))
@@ -308,3 +318,22 @@ def test_what_makes_no_sense_is_one_line(tmp_path, capsys, model, arguments, mes
         main(["plan", str(tmp_path / "config.yaml"), *arguments])
     log = capsys.readouterr().err
     assert stop.value.code == 2 and message in " ".join(log.split()), log
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "field"),
+    [
+        ("sft", {"batch_size": 12}, "sft.batch_size / sft.num_micro"),
+        ("reward", {"batch_size": 16, "num_micro": 4}, "reward.batch_size / reward.num_micro"),
+        ("grpo", {"batch_size": 32}, "grpo.batch_size / grpo.num_responses"),
+        ("ppo", {"batch_size": 16, "num_minibatches": 4}, "ppo minibatch"),
+    ],
+)
+@pytest.mark.usefixtures("no_compiler_for_gpus")
+def test_batches_are_checked_as_in_a_run(tmp_path, capsys, stage, section, field):
+    config = {"model": SMALL, "mesh": {"data": 8}, stage: section}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", str(tmp_path / "config.yaml"), "--topology", "h100:8", "--stage", stage])
+    log = " ".join(capsys.readouterr().err.split())
+    assert stop.value.code == 2 and field in log and "does not divide over the 8 shards" in log
