@@ -123,7 +123,7 @@ def _kernel(
         from jaxllm.models import attention_tpu
 
         return attention_tpu.tpu_attention if attention_tpu.supports(q, k, rows.q_order) else None
-    if platform() == "gpu" and attention_gpu.supports(q, k, v, rows.softcap):
+    if platform() == "gpu" and attention_gpu.supports(q, k, v, rows):
         return attention_gpu.gpu_attention
     return None
 

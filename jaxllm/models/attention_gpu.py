@@ -30,28 +30,34 @@ def asked_about(device: Any) -> Iterator[None]:
         _ASKED_ABOUT.reset(token)
 
 
-def supports(q: jax.Array, k: jax.Array, v: jax.Array, softcap: float) -> bool:
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, rows: WholeRows) -> bool:
     """Whether cuDNN takes these [B, T, N, H], [B, S, K, H] and [B, S, K, W] here, forward and backward.
 
     It needs scores without a soft cap, 16-bit numbers, an even number of tokens, and shapes that the mesh divides. Its
     other requirements depend on its version and the device, so it is asked.
     """
     # cuDNN sees the arrays of one device, so each of them must have the same part.
-    rows, context, tensor = shards("batch"), shards("seq"), shards("heads")
+    batch, context, tensor = shards("batch"), shards("seq"), shards("heads")
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    computable = not softcap and q.dtype.itemsize == 2 and v.shape[-1] <= H and N % K == 0
-    divisible = B % rows == 0 and T % (2 * context) == 0 and K % tensor == 0
+    computable = not rows.softcap and q.dtype.itemsize == 2 and v.shape[-1] <= H and N % K == 0
+    divisible = B % batch == 0 and T % (2 * context) == 0 and K % tensor == 0
     if not (computable and divisible):
         return False
-    queries = (B // rows, T // context, N // tensor, H)
-    keys = (B // rows, S, K // tensor, H)
-    return _refusal(queries, keys, q.dtype, _ASKED_ABOUT.get()) is None
+    queries = (B // batch, T // context, N // tensor, H)
+    keys = (B // batch, S, K // tensor, H)
+    window = rows.window if _in_order(rows) else None
+    return _refusal(queries, keys, q.dtype, window, _ASKED_ABOUT.get()) is None
+
+
+def _in_order(rows: WholeRows) -> bool:
+    """Whether a device has its queries in the order of the keys: then the kernel itself can skip keys."""
+    return rows.q_order is None and shards("seq") == 1
 
 
 @functools.cache
 def _refusal(
-    queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any, device: Any
+    queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any, window: int | None, device: Any
 ) -> str | None:
     """Why cuDNN refuses arrays of these shapes on one device; None if it does not. Printed once per shape.
 
@@ -68,7 +74,7 @@ def _refusal(
     try:
         # A thread of its own, since it is asked while the model is traced for a mesh of many devices.
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(_compile, queries, keys, dtype, device).result()
+            thread.submit(_compile, queries, keys, dtype, window, device).result()
     except RuntimeError as error:
         if not isinstance(error, NotImplementedError) and "dnn" not in str(error).lower():
             raise
@@ -81,7 +87,9 @@ def _refusal(
     return None
 
 
-def _compile(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any, device: Any) -> None:
+def _compile(
+    queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any, window: int | None, device: Any
+) -> None:
     """Compiles cuDNN's attention with a mask, and its gradient, for one device. Raises what JAX and XLA raise.
 
     device: a GPU, present or not; None: one that is present.
@@ -92,7 +100,13 @@ def _compile(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any, device
     def run(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
         # As `gpu_attention` calls it: causal where the queries are all of the row, and not only a shard of it.
         out = jax.nn.dot_product_attention(
-            q, k, v, mask=mask, implementation="cudnn", is_causal=T == S
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=T == S,
+            local_window_size=_positions_before(window),
+            implementation="cudnn",
         )
         return out.astype(jnp.float32).sum()  # a scalar, for the gradient
 
@@ -100,6 +114,11 @@ def _compile(queries: tuple[int, ...], keys: tuple[int, ...], dtype: Any, device
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape in (queries, keys, keys)]
     mask = jax.ShapeDtypeStruct((B, 1, T, S), jnp.bool_, sharding=where)
     jax.jit(jax.grad(run, argnums=(0, 1, 2))).lower(*arrays, mask).compile()
+
+
+def _positions_before(window: int | None) -> tuple[int, int] | None:
+    """How many positions before and after its own a token sees, as JAX counts a window."""
+    return None if window is None else (window - 1, 0)
 
 
 def gpu_attention(
@@ -113,7 +132,8 @@ def gpu_attention(
 ) -> jax.Array:
     """`attention` of whole rows that cuDNN `supports`; each device takes its own rows, heads and queries.
 
-    Segments and windows become a mask of 2 bytes per query and key of a row, whatever the number of heads.
+    Segments become a mask of 2 bytes per query and key of a row, whatever the number of heads. Keys ahead of a query and
+    those before its window are skipped where the queries of a device are in the order of the keys, else masked.
 
     Args:
       q: [B, T, N, H] queries.
@@ -127,8 +147,7 @@ def gpu_attention(
       [B, T, N, W].
     """
     assert not rows.softcap
-    # Only where queries are in the order of the keys can the kernel itself skip the keys ahead of them.
-    in_order = rows.q_order is None and shards("seq") == 1
+    in_order = _in_order(rows)
 
     def attend(
         q: jax.Array,
@@ -149,6 +168,7 @@ def gpu_attention(
             mask=mask,
             scale=rows.scale,
             is_causal=in_order,
+            local_window_size=_positions_before(rows.window) if in_order else None,
             implementation=implementation,
         )
         return out[..., : v.shape[-1]]

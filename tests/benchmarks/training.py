@@ -1,10 +1,15 @@
 """The training step beside PyTorch's: the same shape, batch, precision and machine, taking turns in one run.
 
-    python tests/benchmarks/training.py --peer PYTHON [--rounds 3]     PYTHON: an interpreter with torch and transformers
+    python tests/benchmarks/training.py --peer PYTHON [--maxtext PYTHON] [--rounds 3]
+
+--peer is an interpreter with torch and transformers, --maxtext one with MaxText (`plan.py` makes it); both are optional.
 
 A Llama of 13.8M parameters (d 384, 6 layers, 6 heads, vocabulary 8,192, tied), 16 rows of 256 tokens, AdamW, gradients
 clipped to norm 1. Ours trains on packed rows of three documents and skips updates that are not finite; the peer on
 whole rows. Parameters are float32 in both, activations and products bfloat16 (torch: autocast) or float32.
+
+MaxText trains its own decoder of this shape with its own optimizer, on random rows, and keeps what its policy "minimal"
+keeps, without flash attention, which it has for TPUs and GPUs.
 
 Each measurement is a process of its own, since the allocator is part of what is measured: glibc's as it comes, which is
 how people run torch, and with huge pages. Ours sets its own. Prints tokens/s, the median of the rounds, and ratios.
@@ -47,6 +52,28 @@ for _ in range(3 + steps):
     step()
     seconds.append(time.perf_counter() - began)
 print(json.dumps({"seconds": seconds[3:], "version": torch.__version__}))
+"""
+
+
+# MaxText's own trainer as a program; it logs the seconds of every step.
+MAXTEXT = """
+import json, pathlib, re, subprocess, sys, tempfile, importlib.metadata, maxtext
+dtype, rows, length, vocab, steps = sys.argv[1], *map(int, sys.argv[2:])
+settings = dict(
+    run_name="step", base_output_directory=tempfile.mkdtemp(), hardware="cpu", dataset_type="synthetic",
+    enable_checkpointing=False, skip_jax_distributed_system=True, enable_goodput_recording=False,
+    monitor_goodput=False, steps=2 + steps, per_device_batch_size=rows, max_target_length=length,
+    vocab_size=vocab, base_emb_dim=384, base_num_query_heads=6, base_num_kv_heads=6, head_dim=64,
+    base_mlp_dim=1024, base_num_decoder_layers=6, decoder_block="llama2", mlp_activations="['silu','linear']",
+    logits_via_embedding=True, attention="dot_product", dtype=dtype, weight_dtype="float32", remat_policy="minimal")
+base = pathlib.Path(maxtext.__file__).parent / "configs" / "base.yml"
+command = [sys.executable, "-m", "maxtext.trainers.pre_train.train", str(base)]
+command += [f"{name}={value}" for name, value in settings.items()]
+run = subprocess.run(command, capture_output=True, text=True)
+seconds = [float(found) for found in re.findall(r"completed step: \\d+, seconds: ([\\d.]+)", run.stdout + run.stderr)]
+if run.returncode or len(seconds) < 3:
+    sys.exit(f"MaxText ended with {run.returncode}: {run.stderr[-2000:]}")
+print(json.dumps({"seconds": seconds[2:], "version": importlib.metadata.version("maxtext")}))
 """
 
 
@@ -104,7 +131,7 @@ def measure_ours(dtype: str) -> None:
 
 def measured(command: list[str], huge_pages: bool) -> tuple[float, str]:
     """(tokens/s, version) that a process reports: of its median step."""
-    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | {"JAX_PLATFORMS": "cpu"}
     if huge_pages:
         env["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     run = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
@@ -117,6 +144,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peer", default="", help="an interpreter with torch and transformers")
+    parser.add_argument("--maxtext", default="", help="an interpreter with MaxText")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ours", default="", help=argparse.SUPPRESS)  # dtype: in this process
     args = parser.parse_args()
@@ -133,6 +161,9 @@ def main() -> None:
                 runs["torch.compile"] = (compiled, False)
                 runs["torch.compile, huge pages"] = (compiled, True)
                 runs["torch, eager"] = ([args.peer, "-c", PEER, "eager", dtype, *numbers], False)
+            if args.maxtext:
+                numbers = [str(n) for n in (ROWS, LENGTH, VOCAB, STEPS // 2)]
+                runs["MaxText"] = ([args.maxtext, "-c", MAXTEXT, dtype, *numbers], False)
             for name, (command, huge_pages) in runs.items():
                 rate, versions[name] = measured(command, huge_pages)
                 rates[dtype, name].append(rate)

@@ -163,6 +163,11 @@ HALF = [jax.ShapeDtypeStruct((4, T, n, H), jnp.bfloat16) for n in (2 * K, K, K)]
 PACKED = {name: jnp.concatenate([SEGMENTS] * 2) for name in ("q_segment_ids", "kv_segment_ids")}
 
 
+def rows_of(softcap=0.0, window=None):
+    """Of packed documents, as `attention` describes them to a kernel."""
+    return WholeRows(**PACKED, window=window, scale=0.2, softcap=softcap, q_order=None)
+
+
 @pytest.mark.usefixtures("as_if_on_a_gpu")
 def test_where_cudnn_refuses_the_reason_is_printed_once_and_xla_takes_over(monkeypatch, capsys):
     monkeypatch.setattr(
@@ -200,10 +205,10 @@ def test_only_a_refusal_of_cudnn_falls_back(monkeypatch, error, refuses):
 
     monkeypatch.setattr(attention_gpu, "_compile", fail)
     if refuses:
-        assert not attention_gpu.supports(*HALF, 0.0)
+        assert not attention_gpu.supports(*HALF, rows_of())
     else:
         with pytest.raises(type(error)):
-            attention_gpu.supports(*HALF, 0.0)
+            attention_gpu.supports(*HALF, rows_of())
 
 
 @pytest.mark.parametrize(
@@ -243,8 +248,8 @@ def test_what_cudnn_is_not_asked_for(monkeypatch, change):
         jax.ShapeDtypeStruct(HALF[1].shape, dtype),
     )
     with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
-        assert attention_gpu.supports(*HALF, 0.0)
-        assert not attention_gpu.supports(q, k, k, change.get("softcap", 0.0))
+        assert attention_gpu.supports(*HALF, rows_of())
+        assert not attention_gpu.supports(q, k, k, rows_of(change.get("softcap", 0.0)))
 
 
 @pytest.mark.gpu
@@ -254,7 +259,7 @@ def test_cudnn_is_the_reference(window, width):
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, HALF, strict=True))
     v, how = v[..., :width], {"window": window, "scale": 0.2, **PACKED}
-    assert attention_gpu.supports(q, k, v, 0.0)
+    assert attention_gpu.supports(q, k, v, rows_of(window=window))
     real = (PACKED["q_segment_ids"] > 0)[:, :, None, None]
     weigh = lambda y: (jnp.square(y.astype(jnp.float32)) * real).sum()
     run = lambda *a: jax.jit(

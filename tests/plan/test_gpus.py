@@ -161,13 +161,16 @@ def test_the_compiler_takes_every_description(kind):
 
 
 @compiles
-def test_old_gpus_refuse_wide_heads(capsys):
+@pytest.mark.parametrize("window", [None, 64])
+def test_old_gpus_refuse_wide_heads(window):
     shape = (2, 256, 4, 192)
     refusals = {}
     for kind in ("a100", "h100"):
         device = gpus.devices(kind, 1, 1)[0]
         with gpus.as_if_present(device):
-            refusals[kind] = attention_gpu._refusal(shape, shape, jnp.dtype("bfloat16"), device)
+            refusals[kind] = attention_gpu._refusal(
+                shape, shape, jnp.dtype("bfloat16"), window, device
+            )
     assert "head dim" in refusals["a100"]
     # Without cuDNN there is another reason.
     assert refusals["h100"] is None or "cuDNN" in refusals["h100"]
