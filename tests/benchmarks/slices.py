@@ -1,6 +1,8 @@
 """Does it fit, and what does it take: `jaxllm plan` for the shapes that people run, one row of a table each.
 
 python tests/benchmarks/slices.py [--rows TEXT ...]          all rows, or those that have one of the texts in them
+
+Rows of GPUs need the extra plan-gpu.
 """
 
 import argparse
@@ -45,6 +47,16 @@ ROWS = [
     Row("llama31_405b", "tpu7x:4x8x8"),
     Row("mixtral_8x7b", "v5p:4x4x4"),
     Row("deepseek_v3", "v5p:8x8x8"),
+    Row("llama3_8b", "h100:8", more={"pretrain": {"batch_size": 32}}),
+    Row("llama3_8b", "h100:64"),
+    Row("llama3_8b", "a100:64"),
+    Row("llama3_8b", "b200:64"),
+    Row("llama3_8b_long", "h100:64"),
+    Row("llama3_8b", "h200:2x8", "sft", more={"sft": {"batch_size": 64}}),
+    Row("llama3_8b", "h200:2x8", "reward"),
+    Row("llama3_8b", "h200:2x8", "ppo"),
+    Row("llama3_70b", "h100:256"),
+    Row("mixtral_8x7b", "h100:64"),
 ]
 
 
