@@ -34,7 +34,10 @@ class Life:
     name: str = "run"
     """Name of the run; its directory is runs/NAME."""
     run_dir: str = ""
-    """Run directory, if not runs/NAME."""
+    """Run directory, if not runs/NAME: a folder, gs://BUCKET/PATH or s3://BUCKET/PATH."""
+    scratch: str = ""
+    """With a run directory in a store: the folder of this machine below which the run works. By default JAXLLM_SCRATCH,
+    or the system's temporary folder."""
     seed: Seed = 0
     """Seed of all random choices."""
     stages: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ from jaxllm.models.parts_config import LoRAConfig
 from jaxllm.pretrained.safetensors_files import read_imported
 from jaxllm.runtime import checkpoint
 from jaxllm.runtime.files import is_remote, read_json, write_json
+from jaxllm.runtime.store.working import local_folder
 from jaxllm.sharding import place_params
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import Tokenizer
@@ -58,7 +59,7 @@ def write_model_card(
 
 def read_model_card(stage_dir: epath.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     """(the model's config, what `write_model_card` wrote). Raises InputError if the directory holds no model."""
-    record = read_json(epath.Path(stage_dir).expanduser() / "model.json")
+    record = read_json(local_folder(stage_dir) / "model.json")
     if record is None:
         raise InputError(
             f"{stage_dir}: is not the directory of a trained stage (no model.json); "
@@ -87,7 +88,7 @@ def load_model(
     Raises:
         InputError: the directory holds no model, or one of another kind.
     """
-    stage_dir = epath.Path(stage_dir).expanduser()
+    stage_dir = local_folder(stage_dir)
     model, record = read_model_card(stage_dir)
     if record["kind"] != kind:
         raise InputError(
@@ -132,4 +133,4 @@ def load_policy(
 ) -> tuple[Any, ModelConfig, Tokenizer]:
     """(parameters, config, tokenizer) of the policy in a stage directory, trained here or imported."""
     params, model = load_model(stage_dir, mesh)
-    return params, model, load_tokenizer(epath.Path(stage_dir).expanduser() / "tokenizer")
+    return params, model, load_tokenizer(local_folder(stage_dir) / "tokenizer")

@@ -31,6 +31,7 @@ from jaxllm.runtime.mesh import make_mesh
 from jaxllm.runtime.processes import Signals, barrier, join
 from jaxllm.runtime.programs import Programs
 from jaxllm.runtime.seal import set_aside, warn_damaged
+from jaxllm.runtime.store.working import mirror_of, shown, working_copy
 from jaxllm.sharding import MESH_AXES
 from jaxllm.stages import Stage
 from jaxllm.train import Training
@@ -52,18 +53,21 @@ def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
     mesh, earlier["join"] = start_devices(config)
     for stage in wanted:
         make_mesh(config.mesh_of(stage))  # one that does not fit is refused before anything runs
-    run_dir = run_directory(config)
-    check_path(run_dir)
+    directory = run_directory(config)
+    check_path(directory)
     again = f"{config_path} --run-dir {config.run_dir}" if config.run_dir else config_path
     programs = Programs()
-    ledger = goodput.Ledger(run_dir / "goodput.jsonl", began, earlier, programs)
-    workspace = _open_workspace(config, run_dir, mesh, f"jaxllm STAGE {again}", ledger)
-    worked = False
-    with workspace.locked(), contextlib.closing(programs):
-        remade: set[str] = set()
-        for stage in wanted:
-            worked |= run_stage(workspace, config, stage, again, remade)
-    _conclude(workspace, config, wanted, worked)
+    with working_copy(directory, config.process.lease_seconds, config.scratch) as run_dir:
+        if (mirror := mirror_of(run_dir)) and any(stages.named(stage).trains for stage in wanted):
+            mirror.bring("cache/")
+        ledger = goodput.Ledger(run_dir / "goodput.jsonl", began, earlier, programs)
+        workspace = _open_workspace(config, run_dir, mesh, f"jaxllm STAGE {again}", ledger)
+        worked = False
+        with workspace.locked(), contextlib.closing(programs):
+            remade: set[str] = set()
+            for stage in wanted:
+                worked |= run_stage(workspace, config, stage, again, remade)
+        _conclude(workspace, config, wanted, worked)
     # A process that leaves early would be counted as lost: the others wait for heartbeat_seconds only.
     barrier("everything is written")
 
@@ -95,7 +99,7 @@ def _conclude(workspace: Workspace, config: Config, wanted: Sequence[str], worke
     run_dir = workspace.run_dir
     if not worked:
         them = "all stages are" if len(wanted) > 1 else "it is"
-        console.print(f"Nothing to do: {them} finished in {run_dir}", soft_wrap=True)
+        console.print(f"Nothing to do: {them} finished in {shown(run_dir)}", soft_wrap=True)
     if jax.process_index():
         return
     if worked:
@@ -115,8 +119,9 @@ def _write_report(workspace: Workspace, config: Config) -> None:
         run_dir, [name for name in stages.names() if name in config.stages or name in finished]
     )
     policies = [name for name in stages.names("policy") if name in finished]
-    talk = f"; talk to it: jaxllm chat {run_dir}/{policies[-1]}" if policies else ""
-    console.print(f"Report: {run_dir}/report.html and report.md{talk}", soft_wrap=True)
+    where = shown(run_dir)
+    talk = f"; talk to it: jaxllm chat {where}/{policies[-1]}" if policies else ""
+    console.print(f"Report: {where}/report.html and report.md{talk}", soft_wrap=True)
 
 
 # --- One stage.
@@ -134,7 +139,7 @@ def run_stage(
     workspace = workspace.on(make_mesh(config.mesh_of(name)))
     workspace.begin(name, row.sections, extends=row.kind == "policy")
     if workspace.result(name) is not None:
-        where = workspace.stage_dir(name)
+        where = shown(workspace.stage_dir(name))
         console.print(f"{name}: finished already, in {where}", soft_wrap=True)
         return False
     finished = False

@@ -29,13 +29,12 @@ import jax
 from etils import epath
 
 from jaxllm.config import Ending, InputError, check_unchanged, differences
-
-# Re-exported until their importers use the new modules.
-from jaxllm.runtime.files import is_remote, new_folder, read_json, write_json
+from jaxllm.runtime.files import new_folder, read_json, write_json
 from jaxllm.runtime.goodput import Ledger
 from jaxllm.runtime.processes import Signals, barrier
 from jaxllm.runtime.provenance import code_version, provenance
 from jaxllm.runtime.seal import committed_steps
+from jaxllm.runtime.store.working import mirror_of
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import Tokenizer
 
@@ -84,7 +83,7 @@ class Workspace:
     def locked(self) -> Iterator[None]:
         """Create the run directory and lock it for this process; the lock ends with the process, even if killed.
 
-        Raises InputError if another process holds the lock. An object store has no locks.
+        Raises InputError if another process holds the lock.
         """
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -94,7 +93,7 @@ class Workspace:
                 f"{self.run_dir}: cannot be made ({reason}); choose another --run-dir"
             ) from None
         # Process 0 holds the lock for its job.
-        if jax.process_index() or is_remote(self.run_dir):
+        if jax.process_index():
             yield
             return
         # O_CLOEXEC: a child that outlives this process would keep the lock.
@@ -175,6 +174,8 @@ class Workspace:
         if steps:
             record["checkpoint"] = steps[-1]
         write_json(self.stage_dir(stage) / "result.json", record)
+        if mirror := mirror_of(self.run_dir):
+            mirror.push()
 
     def reopen(self, stage: str) -> None:
         """Make a finished stage unfinished; it resumes from its newest checkpoint."""

@@ -37,6 +37,13 @@ TESTED_IN = {
     "optim.py": "tests/test_train.py",
     "optim_config.py": "tests/test_train.py",
     "runtime/prefetch.py": "tests/test_train.py",
+    # A run directory in a store.
+    "runtime/store/lease.py": "tests/runtime/test_store.py",
+    "runtime/store/mirror.py": "tests/runtime/test_store.py",
+    "runtime/store/objects.py": "tests/runtime/test_store.py",
+    "runtime/store/retry.py": "tests/runtime/test_store.py",
+    "runtime/store/scratch.py": "tests/runtime/test_store.py",
+    "runtime/store/working.py": "tests/runtime/test_store.py",
     # Records from their files to rows of tokens.
     "data/config.py": "tests/config/test_ranges.py",
     "data/contamination.py": "tests/data/test_scored_bytes.py",

@@ -38,6 +38,7 @@ from jaxllm.runtime.checkpoint import committed_steps
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, write_json
 from jaxllm.runtime.mesh import make_mesh
+from jaxllm.runtime.store.working import local_folder
 from jaxllm.workspace import provenance
 
 # {metric: value}, or {stage: value} of one metric. None is a value too large for a float.
@@ -252,7 +253,7 @@ def command(args: ScoreArgs) -> None:
     for stage in args.stage_dirs:
         console.print(f"score: {stage}")
         add_scores(scores, stage, load(stage, mesh), tasks, args, args.seed)
-        stages[stage] = {"step": _step(epath.Path(stage)), "chat": args.chats(stage)}
+        stages[stage] = {"step": _step(local_folder(stage)), "chat": args.chats(stage)}
     if args.json:
         record = {
             "provenance": {"version": jaxllm.__version__, **provenance(mesh)},
@@ -280,7 +281,7 @@ def _check_paths(args: ScoreArgs) -> None:
         message = "is not a file in an existing folder; make the folder or name another file"
         raise InputError(f"--json {args.json}: {message}")
     for stage in args.stage_dirs:
-        if not (epath.Path(stage) / "model.json").exists():
+        if not (local_folder(stage) / "model.json").exists():
             message = "is not the directory of a trained stage (no model.json)"
             raise InputError(f"{stage}: {message}; give runs/NAME/STAGE")
 

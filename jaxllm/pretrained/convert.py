@@ -32,6 +32,7 @@ from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import new_folder, read_json, write_json
 from jaxllm.runtime.mesh import make_mesh
+from jaxllm.runtime.store.working import local_folder
 from jaxllm.sharding import replicated
 from jaxllm.tokenizers.files import IDS
 from jaxllm.tokenizers.published import load_tokenizer
@@ -165,7 +166,7 @@ def export_model(
     Raises:
         InputError: `out` exists, an unknown dtype, or a model that no known family can express.
     """
-    source = epath.Path(stage_dir).expanduser()
+    source = local_folder(stage_dir)
     target = Path(out).expanduser()
     if target.exists():
         raise InputError(f"{target}: exists already; give another directory, or remove it")

@@ -33,7 +33,7 @@ from jaxllm.config import Ending, InputError
 from jaxllm.runtime import digest, tree_shapes
 from jaxllm.runtime.config import CheckpointConfig
 from jaxllm.runtime.console import console
-from jaxllm.runtime.files import absolute, check_path, is_remote
+from jaxllm.runtime.files import absolute, check_path
 from jaxllm.runtime.processes import any_process, barrier
 from jaxllm.runtime.seal import (
     IO_ERRORS,
@@ -48,6 +48,7 @@ from jaxllm.runtime.seal import (
     warn_damaged,
     write_seal,
 )
+from jaxllm.runtime.store.working import mirror_of
 
 # What the training loop stores with a checkpoint, as JSON.
 Record = dict[str, Any]
@@ -117,6 +118,8 @@ class Checkpoints:
         next save tries again.
         """
         self.wait()  # one save at a time: the host has memory for one copy of the state
+        if mirror := mirror_of(self.directory):
+            mirror.check()
         self._saving = step
         self._error = self._no_room(state)
         # Orbax's save has barriers: all processes start it, or none does.
@@ -156,6 +159,8 @@ class Checkpoints:
                 if not self._error:
                     write_seal(step_dir, seal)
                     self._prune()
+                    if mirror := mirror_of(self.directory):
+                        mirror.wake()
         except IO_ERRORS as error:
             self._error = short_text(error)
 
@@ -171,16 +176,18 @@ class Checkpoints:
     def save_surely(
         self, step: int, state: Any, record: Record, attempts: int = 5, pause: float = 5.0
     ) -> None:
-        """Save and wait until it is on disk. Raises SaveFailed after `attempts`, which are `pause` seconds apart."""
+        """Save and wait until it is where it lasts. Raises SaveFailed after `attempts`, `pause` seconds apart."""
         self.wait()
         for attempt in range(attempts):
             # The step may be one that `save_every` has saved before.
             if step in committed_steps(self.directory):
-                return
+                break
             if attempt:
                 time.sleep(pause)
             self.save(step, state, record)
             self.wait()
+        if mirror := mirror_of(self.directory):
+            mirror.push()
         if step not in committed_steps(self.directory):
             raise SaveFailed(
                 f"{self.directory}: step {step} could not be saved in {attempts} attempts; make room "
@@ -221,8 +228,6 @@ class Checkpoints:
 
     def _no_room(self, state: Any) -> str:
         """Why the disk is too full for the state, asked before anything is written; "" if it is not."""
-        if is_remote(self.directory):
-            return ""
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         try:
             free = shutil.disk_usage(self.directory).free
@@ -326,6 +331,8 @@ def restore(
     """
     seal = read_seal(step_dir)
     record = seal["record"]
+    if mirror := mirror_of(step_dir):
+        mirror.complete(Path(step_dir), seal)
     if check:
         check_files(step_dir, seal)
     if record.get("format") == "safetensors":

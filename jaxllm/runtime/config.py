@@ -43,6 +43,8 @@ class ProcessConfig:
     """How long to wait at the start for all processes of the job."""
     heartbeat_seconds: PositiveSeconds = 60
     """A process that sends no heartbeat for so long is lost: the others exit with an error."""
+    lease_seconds: PositiveSeconds = 60
+    """With a run directory in a store: how long another run waits for one that was killed, before it takes its place."""
     watchdog_seconds: Seconds = 1800
     """If a training loop makes no step for so long, dump every thread's stack and exit with status 1; 0: never."""
 

@@ -25,7 +25,7 @@ from etils import epath
 
 from jaxllm.config import InputError
 from jaxllm.runtime.console import console
-from jaxllm.runtime.files import is_remote, write_whole
+from jaxllm.runtime.files import write_whole
 from jaxllm.runtime.processes import any_process, barrier
 
 SEAL = "seal.json"
@@ -65,7 +65,7 @@ def committed_steps(directory: epath.Path) -> list[int]:
 def write_seal(step_dir: epath.Path, seal: dict[str, Any]) -> None:
     """Commit a step's folder. seal: {record, digests}, to which this adds the hashes of the files in the folder."""
     # Orbax has finished: nothing is added to the folder any more.
-    seal["files"] = {} if is_remote(step_dir) else _hash_files(step_dir, _files(step_dir))
+    seal["files"] = _hash_files(step_dir, _files(step_dir))
     write_whole(step_dir / SEAL, json.dumps({**seal, "sha256": _hash_json(seal)}))
 
 
@@ -85,9 +85,9 @@ def read_seal(step_dir: epath.Path) -> dict[str, Any]:
 def check_files(step_dir: epath.Path, seal: dict[str, Any]) -> None:
     """Raise Damaged, on all processes together, if a file is missing, is not in the seal, or has other bytes.
 
-    Each process reads its share of the files. An object store checks its own bytes, so that the seal has no hashes of
-    files there; the digests of leaves are checked nevertheless.
+    Each process reads its share of the files.
     """
+    # Seals that older versions wrote in a store have no hashes of files.
     fault = _find_fault(step_dir, seal["files"]) if seal["files"] else ""
     # A process that raised alone would leave the others waiting in the restore.
     if any_process(bool(fault)):

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from jaxllm.data.store import load_texts
 from jaxllm.runtime.console import console
+from jaxllm.runtime.store.working import local_folder
 from jaxllm.stages.config import TokenizerConfig
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import RULE_OF_THUMB, compression, train
@@ -32,7 +33,7 @@ def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
 def _copy(init_from: str, target: epath.Path) -> dict[str, Any]:
     """Save the tokenizer of a stage directory, which is in a subfolder, or of a downloaded model, which is not."""
     # Nothing is trained or measured: the text may not even be there.
-    folder = epath.Path(init_from).expanduser()
+    folder = local_folder(init_from)
     inside = folder / "tokenizer"
     tokenizer = load_tokenizer(inside if inside.exists() else folder)
     tokenizer.save(target)

@@ -42,6 +42,8 @@ class Life:
     stages: tuple[str, ...] = STAGES
     command: tuple[str, ...] = ("jaxllm", "run", CONFIG)  # a module and its arguments
     more: tuple[str, ...] = ()  # further arguments
+    url: str = ""  # of the run directory, if `directory` is only the folder that stands for it
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
     alive: list[subprocess.Popen] = dataclasses.field(default_factory=list)
     clock: str = ""  # libfaketime's offset for the next start
 
@@ -50,10 +52,16 @@ class Life:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         many = ["--distributed"] if self.processes > 1 else []
-        command = [sys.executable, "-m", *self.command, "--run-dir", str(self.directory)]
+        command = [
+            sys.executable,
+            "-m",
+            *self.command,
+            "--run-dir",
+            self.url or str(self.directory),
+        ]
         command += ["--stages", *self.stages, *self.more]
         for number in range(self.processes):
-            env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+            env = {**os.environ, "JAX_PLATFORMS": "cpu", **self.environment}
             if self.cache:
                 env |= {"JAXLLM_CACHE": self.cache}
             if many:

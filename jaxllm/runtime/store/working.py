@@ -1,0 +1,121 @@
+"""From a run directory that may be in a store to a local folder to work in."""
+
+import atexit
+import contextlib
+import json
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from jaxllm.config import InputError
+from jaxllm.runtime.files import is_remote
+from jaxllm.runtime.store import scratch
+from jaxllm.runtime.store.lease import Lease
+from jaxllm.runtime.store.mirror import Mirror
+from jaxllm.runtime.store.objects import Store
+
+# The mirrors of this process, by their folders.
+_OPEN: dict[Path, Mirror] = {}
+
+
+@contextlib.contextmanager
+def working_copy(
+    directory: epath.PathLike, lease_seconds: float, scratch_folder: str = ""
+) -> Iterator[epath.Path]:
+    """A local folder that is the run directory while the block runs; of a local one, itself.
+
+    When the block ends, everything is in the store. Should the process be killed, the next one brings what is missing.
+
+    Args:
+        directory: the run directory, a path or gs://BUCKET/PATH or s3://BUCKET/PATH.
+        lease_seconds: how long others wait for a run that is killed before they take its place.
+        scratch_folder: below which the local folder is made; "": `scratch.default_folder`.
+
+    Raises:
+        InputError: another run works in it, or the store cannot be used.
+        NotStored: not everything could be brought to the store.
+    """
+    if not is_remote(directory):
+        yield epath.Path(directory)
+        return
+    if jax.process_count() > 1:
+        raise InputError(
+            f"{directory}: a job of several processes needs a run directory on a disk that they share; a store serves "
+            "one process"
+        )
+    store = Store(str(directory))
+    parent = Path(scratch_folder).expanduser() if scratch_folder else scratch.default_folder()
+    folder = scratch.folder_of(store.url, parent)
+    with scratch.locked(folder):
+        scratch.clean(parent, folder)
+        mirror = Mirror(store, folder, Lease(store, lease_seconds, _identity(folder)))
+        mirror.open()
+        _OPEN[folder] = mirror
+        try:
+            yield epath.Path(folder)
+        finally:
+            del _OPEN[folder]
+            mirror.close()
+
+
+def local_folder(stage_dir: epath.PathLike) -> epath.Path:
+    """A stage's directory as a local folder: of one in a store, a copy, whose arrays follow when they are restored.
+
+    The copy is kept for the next command, which fetches what has changed.
+    """
+    path = epath.Path(stage_dir).expanduser()
+    if is_remote(path):
+        run, _, stage = str(path).rstrip("/").rpartition("/")
+        path = epath.Path(_reader(run).folder) / stage
+    mirror = mirror_of(path)
+    if mirror and mirror.reads_only:
+        mirror.fetch(f"{Path(path).relative_to(mirror.folder).parts[0]}/")
+    return path
+
+
+def _reader(url: str) -> Mirror:
+    """The mirror of a run directory that this process only reads."""
+    store = Store(url)
+    for mirror in _OPEN.values():
+        if mirror.reads_only and mirror.store.url == store.url:
+            return mirror
+    folder = scratch.folder_of(f"{store.url}/read", scratch.default_folder())
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    try:
+        stack.enter_context(scratch.locked(folder))
+    except InputError:  # another command reads there, at the same time
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxllm-")))
+    mirror = Mirror(store, folder, None)
+    stack.callback(mirror.close)
+    _OPEN[folder] = mirror
+    return mirror
+
+
+def mirror_of(path: epath.PathLike) -> Mirror | None:
+    """The mirror whose folder a path is in; None: the path is what lasts."""
+    for folder, mirror in _OPEN.items():
+        if Path(path).is_relative_to(folder):
+            return mirror
+    return None
+
+
+def shown(path: epath.PathLike) -> str:
+    """A path as the user knows it: of a run directory in a store, its URL."""
+    mirror = mirror_of(path)
+    if mirror is None:
+        return str(path)
+    inside = Path(path).relative_to(mirror.folder).as_posix()
+    return mirror.store.url if inside == "." else f"{mirror.store.url}/{inside}"
+
+
+def _identity(folder: Path) -> str:
+    """A name for a scratch that no folder on another machine has."""
+    file = folder / ".identity.json"
+    if not file.exists():
+        file.write_text(json.dumps(uuid.uuid4().hex))
+    return json.loads(file.read_text())
