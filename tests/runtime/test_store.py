@@ -117,9 +117,15 @@ def test_what_does_not_pass_ends_in_one_line():
     with pytest.raises(retry.Unavailable, match="write gs://b/x: failed 3 times"):
         retry.repeated("write gs://b/x", lambda: fail(HttpError(500)), attempts=3)
     assert len(calls) == 3
-    for error in (HttpError(401), HttpError(403), PermissionError("AccessDenied for key AKIA1")):
+    expired = OSError("the token is too old")
+    expired.response = {
+        "Error": {"Code": "ExpiredToken"},
+        "ResponseMetadata": {"HTTPStatusCode": 400},
+    }
+    denied = PermissionError("AccessDenied for key AKIA1")
+    for error in (HttpError(401), HttpError(403), denied, expired):
         calls.clear()
-        with pytest.raises(retry.Refused, match="check the credentials") as refusal:
+        with pytest.raises(retry.Refused, match="check this machine's credentials") as refusal:
             retry.repeated("write gs://b/x", lambda error=error: fail(error))
         assert len(calls) == 1 and "AKIA1" not in str(refusal.value)
     with pytest.raises(ZeroDivisionError):
@@ -399,7 +405,7 @@ def test_a_store_that_is_away_ends_a_push_in_one_line(store, tmp_path, monkeypat
     write(tmp_path, "sft/result.json", b"{}")
 
     def away(*_):
-        raise retry.Unavailable("list: failed 7 times")
+        raise retry.Unavailable("create: failed 7 times")
 
     with monkeypatch.context() as broken:
         broken.setattr(Store, "create", away)

@@ -128,7 +128,7 @@ class Lease:
                 self._look()
                 if not self._lost:
                     self._beat()
-            except (Unavailable, OSError) as error:
+            except Unavailable as error:
                 # Without an answer nobody knows; `check` asks again before anything is written.
                 console.print(f"warning: the lease could not be renewed ({error})", soft_wrap=True)
 

@@ -155,8 +155,9 @@ class Mirror:
 
     def _download(self, name: str) -> None:
         target = self.folder / name
-        self.store.download(name, target)
-        self._known[name] = _known(self._known[name].version, target)
+        known = self._known[name]
+        self.store.download(name, target, None if known.is_here else known.size)
+        self._known[name] = _known(known.version, target)
 
     def bring(self, folder: str) -> None:
         """Fetch the tokenized data below a folder that is in the store only."""

@@ -93,22 +93,39 @@ class Store:
 
     def write(self, name: str, content: bytes) -> Object:
         """Write an object, in place of an older one."""
-        self._repeated("write", name, lambda: self._fs.pipe_file(self._path(name), content))
-        return self._written(name, len(content))
+
+        def write() -> Object:
+            self._fs.pipe_file(self._path(name), content)
+            return self._written(name, len(content))
+
+        return self._repeated("write", name, write)
 
     def upload(self, file: Path, name: str) -> Object:
         """Write an object with the content of a file, which must not change meanwhile."""
 
-        def put() -> None:
+        def put() -> Object:
             self._fs.put_file(str(file), self._path(name), chunksize=_PART)
+            return self._written(name, file.stat().st_size)
 
-        self._repeated("write", name, put)
-        return self._written(name, file.stat().st_size)
+        return self._repeated("write", name, put)
 
-    def download(self, name: str, file: Path) -> None:
-        """Write a file with the content of an object. Raises FileNotFoundError."""
+    def download(self, name: str, file: Path, size: int | None = None) -> None:
+        """Write a file with the content of an object.
+
+        Args:
+            size: of the object, if it is known: an answer that is shorter is asked for again.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._repeated("read", name, lambda: self._fs.get_file(self._path(name), str(file)))
+
+        def get() -> None:
+            self._fs.get_file(self._path(name), str(file))
+            if size is not None and file.stat().st_size != size:
+                raise OSError(f"{file.stat().st_size:,} of {size:,} bytes")
+
+        self._repeated("read", name, get)
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove objects; those that do not exist are none the less removed."""
@@ -131,9 +148,7 @@ class Store:
         """What was just written, as the store has it. Raises OSError if it is not what was sent."""
         found = self.look(name)
         if found is None or found.size != size:
-            raise OSError(
-                f"{self.url}/{name}: the store has {found}, and {size:,} bytes were written"
-            )
+            raise OSError(f"the store has {found} of {size:,} bytes")
         return found
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jaxllm.config import InputError
+from jaxllm.config import Ending, InputError
 
 ATTEMPTS = 7
 FIRST_PAUSE = 0.5  # seconds; doubled after every attempt
@@ -14,14 +14,16 @@ LONGEST_PAUSE = 30.0
 # HTTP statuses that pass: request time-out, too many requests, and errors of the server.
 _PASSING = {408, 429, 500, 502, 503, 504}
 _REFUSED = {401, 403}
-_TEXTS_OF_CREDENTIALS = ("credential", "token", "signature", "accessdenied", "forbidden")
+# Errors of the clients that have no credentials to send, and S3's codes for those that are too old.
+_OF_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "RefreshError")
+_EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
 
 
 class Refused(InputError):
     """The store does not let this process in."""
 
 
-class Unavailable(OSError):
+class Unavailable(Ending):
     """The store could not be reached in several attempts."""
 
 
@@ -50,7 +52,8 @@ def repeated(what: str, run: Callable[[], Any], attempts: int = ATTEMPTS) -> Any
                 raise
             if attempt == attempts:
                 raise Unavailable(
-                    f"{what}: failed {attempts} times; the last time: {_short(error)}"
+                    f"{what}: failed {attempts} times, at last with {_short(error)}; run the same command again when the "
+                    "store answers"
                 ) from error
         # Jitter: the hosts of a job that failed together must not come back together.
         time.sleep(random.uniform(0.5, 1.0) * pause)
@@ -75,22 +78,13 @@ def passes(error: BaseException) -> bool:
 
 
 def _raise_if_refused(what: str, error: BaseException) -> None:
-    text = str(error).lower()
-    named = type(error).__name__ in (
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "RefreshError",
-    )
-    credentials = any(word in text for word in _TEXTS_OF_CREDENTIALS)
-    refused = isinstance(error, PermissionError) or _status(error) in _REFUSED
-    if named or (
-        refused
-        and (credentials or _status(error) in _REFUSED or isinstance(error, PermissionError))
-    ):
+    named = type(error).__name__ in _OF_CREDENTIALS or _s3_code(error) in _EXPIRED
+    if named or isinstance(error, PermissionError) or _status(error) in _REFUSED:
         # The text of the error may hold parts of a request, signatures among them.
         raise Refused(
-            f"{what}: the store refuses it ({type(error).__name__}); check the credentials of this machine "
-            "(gcloud auth application-default login, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and its rights in the bucket"
+            f"{what}: the store refuses it ({type(error).__name__}); check this machine's credentials "
+            "(gcloud auth application-default login, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and its rights "
+            "in the bucket"
         ) from None
 
 
@@ -100,14 +94,21 @@ def _status(error: BaseException) -> int | None:
         value = getattr(error, name, None)
         if isinstance(value, int) and 100 <= value < 600:
             return value
-    # botocore's ClientError, and s3fs's OSErrors made of one.
+    status = _s3_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status if isinstance(status, int) else None
+
+
+def _s3_code(error: BaseException) -> str:
+    return _s3_response(error).get("Error", {}).get("Code", "")
+
+
+def _s3_response(error: BaseException) -> dict[str, Any]:
+    """What S3 has answered, of botocore's ClientError and of s3fs's errors made of one; {} of others."""
     for each in (error, error.__cause__):
         response = getattr(each, "response", None)
         if isinstance(response, dict):
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if isinstance(status, int):
-                return status
-    return None
+            return response
+    return {}
 
 
 def _short(error: BaseException) -> str:
