@@ -217,6 +217,14 @@ def score(args: Sequence[str]) -> None:
     tasks.command(options)
 
 
+def status(args: Sequence[str]) -> None:
+    """`jaxllm status`."""
+    options = _parse("status", args)
+    from jaxllm.report import status as report
+
+    report.command(options)
+
+
 def plan(args: Sequence[str]) -> None:
     """`jaxllm plan`."""
     # Set before JAX is imported: it reads them then. The compiler for TPUs that are not attached runs

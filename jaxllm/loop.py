@@ -17,6 +17,7 @@ from jaxllm.runtime.digest import unequal_replicas
 from jaxllm.runtime.goodput import Ledger
 from jaxllm.runtime.prefetch import Prefetch
 from jaxllm.runtime.processes import Signals
+from jaxllm.runtime.profile import Profiler
 from jaxllm.runtime.seal import committed_steps
 from jaxllm.train import Batch, Hook, Run, Training, fit
 
@@ -104,7 +105,8 @@ def _restore(stage: _Stage, skipped: list[list[int]]) -> "tuple[Any, _Attempt]":
     skipped = max(skipped, record.get("skipped", []), key=len)
     attempt = _Attempt(stage, int(state.step), skipped, record.get("interval"))
     ledger.mark("restore")
-    ledger.write(stage.title, attempt.first, restored=attempt.first)
+    # How many steps there are is known here only, if the data decides it.
+    ledger.write(stage.title, attempt.first, restored=attempt.first, num_steps=training.num_steps)
     return state, attempt
 
 
@@ -182,6 +184,7 @@ class _Attempt:
             partial=interval,
             rewind_after=settings.checkpoint.rewind_after,
         )
+        self.profiler = Profiler(stage.directory / "profile", stage.logging.profile_steps, first)
         offset = _num_skipped(skipped)
         self.batches = Prefetch(
             lambda number: training.batch_at(number + offset),
@@ -198,6 +201,9 @@ class _Attempt:
             (settings.checkpoint.save_every, self.save_hook),
             (1, self.stop_hook),
         ]
+        if self.stage.logging.profile_steps:
+            # First: what the other hooks do is not part of a step.
+            hooks.insert(0, (1, lambda number, state, _: self.profiler.after(number, state)))
         if every := settings.checkpoint.compare_replicas_every:
             hooks.insert(0, (every, self.compare_hook))
         return Run(state, training.step, self.next_batch, training.num_steps, hooks)
@@ -267,6 +273,7 @@ class _Attempt:
         }
 
     def close(self) -> None:
+        self.profiler.close()
         # Threads first: they may be computing a batch that nobody will take.
         self.batches.close()
         self.log.close()

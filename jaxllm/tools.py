@@ -55,6 +55,12 @@ TABLE: dict[str, Tool] = {
         options="jaxllm.evaluation.config:ScoreArgs",
         run="jaxllm.commands:score",
     ),
+    "status": Tool(
+        usage="RUN_DIR [--watch] [--json]",
+        help="where a run is, here or in a store: stage, step, speed, last save",
+        options="jaxllm.report.status_config:StatusArgs",
+        run="jaxllm.commands:status",
+    ),
     "plan": Tool(
         usage="CONFIG --topology NAME [options]",
         help="compile a stage's step for TPUs that are not attached: memory and cost",

@@ -170,6 +170,7 @@ def refused(monkeypatch):
         "pretrained.convert.export_model",
         "evaluation.tasks.command",
         "plan.planning.command",
+        "report.status.command",
     ):
         module, name = leaf.rsplit(".", 1)
         monkeypatch.setattr(importlib.import_module(f"jaxllm.{module}"), name, done)

@@ -37,6 +37,7 @@ TESTED_IN = {
     "optim.py": "tests/test_train.py",
     "optim_config.py": "tests/test_train.py",
     "runtime/prefetch.py": "tests/test_train.py",
+    "report/status_config.py": "tests/report/test_status.py",
     # A run directory in a store.
     "runtime/store/lease.py": "tests/runtime/test_store.py",
     "runtime/store/mirror.py": "tests/runtime/test_store.py",

@@ -81,3 +81,10 @@ class LoggingConfig:
     """Write TensorBoard event files into STAGE/tensorboard."""
     wandb_project: str = ""
     """Weights & Biases project; empty: off. Needs `pip install wandb`."""
+    profile_steps: tuple[PositiveInt, ...] = ()
+    """[first, last]: record what the devices and the host do in these steps into STAGE/profile."""
+
+    def __post_init__(self) -> None:
+        steps = self.profile_steps
+        ordered = len(steps) == 2 and steps[0] <= steps[1]
+        require(not steps or ordered, "profile_steps: must be [first, last], as [100, 103]")

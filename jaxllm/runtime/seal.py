@@ -6,7 +6,8 @@ seal.json is written last and atomically; a step without it does not exist. It h
       "record":  {"fingerprints": {...}, "metrics": {"eval/loss": 2.1}, ...},   what the training loop wants back
       "digests": {"params.embed.tokens": [word, word], ...},                    of every leaf, taken on the devices
       "files":   {"d/6baa8dbf": SHA-256, ...},                                  of every other file in the folder
-      "sha256":  of the JSON of the three above
+      "time":    1764400000.0,                                                  when it was written, seconds
+      "sha256":  of the JSON of what is above
     }
 
 The hashes of files find damage on the disk; the digests of leaves also find what went wrong between the devices and
@@ -16,6 +17,7 @@ the files.
 import concurrent.futures
 import hashlib
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -63,9 +65,10 @@ def committed_steps(directory: epath.Path) -> list[int]:
 
 
 def write_seal(step_dir: epath.Path, seal: dict[str, Any]) -> None:
-    """Commit a step's folder. seal: {record, digests}, to which this adds the hashes of the files in the folder."""
+    """Commit a step's folder. seal: {record, digests}, to which this adds the time and the files' hashes."""
     # Orbax has finished: nothing is added to the folder any more.
     seal["files"] = _hash_files(step_dir, _files(step_dir))
+    seal["time"] = round(time.time(), 3)
     write_whole(step_dir / SEAL, json.dumps({**seal, "sha256": _hash_json(seal)}))
 
 

@@ -51,6 +51,7 @@ class Lease:
             "pid": os.getpid(),
             "id": uuid.uuid4().hex,
             "scratch": scratch,
+            "seconds": seconds,
         }
         self._renewed = 0.0  # time.monotonic() of the last renewal that was certain
         self._lost = ""  # why the lease is lost
@@ -166,6 +167,13 @@ class Lease:
             f"{FOLDER}/{number}.json"
         )
         return json.loads(content) if content else {"free": True}
+
+
+def newest_beat(url: str) -> dict[str, Any] | None:
+    """What the newest holder of a run directory's lease has said last; None: nobody has held it."""
+    found = Lease(Store(url), 0.0)
+    newest = max(found._numbers(), default=0)
+    return found._read_beat(newest) if newest else None
 
 
 def _is_free(beat: dict[str, Any], scratch: str) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 
 from jaxllm.config import Ending, InputError
 
-ATTEMPTS = 7
+# The clients try again themselves, for half a minute or so; these are attempts beyond that.
+ATTEMPTS = 4
 FIRST_PAUSE = 0.5  # seconds; doubled after every attempt
 LONGEST_PAUSE = 30.0
 # HTTP statuses that pass: request time-out, too many requests, and errors of the server.

@@ -77,6 +77,16 @@ def local_folder(stage_dir: epath.PathLike) -> epath.Path:
     return path
 
 
+def local_run(run_dir: epath.PathLike) -> epath.Path:
+    """A run directory as a local folder: of one in a store, a copy of what is small."""
+    path = epath.Path(run_dir).expanduser()
+    if not is_remote(path):
+        return path
+    mirror = _reader(str(path))
+    mirror.fetch()
+    return epath.Path(mirror.folder)
+
+
 def _reader(url: str) -> Mirror:
     """The mirror of a run directory that this process only reads."""
     store = Store(url)
