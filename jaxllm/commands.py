@@ -101,7 +101,7 @@ class ImportArgs:
     does init_from in a config."""
 
     source: Annotated[str, *_argument("SOURCE")]
-    """Folder with config.json, *.safetensors and a tokenizer, or a .gguf file."""
+    """Folder with config.json, *.safetensors and a tokenizer, a .gguf file, or hf://ORG/NAME[@REVISION]."""
     out: Annotated[str, *_argument("STAGE_DIR")]
     """Directory to create."""
 

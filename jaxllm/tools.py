@@ -39,7 +39,7 @@ TABLE: dict[str, Tool] = {
     ),
     "import": Tool(
         usage="SOURCE STAGE_DIR",
-        help="make a stage directory from a downloaded model: safetensors or GGUF",
+        help="make a stage directory from a published model: safetensors, GGUF or hf://ORG/NAME",
         options="jaxllm.commands:ImportArgs",
         run="jaxllm.commands:import_model",
     ),

@@ -20,7 +20,7 @@ from jaxllm.config import InputError, to_tree
 from jaxllm.model_store import load_model, read_model_card, write_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.pretrained import downloads
+from jaxllm.pretrained import downloads, hubs
 from jaxllm.pretrained.adapters import write_adapters
 from jaxllm.pretrained.families import file_shapes, file_value, pick, tensors
 from jaxllm.pretrained.family_config import family_of, from_hf, present, to_hf
@@ -45,22 +45,26 @@ def import_model(source: str, out: str) -> None:
     """Make the stage directory `out` of a published model.
 
     Args:
-        source: a folder with config.json, *.safetensors and a tokenizer, or a GGUF file.
+        source: a folder with config.json, *.safetensors and a tokenizer, a GGUF file, or hf://ORG/NAME[@REVISION].
 
     Raises:
         InputError: `out` exists, the family is unknown, or a tensor is missing, unknown or misshapen.
     """
-    folder = Path(source).expanduser()
     target = Path(out).expanduser()
     if target.exists():
         raise InputError(f"{target}: exists already; give another directory, or remove it")
+    if hubs.is_on_hub(source):
+        folder, source = hubs.fetch(source)
+        console.print(f"{source}, in {folder}", soft_wrap=True)
+    else:
+        folder = Path(source).expanduser()
     # An import that fails does not leave a half-written directory.
     with new_folder(target) as stage:
         if folder.suffix.lower() == ".gguf" and not folder.is_dir():
-            _make_stage(stage, _unpack_gguf(folder, stage / "gguf"), move=True)
+            _make_stage(stage, _unpack_gguf(folder, stage / "gguf"), source, move=True)
             shutil.rmtree(stage / "gguf")
         else:
-            _make_stage(stage, folder, move=False)
+            _make_stage(stage, folder, source, move=False)
     console.print(f"next: {_next_command(target)}")
 
 
@@ -73,8 +77,13 @@ def _next_command(stage: Path) -> str:
     return f"jaxllm chat {stage}"
 
 
-def _make_stage(stage: Path, folder: Path, move: bool) -> None:
-    """Fill the directory of a stage from a folder; move: its files are not needed there any more."""
+def _make_stage(stage: Path, folder: Path, source: str, move: bool) -> None:
+    """Fill the directory of a stage from a folder.
+
+    Args:
+        source: where the model is from, for the record.
+        move: the folder's files are not needed there any more.
+    """
     model, family, files = _read_folder(folder)
     unused = files.check(model, family)
     # Buffers and copies of the embedding go into the stage with their files, and are never read.
@@ -99,7 +108,8 @@ def _make_stage(stage: Path, folder: Path, move: bool) -> None:
             shutil.copyfile(folder / name, stage / "hf" / name)
     write_model_card(epath.Path(stage), model, "policy", ("params",))
     count = transformer.num_params(model)
-    write_json(stage / "result.json", {"parameters": count, "family": family, "checkpoint": 0})
+    result = {"parameters": count, "family": family, "source": source, "checkpoint": 0}
+    write_json(stage / "result.json", result)
     console.print(f"{family}, {count:,} parameters, {', '.join(kinds)}")
 
 
