@@ -257,6 +257,8 @@ def _refused_module(words):
     module, *rest = words
     if module == "jaxllm":
         yield from _refused_by_jaxllm(rest)
+    elif module.startswith("tests."):
+        yield from _refused_by_file(f"{module.replace('.', '/')}.py", *rest)
     elif module == "pytest":
         yield from _missing(*(w.split("::")[0] for w in rest if w.startswith("tests/")))
     else:
