@@ -400,6 +400,27 @@ def test_arrays_that_are_damaged_here_are_fetched_again(store, tmp_path):
     mirror.close()
 
 
+def test_damage_is_not_brought_to_the_store(store, tmp_path, capsys):
+    mirror = opened(store, tmp_path)
+    directory = save(tmp_path, 4, seed=1)
+    mirror.push()
+    before = stored(store)
+    # After it was brought, and before.
+    (directory / "d/array").write_bytes(b"damaged")
+    mirror.push()
+    assert stored(store) == before
+    damaged = save(tmp_path, 8, seed=2)
+    (damaged / "d/array").write_bytes(b"damaged")
+    mirror.push()
+    assert "pretrain/checkpoints/8/seal.json" not in stored(store)
+    assert "is not what was sealed" in capsys.readouterr().err
+    # Saved again, it is brought.
+    save(tmp_path, 8, seed=2)
+    mirror.push()
+    assert "pretrain/checkpoints/8/seal.json" in stored(store)
+    mirror.close()
+
+
 def test_a_store_that_is_away_ends_a_push_in_one_line(store, tmp_path, monkeypatch):
     mirror = opened(store, tmp_path)
     write(tmp_path, "sft/result.json", b"{}")

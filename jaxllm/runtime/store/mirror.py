@@ -14,6 +14,7 @@ is needed: tokenized data, and arrays of checkpoints, these again if their bytes
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import threading
@@ -82,6 +83,7 @@ class Mirror:
         self._written_under: int = manifest.get("lease", 0)
         self._known = {name: Known(*fields) for name, fields in manifest.get("files", {}).items()}
         self._pushing = threading.Lock()
+        self._warned: set[Path] = set()
         self._wake = threading.Event()
         self._ended = False
         self._error: Ending | None = None
@@ -162,10 +164,12 @@ class Mirror:
     def bring(self, folder: str) -> None:
         """Fetch the tokenized data below a folder that is in the store only."""
         missing = []
-        for name, known in self._known.items():
-            if name.startswith(folder) and not known.is_here and not _is_array(name):
-                missing.append(name)
-        in_parallel(self._download, missing)
+        # Under the lock: a look at the scratch must not take half a file for a new one.
+        with self._pushing:
+            for name, known in self._known.items():
+                if name.startswith(folder) and not known.is_here and not _is_array(name):
+                    missing.append(name)
+            in_parallel(self._download, missing)
 
     def complete(self, step_dir: Path, seal: dict[str, Any]) -> None:
         """Fetch the files of a checkpoint that are missing here, or are not what was sealed."""
@@ -180,7 +184,8 @@ class Mirror:
             except (KeyError, FileNotFoundError):  # the seal's check will say that it is missing
                 return
 
-        in_parallel(lambda item: fetch(*item), seal["files"].items())
+        with self._pushing:
+            in_parallel(lambda item: fetch(*item), seal["files"].items())
 
     # --- To the store.
 
@@ -250,11 +255,7 @@ class Mirror:
     def _push(self, lease: Lease) -> None:
         lease.check()
         here = self._scan()
-        stale = [
-            name
-            for name in here
-            if name not in self._known or here[name] != _signature(self._known[name])
-        ]
+        stale = [name for name in here if self._is_stale(name, here)]
         gone = [name for name, known in self._known.items() if self._is_gone(name, known, here)]
         if not stale and not gone:
             return
@@ -269,6 +270,11 @@ class Mirror:
     def _upload(self, name: str, signature: tuple[int, int, int]) -> None:
         file = self.folder / name
         try:
+            if _is_seal(name) and not self._is_complete(name):
+                return
+            if _is_array(name) and not self._is_sealed(name):
+                self._warn_damaged(file)
+                return
             if _is_commit(name):
                 content = file.read_bytes()
             elif name.endswith(".jsonl"):
@@ -288,11 +294,39 @@ class Mirror:
             version = self.store.write(name, content).version
         self._known[name] = Known(version, *signature)
 
+    def _warn_damaged(self, file: Path) -> None:
+        if file not in self._warned:  # every look at the scratch finds it again
+            self._warned.add(file)
+            console.print(
+                f"warning: {file} is not what was sealed; this checkpoint is not brought to the store",
+                soft_wrap=True,
+            )
+
+    def _is_sealed(self, array: str) -> bool:
+        """Whether an array is what its seal says."""
+        seal = json.loads((self.folder / _seal_of(array)).read_bytes())
+        inside = _STEP.fullmatch(array)["file"]  # type: ignore[index]
+        return _sha256(self.folder / array) == seal["files"].get(inside)
+
+    def _is_complete(self, seal: str) -> bool:
+        """Whether the store has everything that a seal speaks of."""
+        step = seal.removesuffix("seal.json")
+        files = json.loads((self.folder / seal).read_bytes())["files"]
+        return all(step + file in self._known for file in files)
+
     def _remove(self, names: Iterable[str]) -> None:
         names = list(names)
         self.store.delete(names)
         for name in names:
             self._known.pop(name, None)
+
+    def _is_stale(self, name: str, here: dict[str, tuple[int, int, int]]) -> bool:
+        """Whether the store does not have a file as it is here."""
+        known = self._known.get(name)
+        if known and here[name] == _signature(known):
+            return False
+        # Arrays do not change unless they are saved and sealed again: another one is damaged, and stays here.
+        return not known or not _is_array(name) or self._is_stale(_seal_of(name), here)
 
     def _is_gone(self, name: str, known: Known, here: dict[str, Any]) -> bool:
         if known.is_here:
