@@ -68,9 +68,8 @@ def plan(config: Config, args: PlanArgs) -> dict[str, Any]:
     chip, devices = _devices(args)
     mesh = planned_mesh(config.mesh_of(args.stage), devices)
     compiles = not isinstance(devices, int)
-    stage_programs = stages.load(stages.named(args.stage).programs)
     with gpus.as_if_present(devices[0]) if compiles else contextlib.nullcontext():
-        programs, held = stage_programs(mesh, config, args.stage)
+        programs, held = stage_programs(config, args.stage, mesh)
         report = {**_sizes(config, args.stage, mesh, held), "compile_seconds": 0.0, "fits": True}
         if compiles:
             report["compiler"] = compiler.name(devices[0].platform)
@@ -80,6 +79,11 @@ def plan(config: Config, args: PlanArgs) -> dict[str, Any]:
     if args.leaves:
         report["leaves"] = _shardings(held)
     return report
+
+
+def stage_programs(config: Config, stage: str, mesh: Any) -> tuple[list[Program], dict[str, Any]]:
+    """(the programs of a stage's update, {role: its state}), as shapes with their shardings on this mesh."""
+    return stages.load(stages.named(stage).programs)(mesh, config, stage)
 
 
 # Above this share of a device's memory, a quick compilation does not decide whether a program fits.
