@@ -18,7 +18,6 @@ A stage reads what earlier stages wrote and nothing else; no stage calls another
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,12 +28,12 @@ import jax
 from etils import epath
 
 from jaxllm.config import Ending, InputError, check_unchanged, differences
-from jaxllm.runtime.files import new_folder, read_json, write_json
+from jaxllm.runtime.files import lock_file, new_folder, read_json, write_json
 from jaxllm.runtime.goodput import Ledger
 from jaxllm.runtime.processes import Signals, barrier
 from jaxllm.runtime.provenance import code_version, provenance
 from jaxllm.runtime.seal import committed_steps
-from jaxllm.runtime.store.working import mirror_of
+from jaxllm.runtime.store.working import make_durable
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import Tokenizer
 
@@ -96,18 +95,9 @@ class Workspace:
         if jax.process_index():
             yield
             return
-        # O_CLOEXEC: a child that outlives this process would keep the lock.
-        descriptor = os.open(self.run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{self.run_dir}: another process works in it; wait for it or stop it"
-            ) from None
-        else:
+        refusal = f"{self.run_dir}: another process works in it; wait for it or stop it"
+        with lock_file(self.run_dir / ".lock", refusal):
             yield
-        finally:
-            os.close(descriptor)
 
     def begin(self, stage: str, sections: Sequence[str], extends: bool) -> None:
         """Record config and provenance; refuse to resume a stage that was begun with another config.
@@ -174,8 +164,7 @@ class Workspace:
         if steps:
             record["checkpoint"] = steps[-1]
         write_json(self.stage_dir(stage) / "result.json", record)
-        if mirror := mirror_of(self.run_dir):
-            mirror.push()
+        make_durable(self.run_dir)
 
     def reopen(self, stage: str) -> None:
         """Make a finished stage unfinished; it resumes from its newest checkpoint."""

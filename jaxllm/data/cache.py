@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.config import InputError
+from jaxllm.runtime.files import sha256_of
 
 # Larger files (in bytes) are hashed again only if their times have changed.
 _ALWAYS_READ = 1 << 20
@@ -138,7 +139,7 @@ def _checksums(folder: Path) -> dict[str, tuple[int, str]]:
     checksums = {}
     for path in sorted(folder.iterdir()):
         if path.name != _LOCK:
-            checksums[path.name] = (path.stat().st_size, sha256(path))
+            checksums[path.name] = (path.stat().st_size, sha256_of(path))
     return checksums
 
 
@@ -159,7 +160,7 @@ def _is_intact(folder: Path, name: str, size: int, digest: str) -> bool:
     same_times = known.get(name) == _times(path)
     if size > _ALWAYS_READ and same_times:
         return True
-    if sha256(path) != digest:
+    if sha256_of(path) != digest:
         return False
     if not same_times:  # the cache was copied
         _store_times(folder, [*known, name])
@@ -174,12 +175,6 @@ def _times(path: Path) -> list[int]:
     """[modified, changed] in nanoseconds; every write changes both, and no program can set back the second."""
     info = path.stat()
     return [info.st_mtime_ns, info.st_ctime_ns]
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's content, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, value: Any) -> None:

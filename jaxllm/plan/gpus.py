@@ -48,6 +48,17 @@ class GPU:
 
 
 _KIB, _MIB = 2**10, 2**20
+_H100 = GPU(
+    name="NVIDIA H100 80GB HBM3",
+    capability=(9, 0),
+    cores=132,
+    fpus=128,
+    shared=228 * _KIB,
+    l2=50 * _MIB,
+    clock=1.98,
+    memory=81_559 * _MIB,
+    bandwidth=3_350_000_000_000,
+)
 GPUS = {
     "a100": GPU(
         name="NVIDIA A100-SXM4-80GB",
@@ -60,27 +71,9 @@ GPUS = {
         memory=81_920 * _MIB,
         bandwidth=2_039_000_000_000,
     ),
-    "h100": GPU(
-        name="NVIDIA H100 80GB HBM3",
-        capability=(9, 0),
-        cores=132,
-        fpus=128,
-        shared=228 * _KIB,
-        l2=50 * _MIB,
-        clock=1.98,
-        memory=81_559 * _MIB,
-        bandwidth=3_350_000_000_000,
-    ),
-    "h200": GPU(
-        name="NVIDIA H200",
-        capability=(9, 0),
-        cores=132,
-        fpus=128,
-        shared=228 * _KIB,
-        l2=50 * _MIB,
-        clock=1.98,
-        memory=143_771 * _MIB,
-        bandwidth=4_800_000_000_000,
+    "h100": _H100,
+    "h200": dataclasses.replace(
+        _H100, name="NVIDIA H200", memory=143_771 * _MIB, bandwidth=4_800_000_000_000
     ),
     "b200": GPU(
         name="NVIDIA B200",

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxllm.config import InputError
 from jaxllm.runtime.console import console
+from jaxllm.runtime.files import sha256_of
 
 SCHEME = "hf://"
 # What an import reads: weights, config, tokenizer. Not the copies in other formats, which lie in subfolders.
@@ -93,8 +94,7 @@ def _is_right(file: Path, entry: Any) -> bool:
     """Whether a file has the hash that the hub gives: SHA-256 of a large file, git's of a small one."""
     size = file.stat().st_size
     if entry.lfs:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest() == entry.lfs.sha256
+        return sha256_of(file) == entry.lfs.sha256
     if not entry.blob_id:
         return entry.size in (None, size)
     return hashlib.sha1(b"blob %d\0" % size + file.read_bytes()).hexdigest() == entry.blob_id

@@ -19,7 +19,7 @@ from jaxllm.config import InputError
 from jaxllm.ranking.records import now, read_lines, read_rankings
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, write_whole
-from jaxllm.runtime.store.working import mirror_of
+from jaxllm.runtime.store.working import make_durable
 
 
 class Answers:
@@ -90,8 +90,7 @@ class Answers:
         # The newest answer is the last line of its file. Bytes, since str.splitlines also cuts at U+2028.
         lines = path.read_bytes().splitlines(keepends=True)
         write_whole(path, b"".join(lines[:-1]))
-        if mirror := mirror_of(path):
-            mirror.push()
+        make_durable(path)
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
         # errors: a lone surrogate, which JSON may hold and UTF-8 may not, becomes "?".
@@ -100,8 +99,8 @@ class Answers:
             file.flush()
             os.fsync(file.fileno())  # a person's work must survive a power cut
         # And the loss of this machine, where the run directory is in a store.
-        if not line.get("simulated") and (mirror := mirror_of(path)):
-            mirror.push()
+        if not line.get("simulated"):
+            make_durable(path)
         self.count += 1
 
 

@@ -48,7 +48,7 @@ from jaxllm.runtime.seal import (
     warn_damaged,
     write_seal,
 )
-from jaxllm.runtime.store.working import mirror_of
+from jaxllm.runtime.store.working import make_durable, mirror_of
 
 # What the training loop stores with a checkpoint, as JSON.
 Record = dict[str, Any]
@@ -186,8 +186,7 @@ class Checkpoints:
                 time.sleep(pause)
             self.save(step, state, record)
             self.wait()
-        if mirror := mirror_of(self.directory):
-            mirror.push()
+        make_durable(self.directory)
         if step not in committed_steps(self.directory):
             raise SaveFailed(
                 f"{self.directory}: step {step} could not be saved in {attempts} attempts; make room "

@@ -1,6 +1,8 @@
 """Paths, JSON, JSON lines, and atomic writes: a reader sees the old content or the new, never a part of it."""
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import re
@@ -49,6 +51,31 @@ def check_path(directory: epath.PathLike) -> None:
         raise InputError(
             f"{path!a}: this directory's name is not valid UTF-8; choose another --run-dir"
         ) from None
+
+
+def sha256_of(path: epath.PathLike) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def lock_file(path: epath.PathLike, refusal: str) -> Iterator[None]:
+    """Holds the lock of a file, which is made if it is missing. The lock ends with the process, even if killed.
+
+    Raises:
+        InputError: with the text `refusal`, if another process holds it.
+    """
+    # O_CLOEXEC: a child that outlives this process would keep the lock.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(refusal) from None
+    else:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:

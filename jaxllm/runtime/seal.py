@@ -27,7 +27,7 @@ from etils import epath
 
 from jaxllm.config import InputError
 from jaxllm.runtime.console import console
-from jaxllm.runtime.files import write_whole
+from jaxllm.runtime.files import sha256_of, write_whole
 from jaxllm.runtime.processes import any_process, barrier
 
 SEAL = "seal.json"
@@ -132,8 +132,7 @@ def _hash_files(step_dir: epath.Path, names: Iterable[str]) -> dict[str, str]:
     """SHA-256 of each file, by its name."""
 
     def hash_file(name: str) -> tuple[str, str]:
-        with open(Path(step_dir) / name, "rb") as file:
-            return name, hashlib.file_digest(file, "sha256").hexdigest()
+        return name, sha256_of(Path(step_dir) / name)
 
     # hashlib releases the interpreter's lock, so that threads hash in parallel.
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

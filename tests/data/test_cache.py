@@ -225,7 +225,7 @@ def test_a_damaged_file_is_named_and_made_again(tmp_path, tokenizer, capsys, whe
 def test_a_large_file_is_checked_again_only_when_its_times_change(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_ALWAYS_READ", 10)
     cache.get_or_build(tmp_path / "x", lambda to: {"n": (to / "big").write_bytes(b"0" * 100)})
-    monkeypatch.setattr(cache, "sha256", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(cache, "sha256_of", lambda path: pytest.fail("read again"))
     assert cache.open_valid(tmp_path / "x") == {
         "n": 100,
         "files": cache.open_valid(tmp_path / "x")["files"],

@@ -448,10 +448,15 @@ def soak(minutes: float, seed: int, topologies: list[int], most: int) -> int:
     print(
         f"\nseed {seed}, {lives} lives, {injected.total()} faults, {lost} steps done again, {corrupted} corrupted results\n"
     )
+    print_table(injected, complaints)
+    return corrupted + complaints.total()
+
+
+def print_table(injected: collections.Counter, complaints: collections.Counter) -> None:
+    """How often each fault was injected, and how often the life did what it should."""
     print("| fault | injected | survived |\n|---|---|---|")
     for kind, count in sorted(injected.items()):
         print(f"| {kind} | {count} | {count - complaints[kind]} |")
-    return corrupted + complaints.total()
 
 
 def _undisturbed(base: Path, processes: int) -> Path:

@@ -247,9 +247,7 @@ def soak(kinds: list[str], minutes: float, seed: int, most: int) -> int:
     print(
         f"\nseed {seed}, {lives} lives, {injected.total()} faults, {corrupted} corrupted results; requests: {dict(weather)}\n"
     )
-    print("| fault | injected | survived |\n|---|---|---|")
-    for kind, count in sorted(injected.items()):
-        print(f"| {kind} | {count} | {count - complaints[kind]} |")
+    harness.print_table(injected, complaints)
     return corrupted + complaints.total()
 
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
 
 from jaxllm import stages
 from jaxllm.config import InputError
@@ -22,7 +21,7 @@ from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.hardware import CHIPS
 from jaxllm.runtime.mesh import make_mesh
 from jaxllm.sharding import MESH_AXES
-from tests.conftest import jaxllm
+from tests.plan.test_planning import SMALL, run
 
 compiles = pytest.mark.skipif(
     not gpus.installed(), reason="needs XLA's compiler for GPUs: pip install -e '.[plan-gpu]'"
@@ -176,28 +175,10 @@ def test_old_gpus_refuse_wide_heads(window):
     assert refusals["h100"] is None or "cuDNN" in refusals["h100"]
 
 
-MODEL = {
-    "vocab_size": 512,
-    "max_length": 256,
-    "num_layers": 3,
-    "embed_dim": 256,
-    "num_heads": 2,
-    "mlp_dim": 512,
-}
-
-
 @compiles
 def test_a_step_is_compiled_for_gpus_on_two_nodes(tmp_path):
-    config = {
-        "name": "p",
-        "model": MODEL,
-        "mesh": {"data": 1, "fsdp": -1},
-        "pretrain": {"batch_size": 64, "num_steps": 10},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    process = jaxllm("plan", str(tmp_path / "config.yaml"), "--topology", "h100:16", "--json")
-    out, log = process.communicate(timeout=300)
-    assert process.returncode == 0, log
+    code, out, log = run(tmp_path, SMALL, "h100:16", "--json", batch_size=64)
+    assert code == 0, log
     report = json.loads(out)
     assert report["fits"] and report["devices"] == 16 and report["mesh"] == {"fsdp": 16}
     assert report["compiler"] == compiler.name("gpu") and "estimated" not in report
@@ -209,7 +190,7 @@ def test_a_step_is_compiled_for_gpus_on_two_nodes(tmp_path):
     assert 1.5 * passed < moved["all-gather"] < 2.5 * passed
     assert 0.9 * passed < moved["reduce-scatter"] < 2.2 * passed
     # As on TPUs, attention's backward pass has five products for the four that the gradient needs.
-    attention = 6 * MODEL["num_layers"] * MODEL["embed_dim"] * MODEL["max_length"]
+    attention = 6 * SMALL["num_layers"] * SMALL["embed_dim"] * SMALL["max_length"]
     want = report["model_flops_per_device"] + attention * report["tokens_per_step"] / 16 / 6
     assert report["flops_per_device"] == pytest.approx(want, rel=0.003)
 

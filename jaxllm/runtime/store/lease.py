@@ -65,7 +65,7 @@ class Lease:
             InputError: another run is alive.
         """
         while not self.number:
-            newest = max(self._numbers(), default=0)
+            newest = max(_numbers(self.store), default=0)
             if newest:
                 self._wait_for_end(newest)
             # Of several runs that come this far, one creates the object; the others look again.
@@ -74,7 +74,7 @@ class Lease:
         self._beat()
         self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
         self._thread.start()
-        self.store.delete(self._names_below(self.number))
+        self.store.delete(_names_below(self.store, self.number))
 
     def check(self) -> None:
         """Raises LeaseLost if this run must not write any more."""
@@ -93,7 +93,7 @@ class Lease:
         if self._thread:
             self._thread.join()
         if self.number and not self._lost:
-            self.store.write(self._beat_name(self.number), self._content(free=True))
+            self.store.write(_beat_name(self.number), self._content(free=True))
 
     def _wait_for_end(self, number: int) -> None:
         """Return once the holder of a lease has ended or its lease has run out.
@@ -101,7 +101,7 @@ class Lease:
         Raises:
             InputError: it renews its lease.
         """
-        first = last = self._read_beat(number)
+        first = last = _read_beat(self.store, number)
         deadline = time.monotonic() + self.seconds
         said = False
         while not _is_free(last, self._holder["scratch"]):
@@ -120,7 +120,7 @@ class Lease:
                 )
                 said = True
             time.sleep(min(1.0, self.seconds / 10))
-            last = self._read_beat(number)
+            last = _read_beat(self.store, number)
 
     def _renew(self) -> None:
         """In a thread: say that this run is alive, until it ends or has lost its lease."""
@@ -134,46 +134,46 @@ class Lease:
                 console.print(f"warning: the lease could not be renewed ({error})", soft_wrap=True)
 
     def _look(self) -> None:
-        newest = max(self._numbers(), default=0)
+        newest = max(_numbers(self.store), default=0)
         if newest > self.number:
             self._lost = f"another run has taken over (lease {newest}; this one had {self.number})"
 
     def _beat(self) -> None:
         began = time.monotonic()
-        self.store.write(self._beat_name(self.number), self._content())
+        self.store.write(_beat_name(self.number), self._content())
         self._renewed = began
-
-    def _numbers(self) -> list[int]:
-        return [
-            int(found[1]) for name in self.store.list(FOLDER) if (found := _NUMBER.fullmatch(name))
-        ]
-
-    def _names_below(self, number: int) -> list[str]:
-        below = []
-        for name in self.store.list(FOLDER):
-            if (found := re.match(rf"{FOLDER}/(\d+)\.", name)) and int(found[1]) < number:
-                below.append(name)
-        return below
-
-    def _beat_name(self, number: int) -> str:
-        return f"{FOLDER}/{number}.beat.json"
 
     def _content(self, free: bool = False) -> bytes:
         return json.dumps({**self._holder, "time": time.time(), "free": free}).encode()
 
-    def _read_beat(self, number: int) -> dict[str, Any]:
-        # A run may have been killed between the two objects.
-        content = self.store.read(self._beat_name(number)) or self.store.read(
-            f"{FOLDER}/{number}.json"
-        )
-        return json.loads(content) if content else {"free": True}
-
 
 def newest_beat(url: str) -> dict[str, Any] | None:
     """What the newest holder of a run directory's lease has said last; None: nobody has held it."""
-    found = Lease(Store(url), 0.0)
-    newest = max(found._numbers(), default=0)
-    return found._read_beat(newest) if newest else None
+    store = Store(url)
+    newest = max(_numbers(store), default=0)
+    return _read_beat(store, newest) if newest else None
+
+
+def _numbers(store: Store) -> list[int]:
+    return [int(found[1]) for name in store.list(FOLDER) if (found := _NUMBER.fullmatch(name))]
+
+
+def _names_below(store: Store, number: int) -> list[str]:
+    below = []
+    for name in store.list(FOLDER):
+        if (found := re.match(rf"{FOLDER}/(\d+)\.", name)) and int(found[1]) < number:
+            below.append(name)
+    return below
+
+
+def _beat_name(number: int) -> str:
+    return f"{FOLDER}/{number}.beat.json"
+
+
+def _read_beat(store: Store, number: int) -> dict[str, Any]:
+    # A run may have been killed between the two objects.
+    content = store.read(_beat_name(number)) or store.read(f"{FOLDER}/{number}.json")
+    return json.loads(content) if content else {"free": True}
 
 
 def _is_free(beat: dict[str, Any], scratch: str) -> bool:

@@ -13,7 +13,6 @@ is needed: tokenized data, and arrays of checkpoints, these again if their bytes
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 
 from jaxllm.config import Ending
 from jaxllm.runtime.console import console
-from jaxllm.runtime.files import read_json, write_json
+from jaxllm.runtime.files import read_json, sha256_of, write_json
 from jaxllm.runtime.store.lease import FOLDER as LEASES
 from jaxllm.runtime.store.lease import Lease, LeaseLost
 from jaxllm.runtime.store.objects import Object, Store, in_parallel
@@ -41,8 +40,6 @@ _RESULT = re.compile(r"[^/]+/result\.json")
 _LOCAL = {"damaged"}
 # Of tokenized data, which only training needs.
 _CACHE = "cache/"
-
-
 # Of a file of which only the object is known.
 _UNKNOWN_INODE = -1
 
@@ -177,7 +174,7 @@ class Mirror:
 
         def fetch(file: str, wanted: str) -> None:
             target = step_dir / file
-            if target.exists() and _sha256(target) == wanted:
+            if target.exists() and sha256_of(target) == wanted:
                 return
             try:
                 self._download(str(prefix / file))
@@ -306,7 +303,7 @@ class Mirror:
         """Whether an array is what its seal says."""
         seal = json.loads((self.folder / _seal_of(array)).read_bytes())
         inside = _STEP.fullmatch(array)["file"]  # type: ignore[index]
-        return _sha256(self.folder / array) == seal["files"].get(inside)
+        return sha256_of(self.folder / array) == seal["files"].get(inside)
 
     def _is_complete(self, seal: str) -> bool:
         """Whether the store has everything that a seal speaks of."""
@@ -406,8 +403,3 @@ def _whole_lines(file: Path, size: int) -> bytes:
     with file.open("rb") as opened:
         content = opened.read(size)
     return content[: content.rfind(b"\n") + 1]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,7 +1,6 @@
 """The local folder that a run with its directory in a store works in."""
 
 import contextlib
-import fcntl
 import getpass
 import hashlib
 import os
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxllm.config import InputError
+from jaxllm.runtime.files import lock_file
 
 # What the store and the scratch agreed on, in the scratch.
 MANIFEST = ".mirror.json"
@@ -46,19 +46,12 @@ def locked(folder: Path) -> Iterator[None]:
         raise InputError(
             f"{folder}: cannot be made ({error.strerror}); set `scratch` or JAXLLM_SCRATCH"
         ) from None
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError(
-            f"{folder}: another process of this machine works on the same run; wait for it or stop it"
-        ) from None
-    try:
+    refusal = (
+        f"{folder}: another process of this machine works on the same run; wait for it or stop it"
+    )
+    with lock_file(folder / _LOCK, refusal):
         os.utime(folder / _LOCK)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def clean(parent: Path, used: Path) -> None:

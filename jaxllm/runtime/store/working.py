@@ -114,6 +114,16 @@ def mirror_of(path: epath.PathLike) -> Mirror | None:
     return None
 
 
+def make_durable(path: epath.PathLike) -> None:
+    """Return once what was written in a run directory is where it lasts: of one in a store, there.
+
+    Raises:
+        LeaseLost, NotStored: as `Mirror.push`.
+    """
+    if mirror := mirror_of(path):
+        mirror.push()
+
+
 def shown(path: epath.PathLike) -> str:
     """A path as the user knows it: of a run directory in a store, its URL."""
     mirror = mirror_of(path)
