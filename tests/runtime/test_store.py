@@ -400,6 +400,23 @@ def test_arrays_that_are_damaged_here_are_fetched_again(store, tmp_path):
     mirror.close()
 
 
+def test_a_file_that_is_removed_while_it_is_brought_is_left_out(store, tmp_path, monkeypatch):
+    """As a checkpoint that is no longer kept."""
+    mirror = opened(store, tmp_path)
+    write(tmp_path, "sft/gone.npy", b"1")
+    write(tmp_path, "sft/stays.npy", b"2")
+    upload = Store.upload
+
+    def removed(self, file, name):
+        if name.endswith("gone.npy"):
+            file.unlink()
+        return upload(self, file, name)
+
+    monkeypatch.setattr(Store, "upload", removed)
+    mirror.close()
+    assert set(stored(store)) == {"sft/stays.npy"}
+
+
 def test_damage_is_not_brought_to_the_store(store, tmp_path, capsys):
     mirror = opened(store, tmp_path)
     directory = save(tmp_path, 4, seed=1)

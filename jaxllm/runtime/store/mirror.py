@@ -281,7 +281,12 @@ class Mirror:
         except FileNotFoundError:
             return  # removed meanwhile: the next look sees it
         if content is None:
-            version = self.store.upload(file, name).version
+            try:
+                version = self.store.upload(file, name).version
+            except FileNotFoundError:
+                if file.exists():  # it is the store that lacks something
+                    raise
+                return
         elif _is_commit(name):
             # As a new object: of two runs that both believe to have the lease, one learns here that it has not.
             if not self.store.create(name, content):
