@@ -25,15 +25,15 @@ from jaxllm.runtime import checkpoint, compile_cache, goodput
 from jaxllm.runtime.began import process_began
 from jaxllm.runtime.console import console
 from jaxllm.runtime.cpu import keep_pages
+from jaxllm.runtime.damage import set_aside, warn_damaged
 from jaxllm.runtime.files import check_path, read_json, read_jsonl
 from jaxllm.runtime.hardware import num_cores
 from jaxllm.runtime.mesh import make_mesh
 from jaxllm.runtime.processes import Signals, barrier, join
 from jaxllm.runtime.programs import Programs
-from jaxllm.runtime.seal import set_aside, warn_damaged
-from jaxllm.runtime.store.working import mirror_of, shown, working_copy
+from jaxllm.runtime.store.working import mirror_of, share, shown, working_copy
 from jaxllm.sharding import MESH_AXES
-from jaxllm.stages import Stage
+from jaxllm.stages import Stage, microbatches
 from jaxllm.train import Training
 from jaxllm.workspace import Workspace
 
@@ -142,13 +142,14 @@ def run_stage(
         where = shown(workspace.stage_dir(name))
         console.print(f"{name}: finished already, in {where}", soft_wrap=True)
         return False
+    fitted = microbatches.fit(config, name, workspace.mesh, workspace.stage_dir(name))
     finished = False
     while not finished:
         began = time.monotonic()
         try:
             with jax.set_mesh(workspace.mesh):
                 _prepare(workspace, row)
-                result = stages.load(row.run)(workspace, config, name)
+                result = stages.load(row.run)(workspace, fitted, name)
                 # Trained here rather than in a function of its own: few frames lie between `main` and the model.
                 if isinstance(result, Training):
                     training = result
@@ -222,7 +223,7 @@ def _finish(
         _print_next(config, stage, config_path)
     workspace.ledger.mark("work")
     workspace.ledger.write(stage, event="finished")
-    barrier(f"{stage} is finished")
+    share(workspace.run_dir, f"{stage} is finished")
 
 
 def _print_next(config: Config, stage: str, config_path: str) -> None:

@@ -30,10 +30,10 @@ from etils import epath
 from jaxllm.config import Ending, InputError, check_unchanged, differences
 from jaxllm.runtime.files import lock_file, new_folder, read_json, write_json
 from jaxllm.runtime.goodput import Ledger
-from jaxllm.runtime.processes import Signals, barrier
+from jaxllm.runtime.processes import Signals
 from jaxllm.runtime.provenance import code_version, provenance
 from jaxllm.runtime.seal import committed_steps
-from jaxllm.runtime.store.working import make_durable
+from jaxllm.runtime.store.working import make_durable, share
 from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import Tokenizer
 
@@ -129,7 +129,7 @@ class Workspace:
         if jax.process_index() == 0:
             write_json(directory / "config.json", dict(self.config))
             write_json(directory / "provenance.json", provenance(self.mesh))
-        barrier(f"begin {stage}")
+        share(self.run_dir, f"begin {stage}")
 
     def _sections(self, names: Sequence[str]) -> dict[str, Any]:
         return {name: self.config[name] for name in names}
@@ -170,7 +170,7 @@ class Workspace:
         """Make a finished stage unfinished; it resumes from its newest checkpoint."""
         if jax.process_index() == 0:
             (self.stage_dir(stage) / "result.json").unlink(missing_ok=True)
-        barrier(f"reopen {stage}")
+        share(self.run_dir, f"reopen {stage}")
 
     def result(self, stage: str) -> dict[str, Any] | None:
         """The result of a finished stage, else None."""
@@ -207,7 +207,7 @@ class Workspace:
                 shutil.copytree(
                     Path(self.run_dir / "tokenizer" / "tokenizer"), folder, dirs_exist_ok=True
                 )
-        barrier(f"tokenizer of {stage}")
+        share(self.run_dir, f"tokenizer of {stage}")
 
 
 def _outcome(tree: Any) -> Any:

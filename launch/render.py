@@ -58,7 +58,7 @@ class Job:
     topology: str
     """KIND:SHAPE: a TPU slice (v5p:4x4x4), nodes x GPUs (H100:2x8), or nodes (cpu:2)."""
     bucket: str
-    """Where run directories are: gs://BUCKET/PATH, or a directory that all machines see."""
+    """Where run directories are: gs://BUCKET/PATH, s3://BUCKET/PATH, or a directory that all machines see."""
     slices: int = 1
     """TPU slices, joined by the data-centre network."""
     image: str = ""
@@ -76,7 +76,9 @@ class Job:
     claim: str = ""
     """Kubernetes volume claim that is mounted where `bucket` is a directory."""
     prepare: str = ""
-    """TPU VM, SkyPilot: a shell command for every machine before the run, such as one that mounts `bucket`."""
+    """TPU VM, SkyPilot: a shell command for every machine before the run."""
+    min_nodes: int = 0
+    """Slurm: nodes with which the job goes on, if no more are free; 0: all of the topology's."""
     slurm_options: tuple[str, ...] = ()
     """More options of sbatch."""
     max_restarts: int = 100
@@ -105,6 +107,10 @@ class Job:
             "slices: more than one only of TPUs",
         )
         require(self.max_restarts >= 0, "max_restarts: must not be negative")
+        require(
+            not self.min_nodes or (kind not in TPUS and 0 < self.min_nodes <= self.shape[0]),
+            f"min_nodes: must be 0, or a number of nodes up to that of the topology, {self.topology}",
+        )
 
     @property
     def kind(self) -> str:
@@ -122,6 +128,13 @@ class Job:
     @property
     def chips_per_host(self) -> int:
         return self.chips if self.chips <= TPUS[self.kind].most_on_one_host else 4
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of every process."""
+        # Machines come and go: what they have compiled is kept where the runs are.
+        in_store = "://" in self.bucket
+        return {"JAXLLM_CACHE": f"{self.bucket.rstrip('/')}/compiled"} if in_store else {}
 
     @property
     def arguments(self) -> list[str]:
@@ -158,10 +171,13 @@ def slurm(job: Job) -> str:
             f"topology {job.topology}: Slurm takes nodes x GPUs, as H100:2x8, or nodes, as cpu:2"
         )
     nodes, *gpus = job.shape
+    fewest = f"{job.min_nodes}-" if job.min_nodes else ""
+    export = ",".join(["ALL", *(f"{name}={value}" for name, value in job.environment.items())])
     command = [
         "sbatch",
         f"--job-name={job.name}",
-        f"--nodes={nodes}",
+        f"--nodes={fewest}{nodes}",
+        *([f"--export={export}"] if job.environment else []),
         *(f"--gpus-per-node={n}" for n in gpus),
     ]
     return shlex.join([*command, *job.slurm_options, "launch/slurm.sbatch", *job.arguments])
@@ -225,13 +241,13 @@ def _pod(job: Job, tpu: Tpu) -> Tree:
         "cloud.google.com/gke-tpu-topology": "x".join(map(str, job.shape)),
     }
     chips = {"google.com/tpu": str(job.chips_per_host)}
+    # Without a TPU it is an error, and not a run on the CPU.
+    environment = {"JAX_PLATFORMS": "tpu,cpu", **job.environment}
     container = {
         "name": "jaxllm",
         "image": job.image,
         "command": ["python", "-u", "launch/worker.py", "run", *job.arguments, "--distributed"],
-        "env": [
-            {"name": "JAX_PLATFORMS", "value": "tpu,cpu"}
-        ],  # no TPU is an error, and not a run on the CPU
+        "env": [{"name": name, "value": value} for name, value in environment.items()],
         "ports": [
             {"containerPort": port} for port in (8471, 8080, 8482)
         ],  # TPU, slices, JAX's coordinator
@@ -306,8 +322,15 @@ def sky(job: Job) -> str:
             "num_nodes": nodes,
             "resources": resources,
             "setup": SETUP.format(extra=extra) + (f"{job.prepare}\n" if job.prepare else ""),
-            "run": f"{rendezvous}exec {worker}\n",
+            "run": f"{rendezvous}{_exports(job)}exec {worker}\n",
         }
+    )
+
+
+def _exports(job: Job) -> str:
+    """Lines of a script that set the environment of a process."""
+    return "".join(
+        f"export {name}={shlex.quote(value)}\n" for name, value in job.environment.items()
     )
 
 
@@ -333,6 +356,7 @@ def shell(job: Job) -> str:
     }
     values |= {
         "prepare": job.prepare or "true",
+        "environment": shlex.join(f"{name}={value}" for name, value in job.environment.items()),
         "run_dir": job.arguments[2],
         "arguments": shlex.join(job.arguments),
     }

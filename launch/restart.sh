@@ -8,8 +8,11 @@ set -uo pipefail
 [ $# -ge 2 ] || { echo "usage: bash launch/restart.sh RUN_DIR COMMAND..." >&2; exit 2; }
 run_dir=$1
 shift
+# Of a run directory in a store, what it has here.
+folder=$run_dir
+case $run_dir in *://*) folder=${JAXLLM_SCRATCH:-${TMPDIR:-/tmp}/jaxllm-$(id -un)} ;; esac
 progress() {
-  find "$run_dir" \( -name seal.json -o -name result.json -o -name samples.jsonl -o -name rankings.jsonl \) \
+  find "$folder" \( -name seal.json -o -name result.json -o -name samples.jsonl -o -name rankings.jsonl \) \
     -printf '%p %s %T@\n' 2> /dev/null | sort | cksum
 }
 stuck=0 wait=1 child=

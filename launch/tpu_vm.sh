@@ -15,7 +15,7 @@ fi
 job=$(realpath "$2")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 described=$("${PYTHON:-.venv/bin/python}" launch/render.py shell "$job")
-name='' project='' zone='' type='' topology='' runtime='' slices='' spot='' prepare='' run_dir='' arguments='' # render.py says
+name='' project='' zone='' type='' topology='' runtime='' slices='' spot='' prepare='' environment='' run_dir='' arguments='' # render.py says
 eval "$described"
 
 queue() { # VERB ARGUMENTS...
@@ -78,7 +78,7 @@ case $1 in
     fi
     install_tree
     on all "$prepare"
-    on all "bash launch/daemon.sh start $(printf %q "$run_dir") .venv/bin/jaxllm run $arguments --distributed"
+    on all "env $environment bash launch/daemon.sh start $(printf %q "$run_dir") .venv/bin/jaxllm run $arguments --distributed"
     ;;
   logs) on 0 "tail -n 100 -F daemon.log" ;;
   status)

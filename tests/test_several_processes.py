@@ -6,13 +6,17 @@ The processes are real, on a CPU, joined by jax.distributed (gloo); each has its
 import functools
 import itertools
 import json
+import os
+import random
 import shutil
 import time
 
 import numpy as np
 import pytest
 
+from tests import emulators
 from tests.conftest import SESSION
+from tests.faults import harness, stores
 from tests.faults.harness import STAGES, TRAINED, Life, outcome
 
 TOPOLOGIES = [(1, 8), (2, 4), (4, 2)]  # processes, devices of each
@@ -190,3 +194,66 @@ def test_interrupted_on_two_processes_it_resumes_on_one_and_on_four(tmp_path, st
         shutil.copy(f"{cut}.batches", f"{on}.batches")
         live(on, processes, devices, sizes, stages=stages)
         same_life(on, uncut, stages)
+
+
+# --- Without a shared disk, on other numbers of hosts.
+
+# 4, 2 and 3 divide every batch and every dimension that is sharded.
+DIVISIBLE = """
+extends: {base}
+model: {{embed_dim: 48, num_heads: 4, num_kv_heads: 4, mlp_dim: 96}}
+mesh: {{data: 1, fsdp: -1}}
+pretrain: {{batch_size: 12, num_steps: 24}}
+sft: {{batch_size: 12}}
+sample: {{num_prompts: 24, num_held_out: 12, batch_size: 12}}
+reward: {{batch_size: 12}}
+ppo: {{batch_size: 24, num_steps: 6, eval_prompts: 12, num_logged: 24, meshes: [], stop_strings: []}}
+evaluate: {{num_prompts: 12}}
+"""
+
+
+def newest_sealed(store, stage):
+    names = [name.split("/") for name in store.list(f"{stage}/checkpoints")]
+    return max((int(name[2]) for name in names if name[-1] == "seal.json"), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, stage", [("gs", "pretrain"), ("s3", "ppo")])
+def test_a_job_in_a_store_comes_back_with_other_numbers_of_hosts(tmp_path, kind, stage):
+    """4 hosts, then 2, 3 and 4, each with a disk of its own: killed, told to stop, one of them lost."""
+    config = tmp_path / "divisible.yaml"
+    config.write_text(DIVISIBLE.format(base=harness.ROOT / "tests/processes.yaml"))
+    stages = STAGES[: STAGES.index(stage) + 1]
+    command = ("tests.watched", "run", str(config))
+    uncut = Life(tmp_path / "uncut", 1, 1, stages=stages, command=command)
+    uncut.start()
+    assert uncut.wait(900.0) and not any(uncut.clear()), uncut.log()[-3000:]
+    rng = random.Random(0)
+    logs: list[str] = []
+    ends = {4: harness.kill_all, 2: harness.terminate, 3: harness.kill_one}
+    with stores.place(kind, tmp_path / "server", seed=0) as where:
+        for processes, end in [*ends.items(), (4, None)]:
+            job = stores.life_in(where, "job", tmp_path, processes)
+            job.devices, job.stages, job.command = 1, stages, command
+            job.environment |= {"WATCHED": str(tmp_path / "end.batches")}
+            job.cache = os.environ.get("JAXLLM_CACHE", "")
+            with emulators.in_environment(where.emulator):
+                store = stores.Store(job.url)
+                before = newest_sealed(store, stage)
+                job.start()
+                while end and newest_sealed(store, stage) <= before:
+                    assert stores.is_running(job), job.log()[-3000:]
+                    time.sleep(0.2)
+            assert not end or not end(job, rng)
+            assert job.wait(600.0), job.log()[-3000:]
+            codes = job.clear()
+            logs.append(job.log())
+            assert end in (harness.kill_all, harness.kill_one) or not any(codes), job.log()[-3000:]
+        stores.content(where, job, tmp_path / "end")
+    same_life(tmp_path / "end", tmp_path / "uncut", stages)
+    lines = [json.loads(line) for line in (tmp_path / "end/goodput.jsonl").read_text().splitlines()]
+    assert len([line for line in lines if line["stage"] == stage and line.get("restored")]) == 3
+    said = " ".join("".join(logs).split())
+    # 12 rows on 4 hosts are 3 rows each: two hosts take them in two microbatches, three in as many.
+    assert f"{stage}: began on 4 devices, now there are 2: num_micro 1 -> 2" in said
+    assert f"{stage}: began on 4 devices, now there are 3: num_micro 1 -> 2" in said

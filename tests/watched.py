@@ -1,10 +1,11 @@
 """`python -m tests.watched ARGS` is `python -m jaxllm ARGS`, and leaves a digest of every batch that a step got.
 
-A line of RUN_DIR.batches is [stage, number of the step, digests]: the same for the same rows in the same order, however
+A line of RUN_DIR.batches (or of the file WATCHED, for a run directory in a store) is [stage, number of the step, digests]: the same for the same rows in the same order, however
 they lie on devices and processes.
 """
 
 import json
+import os
 import sys
 
 import jax
@@ -13,7 +14,7 @@ from jaxllm import loop
 from jaxllm.__main__ import main
 from jaxllm.runtime import digest
 
-FILE = sys.argv[sys.argv.index("--run-dir") + 1] + ".batches"
+FILE = os.environ.get("WATCHED", sys.argv[sys.argv.index("--run-dir") + 1] + ".batches")
 
 
 class Watched(loop._Attempt):

@@ -33,6 +33,7 @@ from jaxllm.data.cache import build_once, get_or_build, open_valid
 from jaxllm.data.tokenization import write_unit
 from jaxllm.data.units import Unit
 from jaxllm.runtime.hardware import num_cores
+from jaxllm.runtime.store import working
 from jaxllm.tokenizers.published import restore
 from jaxllm.tokenizers.trained import Tokenizer
 
@@ -49,14 +50,21 @@ def prepare(
     """
     # Two sources with the same file and settings have one folder.
     metas: dict[Path, Any] = {unit.folder: open_valid(unit.folder) for unit in units}
-    # Each process begins at a different unit; a unit that another one is building is skipped.
-    first = share[0] * len(units) // share[1]
-    by_folder = {unit.folder: unit for unit in (*units[first:], *units[:first])}
-    missing = [unit for unit in by_folder.values() if metas[unit.folder] is None]
+    index, count = share
+    distinct = [*{unit.folder: unit for unit in units}.values()]
+    shares_no_disk = count > 1 and working.has_own_copy(units[0].folder)
+    if shares_no_disk:
+        # Nobody sees what another process builds: each has its part of the units, and then they exchange them.
+        wanted = distinct[index::count]
+    else:
+        # Each process begins at a different unit; a unit that another one is building is skipped.
+        first = index * len(distinct) // count
+        wanted = [*distinct[first:], *distinct[:first]]
+    missing = [unit for unit in wanted if metas[unit.folder] is None]
     total = sum(unit.size for unit in missing)
     num_workers = 0 if total < IN_PROCESS else min(len(missing), num_cores())
     columns = (TextColumn("data:"), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    is_quiet = total < IN_PROCESS or share[0] > 0
+    is_quiet = total < IN_PROCESS or index > 0
     bar = Progress(*columns, console=Console(stderr=True), disable=is_quiet)
     task = bar.add_task("", total=total)
     with bar, _workers(num_workers) as connections:
@@ -73,6 +81,8 @@ def prepare(
             if len(built_elsewhere) == len(missing):
                 time.sleep(0.1)
             missing = built_elsewhere
+    if shares_no_disk:
+        working.share(units[0].folder, "tokenized data")
     for unit in units:
         if metas[unit.folder] is None:
             metas[unit.folder] = get_or_build(unit.folder, _writer(unit, tokenizer, num_cores))

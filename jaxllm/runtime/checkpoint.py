@@ -17,6 +17,7 @@ the target shardings, so that another mesh or another number of devices or hosts
 does not match the model is an error that lists both sides; nothing is overlaid on newly initialized weights.
 """
 
+import functools
 import shutil
 import threading
 import time
@@ -30,9 +31,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxllm.config import Ending, InputError
-from jaxllm.runtime import digest, tree_shapes
+from jaxllm.runtime import chunks, digest, tree_shapes
 from jaxllm.runtime.config import CheckpointConfig
 from jaxllm.runtime.console import console
+from jaxllm.runtime.damage import set_aside, warn_damaged
 from jaxllm.runtime.files import absolute, check_path
 from jaxllm.runtime.processes import any_process, barrier
 from jaxllm.runtime.seal import (
@@ -43,12 +45,17 @@ from jaxllm.runtime.seal import (
     check_files,
     committed_steps,
     read_seal,
-    set_aside,
     short_text,
-    warn_damaged,
     write_seal,
 )
-from jaxllm.runtime.store.working import make_durable, mirror_of
+from jaxllm.runtime.store.mirror import Mirror
+from jaxllm.runtime.store.working import (
+    has_own_copy,
+    keeps,
+    mirror_of,
+    share,
+    share_durably,
+)
 
 # What the training loop stores with a checkpoint, as JSON.
 Record = dict[str, Any]
@@ -91,7 +98,7 @@ class Checkpoints:
         self._commit: threading.Thread | None = None
         self._saving = -1
         self._error = ""
-        if jax.process_index() == 0:
+        if keeps(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             _remove_unsealed(self.directory)
         barrier("checkpoints")
@@ -131,9 +138,11 @@ class Checkpoints:
     def _start_save(self, step: int, state: Any, record: Record) -> None:
         # The digests come from the arrays on the devices, not from what was copied or written.
         seal = {"record": record, "digests": digest.digests(state)}
+        if mirror := mirror_of(self.directory):
+            seal |= mirror.seal_fields()
         shapes = tree_shapes.shapes(state)
         try:
-            self._writer = self._writer or _new_writer(state)
+            self._writer = self._writer or _new_writer(state, has_own_copy(self.directory))
             self._writer.save(
                 self.directory / str(step), args=ocp.args.PyTreeSave(state), force=True
             )
@@ -156,11 +165,11 @@ class Checkpoints:
             if jax.process_index() == 0:
                 # Not every failed write is reported, and this checkpoint replaces an older one.
                 self._error = _read_back_error(step_dir, shapes)
-                if not self._error:
-                    write_seal(step_dir, seal)
-                    self._prune()
-                    if mirror := mirror_of(self.directory):
-                        mirror.wake()
+            if keeps(self.directory) and not self._error:
+                write_seal(step_dir, seal)
+                self._prune()
+            if mirror := mirror_of(self.directory):
+                mirror.wake()
         except IO_ERRORS as error:
             self._error = short_text(error)
 
@@ -186,7 +195,7 @@ class Checkpoints:
                 time.sleep(pause)
             self.save(step, state, record)
             self.wait()
-        make_durable(self.directory)
+        share_durably(self.directory, "saved")
         if step not in committed_steps(self.directory):
             raise SaveFailed(
                 f"{self.directory}: step {step} could not be saved in {attempts} attempts; make room "
@@ -198,11 +207,11 @@ class Checkpoints:
         """Remove the checkpoints after `step`."""
         self.wait()
         # Without this, a restart would resume from beyond the rewind.
-        if jax.process_index() == 0:
+        if keeps(self.directory):
             for later in committed_steps(self.directory):
                 if later > step:
                     _remove(self.directory / str(later))
-        barrier("go back")
+        share(self.directory, "go back")
 
     def close(self) -> None:
         """Wait for the save in progress and end the writer's threads."""
@@ -221,7 +230,7 @@ class Checkpoints:
         self._writer = None  # a writer that has failed once is not trusted again
         self._error = ""
         # It takes up space that the next save needs.
-        if jax.process_index() == 0:
+        if keeps(self.directory):
             _remove(self.directory / str(self._saving))
         barrier("save failed")
 
@@ -272,15 +281,24 @@ def _read_back_error(step_dir: epath.Path, shapes: Mapping[str, str]) -> str:
     return f"it reads back as another tree, at {min(wrong)[0]}" if wrong else ""
 
 
-def _new_writer(state: Any) -> ocp.AsyncCheckpointer:
+def _new_writer(state: Any, own_folder: bool) -> ocp.AsyncCheckpointer:
+    """own_folder: whether each process writes into a folder that the others do not see."""
     # Without this, a folder that cannot be created is not an error at first: Orbax's threads wait for it for minutes.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     # Host memory: the copy off the devices takes one state. Compression takes the size of a leaf again for each leaf
     # in progress; this limit, in GB, admits the largest leaf, and several small ones at a time.
     largest = max(x.nbytes for x in jax.tree.leaves(state))
     limit = max(1.2 * largest, 10**8) / 10**9
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit)  # pyright: ignore
-    return ocp.AsyncCheckpointer(handler, async_options=options)
+    processes = ocp.options.MultiprocessingOptions()
+    if own_folder:
+        # Each process makes its folder; and each chunk is a file, since OCDBT would gather those of all (see `chunks`).
+        processes = ocp.options.MultiprocessingOptions(primary_host=None)
+    handler = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=limit,  # pyright: ignore
+        use_ocdbt=not own_folder,
+        multiprocessing_options=processes,
+    )
+    return ocp.AsyncCheckpointer(handler, async_options=options, multiprocessing_options=processes)
 
 
 def newest(stage_dir: epath.PathLike, step: int | None = None) -> epath.Path:
@@ -328,11 +346,11 @@ def restore(
         Damaged: a file or a leaf is not what was saved.
         InputError: the checkpoint is of another model.
     """
+    if mirror := mirror_of(step_dir):
+        _complete(mirror, step_dir, abstract, path)
     seal = read_seal(step_dir)
     record = seal["record"]
-    if mirror := mirror_of(step_dir):
-        mirror.complete(Path(step_dir), seal)
-    if check:
+    if check and mirror is None:
         check_files(step_dir, seal)
     if record.get("format") == "safetensors":
         if read_imported is None:
@@ -349,6 +367,17 @@ def restore(
             step_dir, f"the values of {', '.join(wrong[:3])} are not those that were saved"
         )
     return state, record
+
+
+def _complete(mirror: Mirror, step_dir: epath.Path, abstract: Any, path: Sequence[str]) -> None:
+    """Fetch from a store what this process reads of a checkpoint. Raises Damaged on all processes together."""
+    folder = Path(step_dir)
+    try:
+        fault = mirror.complete(folder, functools.partial(chunks.needed, folder, abstract, path))
+    except Damaged as error:
+        fault = error.what
+    if any_process(bool(fault)):
+        raise Damaged(step_dir, fault or "found by another process")
 
 
 def _read_arrays(step_dir: epath.Path, abstract: Any, path: Sequence[str]) -> Any:

@@ -10,6 +10,8 @@ compilation cache). This module is the folder that it keeps them in, because JAX
 
 Here an entry is written beside its place and renamed, is checked against its digest when it is read, and is removed if it
 is damaged. The least recently used entries go when the folder is larger than `_LIMIT`.
+
+Behind the folder there may be a store, for machines that come and go (JAXLLM_CACHE=gs://BUCKET/PATH): `RemotePrograms`.
 """
 
 import contextlib
@@ -24,6 +26,8 @@ from jax._src import compilation_cache  # JAX has no public way to put another c
 from jax._src.compilation_cache_interface import CacheInterface
 
 from jaxllm.runtime.console import console
+from jaxllm.runtime.files import is_remote
+from jaxllm.runtime.store.programs import RemotePrograms
 
 _LIMIT = 4 << 30  # bytes of all entries
 _SUFFIX = ".program"
@@ -33,8 +37,9 @@ _DIGEST = hashlib.sha256().digest_size  # an entry is its digest, then what JAX 
 class ProgramCache(CacheInterface):
     """A folder of programs, which any number of processes may read and write at once."""
 
-    def __init__(self, folder: Path, limit: int = _LIMIT):
+    def __init__(self, folder: Path, limit: int = _LIMIT, remote: RemotePrograms | None = None):
         self._path = folder
+        self._remote = remote
         self.found = 0  # programs that need not be compiled
         self.compiled = 0  # programs that were compiled and could be kept
         self._failed = False  # whether a write has failed and was reported
@@ -42,24 +47,39 @@ class ProgramCache(CacheInterface):
 
     def get(self, key: str) -> bytes | None:
         """What was kept under the key, or None."""
+        value = self._read(key)
+        if value is None and self._remote and (content := self._remote.get(f"{key}{_SUFFIX}")):
+            value = _checked(content)
+            if value is not None:
+                self._write(key, content)
+        if value is not None:
+            self.found += 1
+        return value
+
+    def _read(self, key: str) -> bytes | None:
         path = self._path / f"{key}{_SUFFIX}"
         try:
-            content = path.read_bytes()
-            if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
+            value = _checked(path.read_bytes())
+            if value is None:
                 path.unlink(missing_ok=True)
                 return None
             os.utime(path)  # it was used now
         except OSError:  # not there, or removed meanwhile by another process
             return None
-        self.found += 1
-        return content[_DIGEST:]
+        return value
 
     def put(self, key: str, value: bytes) -> None:
         """Keeps a program. An entry of that key is replaced: whoever compiles could not use it."""
         self.compiled += 1
+        content = hashlib.sha256(value).digest() + value
+        self._write(key, content)
+        if self._remote:
+            self._remote.put(f"{key}{_SUFFIX}", content)
+
+    def _write(self, key: str, content: bytes) -> None:
         partial = self._path / f".{key}.{os.getpid()}"
         try:
-            partial.write_bytes(hashlib.sha256(value).digest() + value)
+            partial.write_bytes(content)
             partial.replace(self._path / f"{key}{_SUFFIX}")
         except OSError as error:  # a full disk, say: the next process compiles again
             with contextlib.suppress(OSError):
@@ -67,6 +87,12 @@ class ProgramCache(CacheInterface):
             if not self._failed:
                 say_not_kept(self._path, error)
             self._failed = True
+
+
+def _checked(content: bytes) -> bytes | None:
+    """The program in an entry; None if the entry is damaged."""
+    value = content[_DIGEST:]
+    return value if hashlib.sha256(value).digest() == content[:_DIGEST] else None
 
 
 def say_not_kept(path: Path, error: OSError) -> None:
@@ -77,7 +103,7 @@ def say_not_kept(path: Path, error: OSError) -> None:
 def enable(environ: Mapping[str, str] = os.environ) -> ProgramCache | None:
     """Makes JAX keep compiled programs in this user's folder; None if it does not.
 
-    JAXLLM_CACHE names another folder; if it is empty, nothing is kept. A cache that was chosen by JAX's own settings
+    JAXLLM_CACHE names another folder, or a store behind this one; if it is empty, nothing is kept. A cache that was chosen by JAX's own settings
     (JAX_COMPILATION_CACHE_DIR) stays.
     """
     in_use = getattr(compilation_cache, "_cache", None)
@@ -93,7 +119,8 @@ def enable(environ: Mapping[str, str] = os.environ) -> ProgramCache | None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()
-    cache = ProgramCache(programs)
+    chosen = environ.get("JAXLLM_CACHE", "")
+    cache = ProgramCache(programs, remote=RemotePrograms(chosen) if is_remote(chosen) else None)
     compilation_cache._cache = cache
     compilation_cache._cache_initialized = True
     return cache
@@ -105,6 +132,8 @@ def folder(name: str, environ: Mapping[str, str] = os.environ) -> Path | None:
     chosen = environ.get("JAXLLM_CACHE", str(base / "jaxllm"))
     if not chosen:
         return None
+    if is_remote(chosen):
+        chosen = str(base / "jaxllm")
     try:
         path = Path(chosen).expanduser() / name
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

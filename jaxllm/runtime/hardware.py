@@ -2,9 +2,12 @@
 
 import dataclasses
 import glob
+import hashlib
 import importlib.util
 import os
+import platform
 import sys
+from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,3 +83,16 @@ def choose_platform() -> None:
         return
     if not any(glob.glob(pattern) for pattern in _ACCELERATOR_FILES):
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def cpu_kind(about: Path = Path("/proc/cpuinfo")) -> str:
+    """A name for what this machine's CPU can execute; machine code may run on CPUs of the same name only.
+
+    about: where Linux describes the CPU.
+    """
+    # Of the first core: the others have the same.
+    lines = about.read_text().partition("\n\n")[0].splitlines() if about.exists() else []
+    wanted = ("model name", "flags", "Features", "CPU part")
+    described = [line for line in lines if line.startswith(wanted)]
+    text = "\n".join([platform.machine(), *described])
+    return f"{platform.machine()}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

@@ -89,6 +89,6 @@ def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
         shape = ", ".join(f"{axis} {size}" for axis, size in named if size != 1)
         raise InputError(
             f"mesh: {shape} does not divide the {count} devices; "
-            "set one axis to -1 or make the product equal to the number of devices"
+            f"set one axis to -1 or make the product equal to the number of devices ({fixed}, or with -1 any multiple of it)"
         )
     return tuple(count // fixed if size == -1 else size for size in sizes)

@@ -2,12 +2,15 @@
 
 import faulthandler
 import itertools
+import json
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,6 +59,37 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def gather_json(value: Any) -> list[Any]:
+    """The JSON values of all processes, by their index; all must call it together."""
+    if jax.process_count() == 1:
+        return [value]
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(content.size))
+    # A power of two, since every other width is compiled anew.
+    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
+    padded[: content.size] = content
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def on_all[T](run: Callable[[], T]) -> T:
+    """The result of `run`, which all processes call together; where it fails on one, all of them end.
+
+    Raises:
+        Ending: as `run` did here; where it failed elsewhere, with that text.
+    """
+    results: list[T] = []
+    error = None
+    try:
+        results.append(run())
+    except Ending as caught:
+        error = caught
+    for text in gather_json(str(error or "")):
+        if text:
+            raise error or Ending(text)
+    return results[0]
 
 
 def barrier(name: str) -> None:

@@ -26,9 +26,8 @@ import jax
 from etils import epath
 
 from jaxllm.config import InputError
-from jaxllm.runtime.console import console
 from jaxllm.runtime.files import sha256_of, write_whole
-from jaxllm.runtime.processes import any_process, barrier
+from jaxllm.runtime.processes import any_process
 
 SEAL = "seal.json"
 _SEALS = (SEAL, f".{SEAL}.partial", f".{SEAL}")  # also one whose writing was interrupted
@@ -69,20 +68,29 @@ def write_seal(step_dir: epath.Path, seal: dict[str, Any]) -> None:
     # Orbax has finished: nothing is added to the folder any more.
     seal["files"] = _hash_files(step_dir, _files(step_dir))
     seal["time"] = round(time.time(), 3)
-    write_whole(step_dir / SEAL, json.dumps({**seal, "sha256": _hash_json(seal)}))
+    write_whole(step_dir / SEAL, seal_text(seal))
+
+
+def seal_text(seal: dict[str, Any]) -> str:
+    """The content of seal.json."""
+    return json.dumps({**seal, "sha256": _hash_json(seal)})
+
+
+def parse_seal(content: bytes) -> dict[str, Any]:
+    """{record, digests, files, ...} from the content of seal.json. Raises ValueError if it is not what was written."""
+    seal = json.loads(content)
+    # Of the parsed JSON, not of the bytes: the hash is inside the file that it protects.
+    if seal.pop("sha256") != _hash_json(seal):
+        raise ValueError("it is not what was written")
+    return seal
 
 
 def read_seal(step_dir: epath.Path) -> dict[str, Any]:
-    """{record, digests, files}. Raises Damaged if there is no seal, or its content is not what was written."""
+    """{record, digests, files, ...}. Raises Damaged if there is no seal, or its content is not what was written."""
     try:
-        seal = json.loads((step_dir / SEAL).read_bytes())
-        # Of the parsed JSON, not of the bytes: the hash is inside the file that it protects.
-        intact = seal.pop("sha256") == _hash_json(seal)
+        return parse_seal((step_dir / SEAL).read_bytes())
     except READ_ERRORS as error:
         raise Damaged(step_dir, f"{SEAL}: {short_text(error)}") from None
-    if not intact:
-        raise Damaged(step_dir, f"{SEAL} is not what was written")
-    return seal
 
 
 def check_files(step_dir: epath.Path, seal: dict[str, Any]) -> None:
@@ -147,23 +155,3 @@ def _hash_json(value: Any) -> str:
 def short_text(error: BaseException) -> str:
     """Type and text of an exception on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def warn_damaged(error: Damaged, then: str) -> None:
-    """Warn that a checkpoint is damaged. then: what happens next, as the end of the sentence."""
-    console.print(
-        f"warning: {error.step_dir} is damaged ({error.what}); it is set aside, {then}",
-        soft_wrap=True,
-    )
-
-
-def set_aside(step_dir: epath.Path) -> None:
-    """Move a damaged checkpoint to STAGE/damaged/STEP for inspection; the one that was there before is removed."""
-    if jax.process_index() == 0:
-        damaged = step_dir.parent.parent / "damaged"
-        # One at most is kept: a disk that damages files must not fill up with them.
-        damaged.rmtree(missing_ok=True)
-        damaged.mkdir()
-        if step_dir.exists():
-            step_dir.rename(damaged / step_dir.name)
-    barrier("set aside")

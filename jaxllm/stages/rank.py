@@ -21,7 +21,7 @@ from jaxllm.ranking.terminal import ask_person, terminal_input
 from jaxllm.rl.score_functions import score_all
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, write_whole
-from jaxllm.runtime.processes import barrier
+from jaxllm.runtime.store.working import share
 from jaxllm.stages.config import RankConfig
 from jaxllm.workspace import Workspace
 
@@ -51,7 +51,7 @@ def run(
             _import_file(rankings, config)
         else:
             _rank_samples(workspace, directory, config, ask)
-    barrier("rank")
+    share(rankings, "rank")
     # From the file, so that the result also counts what an earlier run ranked.
     return records.summarize(records.read_rankings(rankings), count_skipped(directory))
 

@@ -14,6 +14,7 @@ from jaxllm.model_store import load_model
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, read_jsonl, write_whole
 from jaxllm.runtime.processes import barrier
+from jaxllm.runtime.store.working import share
 from jaxllm.stages.config import SampleConfig
 from jaxllm.tokenizers.trained import Tokenizer
 from jaxllm.workspace import Workspace
@@ -74,7 +75,7 @@ def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
                         f"{stage}: {count} of {len(prompts)} prompts are answered"
                     )
     # The file is closed, hence complete, before any process reads it.
-    barrier("samples")
+    share(path, "samples")
     return _summarize(read_jsonl(path), config.num_responses)
 
 

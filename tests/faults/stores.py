@@ -1,8 +1,8 @@
 """Faults of lives whose run directory is in a store: what `harness` does to them, and what stores and networks do.
 
-    python -m tests.faults.stores --store gs s3 --minutes 30 [--seed N] [--faults N]
+    python -m tests.faults.stores --store gs s3 --processes 1 2 --minutes 30 [--seed N] [--faults N]
 
-Processes are killed, the folder they work in is wiped or spoiled, requests fail in every way that `proxy` knows, a second
+Processes are killed, the folders they work in (one for each) are wiped or spoiled, requests fail in every way that `proxy` knows, a second
 run tries to work in the same directory, and a run is stopped for longer than its lease while another one takes over. In
 the end the store, fetched by nobody before, must hold the same bits as a life that nothing happened to.
 """
@@ -10,6 +10,7 @@ the end the store, fetched by nobody before, must hold the same bits as a life t
 import argparse
 import collections
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -50,13 +51,14 @@ def place(kind: str, folder: Path, seed: int) -> Iterator[Place]:
         yield Place(emulator, weather)
 
 
-def life_in(where: Place, name: str, base: Path) -> Life:
-    """A life in a store, whose `directory` is the folder that it works in."""
+def life_in(where: Place, name: str, base: Path, processes: int = 1) -> Life:
+    """A life in a store, whose `directory` is the folder that (the first process of) it works in."""
     url = f"{where.emulator.url}/{name}"
     parent = base / f"scratch-{name}"
-    parent.mkdir()
+    parent.mkdir(exist_ok=True)
     return Life(
         scratch.folder_of(url, parent),
+        processes,
         url=url,
         environment={**where.emulator.environment, "JAXLLM_SCRATCH": str(parent)},
         cache=str(base / "compiled"),
@@ -77,10 +79,12 @@ def faults_of(where: Place) -> dict[str, Fault]:
     """What can happen to a life in this store."""
 
     def wipe(life: Life, rng: random.Random) -> str:
-        """The machine is gone with its disk; the next start is on another one."""
+        """The machine is gone with its disk, or one of several; the next start is on another one."""
         harness.kill_all(life, rng)
         life.clear()
-        shutil.rmtree(life.directory, ignore_errors=True)
+        scratches = scratches_of(life)
+        for folder in scratches if rng.random() < 0.5 else scratches[:1]:
+            shutil.rmtree(folder)
         return ""
 
     def kill_in_upload(life: Life, rng: random.Random) -> str:
@@ -115,7 +119,10 @@ def faults_of(where: Place) -> dict[str, Fault]:
 
     def flip_object(life: Life, rng: random.Random) -> str:
         """A bit of an array in the store, which the next start has to fetch."""
-        wipe(life, rng)
+        harness.kill_all(life, rng)
+        life.clear()
+        for folder in scratches_of(life):
+            shutil.rmtree(folder)
         with emulators.in_environment(where.emulator):
             store = Store(life.url)
             arrays = [
@@ -137,14 +144,14 @@ def faults_of(where: Place) -> dict[str, Fault]:
     def second_run(life: Life, rng: random.Random) -> str:
         """Another machine starts the same run: it is refused, or finds that the first one has ended."""
         del rng
-        if life.alive[0].poll() is not None or not life.directory.exists():
+        if not is_running(life) or not life.directory.exists():
             return ""
         other = _elsewhere(life)
         other.start()
         ended = other.wait(60.0)
         refused = "another run works in it" in other.log()
         codes = other.clear()
-        both = life.alive[0].poll() is None
+        both = is_running(life)
         return (
             ""
             if not both or (ended and refused and any(codes))
@@ -153,14 +160,16 @@ def faults_of(where: Place) -> dict[str, Fault]:
 
     def takeover(life: Life, rng: random.Random) -> str:
         """A run is stopped for longer than its lease; another one works meanwhile; the first one must end by itself."""
-        if life.alive[0].poll() is not None:
+        if not is_running(life):
             return ""
-        life.alive[0].send_signal(signal.SIGSTOP)
+        for process in life.alive:
+            process.send_signal(signal.SIGSTOP)
         other = _elsewhere(life)
         other.start()
         other.wait(LEASE + rng.uniform(4.0, 15.0))
-        took_over = "waiting up to" in other.log() and other.alive[0].poll() is None
-        life.alive[0].send_signal(signal.SIGCONT)
+        took_over = "waiting up to" in other.log() and is_running(other)
+        for process in life.alive:
+            process.send_signal(signal.SIGCONT)
         ended = life.wait(60.0) if took_over else True
         other.clear()
         shutil.rmtree(other.directory.parent, ignore_errors=True)
@@ -187,12 +196,23 @@ def faults_of(where: Place) -> dict[str, Fault]:
     return mine | {name: harness.FAULTS[name] for name in theirs}
 
 
+def scratches_of(life: Life) -> list[Path]:
+    """The folders that the processes of a life work in, in an order that depends on nothing but their names."""
+    found = life.directory.parent.glob(f"{life.directory.name}*")
+    return sorted(path for path in found if path.is_dir())
+
+
+def is_running(life: Life) -> bool:
+    return all(process.poll() is None for process in life.alive)
+
+
 def _elsewhere(life: Life) -> Life:
     """The same run on another machine."""
     parent = Path(f"{life.directory.parent}-elsewhere")
     parent.mkdir(exist_ok=True)
     return Life(
         scratch.folder_of(life.url, parent),
+        life.processes,
         url=life.url,
         environment={**life.environment, "JAXLLM_SCRATCH": str(parent)},
         cache=life.cache,
@@ -200,14 +220,14 @@ def _elsewhere(life: Life) -> Life:
     )
 
 
-def soak(kinds: list[str], minutes: float, seed: int, most: int) -> int:
+def soak(kinds: list[str], topologies: list[int], minutes: float, seed: int, most: int) -> int:
     """Lives under faults until the time is up; prints the table and returns the number of corrupted results."""
     rng, end = random.Random(seed), time.monotonic() + 60 * minutes
     injected, complaints = collections.Counter(), collections.Counter()
     lives = corrupted = 0
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         base = Path(folder)
-        whole = harness.outcome(harness._undisturbed(base, 1))
+        whole = {n: harness.outcome(harness._undisturbed(base, n)) for n in topologies}
         places = [stack.enter_context(place(kind, base / kind, seed)) for kind in kinds]
         pools = [faults_of(where) for where in places]
 
@@ -215,23 +235,26 @@ def soak(kinds: list[str], minutes: float, seed: int, most: int) -> int:
             while True:
                 yield from rng.sample(sorted(pool.items()), len(pool))
 
-        streams = [stream(pool) for pool in pools]
+        streams = {}
+        for (number, pool), count in itertools.product(enumerate(pools), topologies):
+            streams[number, count] = stream(pool | (harness.ONE_OF_SEVERAL if count > 1 else {}))
+        turns = itertools.cycle(streams)
         while time.monotonic() < end and injected.total() < most:
-            number = lives % len(places)
+            number, processes = next(turns)
             where = places[number]
-            life = life_in(where, f"life{lives}", base)
+            life = life_in(where, f"life{lives}", base, processes)
             try:
                 for kind, complaint in harness.live_through(
-                    life, streams[number], rng, quiet_after=18
+                    life, streams[number, processes], rng, quiet_after=18
                 ):
                     injected[kind] += 1
                     complaints[kind] += bool(complaint)
                     print(
-                        f"life {lives}, {kinds[number]}: {kind}{f': {complaint}' * bool(complaint)}",
+                        f"life {lives}, {kinds[number]} x {processes}: {kind}{f': {complaint}' * bool(complaint)}",
                         flush=True,
                     )
                 wrong = harness.differences(
-                    whole, harness.outcome(content(where, life, base / f"end{lives}"))
+                    whole[processes], harness.outcome(content(where, life, base / f"end{lives}"))
                 )
                 print(
                     f"life {lives}: {f'CORRUPTED: {wrong[:5]}' if wrong else 'the same bits'}",
@@ -256,12 +279,15 @@ def main() -> None:
     parser.add_argument(
         "--store", nargs="+", choices=[*emulators.SERVERS], default=[*emulators.SERVERS]
     )
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], help="topologies, taken in turn"
+    )
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=10**9, help="stop after so many")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    sys.exit(1 if soak(args.store, args.minutes, args.seed, args.faults) else 0)
+    sys.exit(1 if soak(args.store, args.processes, args.minutes, args.seed, args.faults) else 0)
 
 
 if __name__ == "__main__":

@@ -24,17 +24,20 @@ def read_lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def restart(tmp_path, script, **kwargs):
-    command = ["bash", str(ROOT / "launch" / "restart.sh"), str(tmp_path), "bash", "-c", script]
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "MAX_STUCK": "2"}, **kwargs
-    )
+def restart(tmp_path, script, run_dir=None):
+    place = str(run_dir or tmp_path)
+    command = ["bash", str(ROOT / "launch" / "restart.sh"), place, "bash", "-c", script]
+    environment = {**os.environ, "MAX_STUCK": "2", "JAXLLM_SCRATCH": str(tmp_path)}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def test_it_restarts_until_it_is_done(tmp_path):
+@pytest.mark.parametrize("run_dir", [None, "gs://bucket/run"])
+def test_it_restarts_until_it_is_done(tmp_path, run_dir):
+    """Also with a run directory in a store, of which this machine has a part."""
     process = restart(
         tmp_path,
         f"cd {tmp_path}; d=$(ls | wc -l); mkdir $d; touch $d/result.json; [ $(ls | wc -l) = 4 ] || kill -9 $$",
+        run_dir,
     )
     _, log = process.communicate(timeout=60)
     assert process.returncode == 0 and log.count("ended with status 137; again in 1 s") == 3

@@ -88,6 +88,26 @@ def test_slurm_gets_a_command_and_a_tpu_vm_its_variables():
     assert out.stdout == "v5litepod 4x4\na 'b'\n"
 
 
+def test_in_a_store_compiled_programs_are_kept_beside_the_runs():
+    """Every place gives them to every process; where the bucket is a directory, each machine has its own."""
+    cache = "gs://b/runs/compiled"
+    pods = yaml.safe_load(render.gke(job()))["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = pods["template"]["spec"]["containers"]
+    assert {"name": "JAXLLM_CACHE", "value": cache} in container["env"]
+    task = yaml.safe_load(render.sky(job(topology="cpu:2")))
+    assert f"export JAXLLM_CACHE={cache}\nexec " in task["run"]
+    assert f"--export=ALL,JAXLLM_CACHE={cache}" in render.slurm(job(topology="cpu:2"))
+    assert f"environment=JAXLLM_CACHE={cache}" in render.shell(job(topology="v5e:4x4", **CLOUD))
+    for place, fields in (("sky", {}), ("slurm", {}), ("shell", {"topology": "v5e:4x4", **CLOUD})):
+        on_a_disk = render.PLACES[place](job(**{"topology": "cpu:2", "bucket": "/runs", **fields}))
+        assert "JAXLLM_CACHE" not in on_a_disk
+
+
+def test_slurm_may_give_fewer_nodes():
+    assert "--nodes=2-4" in render.slurm(job(topology="cpu:4", min_nodes=2)).split()
+    assert "--nodes=4" in render.slurm(job(topology="cpu:4")).split()
+
+
 @pytest.mark.parametrize(
     ("place", "fields", "message"),
     [
@@ -104,6 +124,8 @@ def test_slurm_gets_a_command_and_a_tpu_vm_its_variables():
         ("gke", {"image": ""}, "image: GKE needs it"),
         ("gke", {"bucket": "/runs"}, "claim: GKE needs it where bucket is a directory"),
         ("gke", {"name": "Big_Run"}, "name: at most 40"),
+        ("gke", {"min_nodes": 1}, "min_nodes: must be 0, or a number of nodes"),
+        ("slurm", {"topology": "cpu:2", "min_nodes": 3}, "min_nodes: must be 0, or a number"),
         ("gke", {"nam": "x"}, "nam: unknown key; did you mean name?"),
         ("gke", {"options": ["--seed", 1]}, "options.1: input should be a valid string, not 1"),
         ("slurm", {}, "Slurm takes nodes x GPUs"),

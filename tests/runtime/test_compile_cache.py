@@ -9,6 +9,11 @@ import pytest
 
 from jaxllm.runtime import compile_cache
 from jaxllm.runtime.compile_cache import ProgramCache
+from jaxllm.runtime.hardware import cpu_kind
+from jaxllm.runtime.store.objects import Store
+from jaxllm.runtime.store.programs import RemotePrograms
+from jaxllm.runtime.store.retry import Unavailable
+from tests.emulators import SERVERS, in_environment
 
 # Compiles three programs with the cache on, and prints what they compute and what the cache did.
 RUN = """
@@ -120,3 +125,86 @@ def test_nothing_is_kept_where_none_is_wanted_or_others_could_write(tmp_path):
     assert home == tmp_path / "home" / "jaxllm" / "programs"
     text, found, compiled = run("")
     assert text and (found, compiled) == ("None", "None")
+
+
+def test_cpus_that_know_other_instructions_have_other_names(tmp_path):
+    about = tmp_path / "cpuinfo"
+    names = set()
+    for flags in ("sse avx", "sse avx amx_tile"):
+        about.write_text(f"processor: 0\nmodel name: X\nMHz: 1\nflags: {flags}\n\nprocessor: 1\n")
+        names.add(cpu_kind(about))
+        about.write_text(f"processor: 0\nmodel name: X\nMHz: 2\nflags: {flags}\n\n")
+        names.add(cpu_kind(about))
+    assert len(names) == 2
+    assert cpu_kind(tmp_path / "missing") == cpu_kind(tmp_path / "missing")
+
+
+# --- In a store.
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request, tmp_path_factory):
+    with SERVERS[request.param](tmp_path_factory.mktemp("server")) as emulator:
+        yield emulator
+
+
+def run_on_another_machine(home, url, environment):
+    """`run` with the store behind a folder that is new, or was left by the last one there."""
+    environ = {**os.environ, **environment, "JAXLLM_CACHE": url, "XDG_CACHE_HOME": str(home)}
+    environ |= {"JAX_PLATFORMS": "cpu"}
+    environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    command = [sys.executable, "-c", RUN]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return *done.stdout.splitlines()[-1].rsplit(maxsplit=2), done.stdout + done.stderr
+
+
+def test_another_machine_finds_in_the_store_what_was_compiled(server, tmp_path):
+    url = f"{server.url}/found"
+    text, found, compiled, _ = run_on_another_machine(tmp_path / "one", url, server.environment)
+    assert found == "0" and int(compiled) >= 3
+    again = run_on_another_machine(tmp_path / "two", url, server.environment)
+    assert again[:3] == (text, compiled, "0")
+    # And keeps them: the third start asks the store for nothing but its list.
+    assert len(entries(tmp_path / "two/jaxllm")) == int(compiled)
+
+
+def test_a_damaged_entry_in_the_store_is_replaced(server, tmp_path):
+    url = f"{server.url}/damaged"
+    text, _, compiled, _ = run_on_another_machine(tmp_path / "one", url, server.environment)
+    with in_environment(server):
+        store = Store(f"{url}/programs/{cpu_kind()}")
+        whole = {name: store.read(name) for name in store.list()}
+        for number, (name, content) in enumerate(whole.items()):
+            store.write(name, content[: len(content) // 2] if number % 2 else b"")
+        again = run_on_another_machine(tmp_path / "two", url, server.environment)
+        assert (again[0], again[2]) == (text, compiled)
+        for name, content in whole.items():
+            assert compile_cache._checked(store.read(name)) is not None, name
+            assert len(store.read(name)) == pytest.approx(len(content), rel=0.05)
+    assert run_on_another_machine(tmp_path / "three", url, server.environment)[2] == "0"
+
+
+def test_a_store_that_fails_is_said_once_and_stops_nothing(tmp_path):
+    environment = {"STORAGE_EMULATOR_HOST": "http://127.0.0.1:9", "GOOGLE_CLOUD_PROJECT": "p"}
+    environment |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+
+    class Fails(RemotePrograms):
+        def __init__(self):
+            self.asked = 0
+            super().__init__("gs://b/p")
+
+        @property
+        def _names(self):
+            self.asked += 1
+            raise Unavailable("list gs://b/p: failed 4 times")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        remote = Fails()
+    cache = ProgramCache(tmp_path, remote=remote)
+    assert cache.get("a") is None and cache.get("b") is None
+    cache.put("a", b"x")
+    assert remote.asked == 1 and cache.get("a") == b"x"
+    remote.flush(1.0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxllm.config import InputError
+from jaxllm.runtime.seal import seal_text
 from jaxllm.runtime.store import retry, scratch, working
 from jaxllm.runtime.store.lease import Lease, LeaseLost
 from jaxllm.runtime.store.mirror import Mirror, NotStored
@@ -227,8 +228,13 @@ def save(folder, step, seed, stage="pretrain"):
     for name, content in files.items():
         write(directory, name, content)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    write(directory, "seal.json", json.dumps({"files": hashes, "seed": seed}).encode())
+    write(directory, "seal.json", seal_text({"files": hashes, "seed": seed}).encode())
     return directory
+
+
+def everything(files):
+    """What a process needs that reads all of a checkpoint."""
+    return files
 
 
 def opened(store, folder, seconds=5.0):
@@ -270,7 +276,7 @@ def test_what_a_run_leaves_is_found_on_another_machine(store, tmp_path):
     assert set(content_of(there)) == small - {"pretrain/checkpoints/4/_METADATA"}
     mirror.bring("cache/")
     target = there / directory.relative_to(here)
-    mirror.complete(target, json.loads((target / "seal.json").read_bytes()))
+    assert mirror.complete(target, everything) == ""
     assert content_of(there) == want
     mirror.close()
     assert stored(store) == want
@@ -392,11 +398,32 @@ def test_arrays_that_are_damaged_here_are_fetched_again(store, tmp_path):
     mirror = opened(store, tmp_path)
     directory = save(tmp_path, 4, seed=1)
     mirror.push()
-    seal = json.loads((directory / "seal.json").read_bytes())
     whole = (directory / "d/array").read_bytes()
     (directory / "d/array").write_bytes(whole[:-1] + b"!")
-    mirror.complete(directory, seal)
+    assert mirror.complete(directory, everything) == ""
     assert (directory / "d/array").read_bytes() == whole
+    mirror.close()
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+def test_arrays_that_are_damaged_in_the_store_are_named(store, tmp_path, damage):
+    mirror = opened(store, tmp_path / "one")
+    directory = save(tmp_path / "one", 4, seed=1)
+    mirror.close()
+    name = "pretrain/checkpoints/4/d/array"
+    if damage == "flip":
+        store.write(name, b"!" + (directory / "d/array").read_bytes()[1:])
+    else:
+        store.delete([name])
+    mirror = opened(store, tmp_path / "two")
+    found = mirror.complete(tmp_path / "two" / "pretrain/checkpoints/4", everything)
+    assert (
+        found
+        == {
+            "flip": "array is not what was sealed",
+            "remove": "array is missing, also in the store",
+        }[damage]
+    )
     mirror.close()
 
 
@@ -517,7 +544,16 @@ def test_a_reader_has_what_is_in_the_store_now(store, tmp_path, monkeypatch):
     directory = folder / "checkpoints" / "4"
     assert not (directory / "d" / "array").exists()
     reader = working.mirror_of(directory)
-    reader.complete(directory, json.loads((directory / "seal.json").read_bytes()))
+    assert reader.complete(directory, everything) == ""
     assert (directory / "d" / "array").exists()
     mirror.close()
     assert set(stored(store)) == set(content_of(here))  # a reader writes nothing
+
+
+def test_an_error_names_a_file_by_its_url(store, tmp_path):
+    with (
+        pytest.raises(InputError) as error,
+        working.working_copy(store.url, 5.0, str(tmp_path)) as run,
+    ):
+        raise InputError(f"{run}/sft/config.json: not valid JSON")
+    assert str(error.value) == f"{store.url}/sft/config.json: not valid JSON"

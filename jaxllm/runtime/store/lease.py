@@ -11,6 +11,7 @@ Only the creation of an object has to be atomic, which every store offers.
 """
 
 import json
+import math
 import os
 import re
 import socket
@@ -26,6 +27,13 @@ from jaxllm.runtime.store.retry import Unavailable
 
 FOLDER = "lease"
 _NUMBER = re.compile(rf"{FOLDER}/(\d+)\.json")
+
+
+class InUse(InputError):
+    """Another run works in the run directory."""
+
+    # Not that of bad input, after which a scheduler would not start the job again.
+    code = 1
 
 
 class LeaseLost(Ending):
@@ -62,7 +70,7 @@ class Lease:
         """Wait for the lease if its holder may be dead, take it, and begin to renew it.
 
         Raises:
-            InputError: another run is alive.
+            InUse: another run is alive.
         """
         while not self.number:
             newest = max(_numbers(self.store), default=0)
@@ -75,6 +83,12 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
         self._thread.start()
         self.store.delete(_names_below(self.store, self.number))
+
+    def follow(self, number: int) -> None:
+        """Work under a lease that another host of the same job has taken, and renews."""
+        self.number = number
+        # How well that host is, is not known here: `check` looks every time.
+        self._renewed = -math.inf
 
     def check(self) -> None:
         """Raises LeaseLost if this run must not write any more."""
@@ -90,8 +104,9 @@ class Lease:
     def give_back(self) -> None:
         """Free the lease for others at once."""
         self._ended.set()
-        if self._thread:
-            self._thread.join()
+        if self._thread is None:  # it is another host's
+            return
+        self._thread.join()
         if self.number and not self._lost:
             self.store.write(_beat_name(self.number), self._content(free=True))
 
@@ -99,7 +114,7 @@ class Lease:
         """Return once the holder of a lease has ended or its lease has run out.
 
         Raises:
-            InputError: it renews its lease.
+            InUse: it renews its lease.
         """
         first = last = _read_beat(self.store, number)
         deadline = time.monotonic() + self.seconds
@@ -107,7 +122,7 @@ class Lease:
         while not _is_free(last, self._holder["scratch"]):
             if last != first:
                 where = f"{last.get('host', '?')}, process {last.get('pid', '?')}"
-                raise InputError(
+                raise InUse(
                     f"{self.store}: another run works in it ({where}); wait for it, stop it, or choose another --run-dir"
                 )
             if time.monotonic() > deadline:

@@ -12,54 +12,38 @@ starts takes its scratch if that was the last to write to the store, and else th
 is needed: tokenized data, and arrays of checkpoints, these again if their bytes here are not those that were sealed.
 """
 
-import contextlib
 import json
-import os
-import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from etils import epath
 
 from jaxllm.config import Ending
+from jaxllm.runtime.chunks import is_chunk
 from jaxllm.runtime.console import console
-from jaxllm.runtime.files import read_json, sha256_of, write_json
+from jaxllm.runtime.files import read_json, sha256_of, write_json, write_whole
+from jaxllm.runtime.seal import read_seal
+from jaxllm.runtime.store import names
+from jaxllm.runtime.store.known import (
+    Known,
+    Signature,
+    changed_since,
+    fetched,
+    in_store_only,
+    scan,
+    whole_lines,
+)
 from jaxllm.runtime.store.lease import FOLDER as LEASES
 from jaxllm.runtime.store.lease import Lease, LeaseLost
 from jaxllm.runtime.store.objects import Object, Store, in_parallel
 from jaxllm.runtime.store.retry import Unavailable
 from jaxllm.runtime.store.scratch import MANIFEST
 
-# Seconds between looks at the scratch if nobody says that something has changed.
-_PERIOD = 10.0
-_STEP = re.compile(r"(?P<step>(?:.*/)?checkpoints/\d+)/(?P<file>.+)")
-# Files that say that something is complete: uploaded after what they speak of, removed before it.
-_SEAL = re.compile(r"(?:.*/)?checkpoints/\d+/seal\.json")
-_RESULT = re.compile(r"[^/]+/result\.json")
-# Folders that stay on this machine.
-_LOCAL = {"damaged"}
-# Of tokenized data, which only training needs.
-_CACHE = "cache/"
-# Of a file of which only the object is known.
-_UNKNOWN_INODE = -1
-
 
 class NotStored(Ending):
     """What was done could not be brought to the store."""
-
-
-class Known(NamedTuple):
-    """A file as it was when here and store last agreed."""
-
-    version: str  # of the object
-    size: int  # of the file here
-    changed: int  # its time of change, ns
-    inode: int
-
-    @property
-    def is_here(self) -> bool:
-        """Whether the file was in the scratch; arrays of a checkpoint may be in the store only."""
-        return self.inode != 0
 
 
 class Mirror:
@@ -78,8 +62,11 @@ class Mirror:
         manifest = read_json(folder / MANIFEST) or {}
         # The number of the lease under which this scratch was last written.
         self._written_under: int = manifest.get("lease", 0)
+        # Scratches of several hosts say nothing of each other: then only the store counts.
+        self._written_alone: bool = manifest.get("hosts", 1) == 1
         self._known = {name: Known(*fields) for name, fields in manifest.get("files", {}).items()}
-        self._pushing = threading.Lock()
+        # Held while something is brought from here to there or back; again by whoever holds it.
+        self._pushing = threading.RLock()
         self._warned: set[Path] = set()
         self._wake = threading.Event()
         self._ended = False
@@ -90,6 +77,20 @@ class Mirror:
     def reads_only(self) -> bool:
         return self._lease is None
 
+    @property
+    def num_hosts(self) -> int:
+        """How many hosts work in the run directory, each with a scratch of its own."""
+        return 1
+
+    @property
+    def _period(self) -> float:
+        """Seconds between looks at the scratch if nobody says that something has changed."""
+        return 10.0
+
+    def seal_fields(self) -> dict[str, Any]:
+        """What the seals that are written here say in addition."""
+        return {}
+
     # --- From the store.
 
     def open(self) -> None:
@@ -98,11 +99,15 @@ class Mirror:
             return  # a reader fetches the folders it needs
         self._lease.take()
         # No other run has written since this scratch did.
-        if self._lease.number == self._written_under + 1:
+        if self._lease.number == self._written_under + 1 and self._written_alone:
             self._agree()
         else:
             self.fetch()
-        self._written_under = self._lease.number
+        self._begin(self._lease)
+
+    def _begin(self, lease: Lease) -> None:
+        """Bring what changes to the store from now on."""
+        self._written_under = lease.number
         self._write_manifest()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="mirror")
         self._thread.start()
@@ -110,7 +115,7 @@ class Mirror:
     def fetch(self, folder: str = "") -> None:
         """Bring everything small below a folder from the store; what it does not have is removed here."""
         remote = self._listed(folder)
-        here = self._scan()
+        here = scan(self.folder)
         for name in [*here, *self._known]:
             if name not in remote and name.startswith(folder):
                 (self.folder / name).unlink(missing_ok=True)
@@ -118,12 +123,12 @@ class Mirror:
         stale = []
         for name, found in remote.items():
             known = self._known.get(name)
-            if known and known.version == found.version and here.get(name) == _signature(known):
+            if known and known.version == found.version and here.get(name) == known.signature:
                 continue
             # What is here is of another run, or was changed by one.
             (self.folder / name).unlink(missing_ok=True)
-            self._known[name] = Known(found.version, found.size, 0, 0)
-            if not _is_lazy(name):
+            self._known[name] = in_store_only(found.version, found.size)
+            if not names.is_lazy(name):
                 stale.append(name)
         in_parallel(self._download, stale)
 
@@ -137,7 +142,7 @@ class Mirror:
             known = self._known.get(name)
             if known is None or known.version != found.version:
                 # As of a file that has changed since, or is gone.
-                self._known[name] = Known(found.version, found.size, 0, _UNKNOWN_INODE)
+                self._known[name] = changed_since(found.version, found.size)
 
     def _listed(self, folder: str = "") -> dict[str, Object]:
         """The objects below a folder; what a killed run has left without a seal is removed."""
@@ -145,8 +150,12 @@ class Mirror:
         for name, found in self.store.list(folder.rstrip("/")).items():
             if not name.startswith(f"{LEASES}/"):
                 remote[name] = found
-        if self._lease:
-            unsealed = [name for name in remote if _is_array(name) and _seal_of(name) not in remote]
+        if self._cleans:
+            unsealed = [
+                name
+                for name in remote
+                if names.is_array(name) and names.seal_of(name) not in remote
+            ]
             self.store.delete(unsealed)
             for name in unsealed:
                 del remote[name]
@@ -155,8 +164,8 @@ class Mirror:
     def _download(self, name: str) -> None:
         target = self.folder / name
         known = self._known[name]
-        self.store.download(name, target, None if known.is_here else known.size)
-        self._known[name] = _known(known.version, target)
+        self.store.download(name, target, known.size_in_store)
+        self._known[name] = fetched(known.version, target)
 
     def bring(self, folder: str) -> None:
         """Fetch the tokenized data below a folder that is in the store only."""
@@ -164,25 +173,68 @@ class Mirror:
         # Under the lock: a look at the scratch must not take half a file for a new one.
         with self._pushing:
             for name, known in self._known.items():
-                if name.startswith(folder) and not known.is_here and not _is_array(name):
+                if name.startswith(folder) and not known.is_here and not names.is_array(name):
                     missing.append(name)
             in_parallel(self._download, missing)
 
-    def complete(self, step_dir: Path, seal: dict[str, Any]) -> None:
-        """Fetch the files of a checkpoint that are missing here, or are not what was sealed."""
-        prefix = step_dir.relative_to(self.folder)
+    def complete(self, step_dir: Path, needed: Callable[[Sequence[str]], Iterable[str]]) -> str:
+        """Fetch the files of a checkpoint that are missing here, or are not what was sealed.
 
-        def fetch(file: str, wanted: str) -> None:
-            target = step_dir / file
-            if target.exists() and sha256_of(target) == wanted:
-                return
-            try:
-                self._download(str(prefix / file))
-            except (KeyError, FileNotFoundError):  # the seal's check will say that it is missing
-                return
+        Args:
+            step_dir: the checkpoint's folder.
+            needed: those of the sealed files that this process will read. It is asked once the files are here that say
+                where the others belong: all but the chunks of arrays.
 
+        Returns:
+            Why the checkpoint cannot be used; "" if every file that is needed is here as it was sealed.
+
+        Raises:
+            Damaged: its seal is.
+        """
         with self._pushing:
-            in_parallel(lambda item: fetch(*item), seal["files"].items())
+            self._fetch_whole_seal(step_dir)
+            seal = read_seal(epath.Path(step_dir))
+            if "host" in seal:
+                return "other hosts have not brought their parts to the store"
+            wanted = seal["files"]
+            about = [file for file in wanted if not is_chunk(file)]
+            for files in (lambda: about, lambda: needed([*wanted])):
+                faults = in_parallel(
+                    lambda file: self._complete_file(step_dir / file, wanted[file]), files()
+                )
+                if any(faults):
+                    return next(filter(None, faults))
+        return ""
+
+    def _complete_file(self, target: Path, wanted: str) -> str:
+        """Fetch a file of a checkpoint unless it is here; what is wrong with it then."""
+        if target.exists() and sha256_of(target) == wanted:
+            return ""
+        name = target.relative_to(self.folder).as_posix()
+        try:
+            self._download(name)
+        except (KeyError, FileNotFoundError):
+            return f"{target.name} is missing, also in the store"
+        return "" if sha256_of(target) == wanted else f"{target.name} is not what was sealed"
+
+    def _fetch_whole_seal(self, step_dir: Path) -> None:
+        """Where this host has sealed its part only: the seal in the store, which speaks of all."""
+        file = step_dir / "seal.json"
+        if "host" not in read_seal(epath.Path(step_dir)):
+            return
+        name = file.relative_to(self.folder).as_posix()
+        found = self.store.look(name)
+        content = self.store.read(name)
+        if found and content:
+            write_whole(file, content)
+            self._known[name] = fetched(found.version, file)
+            self._learn(self.store.list(name.removesuffix("/seal.json")))
+
+    def _learn(self, remote: dict[str, Object]) -> None:
+        """Know of objects whose files are not here."""
+        for name, found in remote.items():
+            if name not in self._known:
+                self._known[name] = in_store_only(found.version, found.size)
 
     # --- To the store.
 
@@ -234,7 +286,7 @@ class Mirror:
         """In a thread."""
         said = False
         while not self._ended and not self._error:
-            self._wake.wait(_PERIOD)
+            self._wake.wait(self._period)
             self._wake.clear()
             if self._ended:
                 return
@@ -250,51 +302,67 @@ class Mirror:
                 self._error = error
 
     def _push(self, lease: Lease) -> None:
-        lease.check()
-        here = self._scan()
-        stale = [name for name in here if self._is_stale(name, here)]
-        gone = [name for name, known in self._known.items() if self._is_gone(name, known, here)]
+        here, stale, gone = self._retract(lease)
         if not stale and not gone:
             return
-        # Also of a commit that is written anew: what it speaks of changes first.
-        self._remove(filter(_is_commit, [*gone, *(name for name in stale if name in self._known)]))
-        for belongs in (_is_plain, _is_seal, _is_result):
+        stale = self._writable(stale)
+        for belongs in (names.is_plain, names.is_seal, names.is_result):
             lease.check()
             in_parallel(lambda name: self._upload(name, here[name]), filter(belongs, stale))
-        self._remove(name for name in gone if not _is_commit(name))
+        self._remove(name for name in gone if not names.is_commit(name))
         self._write_manifest()
 
-    def _upload(self, name: str, signature: tuple[int, int, int]) -> None:
+    def _retract(self, lease: Lease) -> tuple[dict[str, Signature], list[str], list[str]]:
+        """Remove from the store the commits of what has changed or is gone here.
+
+        Returns:
+            The files here, the names of those that the store does not have as they are here, and of those that only the
+            store has.
+        """
+        lease.check()
+        here = scan(self.folder)
+        stale = [name for name in here if self._brings(name) and self._is_stale(name, here)]
+        gone = [name for name, known in self._known.items() if self._is_gone(name, known, here)]
+        # Also of a commit that is written anew: what it speaks of changes first.
+        rewritten = [name for name in stale if name in self._known]
+        self._remove(filter(names.is_commit, [*gone, *rewritten]))
+        return here, stale, gone
+
+    def _writable(self, stale: list[str]) -> list[str]:
+        """Those of the files that may be brought to the store now."""
+        return stale
+
+    def _upload(self, name: str, signature: Signature) -> None:
         file = self.folder / name
         try:
-            if _is_seal(name) and not self._is_complete(name):
-                return
-            if _is_array(name) and not self._is_sealed(name):
+            if names.is_commit(name):
+                version = self._commit(name, file)
+            elif names.is_array(name) and not self._is_sealed(name):
                 self._warn_damaged(file)
                 return
-            if _is_commit(name):
-                content = file.read_bytes()
             elif name.endswith(".jsonl"):
-                content = _whole_lines(file, signature[0])
+                version = self.store.write(name, whole_lines(file, signature[0])).version
             else:
-                content = None
-        except FileNotFoundError:
-            return  # removed meanwhile: the next look sees it
-        if content is None:
-            try:
                 version = self.store.upload(file, name).version
-            except FileNotFoundError:
-                if file.exists():  # it is the store that lacks something
-                    raise
-                return
-        elif _is_commit(name):
-            # As a new object: of two runs that both believe to have the lease, one learns here that it has not.
-            if not self.store.create(name, content):
-                raise LeaseLost(f"{self.store}/{name}: another run wrote it; this one stops")
-            version = self.store.look(name).version  # type: ignore[union-attr]
-        else:
-            version = self.store.write(name, content).version
-        self._known[name] = Known(version, *signature)
+        except FileNotFoundError:
+            if file.exists():  # it is the store that lacks something
+                raise
+            return  # removed meanwhile: the next look sees it
+        if version:
+            self._known[name] = Known(version, *signature)
+
+    def _commit(self, name: str, file: Path) -> str:
+        """Write a seal or a result to the store; returns its version, "" if what it speaks of is not there yet."""
+        if names.is_seal(name) and not self._is_complete(name):
+            return ""
+        return self._create(name, file.read_bytes())
+
+    def _create(self, name: str, content: bytes) -> str:
+        """Write a new object; returns its version."""
+        # Of two runs that both believe to have the lease, one learns here that it has not.
+        if not self.store.create(name, content):
+            raise LeaseLost(f"{self.store}/{name}: another run wrote it; this one stops")
+        return self.store.look(name).version  # type: ignore[union-attr]
 
     def _warn_damaged(self, file: Path) -> None:
         if file not in self._warned:  # every look at the scratch finds it again
@@ -306,9 +374,8 @@ class Mirror:
 
     def _is_sealed(self, array: str) -> bool:
         """Whether an array is what its seal says."""
-        seal = json.loads((self.folder / _seal_of(array)).read_bytes())
-        inside = _STEP.fullmatch(array)["file"]  # type: ignore[index]
-        return sha256_of(self.folder / array) == seal["files"].get(inside)
+        seal = json.loads((self.folder / names.seal_of(array)).read_bytes())
+        return sha256_of(self.folder / array) == seal["files"].get(names.inside_step(array))
 
     def _is_complete(self, seal: str) -> bool:
         """Whether the store has everything that a seal speaks of."""
@@ -316,95 +383,39 @@ class Mirror:
         files = json.loads((self.folder / seal).read_bytes())["files"]
         return all(step + file in self._known for file in files)
 
-    def _remove(self, names: Iterable[str]) -> None:
-        names = list(names)
-        self.store.delete(names)
-        for name in names:
+    def _brings(self, name: str) -> bool:
+        """Whether it is this host that brings a file to the store."""
+        del name
+        return True
+
+    @property
+    def _cleans(self) -> bool:
+        """Whether this host removes what killed runs have left in the store."""
+        return self._lease is not None
+
+    def _remove(self, gone: Iterable[str]) -> None:
+        gone = list(gone)
+        self.store.delete(gone)
+        for name in gone:
             self._known.pop(name, None)
 
-    def _is_stale(self, name: str, here: dict[str, tuple[int, int, int]]) -> bool:
+    def _is_stale(self, name: str, here: dict[str, Signature]) -> bool:
         """Whether the store does not have a file as it is here."""
         known = self._known.get(name)
-        if known and here[name] == _signature(known):
+        if known and here[name] == known.signature:
             return False
         # Arrays do not change unless they are saved and sealed again: another one is damaged, and stays here.
-        return not known or not _is_array(name) or self._is_stale(_seal_of(name), here)
+        return not known or not names.is_array(name) or self._is_stale(names.seal_of(name), here)
 
     def _is_gone(self, name: str, known: Known, here: dict[str, Any]) -> bool:
         if known.is_here:
             return name not in here
         # Arrays that were never fetched go with the seal of their checkpoint.
-        return _is_array(name) and _seal_of(name) not in here
-
-    # --- What there is.
-
-    def _scan(self) -> dict[str, tuple[int, int, int]]:
-        """{name: (size, time of change, inode)} of every file in the scratch that belongs to the run."""
-        found = {}
-        for root, folders, files in os.walk(self.folder):
-            folders[:] = [name for name in folders if _belongs(Path(root), name)]
-            for file in files:
-                if file.startswith("."):
-                    continue
-                path = Path(root) / file
-                with contextlib.suppress(FileNotFoundError):
-                    state = path.stat()
-                    name = path.relative_to(self.folder).as_posix()
-                    found[name] = (state.st_size, state.st_mtime_ns, state.st_ino)
-        return found
+        return names.is_array(name) and names.seal_of(name) not in here
 
     def _write_manifest(self) -> None:
         files = {name: list(known) for name, known in self._known.items()}
-        write_json(self.folder / MANIFEST, {"lease": self._written_under, "files": files})
-
-
-def _belongs(root: Path, name: str) -> bool:
-    """Whether a folder is part of the run: not hidden, no save that is not sealed."""
-    if name.startswith(".") or name in _LOCAL:
-        return False
-    return root.name != "checkpoints" or (root / name / "seal.json").exists()
-
-
-def _is_seal(name: str) -> bool:
-    return bool(_SEAL.fullmatch(name))
-
-
-def _is_result(name: str) -> bool:
-    return bool(_RESULT.fullmatch(name))
-
-
-def _is_commit(name: str) -> bool:
-    return _is_seal(name) or _is_result(name)
-
-
-def _is_plain(name: str) -> bool:
-    return not _is_commit(name)
-
-
-def _is_array(name: str) -> bool:
-    return bool(_STEP.fullmatch(name)) and not _is_seal(name)
-
-
-def _is_lazy(name: str) -> bool:
-    return _is_array(name) or name.startswith(_CACHE)
-
-
-def _seal_of(name: str) -> str:
-    """The seal of the checkpoint that an array belongs to."""
-    return f"{_STEP.fullmatch(name)['step']}/seal.json"  # type: ignore[index]
-
-
-def _signature(known: Known) -> tuple[int, int, int]:
-    return known[1:]
-
-
-def _known(version: str, file: Path) -> Known:
-    state = file.stat()
-    return Known(version, state.st_size, state.st_mtime_ns, state.st_ino)
-
-
-def _whole_lines(file: Path, size: int) -> bytes:
-    """The first `size` bytes of a file that grows by lines, without a line that is being written."""
-    with file.open("rb") as opened:
-        content = opened.read(size)
-    return content[: content.rfind(b"\n") + 1]
+        write_json(
+            self.folder / MANIFEST,
+            {"lease": self._written_under, "hosts": self.num_hosts, "files": files},
+        )

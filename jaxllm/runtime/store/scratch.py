@@ -27,10 +27,14 @@ def default_folder() -> Path:
     return Path(given) if given else Path(tempfile.gettempdir()) / f"jaxllm-{getpass.getuser()}"
 
 
-def folder_of(url: str, parent: Path) -> Path:
-    """The scratch of a run directory: the same for the same URL, so that a run that comes back finds it."""
+def folder_of(url: str, parent: Path, number: int = 0) -> Path:
+    """The scratch of a run directory: the same for the same URL, so that a run that comes back finds it.
+
+    number: among the processes of one job on this machine.
+    """
     name = re.sub(r"[^\w.-]+", "-", url.partition("://")[2])[-60:].strip("-")
-    return parent / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    suffix = f"-{number}" if number else ""
+    return parent / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}{suffix}"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import json
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from jaxllm.config import InputError
+from jaxllm.config import Ending, InputError
 from jaxllm.runtime.files import is_remote
+from jaxllm.runtime.processes import barrier, gather_json, on_all
 from jaxllm.runtime.store import scratch
+from jaxllm.runtime.store.hosts import Host, SharedMirror
 from jaxllm.runtime.store.lease import Lease
-from jaxllm.runtime.store.mirror import Mirror
+from jaxllm.runtime.store.mirror import Mirror, NotStored
 from jaxllm.runtime.store.objects import Store
 
 # The mirrors of this process, by their folders.
@@ -28,7 +31,7 @@ def working_copy(
 ) -> Iterator[epath.Path]:
     """A local folder that is the run directory while the block runs; of a local one, itself.
 
-    When the block ends, everything is in the store. Should the process be killed, the next one brings what is missing.
+    In a job of several processes each has its own, and all call this together. When the block ends, everything is in the store. Should the process be killed, the next one brings what is missing.
 
     Args:
         directory: the run directory, a path or gs://BUCKET/PATH or s3://BUCKET/PATH.
@@ -42,21 +45,27 @@ def working_copy(
     if not is_remote(directory):
         yield epath.Path(directory)
         return
-    if jax.process_count() > 1:
-        raise InputError(
-            f"{directory}: a job of several processes needs a run directory on a disk that they share; a store serves "
-            "one process"
-        )
     store = Store(str(directory))
     parent = Path(scratch_folder).expanduser() if scratch_folder else scratch.default_folder()
-    folder = scratch.folder_of(store.url, parent)
-    with scratch.locked(folder):
+    folder = scratch.folder_of(store.url, parent, _number_on_machine())
+    with contextlib.ExitStack() as stack:
+        on_all(lambda: stack.enter_context(scratch.locked(folder)))
         scratch.clean(parent, folder)
-        mirror = Mirror(store, folder, Lease(store, lease_seconds, _identity(folder)))
+        lease = Lease(store, lease_seconds, _identity(folder))
+        host = Host(jax.process_index(), jax.process_count())
+        if host.count == 1:
+            mirror = Mirror(store, folder, lease)
+        else:
+            mirror = SharedMirror(store, folder, lease, host)
         mirror.open()
         _OPEN[folder] = mirror
         try:
             yield epath.Path(folder)
+        except Ending as error:
+            # It names files as they are called here; the user knows them by their URLs.
+            if not isinstance(error, NotStored):
+                error.args = (str(error).replace(str(folder), store.url),)
+            raise
         finally:
             del _OPEN[folder]
             mirror.close()
@@ -114,6 +123,41 @@ def mirror_of(path: epath.PathLike) -> Mirror | None:
     return None
 
 
+def has_own_copy(path: epath.PathLike) -> bool:
+    """Whether each process of this job has its own files at a path, of which none of the others knows."""
+    mirror = mirror_of(path)
+    return mirror is not None and mirror.num_hosts > 1
+
+
+def keeps(path: epath.PathLike) -> bool:
+    """Whether this process adds and removes the files at a path: process 0, or each where each has its own."""
+    return jax.process_index() == 0 or has_own_copy(path)
+
+
+def share(path: epath.PathLike, name: str) -> None:
+    """Wait for all processes of the job; then what process 0 has written in a run directory is there for all.
+
+    Args:
+        path: in the run directory.
+        name: of this place in the program.
+
+    Raises:
+        NotStored: without a shared disk, a process could not bring to the store what others need.
+    """
+    mirror = mirror_of(path)
+    if isinstance(mirror, SharedMirror):
+        mirror.share()
+    else:
+        barrier(name)
+
+
+def share_durably(path: epath.PathLike, name: str) -> None:
+    """As `share`, and what was written is where it lasts; `make_durable` for all processes together."""
+    if not has_own_copy(path):
+        make_durable(path)
+    share(path, name)
+
+
 def make_durable(path: epath.PathLike) -> None:
     """Return once what was written in a run directory is where it lasts: of one in a store, there.
 
@@ -131,6 +175,13 @@ def shown(path: epath.PathLike) -> str:
         return str(path)
     inside = Path(path).relative_to(mirror.folder).as_posix()
     return mirror.store.url if inside == "." else f"{mirror.store.url}/{inside}"
+
+
+def _number_on_machine() -> int:
+    """How many processes of this job with lower numbers run on this machine; 0 where each has its own."""
+    machines = gather_json(socket.gethostname())
+    index = jax.process_index()
+    return machines[:index].count(machines[index])
 
 
 def _identity(folder: Path) -> str:
