@@ -1,6 +1,7 @@
 """Composition root: from a config to processes, devices and a run directory, and through the stages in order."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -21,6 +22,7 @@ from jaxllm.life import Config, run_directory, with_defaults
 from jaxllm.loop import Supervision, run_training
 from jaxllm.metrics import require_finite
 from jaxllm.plan.kept import compare_with_measured, plan_path
+from jaxllm.pretrained import hub_stages
 from jaxllm.runtime import checkpoint, compile_cache, goodput
 from jaxllm.runtime.began import process_began
 from jaxllm.runtime.console import console
@@ -28,8 +30,9 @@ from jaxllm.runtime.cpu import keep_pages
 from jaxllm.runtime.damage import set_aside, warn_damaged
 from jaxllm.runtime.files import check_path, read_json, read_jsonl
 from jaxllm.runtime.hardware import num_cores
+from jaxllm.runtime.hubs.names import is_on_hub
 from jaxllm.runtime.mesh import make_mesh
-from jaxllm.runtime.processes import Signals, barrier, join
+from jaxllm.runtime.processes import Signals, barrier, gather_json, join, on_all
 from jaxllm.runtime.programs import Programs
 from jaxllm.runtime.store.working import mirror_of, share, shown, working_copy
 from jaxllm.sharding import MESH_AXES
@@ -53,6 +56,7 @@ def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
     mesh, earlier["join"] = start_devices(config)
     for stage in wanted:
         make_mesh(config.mesh_of(stage))  # one that does not fit is refused before anything runs
+    config = _with_pinned_models(config, wanted)
     directory = run_directory(config)
     check_path(directory)
     again = f"{config_path} --run-dir {config.run_dir}" if config.run_dir else config_path
@@ -70,6 +74,20 @@ def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
         _conclude(workspace, config, wanted, worked)
     # A process that leaves early would be counted as lost: the others wait for heartbeat_seconds only.
     barrier("everything is written")
+
+
+def _with_pinned_models(config: Config, wanted: Sequence[str]) -> Config:
+    """The config with models on hubs by names that always mean the same files, for every process the same."""
+    for stage in wanted:
+        section = getattr(config, stage)
+        source = getattr(section, "init_from", "")
+        if not is_on_hub(source):
+            continue
+        # Branches move: process 0 says what they are at.
+        name = on_all(lambda source=source: hub_stages.pinned(source))
+        section = dataclasses.replace(section, init_from=gather_json(name)[0])
+        config = dataclasses.replace(config, **{stage: section})
+    return config
 
 
 def _open_workspace(

@@ -1,10 +1,12 @@
-"""A hub that huggingface_hub's real client talks to: models by name, with what may go wrong."""
+"""A hub that the real clients talk to, huggingface_hub and modelscope_hub: repositories by name, and what may go wrong."""
 
+import base64
 import contextlib
 import hashlib
 import json
 import re
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,10 +17,11 @@ class Hub:
     """What the hub has, and how it behaves.
 
     Attributes:
-        files: {repository: {name: content}}.
+        files: {repository: {name: content}}; the name of a data set begins with datasets/.
         gated: repositories that this user may not read.
         broken: names whose content is sent with a bit flipped, so many times.
         failures: requests that are answered 503 before any other answer.
+        stored: large files that were uploaded and not committed yet, by their hash.
     """
 
     def __init__(self) -> None:
@@ -27,6 +30,7 @@ class Hub:
         self.broken: dict[str, int] = {}
         self.failures = 0
         self.asked: list[str] = []
+        self.stored: dict[str, bytes] = {}
 
 
 def _described(files: dict[str, bytes]) -> list[dict[str, object]]:
@@ -63,7 +67,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name.replace("_", "-"), value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(content)
 
         def do_GET(self) -> None:
@@ -71,9 +75,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if hub.failures:
                 hub.failures -= 1
                 return self._answer(503)
-            path = self.path.partition("?")[0]
-            api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
-            raw = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            path, _, query = self.path.partition("?")
+            if path.startswith("/api/v1/"):
+                return self._modelscope(path, urllib.parse.parse_qs(query))
+            path = path.replace("/api/datasets/", "/api/models/datasets/")
+            api = re.fullmatch(
+                r"/api/models/((?:datasets/)?[^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path
+            )
+            raw = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
             found = api or raw
             repo = found[1] if found else ""
             if repo not in hub.files:
@@ -86,6 +95,72 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             return self._send(repo, raw[3])  # type: ignore[index]
 
         do_HEAD = do_GET
+
+        def do_POST(self) -> None:
+            hub.asked.append(self.path)
+            length = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(length)
+            path = self.path.partition("?")[0]
+            if path == "/api/validate-yaml":  # of a card
+                fields = json.loads(body)["content"].split("---")[1]
+                return self._json({"errors": [], "warnings": [], "fields": fields})
+            if path == "/api/repos/create":
+                name = "/".join(filter(None, map(json.loads(body).get, ("organization", "name"))))
+                hub.files.setdefault(name, {})
+                return self._json({"url": f"http://{self.headers['Host']}/{name}"})
+            if found := re.fullmatch(r"/api/models/(.+)/preupload/main", path):
+                files = []
+                for file in json.loads(body)["files"]:
+                    large = file["path"].endswith(".safetensors")
+                    mode = "lfs" if large else "regular"
+                    files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
+                return self._json({"files": files})
+            if path.endswith("/info/lfs/objects/batch"):
+                objects = []
+                for each in json.loads(body)["objects"]:
+                    address = f"http://{self.headers['Host']}/put/{each['oid']}"
+                    objects.append({**each, "actions": {"upload": {"href": address}}})
+                return self._json({"transfer": "basic", "objects": objects})
+            if found := re.fullmatch(r"/api/models/(.+)/commit/main", path):
+                return self._commit(found[1], body)
+            return self._answer(404, b"{}")
+
+        def do_PUT(self) -> None:
+            hub.asked.append(self.path)
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            hub.stored[hashlib.sha256(content).hexdigest()] = content
+            self._answer(200)
+
+        def _commit(self, repo: str, body: bytes) -> None:
+            if repo in hub.gated:
+                return self._answer(403, b"{}", X_Error_Message="no write token")
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    hub.files[repo][value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    hub.files[repo][value["path"]] = hub.stored[value["oid"]]
+            address = f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}"
+            self._json({"success": True, "commitOid": COMMIT, "commitUrl": address})
+
+        def _json(self, value: object) -> None:
+            self._answer(200, json.dumps(value).encode(), Content_Type="application/json")
+
+        def _modelscope(self, path: str, query: dict[str, list[str]]) -> None:
+            found = re.fullmatch(r"/api/v1/(model|dataset)s/([^/]+/[^/]+)(/repo.*)?", path)
+            name = "datasets/" * (found[1] == "dataset") + found[2] if found else ""
+            if name in hub.gated:
+                return self._answer(403, b'{"Code": 10010205003, "Message": "denied"}')
+            if name not in hub.files or query.get("Revision", ["master"]) != ["master"]:
+                return self._answer(404, b'{"Code": 10010205001, "Message": "not found"}')
+            if "FilePath" in query:
+                return self._send(name, query["FilePath"][0])
+            files = []
+            for file, content in hub.files[name].items():
+                entry = {"Path": file, "Name": file.rpartition("/")[2], "Type": "blob"}
+                entry |= {"Size": len(content), "Sha256": hashlib.sha256(content).hexdigest()}
+                files.append(entry)
+            self._json({"Code": 200, "Data": {"Files": files, "TotalCount": len(files)}})
 
         def _describe(self, repo: str, tree: bool) -> None:
             entries = _described(hub.files[repo])

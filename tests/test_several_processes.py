@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,7 +208,7 @@ pretrain: {{batch_size: 12, num_steps: 24}}
 sft: {{batch_size: 12}}
 sample: {{num_prompts: 24, num_held_out: 12, batch_size: 12}}
 reward: {{batch_size: 12}}
-ppo: {{batch_size: 24, num_steps: 6, eval_prompts: 12, num_logged: 24, meshes: [], stop_strings: []}}
+ppo: {{batch_size: 24, num_steps: 60, eval_every: 20, checkpoint: {{save_every: 4}}, eval_prompts: 12, num_logged: 24, meshes: [], stop_strings: []}}
 evaluate: {{num_prompts: 12}}
 """
 
@@ -241,8 +242,11 @@ def test_a_job_in_a_store_comes_back_with_other_numbers_of_hosts(tmp_path, kind,
                 store = stores.Store(job.url)
                 before = newest_sealed(store, stage)
                 job.start()
-                while end and newest_sealed(store, stage) <= before:
-                    assert stores.is_running(job), job.log()[-3000:]
+                while end:
+                    running = stores.is_running(job)
+                    if newest_sealed(store, stage) > before:
+                        break
+                    assert running, Path(f"{job.directory}.0.log").read_text()[-3000:]
                     time.sleep(0.2)
             assert not end or not end(job, rng)
             assert job.wait(600.0), job.log()[-3000:]

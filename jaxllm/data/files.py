@@ -17,6 +17,7 @@ import fsspec
 
 from jaxllm.config import InputError
 from jaxllm.config.shipped import find_data
+from jaxllm.runtime.hubs.names import fetch_files, is_on_hub
 
 COMPRESSIONS = {
     "gz": "gzip",
@@ -51,6 +52,8 @@ def resolve(path: str) -> list[str]:
     """The files that a source's path names, sorted. Raises InputError if there are none, and for a folder."""
     if not path:
         raise InputError("data.sources: a source needs a path")
+    if is_on_hub(path):
+        return [*fetch_files(path)]
     # Inside a package a glob works as it does elsewhere.
     if path.startswith("pkg://"):
         path = _package_path(path)

@@ -8,6 +8,7 @@ another, so that the whole model is never in memory.
 import dataclasses
 import functools
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from jaxllm.config import InputError, to_tree
 from jaxllm.model_store import load_model, read_model_card, write_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
-from jaxllm.pretrained import downloads, hubs
+from jaxllm.pretrained import downloads, model_card
 from jaxllm.pretrained.adapters import write_adapters
 from jaxllm.pretrained.families import file_shapes, file_value, pick, tensors
 from jaxllm.pretrained.family_config import family_of, from_hf, present, to_hf
@@ -31,6 +32,7 @@ from jaxllm.runtime import checkpoint
 from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import new_folder, read_json, write_json
+from jaxllm.runtime.hubs import names
 from jaxllm.runtime.mesh import make_mesh
 from jaxllm.runtime.store.working import local_folder
 from jaxllm.sharding import replicated
@@ -45,7 +47,8 @@ def import_model(source: str, out: str) -> None:
     """Make the stage directory `out` of a published model.
 
     Args:
-        source: a folder with config.json, *.safetensors and a tokenizer, a GGUF file, or hf://ORG/NAME[@REVISION].
+        source: a folder with config.json, *.safetensors and a tokenizer, a GGUF file, hf://ORG/NAME[@REVISION],
+            or modelscope://ORG/NAME[@REVISION].
 
     Raises:
         InputError: `out` exists, the family is unknown, or a tensor is missing, unknown or misshapen.
@@ -53,19 +56,24 @@ def import_model(source: str, out: str) -> None:
     target = Path(out).expanduser()
     if target.exists():
         raise InputError(f"{target}: exists already; give another directory, or remove it")
-    if hubs.is_on_hub(source):
-        folder, source = hubs.fetch(source)
+    make_stage(source, target)
+    console.print(f"next: {_next_command(target)}")
+
+
+def make_stage(source: str, target: Path) -> None:
+    """Make a stage directory, which is not there yet; `source` and errors as of `import_model`."""
+    if names.is_on_hub(source):
+        folder, source = names.fetch(source)
         console.print(f"{source}, in {folder}", soft_wrap=True)
     else:
         folder = Path(source).expanduser()
     # An import that fails does not leave a half-written directory.
     with new_folder(target) as stage:
         if folder.suffix.lower() == ".gguf" and not folder.is_dir():
-            _make_stage(stage, _unpack_gguf(folder, stage / "gguf"), source, move=True)
+            _fill_stage(stage, _unpack_gguf(folder, stage / "gguf"), source, move=True)
             shutil.rmtree(stage / "gguf")
         else:
-            _make_stage(stage, folder, source, move=False)
-    console.print(f"next: {_next_command(target)}")
+            _fill_stage(stage, folder, source, move=False)
 
 
 def _next_command(stage: Path) -> str:
@@ -77,7 +85,7 @@ def _next_command(stage: Path) -> str:
     return f"jaxllm chat {stage}"
 
 
-def _make_stage(stage: Path, folder: Path, source: str, move: bool) -> None:
+def _fill_stage(stage: Path, folder: Path, source: str, move: bool) -> None:
     """Fill the directory of a stage from a folder.
 
     Args:
@@ -169,6 +177,7 @@ def export_model(
     A reward model is written as a classifier of one label.
 
     Args:
+        out: a folder that does not exist yet, or hf://ORG/NAME, to which it is uploaded with a card.
         dtype: "float32", "bfloat16" or "float16"; empty: an imported model's own, bfloat16 for others.
         shard_gb: size of a file in 10^9 bytes, at most.
         adapters: write the LoRA adapters alone, in PEFT's format.
@@ -176,6 +185,9 @@ def export_model(
     Raises:
         InputError: `out` exists, an unknown dtype, or a model that no known family can express.
     """
+    if names.is_on_hub(out):
+        _export_to_hub(stage_dir, out, dtype, shard_gb, adapters)
+        return
     source = local_folder(stage_dir)
     target = Path(out).expanduser()
     if target.exists():
@@ -202,6 +214,18 @@ def export_model(
     console.print(f"{target}: {family}{' adapters' if adapters else ''}")
 
 
+def _export_to_hub(stage_dir: str, out: str, dtype: str, shard_gb: float, adapters: bool) -> None:
+    """Export into a folder that lives for as long as it takes to upload it, with a card."""
+    with tempfile.TemporaryDirectory(prefix="jaxllm-") as base:
+        folder = Path(base) / "model"
+        export_model(stage_dir, str(folder), dtype, shard_gb, adapters)
+        (folder / "README.md").write_text(
+            model_card.text(local_folder(stage_dir)), encoding="utf-8"
+        )
+        page = names.upload(folder, out, f"jaxllm: {Path(stage_dir).name}")
+    console.print(f"uploaded: {page}", soft_wrap=True)
+
+
 def _export_tensors(
     source: epath.Path,
     record: Mapping[str, Any],
@@ -219,7 +243,7 @@ def _export_tensors(
     imported_kinds = seal["record"].get("stored", [])  # empty unless the model was imported
     # An imported model is in its files already: tensors are copied, if need be to another dtype.
     if imported_kinds:
-        checkpoint.check_files(step_dir, seal)
+        checkpoint.check(step_dir, seal)
         write_model(
             folder, _imported_tensors(Files(Path(step_dir)), model, family, dtype), shard_gb
         )

@@ -21,7 +21,7 @@ import functools
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -347,7 +347,9 @@ def restore(
         InputError: the checkpoint is of another model.
     """
     if mirror := mirror_of(step_dir):
-        _complete(mirror, step_dir, abstract, path)
+        _complete(
+            mirror, step_dir, functools.partial(chunks.needed, Path(step_dir), abstract, path)
+        )
     seal = read_seal(step_dir)
     record = seal["record"]
     if check and mirror is None:
@@ -369,11 +371,20 @@ def restore(
     return state, record
 
 
-def _complete(mirror: Mirror, step_dir: epath.Path, abstract: Any, path: Sequence[str]) -> None:
+def check(step_dir: epath.Path, seal: dict[str, Any]) -> None:
+    """Raises Damaged unless every file of a checkpoint is what was sealed; fetches what is in a store only."""
+    if mirror := mirror_of(step_dir):
+        _complete(mirror, step_dir, lambda files: files)
+    else:
+        check_files(step_dir, seal)
+
+
+def _complete(
+    mirror: Mirror, step_dir: epath.Path, needed: Callable[[Sequence[str]], Iterable[str]]
+) -> None:
     """Fetch from a store what this process reads of a checkpoint. Raises Damaged on all processes together."""
-    folder = Path(step_dir)
     try:
-        fault = mirror.complete(folder, functools.partial(chunks.needed, folder, abstract, path))
+        fault = mirror.complete(Path(step_dir), needed)
     except Damaged as error:
         fault = error.what
     if any_process(bool(fault)):

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import importlib
 import json
 import socket
 import tempfile
@@ -21,6 +22,10 @@ from jaxllm.runtime.store.lease import Lease
 from jaxllm.runtime.store.mirror import Mirror, NotStored
 from jaxllm.runtime.store.objects import Store
 
+# Who makes a stage directory of a model on a hub. By name, since importing a model rests on what is here.
+_HUBS: dict[str, str] = dict.fromkeys(
+    ("hf", "modelscope"), "jaxllm.pretrained.hub_stages:folder_of"
+)
 # The mirrors of this process, by their folders.
 _OPEN: dict[Path, Mirror] = {}
 
@@ -74,8 +79,12 @@ def working_copy(
 def local_folder(stage_dir: epath.PathLike) -> epath.Path:
     """A stage's directory as a local folder: of one in a store, a copy, whose arrays follow when they are restored.
 
+    Of a model on a hub (hf://ORG/NAME), a stage directory that is made of it.
+
     The copy is kept for the next command, which fetches what has changed.
     """
+    if (hub := str(stage_dir).partition("://")[0]) in _HUBS:
+        return epath.Path(_hub_stage(hub, str(stage_dir)))
     path = epath.Path(stage_dir).expanduser()
     if is_remote(path):
         run, _, stage = str(path).rstrip("/").rpartition("/")
@@ -84,6 +93,11 @@ def local_folder(stage_dir: epath.PathLike) -> epath.Path:
     if mirror and mirror.reads_only:
         mirror.fetch(f"{Path(path).relative_to(mirror.folder).parts[0]}/")
     return path
+
+
+def _hub_stage(hub: str, source: str) -> Path:
+    module, _, function = _HUBS[hub].partition(":")
+    return getattr(importlib.import_module(module), function)(source)
 
 
 def local_run(run_dir: epath.PathLike) -> epath.Path:

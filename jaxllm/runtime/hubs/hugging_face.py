@@ -1,11 +1,10 @@
-"""Models on a hub: hf://ORG/NAME[@REVISION], fetched by huggingface_hub, with its cache, mirrors and offline mode.
+"""The Hugging Face hub and its mirrors, through huggingface_hub.
 
 HF_ENDPOINT names a mirror, HF_TOKEN a user, HF_HOME the cache and HF_HUB_OFFLINE=1 forbids the network, as for every
 program that uses the library.
 """
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,35 +12,35 @@ from jaxllm.config import InputError
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import sha256_of
 
-SCHEME = "hf://"
-# What an import reads: weights, config, tokenizer. Not the copies in other formats, which lie in subfolders.
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-_NOT_WANTED = ["*/*"]
 
-
-class Fetched(NamedTuple):
-    """A downloaded model."""
+class Snapshot(NamedTuple):
+    """Files of a repository as they are in one commit."""
 
     folder: Path
-    name: str  # hf://ORG/NAME@COMMIT, which always means the same files
+    version: str  # the commit
 
 
-def is_on_hub(source: str) -> bool:
-    """Whether a source is on a hub, and not a path."""
-    return source.startswith(SCHEME)
+def fetch(
+    source: str,
+    repo: str,
+    kind: str,
+    revision: str | None,
+    wanted: list[str],
+    not_wanted: list[str],
+) -> Snapshot:
+    """Download files, or what is missing of them, and check them against the hub's hashes.
 
-
-def fetch(source: str) -> Fetched:
-    """Download a model, or what is missing of it, and check every file against the hub's hashes.
+    Args:
+        source: as the user named it, for errors.
+        repo: ORG/NAME.
+        kind: "model" or "dataset".
+        revision: a branch, a tag or a commit; None: the hub's default.
+        wanted: globs of files.
+        not_wanted: globs of files that are left out of them.
 
     Raises:
-        InputError: another form of name, a model that does not exist or is not open to this user, a hub that cannot be
-            reached, or files that are not the hub's.
+        InputError: see `names.fetch`.
     """
-    parsed = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
-    if not parsed:
-        raise InputError(f"{source}: must be hf://ORG/NAME or hf://ORG/NAME@REVISION")
-    repo, revision = parsed.groups()
     # Its import takes a second, and it reads HF_ENDPOINT when it is imported.
     import huggingface_hub
 
@@ -49,28 +48,36 @@ def fetch(source: str) -> Fetched:
         _asked(
             source,
             lambda: huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=_NOT_WANTED
+                repo,
+                repo_type=kind,
+                revision=revision,
+                allow_patterns=wanted,
+                ignore_patterns=not_wanted,
             ),
         )
     )
     # The cache has a folder for each commit.
-    commit = folder.name
+    snapshot = Snapshot(folder, folder.name)
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         console.print(
-            f"note: {source}: offline, so that its files are not compared with the hub's hashes"
+            f"note: {source}: offline, so that its files are not compared with the hub's hashes",
+            soft_wrap=True,
         )
     else:
-        _check(source, repo, commit, folder)
-    return Fetched(folder, f"{SCHEME}{repo}@{commit}")
+        _check(source, repo, kind, snapshot)
+    return snapshot
 
 
-def _check(source: str, repo: str, commit: str, folder: Path) -> None:
+def _check(source: str, repo: str, kind: str, snapshot: Snapshot) -> None:
     """Compare the files with the hub's hashes; a wrong one is fetched again, once."""
     import huggingface_hub
 
+    folder, commit = snapshot
     info = _asked(
         source,
-        lambda: huggingface_hub.HfApi().model_info(repo, revision=commit, files_metadata=True),
+        lambda: huggingface_hub.HfApi().repo_info(
+            repo, repo_type=kind, revision=commit, files_metadata=True
+        ),
     )
     for entry in info.siblings or []:
         name = entry.rfilename
@@ -80,7 +87,7 @@ def _check(source: str, repo: str, commit: str, folder: Path) -> None:
         _asked(
             source,
             lambda name=name: huggingface_hub.hf_hub_download(
-                repo, name, revision=commit, force_download=True
+                repo, name, repo_type=kind, revision=commit, force_download=True
             ),
         )
         if not _is_right(folder / name, entry):
@@ -100,6 +107,25 @@ def _is_right(file: Path, entry: Any) -> bool:
     return hashlib.sha1(b"blob %d\0" % size + file.read_bytes()).hexdigest() == entry.blob_id
 
 
+def upload(target: str, folder: Path, repo: str, revision: str | None, message: str) -> str:
+    """Upload a folder as a model, in one commit; returns the address of its page.
+
+    Raises:
+        InputError: the hub refuses, or cannot be reached.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    _asked(target, lambda: api.create_repo(repo, exist_ok=True))
+    _asked(
+        target,
+        lambda: api.upload_folder(
+            repo_id=repo, folder_path=folder, revision=revision, commit_message=message
+        ),
+    )
+    return f"{huggingface_hub.constants.ENDPOINT}/{repo}"
+
+
 def _asked(source: str, ask: Any) -> Any:
     """The answer of the hub, whose refusals become one line. The library itself tries again what may pass."""
     from huggingface_hub import errors
@@ -112,7 +138,7 @@ def _asked(source: str, ask: Any) -> Any:
         ) from None
     except errors.RepositoryNotFoundError:
         raise InputError(
-            f"{source}: the hub has no such model, or does not show it to this user; check the name, or set HF_TOKEN"
+            f"{source}: the hub has no such repository, or does not show it to this user; check the name, or set HF_TOKEN"
         ) from None
     except errors.RevisionNotFoundError:
         raise InputError(

@@ -1,0 +1,6 @@
+"""Models and data sets on hubs.
+
+names           what a name on a hub means, and fetching what it names
+hugging_face    hf://, through huggingface_hub
+modelscope      modelscope://, through modelscope_hub
+"""
