@@ -12,6 +12,7 @@ import math
 import numbers
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,12 +27,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jaxllm.config import Ending, InputError
+from jaxllm.config import Ending
 from jaxllm.losses import Metrics
 from jaxllm.runtime import hardware
 from jaxllm.runtime.config import LoggingConfig
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_jsonl, write_whole
+from jaxllm.runtime.store.working import shown
+from jaxllm.runtime.trackers import Writer, open_trackers
 from jaxllm.runtime.transfer import fetch
 
 
@@ -372,23 +375,18 @@ def _progress(title: str, num_steps: int, start: int) -> Progress:
     return bar
 
 
-class Writer(NamedTuple):
-    """A destination of metrics."""
-
-    write: Callable[[int, Mapping[str, float]], None]
-    """Called with (step, values)."""
-    close: Callable[[], None]
-
-
 def _open_writers(
     directory: epath.Path, kept: list[dict[str, Any]], start: int, config: LoggingConfig
 ) -> list[Writer]:
     writers = [_jsonl(directory, kept)]
     if config.tensorboard:
         writers.append(_tensorboard(directory, start))
+    # RUN-STAGE, as the user calls them: a run in a store works in a folder of another name.
+    name = "-".join(shown(directory).rstrip("/").split("/")[-2:])
     if config.wandb_project:
-        writers.append(_wandb(directory, config.wandb_project))
-    return writers
+        writers += open_trackers(["wandb"], config.wandb_project, name, Path(directory))
+    others = [each for each in config.trackers if each != "wandb" or not config.wandb_project]
+    return [*writers, *open_trackers(others, config.project, name, Path(directory))]
 
 
 def _jsonl(directory: epath.Path, kept: list[dict[str, Any]]) -> Writer:
@@ -418,18 +416,3 @@ def _tensorboard(directory: epath.Path, start: int) -> Writer:
                 writer.add_scalar(name, value, step)
 
     return Writer(write, writer.close)
-
-
-def _wandb(directory: epath.Path, project: str) -> Writer:
-    # Imported here because it is an optional dependency, and slow to import.
-    try:
-        import wandb  # pyright: ignore[reportMissingImports] - an extra
-    except ImportError:
-        raise InputError(
-            "logging.wandb_project: needs wandb; pip install 'jaxllm[wandb]', or leave it empty"
-        ) from None
-
-    # The id makes a resumed run continue the same curves.
-    name = f"{directory.parent.name}-{directory.name}"
-    run = wandb.init(project=project, name=name, id=name, dir=str(directory), resume="allow")
-    return Writer(lambda step, values: run.log(dict(values), step=step), run.finish)

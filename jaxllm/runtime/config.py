@@ -80,7 +80,11 @@ class LoggingConfig:
     tensorboard: bool = True
     """Write TensorBoard event files into STAGE/tensorboard."""
     wandb_project: str = ""
-    """Weights & Biases project; empty: off. Needs `pip install wandb`."""
+    """Weights & Biases project; empty: off. The same as `trackers: [wandb]` with this project."""
+    trackers: tuple[Literal["wandb", "swanlab", "mlflow", "trackio"], ...] = ()
+    """Experiment trackers that get the metrics as well. Each is an extra: pip install 'jaxllm[swanlab]'."""
+    project: str = "jaxllm"
+    """The trackers' project; a stage appears in it as RUN-STAGE."""
     profile_steps: tuple[PositiveInt, ...] = ()
     """[first, last]: record what the devices and the host do in these steps into STAGE/profile."""
 

@@ -1,5 +1,6 @@
 """A proxy in front of a store that fails as networks and stores do."""
 
+import collections
 import contextlib
 import http.client
 import random
@@ -15,10 +16,20 @@ KINDS = ("503", "429", "reset before", "reset after", "cut body", "slow")
 
 
 class Weather:
-    """How often requests fail, and what has happened so far."""
+    """How often requests fail, how long each takes, and what has happened so far.
+
+    Attributes:
+        chance: of a request to fail.
+        kinds: the ways in which it may.
+        latency: seconds that every request waits before anything else.
+        happened: failures by kind.
+        requests: all of them by method.
+    """
 
     def __init__(self, seed: int):
         self.chance = 0.0
+        self.latency = 0.0
+        self.requests: collections.Counter[str] = collections.Counter()
         self.kinds: tuple[str, ...] = KINDS
         self.happened: dict[str, int] = dict.fromkeys(KINDS, 0)
         self._random = random.Random(seed)
@@ -60,6 +71,8 @@ def _handler(target: str, weather: Weather) -> type[BaseHTTPRequestHandler]:
 
         def _serve(self) -> None:
             body = self._body()
+            weather.requests[self.command] += 1
+            time.sleep(weather.latency)
             fault = weather.next()
             if fault == "reset before":
                 return self._reset()

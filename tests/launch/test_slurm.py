@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.faults import harness
+from tests.faults import harness, stores
 from tests.faults.harness import CONFIG, Life, differences, outcome
 
 pytestmark = pytest.mark.slow
@@ -44,6 +44,7 @@ SlurmctldLogFile={base}/slurmctld.log
 SlurmdLogFile={base}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+TaskProlog={base}/prolog.sh
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 MpiDefault=none
@@ -78,6 +79,12 @@ class Cluster:
         self.env |= {"JAX_PLATFORMS": "cpu"}
         (base / "state").mkdir()
         (base / "slurm.conf").write_text(CONF.format(base=base, ports=free_ports(3)))
+        # A node's own disk, for runs in a store.
+        prolog = base / "prolog.sh"
+        prolog.write_text(
+            f'#!/bin/sh\necho "export JAXLLM_SCRATCH={base}/disk-of-$SLURMD_NODENAME"\n'
+        )
+        prolog.chmod(0o755)
         (base / "hosts").write_text("127.0.0.1 localhost\n127.0.0.1 n1\n127.0.0.1 n2\n")
         (base / "key").write_bytes(os.urandom(128))
         (base / "key").chmod(0o400)
@@ -118,7 +125,7 @@ class Cluster:
             assert time.monotonic() < end, f"waited for {what}\n{logs}"
             time.sleep(0.2)
 
-    def submit(self, run_dir: Path, *options: str, stages=STAGES) -> str:
+    def submit(self, run_dir: Path | str, *options: str, stages=STAGES) -> str:
         script = (
             "launch/slurm.sbatch",
             CONFIG,
@@ -234,22 +241,51 @@ def test_at_the_time_limit_it_saves_and_goes_on(cluster, whole, tmp_path):
     assert differences(whole, outcome(tmp_path / "run", STAGES)) == []
 
 
+def workers_of(run_dir: Path | str) -> list[int]:
+    """The processes of a run on both nodes."""
+    mine = f"worker.py\0run\0{CONFIG}\0--run-dir\0{run_dir}"
+    workers = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            is_python = os.readlink(path.parent / "exe") == os.path.realpath(sys.executable)
+            if is_python and mine in path.read_bytes().decode(errors="replace"):
+                workers.append(int(path.parent.name))
+    return workers
+
+
+def test_nodes_that_share_no_folder_work_in_a_store(cluster, whole, tmp_path):
+    """Preempted, back with one disk lost, one process killed: the store has the bits of a life on one disk."""
+    disks = [cluster.base / f"disk-of-{node}" for node in ("n1", "n2")]
+    with stores.place("gs", tmp_path / "server", seed=0) as where:
+        url = f"{where.emulator.url}/run"
+        before = cluster.env
+        cluster.env = {**before, **where.emulator.environment}
+        cluster.env["JAXLLM_CACHE"] = f"{where.emulator.url}/compiled"
+        try:
+            job = cluster.submit(url)
+            cluster.wait_for(job, "pretrain 15/60")
+            urgent = ("--partition=urgent", "--nodes=2", f"--output={cluster.base}/urgent.log")
+            cluster("sbatch", *urgent, "--wrap", "sleep 1")
+            cluster.wait_for(job, "stopped by a signal; back into the queue")
+            held = [{path.name for path in disk.rglob("[0-9]*.[0-9]*")} for disk in disks]
+            shutil.rmtree(disks[0])
+            cluster.wait_for(job, "slurm.sbatch: start 2 on n[1-2]")
+            cluster.wait_for(job, "pretrain 40/60")
+            os.kill(workers_of(url)[-1], signal.SIGKILL)
+            cluster.wait_for(job, "slurm.sbatch: failed with status")
+            cluster.wait_for(job, "slurm.sbatch: finished", seconds=400)
+        finally:
+            cluster.env = before
+        print(cluster.log(job))
+        found = stores.content(where, Life(tmp_path / "job", url=url), tmp_path / "end")
+    assert all(held) and disks[0].exists()
+    assert differences(whole, outcome(found, STAGES)) == []
+
+
 def test_a_killed_process_ends_the_others_and_all_start_again(cluster, whole, tmp_path):
     job = cluster.submit(tmp_path / "run")
     cluster.wait_for(job, "pretrain 15/60")
-    mine = f"worker.py\0run\0{CONFIG}\0--run-dir\0{tmp_path / 'run'}"
-    commands = {
-        path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")
-    }
-    workers = [
-        int(pid) for pid, command in commands.items() if mine in command.decode(errors="replace")
-    ]
-    workers = [
-        pid
-        for pid in workers
-        if os.readlink(f"/proc/{pid}/exe") == os.path.realpath(sys.executable)
-    ]
-    os.kill(workers[-1], signal.SIGKILL)
+    os.kill(workers_of(tmp_path / "run")[-1], signal.SIGKILL)
     cluster.wait_for(job, "slurm.sbatch: failed with status")
     cluster.wait_for(job, "slurm.sbatch: finished")
     print(cluster.log(job))
