@@ -16,7 +16,7 @@ manifest=$(mktemp --suffix=.yaml)
 trap 'rm -f "$manifest"' EXIT
 "${PYTHON:-.venv/bin/python}" launch/render.py gke "$job" > "$manifest"
 ask() { kubectl get -f "$manifest" --ignore-not-found -o "jsonpath=$1"; }
-# Waits until the pods are gone: an object store has no locks, and they may still be saving.
+# Waits until the pods are gone: they may still be saving, and hold the lease of the run directory until then.
 remove() { kubectl delete -f "$manifest" --ignore-not-found --cascade=foreground; }
 
 name=$(sed -n '/^metadata:/,/^spec:/s/^  name: //p' "$manifest")

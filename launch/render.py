@@ -207,7 +207,7 @@ def gke(job: Job) -> str:
         "template": _pod(job, tpu),
     }
     stop = {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
-    # An object store has no locks: the old pods must have ended before new ones write into the run directory.
+    # New pods would wait for the lease that the old ones hold while they are saving.
     policy = {
         "maxRestarts": job.max_restarts,
         "restartStrategy": "BlockingRecreate",

@@ -82,6 +82,14 @@ def test_a_url_without_a_path_is_refused(url):
         Store(url)
 
 
+def test_a_bucket_that_does_not_exist_is_one_line(server):
+    store = Store(f"{server.url.partition('://')[0]}://no-such-bucket/run")
+    assert store.read("a") is None
+    for ask in (store.list, lambda: store.create("a", b"x"), lambda: store.write("a", b"x")):
+        with pytest.raises(InputError, match="there is no bucket no-such-bucket"):
+            ask()
+
+
 # --- Which errors pass.
 
 

@@ -51,8 +51,12 @@ class Store:
             self._fs.invalidate_cache()
             return self._fs.find(self._path(folder), detail=True)
 
+        try:
+            listed = self._repeated("list", folder, find)
+        except FileNotFoundError:
+            raise self._no_bucket() from None
         found = {}
-        for path, info in self._repeated("list", folder, find).items():
+        for path, info in listed.items():
             name = posixpath.relpath(path, self._root)
             if info.get("type") == "file" and name != ".":
                 found[name] = _described(info)
@@ -89,6 +93,8 @@ class Store:
         except FileExistsError:
             # An attempt may have succeeded although its answer was lost.
             return self.read(name) == content
+        except FileNotFoundError:
+            raise self._no_bucket() from None
         return True
 
     def write(self, name: str, content: bytes) -> Object:
@@ -98,7 +104,10 @@ class Store:
             self._fs.pipe_file(self._path(name), content)
             return self._written(name, len(content))
 
-        return self._repeated("write", name, write)
+        try:
+            return self._repeated("write", name, write)
+        except FileNotFoundError:
+            raise self._no_bucket() from None
 
     def upload(self, file: Path, name: str) -> Object:
         """Write an object with the content of a file, which must not change meanwhile."""
@@ -137,6 +146,12 @@ class Store:
                 return
 
         in_parallel(remove, names)
+
+    def _no_bucket(self) -> InputError:
+        bucket = self._root.partition("/")[0]
+        return InputError(
+            f"{self.url}: there is no bucket {bucket}, or it is not shown to this user; make it, or give another one"
+        )
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
