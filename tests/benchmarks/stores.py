@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from jaxllm.run import set_cpu_devices
 from jaxllm.runtime import digest
@@ -31,11 +30,12 @@ CONFIG = CheckpointConfig(keep_last=2)
 
 def state_of(millions: float) -> dict[str, dict[str, jax.Array]]:
     """Parameters and two moments, in leaves of a transformer's sizes."""
-    leaf = jnp.ones((1024, 1024), jnp.float32)
-    names = range(max(1, round(millions * 1e6 / leaf.size)))
+    count = max(1, round(millions * 1e6 / 2**20))
+    keys = iter(jax.random.split(jax.random.key(0), 3 * count))
+    # Random, since Orbax compresses what it writes.
     return {
-        part: {str(n): leaf * (n + index) for n in names}
-        for index, part in enumerate(("params", "mu", "nu"))
+        part: {str(n): jax.random.normal(next(keys), (1024, 1024)) for n in range(count)}
+        for part in ("params", "mu", "nu")
     }
 
 
