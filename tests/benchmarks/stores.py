@@ -9,6 +9,7 @@ wait; both take some of this machine's cores.
 
 import argparse
 import contextlib
+import os
 import shutil
 import statistics
 import tempfile
@@ -78,6 +79,8 @@ def measure(kind: str, base: Path, millions: float, latency: float, rounds: int)
         local.close()
         restored = {}
         for name in ("the scratch", "the store"):
+            # What was just written must not be waited for when it is read.
+            os.sync()
             began = time.perf_counter()
             with working_copy(url, 60.0, str(folder)) as run:
                 saves = Checkpoints(run / "pretrain" / "checkpoints", CONFIG)

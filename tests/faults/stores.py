@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxllm.runtime.store import scratch
-from jaxllm.runtime.store.objects import Store
+from jaxllm.runtime.store.objects import Store, in_parallel
 from tests import emulators
 from tests.faults import harness
 from tests.faults.harness import Fault, Life
@@ -70,8 +70,7 @@ def content(where: Place, life: Life, folder: Path) -> Path:
     """A folder with everything that the store holds of a life."""
     with emulators.in_environment(where.emulator):
         store = Store(life.url)
-        for name in store.list():
-            store.download(name, folder / name)
+        in_parallel(lambda name: store.download(name, folder / name), store.list())
     return folder
 
 

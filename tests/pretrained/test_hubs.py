@@ -154,7 +154,7 @@ def test_files_of_modelscope_that_stay_wrong_are_refused(hub, tmp_path):
 TEXTS = "".join(json.dumps({"text": f"a line with the number {n}"}) + "\n" for n in range(400))
 
 
-@pytest.mark.parametrize("scheme", ["hf", "modelscope"])
+@pytest.mark.parametrize("scheme", ["hf", pytest.param("modelscope", marks=pytest.mark.life)])
 def test_a_stage_begins_from_a_model_and_data_on_a_hub(hub, tmp_path, scheme):
     hub.files["datasets/org/texts"] = {
         "data/one.jsonl": TEXTS.encode(),
@@ -207,6 +207,7 @@ def test_a_model_is_exported_to_a_hub_with_a_card(hub, tmp_path):
     assert code == 0, log
 
 
+@pytest.mark.life
 def test_an_upload_that_is_refused_is_one_line(hub, tmp_path):
     imported(hub, tmp_path, "hf://org/small")
     hub.files["me/other"], hub.gated = {}, {"me/other"}

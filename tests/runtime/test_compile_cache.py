@@ -169,6 +169,7 @@ def test_another_machine_finds_in_the_store_what_was_compiled(server, tmp_path):
     assert len(entries(tmp_path / "two/jaxllm")) == int(compiled)
 
 
+@pytest.mark.life
 def test_a_damaged_entry_in_the_store_is_replaced(server, tmp_path):
     url = f"{server.url}/damaged"
     text, _, compiled, _ = run_on_another_machine(tmp_path / "one", url, server.environment)

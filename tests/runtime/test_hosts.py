@@ -15,10 +15,11 @@ from jaxllm.runtime.store import hosts, mirror, retry
 from jaxllm.runtime.store.hosts import Host, SharedMirror
 from jaxllm.runtime.store.lease import Lease
 from jaxllm.runtime.store.objects import Store
-from tests.emulators import SERVERS, in_environment
 from tests.runtime.test_store import content_of, killed, stored, write
 
 STEP = "pretrain/checkpoints/{}"
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 class Died(BaseException):
@@ -82,23 +83,9 @@ class Team:
         return self.run(one)
 
 
-@pytest.fixture(scope="module", params=SERVERS)
-def server(request, tmp_path_factory):
-    with (
-        SERVERS[request.param](tmp_path_factory.mktemp("server")) as emulator,
-        in_environment(emulator),
-    ):
-        yield emulator
-
-
 @pytest.fixture
 def url(server, request):
     return f"{server.url}/tests/{hashlib.sha1(request.node.name.encode()).hexdigest()}"
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture

@@ -16,27 +16,14 @@ from jaxllm.runtime.store import retry, scratch, working
 from jaxllm.runtime.store.lease import Lease, LeaseLost
 from jaxllm.runtime.store.mirror import Mirror, NotStored
 from jaxllm.runtime.store.objects import Store
-from tests.emulators import SERVERS, in_environment
 
-
-@pytest.fixture(scope="module", params=SERVERS)
-def server(request, tmp_path_factory):
-    with (
-        SERVERS[request.param](tmp_path_factory.mktemp("server")) as emulator,
-        in_environment(emulator),
-    ):
-        yield emulator
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.fixture
 def store(server, request):
     """A run directory that no other test uses."""
     return Store(f"{server.url}/tests/{hashlib.sha1(request.node.name.encode()).hexdigest()}")
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
 
 
 # --- Objects.
