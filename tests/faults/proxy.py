@@ -67,7 +67,13 @@ def _handler(target: str, weather: Weather) -> type[BaseHTTPRequestHandler]:
                     self.rfile.readline()
                 self.rfile.readline()
                 return b"".join(parts)
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            length = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(length)
+            if (
+                len(body) < length
+            ):  # of a client that was killed: no store would take a part for the whole
+                raise ConnectionError("the request was cut")
+            return body
 
         def _serve(self) -> None:
             body = self._body()
