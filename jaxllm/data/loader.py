@@ -18,6 +18,7 @@ from jaxllm.data.packing import Row
 from jaxllm.data.rows import Rows, pack_rows
 from jaxllm.data.splits import examples, nothing_there, require_examples, require_room, shuffled
 from jaxllm.data.store import open_store
+from jaxllm.runtime.store.working import exchange_of
 from jaxllm.tokenizers.trained import Tokenizer
 
 
@@ -55,7 +56,7 @@ def load_rows(
     folder = Path(cache_dir)
     share = (jax.process_index(), jax.process_count())
     # Both splits are tokenized together; the second call finds them in the cache.
-    found = open_store(data, kind, tokenizer, folder, share)[split]
+    found = open_store(data, kind, tokenizer, folder, share, exchange_of(folder))[split]
     counts = [len(source.table) for source in found]
     if not any(counts):
         raise nothing_there(data, kind, split)

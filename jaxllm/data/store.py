@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +102,7 @@ def open_store(
     tokenizer: Tokenizer | None,
     folder: Path,
     share: tuple[int, int] = (0, 1),
+    exchange: Callable[[], None] | None = None,
 ) -> dict[str, list[Examples]]:
     """Returns {split: examples of each source}, after tokenizing what the cache does not have.
 
@@ -110,6 +111,7 @@ def open_store(
         tokenizer: None stores one dummy token per example: which examples stay, without their tokens.
         folder: the cache.
         share: (index of this process, number of processes) that prepare the same cache.
+        exchange: see `workers.prepare`.
 
     Raises:
         InputError: no sources, or a malformed record.
@@ -122,7 +124,7 @@ def open_store(
     # Before any work, so that a full disk gets space again.
     clean(folder)
     units = list_units(data, kind, tokenizer, folder)
-    metas = prepare(units, tokenizer, share)
+    metas = prepare(units, tokenizer, share, exchange)
     folders = [unit.folder for unit in units]
     counts = [meta["tokens"] for meta in metas]
     tokens = Tokens(folders, counts, token_dtype(tokenizer), masked=kind == "chat")

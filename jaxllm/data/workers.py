@@ -33,7 +33,6 @@ from jaxllm.data.cache import build_once, get_or_build, open_valid
 from jaxllm.data.tokenization import write_unit
 from jaxllm.data.units import Unit
 from jaxllm.runtime.hardware import num_cores
-from jaxllm.runtime.store import working
 from jaxllm.tokenizers.published import restore
 from jaxllm.tokenizers.trained import Tokenizer
 
@@ -42,18 +41,22 @@ IN_PROCESS = 1 << 24
 
 
 def prepare(
-    units: Sequence[Unit], tokenizer: Tokenizer | None, share: tuple[int, int]
+    units: Sequence[Unit],
+    tokenizer: Tokenizer | None,
+    share: tuple[int, int],
+    exchange: Callable[[], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Returns the metadata of each unit, after building those that are missing.
 
-    share: (index of this process, number of processes) that prepare the same cache.
+    Args:
+        share: (index of this process, number of processes) that prepare the same cache.
+        exchange: brings what each process has built to all of them, where none sees the folder of another.
     """
     # Two sources with the same file and settings have one folder.
     metas: dict[Path, Any] = {unit.folder: open_valid(unit.folder) for unit in units}
     index, count = share
     distinct = [*{unit.folder: unit for unit in units}.values()]
-    shares_no_disk = count > 1 and working.has_own_copy(units[0].folder)
-    if shares_no_disk:
+    if exchange:
         # Nobody sees what another process builds: each has its part of the units, and then they exchange them.
         wanted = distinct[index::count]
     else:
@@ -81,8 +84,8 @@ def prepare(
             if len(built_elsewhere) == len(missing):
                 time.sleep(0.1)
             missing = built_elsewhere
-    if shares_no_disk:
-        working.share(units[0].folder, "tokenized data")
+    if exchange:
+        exchange()
     for unit in units:
         if metas[unit.folder] is None:
             metas[unit.folder] = get_or_build(unit.folder, _writer(unit, tokenizer, num_cores))

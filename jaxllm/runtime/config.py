@@ -82,7 +82,7 @@ class LoggingConfig:
     wandb_project: str = ""
     """Weights & Biases project; empty: off. The same as `trackers: [wandb]` with this project."""
     trackers: tuple[Literal["wandb", "swanlab", "mlflow", "trackio"], ...] = ()
-    """Experiment trackers that get the metrics as well. Each is an extra: pip install 'jaxllm[swanlab]'."""
+    """Experiment trackers that get the metrics as well, each an extra of the same name."""
     project: str = "jaxllm"
     """The trackers' project; a stage appears in it as RUN-STAGE."""
     profile_steps: tuple[PositiveInt, ...] = ()

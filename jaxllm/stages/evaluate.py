@@ -26,6 +26,7 @@ from jaxllm.model_store import load_model
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.score_functions import score_all
 from jaxllm.runtime.console import console
+from jaxllm.runtime.store.working import exchange_of
 from jaxllm.runtime.transfer import fetch
 from jaxllm.stages.config import EvaluateConfig
 from jaxllm.tokenizers.trained import Tokenizer
@@ -171,10 +172,11 @@ def contamination(
     cache = Path(workspace.run_dir / "cache")
     # Every process builds a part of a store that is not in the cache.
     share = (jax.process_index(), jax.process_count())
-    pretrain = open_store(documents, "document", tokenizer, cache, share)
+    exchange = exchange_of(cache)
+    pretrain = open_store(documents, "document", tokenizer, cache, share, exchange)
     training = {"pretrain": pretrain["train"]}
     if chats and chats.sources:
-        training["sft"] = open_store(chats, "chat", tokenizer, cache, share)["train"]
+        training["sft"] = open_store(chats, "chat", tokenizer, cache, share, exchange)["train"]
     held_out = some_documents(pretrain["held_out"], MAX_HELD_OUT, len(tokenizer.begin_ids))
     n = config.contamination_n
     found = {"held_out_in_pretrain": measure_contamination(held_out, training["pretrain"], n)}

@@ -46,7 +46,7 @@ def fit(config: Any, stage: str, mesh: jax.sharding.Mesh, directory: epath.Path)
     shards = batch_shards(mesh)
     counts = [*possible_counts(sizes, shards)]
     if not counts:
-        raise InputError(_no_layout(config.mesh_of(stage), stage, sizes, mesh.size))
+        raise InputError(_no_layout(config.mesh_of(stage), stage, sizes, shards, mesh.size))
     record = read_json(directory / _RECORD)
     if record is None:
         _note(directory, section.num_micro, sizes[0], shards, mesh.size)
@@ -95,17 +95,17 @@ def _note(directory: epath.Path, num_micro: int, size: int, shards: int, devices
         write_json(directory / _RECORD, record)
 
 
-def _no_layout(mesh: MeshConfig, stage: str, sizes: list[int], devices: int) -> str:
+def _no_layout(mesh: MeshConfig, stage: str, sizes: list[int], shards: int, devices: int) -> str:
     could = []
     for count in range(1, 2 * devices + 1):
         try:
-            shards = batch_shards(planned_mesh(mesh, count))
+            then = batch_shards(planned_mesh(mesh, count))
         except InputError:
             continue
-        if [*possible_counts(sizes, shards)]:
+        if [*possible_counts(sizes, then)]:
             could.append(str(count))
-    rows = " and ".join(f"{size:,}" for size in sizes)
+    rows = " or ".join(f"{size:,}" for size in sizes)
     return (
-        f"{stage}: {devices} devices cannot share a batch of {rows} rows equally, in any number of microbatches; "
-        f"{', '.join(could) or 'no number of'} devices could (up to {2 * devices})"
+        f"{stage}.batch_size, of an update: {rows} does not divide over the {shards} shards of {devices} devices, "
+        f"in any number of microbatches; {', '.join(could) or 'no number of'} devices could (up to {2 * devices})"
     )

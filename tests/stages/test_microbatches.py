@@ -70,7 +70,7 @@ def test_a_count_that_no_layout_divides_is_refused_with_those_that_could(tmp_pat
     with pytest.raises(InputError) as refusal:
         fit(tmp_path, 5)
     text = str(refusal.value)
-    assert "5 devices cannot share a batch of 24 rows" in text
+    assert "pretrain.batch_size" in text and "24 does not divide over the 5 shards" in text
     assert "1, 2, 3, 4, 6, 8 devices could (up to 10)" in text
 
 

@@ -2,12 +2,13 @@
 
 import atexit
 import contextlib
+import functools
 import importlib
 import json
 import socket
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -141,6 +142,11 @@ def has_own_copy(path: epath.PathLike) -> bool:
     """Whether each process of this job has its own files at a path, of which none of the others knows."""
     mirror = mirror_of(path)
     return mirror is not None and mirror.num_hosts > 1
+
+
+def exchange_of(folder: epath.PathLike) -> Callable[[], None] | None:
+    """What brings the files that each process adds to a folder to all of them; None: they see the same folder."""
+    return functools.partial(share, folder, f"files in {folder}") if has_own_copy(folder) else None
 
 
 def keeps(path: epath.PathLike) -> bool:
