@@ -48,14 +48,9 @@ from jaxllm.runtime.seal import (
     short_text,
     write_seal,
 )
+from jaxllm.runtime.store import working
 from jaxllm.runtime.store.mirror import Mirror
-from jaxllm.runtime.store.working import (
-    has_own_copy,
-    keeps,
-    mirror_of,
-    share,
-    share_durably,
-)
+from jaxllm.runtime.store.working import mirror_of
 
 # What the training loop stores with a checkpoint, as JSON.
 Record = dict[str, Any]
@@ -98,7 +93,7 @@ class Checkpoints:
         self._commit: threading.Thread | None = None
         self._saving = -1
         self._error = ""
-        if keeps(self.directory):
+        if working.keeps(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             _remove_unsealed(self.directory)
         barrier("checkpoints")
@@ -142,7 +137,7 @@ class Checkpoints:
             seal |= mirror.seal_fields()
         shapes = tree_shapes.shapes(state)
         try:
-            self._writer = self._writer or _new_writer(state, has_own_copy(self.directory))
+            self._writer = self._writer or _new_writer(state, working.has_own_copy(self.directory))
             self._writer.save(
                 self.directory / str(step), args=ocp.args.PyTreeSave(state), force=True
             )
@@ -165,7 +160,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 # Not every failed write is reported, and this checkpoint replaces an older one.
                 self._error = _read_back_error(step_dir, shapes)
-            if keeps(self.directory) and not self._error:
+            if working.keeps(self.directory) and not self._error:
                 write_seal(step_dir, seal)
                 self._prune()
             if mirror := mirror_of(self.directory):
@@ -195,7 +190,7 @@ class Checkpoints:
                 time.sleep(pause)
             self.save(step, state, record)
             self.wait()
-        share_durably(self.directory, "saved")
+        working.share_durably(self.directory, "saved")
         if step not in committed_steps(self.directory):
             raise SaveFailed(
                 f"{self.directory}: step {step} could not be saved in {attempts} attempts; make room "
@@ -207,11 +202,11 @@ class Checkpoints:
         """Remove the checkpoints after `step`."""
         self.wait()
         # Without this, a restart would resume from beyond the rewind.
-        if keeps(self.directory):
+        if working.keeps(self.directory):
             for later in committed_steps(self.directory):
                 if later > step:
                     _remove(self.directory / str(later))
-        share(self.directory, "go back")
+        working.share(self.directory, "go back")
 
     def close(self) -> None:
         """Wait for the save in progress and end the writer's threads."""
@@ -230,7 +225,7 @@ class Checkpoints:
         self._writer = None  # a writer that has failed once is not trusted again
         self._error = ""
         # It takes up space that the next save needs.
-        if keeps(self.directory):
+        if working.keeps(self.directory):
             _remove(self.directory / str(self._saving))
         barrier("save failed")
 
@@ -289,10 +284,8 @@ def _new_writer(state: Any, own_folder: bool) -> ocp.AsyncCheckpointer:
     # in progress; this limit, in GB, admits the largest leaf, and several small ones at a time.
     largest = max(x.nbytes for x in jax.tree.leaves(state))
     limit = max(1.2 * largest, 10**8) / 10**9
-    processes = ocp.options.MultiprocessingOptions()
-    if own_folder:
-        # Each process makes its folder; and each chunk is a file, since OCDBT would gather those of all (see `chunks`).
-        processes = ocp.options.MultiprocessingOptions(primary_host=None)
+    # In folders of their own each process makes its own; each chunk is a file, since OCDBT would gather those of all.
+    processes = ocp.options.MultiprocessingOptions(primary_host=None if own_folder else 0)
     handler = ocp.PyTreeCheckpointHandler(
         save_concurrent_gb=limit,  # pyright: ignore
         use_ocdbt=not own_folder,

@@ -295,6 +295,27 @@ def test_what_is_removed_is_removed_in_the_store(store, tmp_path):
     }
 
 
+def test_a_checkpoint_is_removed_only_when_newer_ones_are_there(store, tmp_path, monkeypatch):
+    """A machine that is lost meanwhile has something to go on from."""
+    mirror = opened(store, tmp_path)
+    old = save(tmp_path, 4, seed=1)
+    mirror.push()
+    save(tmp_path, 8, seed=2)
+    for file in ("seal.json", "d/array", "_METADATA"):
+        (old / file).unlink()
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "upload", killed)
+        with pytest.raises(Killed):
+            mirror.push()
+    assert "pretrain/checkpoints/4/seal.json" in store.list()
+    mirror.close()
+    assert {name.split("/")[2] for name in stored(store)} == {"8"}
+
+
 def test_a_scratch_that_is_behind_takes_what_the_store_has(store, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     mirror = opened(store, first)
@@ -353,6 +374,7 @@ def test_at_every_moment_the_store_has_whole_checkpoints_only(store, tmp_path, m
     )
     folder = tmp_path / "scratch"
     last = 0
+    had_one = False
     for attempt in range(25):
         requests.clear()
         limit[0] = 10**9
@@ -380,6 +402,10 @@ def test_at_every_moment_the_store_has_whole_checkpoints_only(store, tmp_path, m
                 for file, wanted in json.loads(content)["files"].items():
                     array = store.read(name.replace("seal.json", file))
                     assert array and hashlib.sha256(array).hexdigest() == wanted, name
+        sealed = [name for name in store.list() if name.endswith("seal.json")]
+        # A machine that has nothing can go on, whenever the kill came.
+        assert sealed or not had_one
+        had_one = had_one or bool(sealed)
         if chance.random() < 0.5:
             for file in [*folder.rglob("*")][::-1]:
                 file.rmdir() if file.is_dir() else file.unlink()

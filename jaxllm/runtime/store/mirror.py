@@ -2,12 +2,12 @@
 
 The run writes to its scratch as to any local run directory. A thread brings what has changed to the store:
 
-    1. what commits something and is gone here (a seal, a result) is removed there first;
+    1. a result that is gone here, and a seal that is written anew, are removed there first;
     2. files, several at a time; a growing file up to its last whole line;
     3. seals of checkpoints, then results, as new objects: whoever sees one of them sees all that belongs to it;
-    4. what else is gone here is removed there.
+    4. what else is gone here is removed there, of a checkpoint its seal first.
 
-So at every moment the store holds whole checkpoints, and the newest one that was whole here some seconds ago. A run that
+So at every moment the store holds whole checkpoints, at least one once there was one, and the newest one that was whole here some seconds ago. A run that
 starts takes its scratch if that was the last to write to the store, and else the store. What is large is fetched when it
 is needed: tokenized data, and arrays of checkpoints, these again if their bytes here are not those that were sealed.
 """
@@ -309,6 +309,7 @@ class Mirror:
         for belongs in (names.is_plain, names.is_seal, names.is_result):
             lease.check()
             in_parallel(lambda name: self._upload(name, here[name]), filter(belongs, stale))
+        self._remove(filter(names.is_seal, gone))
         self._remove(name for name in gone if not names.is_commit(name))
         self._write_manifest()
 
@@ -323,9 +324,10 @@ class Mirror:
         here = scan(self.folder)
         stale = [name for name in here if self._brings(name) and self._is_stale(name, here)]
         gone = [name for name, known in self._known.items() if self._is_gone(name, known, here)]
-        # Also of a commit that is written anew: what it speaks of changes first.
-        rewritten = [name for name in stale if name in self._known]
-        self._remove(filter(names.is_commit, [*gone, *rewritten]))
+        # Of a commit that is written anew, what it speaks of changes first. A checkpoint that is no longer kept goes last:
+        # until newer ones are there, it is what another machine would go on from.
+        rewritten = [name for name in stale if name in self._known and names.is_commit(name)]
+        self._remove([*filter(names.is_result, gone), *rewritten])
         return here, stale, gone
 
     def _writable(self, stale: list[str]) -> list[str]:
