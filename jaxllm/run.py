@@ -22,7 +22,6 @@ from jaxllm.life import Config, run_directory, with_defaults
 from jaxllm.loop import Supervision, run_training
 from jaxllm.metrics import require_finite
 from jaxllm.plan.kept import compare_with_measured, plan_path
-from jaxllm.pretrained import hub_stages
 from jaxllm.runtime import checkpoint, compile_cache, goodput
 from jaxllm.runtime.began import process_began
 from jaxllm.runtime.console import console
@@ -83,6 +82,9 @@ def _with_pinned_models(config: Config, wanted: Sequence[str]) -> Config:
         source = getattr(section, "init_from", "")
         if not is_on_hub(source):
             continue
+        # Importing models takes a tenth of a second, and few runs begin from a hub.
+        from jaxllm.pretrained import hub_stages
+
         # Branches move: process 0 says what they are at.
         name = on_all(lambda source=source: hub_stages.pinned(source))
         section = dataclasses.replace(section, init_from=gather_json(name)[0])

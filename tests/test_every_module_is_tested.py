@@ -46,6 +46,7 @@ TESTED_IN = {
     "runtime/store/lease.py": "tests/runtime/test_store.py",
     "runtime/store/mirror.py": "tests/runtime/test_store.py",
     "runtime/store/objects.py": "tests/runtime/test_store.py",
+    "runtime/hubs/snapshot.py": "tests/pretrained/test_hubs.py",
     "runtime/hubs/names.py": "tests/pretrained/test_hubs.py",
     "runtime/hubs/hugging_face.py": "tests/pretrained/test_hubs.py",
     "runtime/hubs/modelscope.py": "tests/pretrained/test_hubs.py",

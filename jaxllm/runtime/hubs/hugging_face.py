@@ -6,37 +6,16 @@ program that uses the library.
 
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxllm.config import InputError
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import sha256_of
+from jaxllm.runtime.hubs.snapshot import Snapshot, Wanted
 
 
-class Snapshot(NamedTuple):
-    """Files of a repository as they are in one commit."""
-
-    folder: Path
-    version: str  # the commit
-
-
-def fetch(
-    source: str,
-    repo: str,
-    kind: str,
-    revision: str | None,
-    wanted: list[str],
-    not_wanted: list[str],
-) -> Snapshot:
+def fetch(wanted: Wanted) -> Snapshot:
     """Download files, or what is missing of them, and check them against the hub's hashes.
-
-    Args:
-        source: as the user named it, for errors.
-        repo: ORG/NAME.
-        kind: "model" or "dataset".
-        revision: a branch, a tag or a commit; None: the hub's default.
-        wanted: globs of files.
-        not_wanted: globs of files that are left out of them.
 
     Raises:
         InputError: see `names.fetch`.
@@ -46,13 +25,13 @@ def fetch(
 
     folder = Path(
         _asked(
-            source,
+            wanted.source,
             lambda: huggingface_hub.snapshot_download(
-                repo,
-                repo_type=kind,
-                revision=revision,
-                allow_patterns=wanted,
-                ignore_patterns=not_wanted,
+                wanted.repo,
+                repo_type=wanted.kind,
+                revision=wanted.revision,
+                allow_patterns=wanted.patterns,
+                ignore_patterns=wanted.left_out,
             ),
         )
     )
@@ -60,18 +39,19 @@ def fetch(
     snapshot = Snapshot(folder, folder.name)
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         console.print(
-            f"note: {source}: offline, so that its files are not compared with the hub's hashes",
+            f"note: {wanted.source}: offline, so that its files are not compared with the hub's hashes",
             soft_wrap=True,
         )
     else:
-        _check(source, repo, kind, snapshot)
+        _check(wanted, snapshot)
     return snapshot
 
 
-def _check(source: str, repo: str, kind: str, snapshot: Snapshot) -> None:
+def _check(wanted: Wanted, snapshot: Snapshot) -> None:
     """Compare the files with the hub's hashes; a wrong one is fetched again, once."""
     import huggingface_hub
 
+    source, repo, kind = wanted.source, wanted.repo, wanted.kind
     folder, commit = snapshot
     info = _asked(
         source,

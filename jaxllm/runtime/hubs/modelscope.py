@@ -8,28 +8,15 @@ import fnmatch
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxllm.config import InputError
 from jaxllm.runtime.files import sha256_of
+from jaxllm.runtime.hubs.snapshot import Snapshot, Wanted
 
 
-class Snapshot(NamedTuple):
-    """Files of a repository as they were when they were fetched."""
-
-    folder: Path
-    version: str  # REVISION:CONTENT, with 12 hex digits of the SHA-256 of all files
-
-
-def fetch(
-    source: str,
-    repo: str,
-    kind: str,
-    revision: str | None,
-    wanted: list[str],
-    not_wanted: list[str],
-) -> Snapshot:
-    """Download files, or what is missing of them; arguments and errors as of `hugging_face.fetch`.
+def fetch(wanted: Wanted) -> Snapshot:
+    """Download files, or what is missing of them; errors as of `hugging_face.fetch`.
 
     Files that are not what the hub's hashes say are fetched again by its client, and refused in the end.
     """
@@ -37,29 +24,29 @@ def fetch(
         import modelscope_hub
     except ImportError:
         raise InputError(
-            f"{source}: needs the hub's client; pip install 'jaxllm[modelscope]'"
+            f"{wanted.source}: needs the hub's client; pip install 'jaxllm[modelscope]'"
         ) from None
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-    revision = revision or "master"
+    revision = wanted.revision or "master"
     folder = _asked(
-        source,
+        wanted.source,
         lambda: modelscope_hub.HubApi().download_repo(
-            repo,
-            kind,
+            wanted.repo,
+            wanted.kind,
             revision=revision,
-            allow_patterns=wanted,
-            ignore_patterns=not_wanted,
+            allow_patterns=wanted.patterns,
+            ignore_patterns=wanted.left_out,
             local_files_only=offline,
         ),
     )
-    return Snapshot(folder, f"{revision}:{_content(folder, wanted)}")
+    return Snapshot(folder, f"{revision}:{_content(folder, wanted.patterns)}")
 
 
-def _content(folder: Path, wanted: list[str]) -> str:
+def _content(folder: Path, patterns: list[str]) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
-        if file.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in wanted):
+        if file.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
             digest.update(f"{name} {sha256_of(file)}\n".encode())
     return digest.hexdigest()[:12]
 

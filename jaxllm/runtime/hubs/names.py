@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from jaxllm.config import InputError
 from jaxllm.runtime.hubs import hugging_face, modelscope
+from jaxllm.runtime.hubs.snapshot import Wanted
 
 _HUBS = {"hf": hugging_face, "modelscope": modelscope}
 _MODEL = re.compile(
@@ -58,7 +59,7 @@ def fetch(source: str) -> Fetched:
     found = _parsed(_MODEL, source, "ORG/NAME")
     hub, repo, content = found["hub"], found["repo"], found["content"]
     fetched = _HUBS[hub].fetch(
-        source, repo, "model", found["revision"], _OF_A_MODEL, _IN_SUBFOLDERS
+        Wanted(source, repo, "model", found["revision"], _OF_A_MODEL, _IN_SUBFOLDERS)
     )
     if content and f":{content}" != fetched.version[-13:]:
         raise InputError(
@@ -77,7 +78,7 @@ def fetch_files(source: str) -> tuple[str, ...]:
     found = _parsed(_FILES, source, "datasets/ORG/NAME/PATH")
     path = found["path"]
     fetched = _HUBS[found["hub"]].fetch(
-        source, found["repo"], "dataset", found["revision"], [path], []
+        Wanted(source, found["repo"], "dataset", found["revision"], [path], [])
     )
     paths = []
     for file in fetched.folder.rglob("*"):

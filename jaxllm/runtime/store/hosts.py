@@ -13,7 +13,6 @@ hold; files in a scratch whose bytes are those of the store need not be fetched.
 What host 0 writes is seen by the others when all call `share`, as files on a shared disk would be after a barrier.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,10 +70,7 @@ class SharedMirror(Mirror):
 
     def open(self) -> None:
         """Make the scratch equal to the store, and begin to watch it."""
-        if self._host.is_first:
-            on_all(self._under.take)
-        else:
-            on_all(_nothing)
+        on_all(self._under.take if self._host.is_first else _nothing)
         number = gather_json(self._under.number)[0]
         if not self._host.is_first:
             self._under.follow(number)
@@ -186,12 +182,6 @@ class SharedMirror(Mirror):
         version = self._merge(name, parse_seal(file.read_bytes()))
         self._waits = not version
         return version
-
-    def _is_complete(self, seal: str) -> bool:
-        """Whether the store has everything that this host has to bring before its seal."""
-        step = seal.removesuffix("seal.json")
-        files = json.loads((self.folder / seal).read_bytes())["files"]
-        return all(step + file in self._known for file in files if self._brings(step + file))
 
     def _merge(self, name: str, own: dict[str, Any]) -> str:
         """Write the seal that speaks of the files of all hosts; "" if one of them has not brought its part."""

@@ -1,6 +1,8 @@
 """The files of a scratch, and what is known of them and their objects."""
 
 import contextlib
+import functools
+import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +66,18 @@ def scan(folder: Path) -> dict[str, Signature]:
             with contextlib.suppress(FileNotFoundError):
                 found[path.relative_to(folder).as_posix()] = _signature(path.stat())
     return found
+
+
+def sealed_files(seal: Path) -> dict[str, str]:
+    """The hashes in a checkpoint's seal, by the names of the files. Raises FileNotFoundError if it is gone."""
+    return _parsed(seal, _signature(seal.stat()))
+
+
+# It is asked for every array of a checkpoint, and may be long.
+@functools.lru_cache(maxsize=8)
+def _parsed(seal: Path, signature: Signature) -> dict[str, str]:
+    del signature  # another one after every change
+    return json.loads(seal.read_bytes())["files"]
 
 
 def whole_lines(file: Path, size: int) -> bytes:

@@ -7,12 +7,12 @@ The run writes to its scratch as to any local run directory. A thread brings wha
     3. seals of checkpoints, then results, as new objects: whoever sees one of them sees all that belongs to it;
     4. what else is gone here is removed there, of a checkpoint its seal first.
 
-So at every moment the store holds whole checkpoints, at least one once there was one, and the newest one that was whole here some seconds ago. A run that
-starts takes its scratch if that was the last to write to the store, and else the store. What is large is fetched when it
-is needed: tokenized data, and arrays of checkpoints, these again if their bytes here are not those that were sealed.
+So at every moment the store holds whole checkpoints: at least one once there was one, and the newest one that was whole
+here some seconds ago. A run that starts takes its scratch if that was the last to write to the store, and else the store.
+What is large is fetched when it is needed: tokenized data, and arrays of checkpoints, these again if their bytes here are
+not those that were sealed.
 """
 
-import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -33,6 +33,7 @@ from jaxllm.runtime.store.known import (
     fetched,
     in_store_only,
     scan,
+    sealed_files,
     whole_lines,
 )
 from jaxllm.runtime.store.lease import FOLDER as LEASES
@@ -192,8 +193,7 @@ class Mirror:
             Damaged: its seal is.
         """
         with self._pushing:
-            self._fetch_whole_seal(step_dir)
-            seal = read_seal(epath.Path(step_dir))
+            seal = self._whole_seal(step_dir)
             if "host" in seal:
                 return "other hosts have not brought their parts to the store"
             wanted = seal["files"]
@@ -217,18 +217,21 @@ class Mirror:
             return f"{target.name} is missing, also in the store"
         return "" if sha256_of(target) == wanted else f"{target.name} is not what was sealed"
 
-    def _fetch_whole_seal(self, step_dir: Path) -> None:
-        """Where this host has sealed its part only: the seal in the store, which speaks of all."""
+    def _whole_seal(self, step_dir: Path) -> dict[str, Any]:
+        """A checkpoint's seal. Where this host has sealed its part only, the one in the store, which speaks of all."""
+        seal = read_seal(epath.Path(step_dir))
+        if "host" not in seal:
+            return seal
         file = step_dir / "seal.json"
-        if "host" not in read_seal(epath.Path(step_dir)):
-            return
         name = file.relative_to(self.folder).as_posix()
         found = self.store.look(name)
         content = self.store.read(name)
-        if found and content:
-            write_whole(file, content)
-            self._known[name] = fetched(found.version, file)
-            self._learn(self.store.list(name.removesuffix("/seal.json")))
+        if not found or not content:
+            return seal
+        write_whole(file, content)
+        self._known[name] = fetched(found.version, file)
+        self._learn(self.store.list(name.removesuffix("/seal.json")))
+        return read_seal(epath.Path(step_dir))
 
     def _learn(self, remote: dict[str, Object]) -> None:
         """Know of objects whose files are not here."""
@@ -314,7 +317,7 @@ class Mirror:
         self._write_manifest()
 
     def _retract(self, lease: Lease) -> tuple[dict[str, Signature], list[str], list[str]]:
-        """Remove from the store the commits of what has changed or is gone here.
+        """Remove from the store the commits of what changes: results that are gone here, and what is written anew.
 
         Returns:
             The files here, the names of those that the store does not have as they are here, and of those that only the
@@ -376,14 +379,14 @@ class Mirror:
 
     def _is_sealed(self, array: str) -> bool:
         """Whether an array is what its seal says."""
-        seal = json.loads((self.folder / names.seal_of(array)).read_bytes())
-        return sha256_of(self.folder / array) == seal["files"].get(names.inside_step(array))
+        sealed = sealed_files(self.folder / names.seal_of(array))
+        return sha256_of(self.folder / array) == sealed.get(names.inside_step(array))
 
     def _is_complete(self, seal: str) -> bool:
-        """Whether the store has everything that a seal speaks of."""
+        """Whether the store has everything that this host has to bring before its seal."""
         step = seal.removesuffix("seal.json")
-        files = json.loads((self.folder / seal).read_bytes())["files"]
-        return all(step + file in self._known for file in files)
+        files = [step + file for file in sealed_files(self.folder / seal)]
+        return all(name in self._known for name in files if self._brings(name))
 
     def _brings(self, name: str) -> bool:
         """Whether it is this host that brings a file to the store."""

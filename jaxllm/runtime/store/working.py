@@ -16,6 +16,7 @@ from etils import epath
 
 from jaxllm.config import Ending, InputError
 from jaxllm.runtime.files import is_remote
+from jaxllm.runtime.hubs.names import is_on_hub
 from jaxllm.runtime.processes import barrier, gather_json, on_all
 from jaxllm.runtime.store import scratch
 from jaxllm.runtime.store.hosts import Host, SharedMirror
@@ -23,10 +24,8 @@ from jaxllm.runtime.store.lease import Lease
 from jaxllm.runtime.store.mirror import Mirror, NotStored
 from jaxllm.runtime.store.objects import Store
 
-# Who makes a stage directory of a model on a hub. By name, since importing a model rests on what is here.
-_HUBS: dict[str, str] = dict.fromkeys(
-    ("hf", "modelscope"), "jaxllm.pretrained.hub_stages:folder_of"
-)
+# Makes a stage directory of a model on a hub. By name, since importing a model rests on what is here.
+_HUB_STAGES = "jaxllm.pretrained.hub_stages"
 # The mirrors of this process, by their folders.
 _OPEN: dict[Path, Mirror] = {}
 
@@ -37,7 +36,8 @@ def working_copy(
 ) -> Iterator[epath.Path]:
     """A local folder that is the run directory while the block runs; of a local one, itself.
 
-    In a job of several processes each has its own, and all call this together. When the block ends, everything is in the store. Should the process be killed, the next one brings what is missing.
+    In a job of several processes each has its own, and all call this together. When the block ends, everything is in the
+    store. Should the process be killed, the next one brings what is missing.
 
     Args:
         directory: the run directory, a path or gs://BUCKET/PATH or s3://BUCKET/PATH.
@@ -84,8 +84,8 @@ def local_folder(stage_dir: epath.PathLike) -> epath.Path:
 
     The copy is kept for the next command, which fetches what has changed.
     """
-    if (hub := str(stage_dir).partition("://")[0]) in _HUBS:
-        return epath.Path(_hub_stage(hub, str(stage_dir)))
+    if is_on_hub(str(stage_dir)):
+        return epath.Path(importlib.import_module(_HUB_STAGES).folder_of(str(stage_dir)))
     path = epath.Path(stage_dir).expanduser()
     if is_remote(path):
         run, _, stage = str(path).rstrip("/").rpartition("/")
@@ -94,11 +94,6 @@ def local_folder(stage_dir: epath.PathLike) -> epath.Path:
     if mirror and mirror.reads_only:
         mirror.fetch(f"{Path(path).relative_to(mirror.folder).parts[0]}/")
     return path
-
-
-def _hub_stage(hub: str, source: str) -> Path:
-    module, _, function = _HUBS[hub].partition(":")
-    return getattr(importlib.import_module(module), function)(source)
 
 
 def local_run(run_dir: epath.PathLike) -> epath.Path:
