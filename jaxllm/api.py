@@ -28,9 +28,9 @@ from jaxllm import chat, output_layer, run
 from jaxllm.config import InputError, build
 from jaxllm.config import load as load_config
 from jaxllm.config.shipped import find_config
+from jaxllm.engine.config import SamplingConfig
+from jaxllm.engine.responses import complete
 from jaxllm.evaluation import scoring
-from jaxllm.generation.config import SamplingConfig
-from jaxllm.generation.generate import complete
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.run import Config
@@ -44,7 +44,7 @@ __all__ = ["LoadedModel", "load", "read_config", "read_metrics", "run_stages"]
 class LoadedModel:
     """A stage's model and tokenizer on one device.
 
-    Sampling options are the fields of `jaxllm.generation.generate.SamplingConfig`: max_new_tokens, temperature,
+    Sampling options are the fields of `jaxllm.engine.config.SamplingConfig`: max_new_tokens, temperature,
     top_k and top_p. The same seed gives the same text.
     """
 
@@ -148,7 +148,6 @@ class LoadedModel:
                 num_samples=num_samples,
                 sampling=build(SamplingConfig, sampling, name="sampling"),
                 stop_ids=tokenizer.stop_ids,
-                pad_id=tokenizer.pad_id,
             )
             # One prompt gives one batch.
             return [tokenizer.decode(completion.ids) for completion in next(batches)]

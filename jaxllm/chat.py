@@ -9,12 +9,12 @@ from typing import Any, TextIO
 import jax
 
 from jaxllm.config import InputError
-from jaxllm.generation.config import SamplingConfig
-from jaxllm.generation.generate import complete
-from jaxllm.generation.rollouts import Completion
-from jaxllm.generation.streaming import stream
+from jaxllm.engine.config import SamplingConfig
+from jaxllm.engine.engine import Engine
+from jaxllm.engine.responses import complete, stream, stream_engine
+from jaxllm.engine.rollouts import Completion
 from jaxllm.model_store import load_model, load_policy
-from jaxllm.models import decode, scalar
+from jaxllm.models import scalar
 from jaxllm.models.config import ModelConfig
 from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.mesh import make_mesh
@@ -84,7 +84,6 @@ def answer_once(
             num_samples=num_samples * best_of,
             sampling=sampling,
             stop_ids=tokenizer.stop_ids,
-            pad_id=tokenizer.pad_id,
         )
         completions = next(batches)
         if best_of > 1:
@@ -136,8 +135,8 @@ def converse(
     opening = [{"role": "system", "content": system}] if system else []
     # A template may refuse the system message: find out before the user has typed anything.
     tokenizer.encode_chat([*opening, {"role": "user", "content": "?"}], reply=True)
-    # Once for the whole conversation: decoding a token needs the layers' parameters one by one.
-    params = jax.jit(lambda p: decode.unstack(p, decode.decoding_config(model)))(params)
+    # One for the whole conversation: it keeps what has been said, and reads only the newest message.
+    engine = stream_engine(params, model, mesh)
     _note("Chat with the model. /reset starts a new conversation, /quit or end of input ends.")
     messages = list(opening)
     with jax.set_mesh(mesh):
@@ -155,7 +154,7 @@ def converse(
             except InputError as error:  # only this message is lost, not the conversation
                 _note(f"({error}; send it again)")
                 continue
-            answer = _answer(params, model, tokenizer, ids, sampling, seed + turn)
+            answer = _answer(engine, tokenizer, ids, sampling, seed + turn)
             messages.append({"role": "assistant", "content": answer})
 
 
@@ -171,22 +170,15 @@ def _room_for_messages(model: ModelConfig, sampling: SamplingConfig) -> int:
 
 
 def _answer(
-    params: Any,
-    model: ModelConfig,
-    tokenizer: Tokenizer,
-    ids: Sequence[int],
-    sampling: SamplingConfig,
-    seed: int,
+    engine: Engine, tokenizer: Tokenizer, ids: Sequence[int], sampling: SamplingConfig, seed: int
 ) -> str:
     """Samples the answer to a conversation, prints it token by token, and returns it."""
     tokens = stream(
-        params,
-        model,
+        engine,
         ids,
         seed=seed % 2**32,  # random number keys are made of 32 bits
         sampling=sampling,
         stop_ids=tokenizer.stop_ids,
-        pad_id=tokenizer.pad_id,
     )
     # Holds back the bytes of a character until all of its tokens are there.
     decoder = StreamDecoder(tokenizer)

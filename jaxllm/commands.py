@@ -26,7 +26,7 @@ from jaxllm.config.ranges import (
 from jaxllm.config.shipped import find_config, listing
 
 if TYPE_CHECKING:
-    from jaxllm.generation.config import SamplingConfig
+    from jaxllm.engine.config import SamplingConfig
 
 
 def _argument(metavar: str) -> Any:
@@ -53,7 +53,7 @@ class SamplingOptions:
 
     def sampling(self, default_length: int) -> "SamplingConfig":
         """Returns the config of the sampler; default_length: in tokens, if no --max-new-tokens is given."""
-        from jaxllm.generation.config import SamplingConfig
+        from jaxllm.engine.config import SamplingConfig
 
         return SamplingConfig(
             max_new_tokens=self.max_new_tokens or default_length,

@@ -325,6 +325,6 @@ class Program(NamedTuple):
     keywords: Mapping[str, Any]
     flops: float  # what the model needs, on all devices together
     times: int = 1  # how often an update runs it
-    decoded: int = 0  # tokens that it samples one after the other
+    trips: int = 0  # repetitions of loops whose end depends on data; 0: it has none
     mesh: Any = None  # its own mesh, if it is not the stage's
     copied: Any = None  # arguments that exist only while it runs

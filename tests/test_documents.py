@@ -24,7 +24,7 @@ from jaxllm.config import InputError, build, load
 from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.format import KINDS
 from jaxllm.data.splits import examples
-from jaxllm.generation.config import SamplingConfig
+from jaxllm.engine.config import SamplingConfig
 from jaxllm.models.parts_config import LoRAConfig
 from jaxllm.optim_config import OptimConfig
 from jaxllm.run import Config

@@ -23,7 +23,7 @@ LAYERS = [
     {"output_layer", "optim", "tokenizers"},
     {"losses"},
     {"metrics", "models"},
-    {"data", "generation", "pretrained"},
+    {"data", "engine", "pretrained"},
     {"train", "evaluation.measures", "model_store"},
     {"pretrained.convert"},
     {"loop", "pretrained.hub_stages"},

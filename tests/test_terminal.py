@@ -15,7 +15,7 @@ import jaxllm
 from jaxllm import __main__ as cli
 from jaxllm import chat, life, metrics, run, tools
 from jaxllm.config import InputError, load
-from jaxllm.generation.config import SamplingConfig
+from jaxllm.engine.config import SamplingConfig
 from jaxllm.runtime import hardware
 from jaxllm.runtime.console import console
 from jaxllm.tokenizers.trained import train
@@ -113,15 +113,14 @@ def converse(monkeypatch, tokenizer, capsys):
     model = types.SimpleNamespace(max_length=64)
     asked = []
 
-    def stream(params, config, ids, *, sampling, **settings):
+    def stream(engine, ids, *, sampling, **settings):
         asked.append(len(ids))
         assert len(ids) + sampling.max_new_tokens <= 64
         return iter(tokenizer.encode("ok"))
 
     monkeypatch.setattr(chat, "load", lambda _: (None, model, tokenizer, None))
     monkeypatch.setattr(chat, "stream", stream)
-    monkeypatch.setattr(chat.decode, "unstack", lambda params, _: 0)
-    monkeypatch.setattr(chat.decode, "decoding_config", lambda model: model)
+    monkeypatch.setattr(chat, "stream_engine", lambda *_: None)
     monkeypatch.setattr(chat.jax, "set_mesh", lambda mesh: io.StringIO())
 
     def talk(typed, sampling=None, **settings):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxllm.config.ranges import NonNegativeInt, PositiveInt, Seed
-from jaxllm.generation.config import SamplingConfig
+from jaxllm.engine.config import SamplingConfig
 from jaxllm.runtime.config import MeshConfig
 
 

@@ -10,9 +10,9 @@ from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImport
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
+from jaxllm.engine.config import SamplingConfig
 from jaxllm.evaluation.scoring import Row, fit, generate_texts, score_rows, split, windows
 from jaxllm.evaluation.tasks import load
-from jaxllm.generation.config import SamplingConfig
 from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.mesh import make_mesh
 

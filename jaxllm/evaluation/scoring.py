@@ -15,9 +15,9 @@ import numpy as np
 
 from jaxllm import output_layer
 from jaxllm.config import InputError
-from jaxllm.generation.config import SamplingConfig
-from jaxllm.generation.generate import Completion, Rollout, completions, roll_out, whole_batch
-from jaxllm.generation.rollouts import cut_at_strings
+from jaxllm.engine.config import SamplingConfig
+from jaxllm.engine.responses import roll_out, whole_batch
+from jaxllm.engine.rollouts import Completion, Rollout, completions, cut_at_strings
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.runtime.transfer import fetch
@@ -192,7 +192,7 @@ def rollouts(
     seed: int,
     batch_size: int = 64,
 ) -> Iterator[tuple[Rollout, int]]:
-    """`generate.roll_out` of one response to each prompt. Iterate under `jax.set_mesh(model.mesh)`."""
+    """`responses.roll_out` of one response to each prompt. Iterate under `jax.set_mesh(model.mesh)`."""
     return roll_out(
         model.params,
         model.config,

@@ -27,7 +27,6 @@ def attention(
     *,
     q_segment_ids: jax.Array,
     kv_segment_ids: jax.Array,
-    q_offset: jax.Array | int | None = None,
     q_order: np.ndarray | None = None,
     window: int | None = None,
     use_window: UseWindow = True,
@@ -44,15 +43,14 @@ def attention(
         . . 1 1 .
         . . . . 1
 
-    Whole rows (q_offset None) go to the kernel of the platform, where it has one for their shape.
+    The kernel of the platform computes it, where it has one for the shape.
 
     Args:
       q: [B, T, N, H] queries.
-      k: [B, S, K, H] keys, with N a multiple of K.
+      k: [B, S, K, H] keys, with N a multiple of K and S = T.
       v: [B, S, K, W] values.
       q_segment_ids: int32[B, T].
       kv_segment_ids: int32[B, S].
-      q_offset: position of the first query among the S keys, for decoding; None: whole rows, S = T.
       q_order: int[T], the position of each query of whole rows, if they are permuted (`sharding.zigzag_order`).
       window: how many positions a token sees, its own included (Beltagy et al. 2020; Mistral); None: all.
       use_window: bool or bool[], whether the window applies to this layer.
@@ -63,17 +61,12 @@ def attention(
       [B, T, N, W] in q's dtype. Scores and softmax are computed in float32.
     """
     scale = scale or 1 / math.sqrt(q.shape[-1])
-    # Kernels take whole rows only, not queries against a cache.
-    if q_offset is None:
-        rows = WholeRows(q_segment_ids, kv_segment_ids, window, scale, softcap, q_order)
-        kernel = _kernel(q, k, v, rows)
-        if kernel is not None:
-            return _run_kernel(kernel, q, k, v, rows, use_window)
+    rows = WholeRows(q_segment_ids, kv_segment_ids, window, scale, softcap, q_order)
+    kernel = _kernel(q, k, v, rows)
+    if kernel is not None:
+        return _run_kernel(kernel, q, k, v, rows, use_window)
     # Positions of the queries among the keys, int[T].
-    if q_order is None:
-        positions = jnp.arange(q.shape[1]) + (0 if q_offset is None else q_offset)
-    else:
-        positions = jnp.array(q_order)
+    positions = jnp.arange(q.shape[1]) if q_order is None else jnp.array(q_order)
     limit = _window_limit(window, use_window)
     allowed = visible(positions, q_segment_ids, kv_segment_ids, limit)
     return reference_attention(q, k, v, allowed, scale, softcap)

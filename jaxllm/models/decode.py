@@ -1,38 +1,37 @@
-"""The decoder with a cache of keys and values, for generation: `unstack` once, then `apply_cached` for new tokens.
+"""The decoder with a cache of keys and values, for the engine: `unstack` once, then `apply_in_blocks` for new tokens.
 
-Shapes: B rows, T new tokens, S positions of the cache, K key heads of size H, D model width, V vocabulary.
+Shapes: R rows, T new tokens, D model width, V vocabulary.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.models import lora
+from jaxllm.models.block_cache import LayerBlocks, View
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Block
-from jaxllm.models.self_attention import CacheSlot, LayerCache
 from jaxllm.models.transformer import Params, Stack, embed, final_norm, head, merge_module, stacks
-from jaxllm.sharding import constrain, constrain_weights, platform
+from jaxllm.models.transformer import axes as transformer_axes
+from jaxllm.runtime.products import has_bfloat16
+from jaxllm.sharding import constrain, constrain_weights, param_shardings, platform
 
-
-class KVCache(NamedTuple):
-    """Keys and values of past tokens, one array per group of `decoded_groups`.
-
-    Each is [B, K, S, H], or [layers, B, K, S, H] for several layers; see `self_attention.LayerCache`.
-    """
-
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+BlockCache = tuple[LayerBlocks, ...]
+"""Keys and values in blocks, for each group of `decoded_groups`."""
 
 
 def decoding_config(config: ModelConfig) -> ModelConfig:
-    """The config to decode with: float32 on a CPU, the same config elsewhere.
+    """The config to decode with: float32 on a CPU that does not multiply bfloat16 numbers, the same config elsewhere.
 
-    On a CPU, XLA would convert all bfloat16 weights and the cache for each token, which takes longer than reading float32.
+    On such a CPU, all bfloat16 weights and the cache would be converted for each token, which takes longer than reading
+    float32.
     """
-    return dataclasses.replace(config, dtype="float32") if platform() == "cpu" else config
+    if platform() == "cpu" and not has_bfloat16():
+        return dataclasses.replace(config, dtype="float32")
+    return config
 
 
 def decoded_groups(config: ModelConfig) -> list[Stack]:
@@ -50,7 +49,7 @@ def decoded_groups(config: ModelConfig) -> list[Stack]:
 
 
 def unstack(params: Params, config: ModelConfig) -> Params:
-    """Parameters for `apply_cached`: {"embed", "norm", "layers": one tree per group, "unembed" [D, V]}.
+    """Parameters for `apply_in_blocks`: {"embed", "norm", "layers": one tree per group, "unembed" [D, V]}.
 
     Adapters are merged, matrices are cast to config.dtype, and the head is transposed. Done once before a decode loop,
     so that no step slices, casts or transposes a weight again.
@@ -82,100 +81,106 @@ def unstack(params: Params, config: ModelConfig) -> Params:
     }
 
 
-def empty_cache(config: ModelConfig, batch_size: int, length: int) -> KVCache:
-    """A cache of zeros with `length` positions, in config.dtype."""
-    heads = config.num_kv_heads
-    key_size = value_size = config.head_dim
+def unstacked_shardings(mesh: Any, shapes: Params, config: ModelConfig) -> Params:
+    """How the parameters from `unstack` are sharded; shapes: a tree of them."""
+    axes = transformer_axes(config)
+
+    def group(name: str, numbers: range) -> Params:
+        # A single layer has no dimension of layers.
+        return jax.tree.map(lambda a: a if len(numbers) > 1 else tuple(a)[1:], axes[name])
+
+    head_axes = axes["head"]["tokens"] if "head" in axes else axes["embed"]["tokens"]
+    unstacked = {
+        "embed": jax.tree.map(lambda _: (None, "columns"), axes["embed"]),
+        "norm": axes["norm"],
+        "layers": [group(name, numbers) for name, _, numbers in decoded_groups(config)],
+        "unembed": tuple(reversed(head_axes)),
+    }
+    return param_shardings(mesh, shapes, unstacked)
+
+
+def _cache_sizes(config: ModelConfig) -> tuple[int, int, int]:
+    """What is cached of a token and layer: number of heads, sizes of a key and of a value."""
     if config.mla.kv_rank:
         # The latent and the shared rotated key; values are made from the latent.
-        heads = 1
-        key_size = config.mla.kv_rank + config.mla.rope_dim
-        value_size = 0
+        return 1, config.mla.kv_rank + config.mla.rope_dim, 0
+    return config.num_kv_heads, config.head_dim, config.head_dim
 
-    def zeros(layers: int, size: int) -> jax.Array:
-        array = jnp.zeros((layers, batch_size, heads, length, size), config.compute_dtype)
-        # A single head, as in latent attention, cannot be split over the tensor axis.
+
+def empty_blocks(config: ModelConfig, count: int, size: int) -> BlockCache:
+    """A cache of zeros with `count` blocks over all devices, of `size` positions each."""
+    heads, key_size, value_size = _cache_sizes(config)
+
+    def zeros(layers: int, *block: int) -> jax.Array:
+        array = jnp.zeros((layers, count, heads, *block), config.compute_dtype)
         sharded_heads = "kv_heads" if heads > 1 else None
-        array = constrain(array, None, "batch", sharded_heads, "cache", "head_dim")
+        array = constrain(array, None, "batch", sharded_heads, None, None)
         return array if layers > 1 else array[0]
 
-    counts = [len(numbers) for _, _, numbers in decoded_groups(config)]
-    return KVCache(
-        k=tuple(zeros(count, key_size) for count in counts),
-        v=tuple(zeros(count, value_size) for count in counts),
+    return tuple(
+        LayerBlocks(
+            zeros(len(numbers), key_size, size),
+            zeros(len(numbers), size, value_size),
+        )
+        for _, _, numbers in decoded_groups(config)
     )
 
 
-def grow_cache(cache: KVCache, count: int) -> KVCache:
-    """The cache with `count` more positions at its end."""
-
-    def grow(x: jax.Array) -> jax.Array:
-        # Positions are the dimension before the last, with or without stacked layers.
-        widths = [(0, 0)] * x.ndim
-        widths[-2] = (0, count)
-        return jnp.pad(x, widths)
-
-    return jax.tree.map(grow, cache)
+def block_bytes(config: ModelConfig, size: int) -> int:
+    """Bytes of a block of `size` positions, over all layers and devices."""
+    heads, key_size, value_size = _cache_sizes(config)
+    width = heads * (key_size + value_size) * config.compute_dtype.itemsize
+    return config.num_layers * size * width
 
 
-def apply_cached(
-    params: Params,
-    config: ModelConfig,
-    tokens: jax.Array,
-    positions: jax.Array,
-    kv_segment_ids: jax.Array,
-    cache: KVCache,
-    offset: jax.Array | int,
-) -> tuple[jax.Array, KVCache]:
-    """Runs the decoder on T new tokens, which are written into the cache.
+def apply_in_blocks(
+    params: Params, config: ModelConfig, tokens: jax.Array, view: View, cache: BlockCache
+) -> tuple[jax.Array, BlockCache]:
+    """Runs the decoder on T new tokens of each row, which are written into the rows' blocks.
 
     Args:
       params: from `unstack`.
       config: from `decoding_config`.
-      tokens: int32[B, T].
-      positions: int32[B, T], of the tokens in their rows.
-      kv_segment_ids: int32[B, S], 0 where the cache holds no token.
+      tokens: int32[R, T].
+      view: where they go, and what they see.
       cache: of the tokens before.
-      offset: position in the cache of the first new token.
 
     Returns:
-      (hidden states [B, T, D] after the final norm, the cache with the new tokens).
+      (hidden states [R, T, D] after the final norm, the cache with the new tokens).
     """
-    x = embed(params, config, tokens, positions, decoding=True)
-    # The cache is updated group by group; XLA writes in place where the old one is not needed.
-    ks = []
-    vs = []
-    groups = decoded_groups(config)
-    for group, weights, k, v in zip(groups, params["layers"], *cache, strict=True):
-        x, layer_cache = _apply_group(
-            weights, config, group, x, positions, kv_segment_ids, LayerCache(k, v), offset
-        )
-        ks.append(layer_cache.k)
-        vs.append(layer_cache.v)
-    return final_norm(params, config, x), KVCache(tuple(ks), tuple(vs))
+    x = embed(params, config, tokens, jnp.maximum(view.positions, 0), decoding=True)
+    caches = []
+    for group, weights, cached in zip(decoded_groups(config), params["layers"], cache, strict=True):
+
+        def run(block: Block, i: Any, use_window: Any, x: jax.Array, cache: LayerBlocks) -> Any:
+            return block.in_blocks(x, view, cache, i, use_window)
+
+        x, cached = _run_group(weights, config, group, run, x, cached)
+        caches.append(cached)
+    return final_norm(params, config, x), tuple(caches)
 
 
-def _apply_group(
+def _run_group(
     weights: Params,
     config: ModelConfig,
     group: Stack,
+    run: Callable[..., Any],
     x: jax.Array,
-    positions: jax.Array,
-    kv_segment_ids: jax.Array,
-    cache: LayerCache,
-    offset: jax.Array | int,
-) -> tuple[jax.Array, LayerCache]:
-    """Runs a group of layers on new tokens x [B, T, D], in a loop if there is more than one."""
+    cache: Any,
+) -> tuple[jax.Array, Any]:
+    """Runs a group of layers on x [B, T, D], in a loop if there is more than one; returns x and the group's cache.
+
+    run: (block, index of the layer in the group or None, whether it has the window, x, cache) -> (x, cache).
+    """
     _, block, numbers = group
     windowed = [config.windowed(i) for i in numbers]
 
-    def layer(i: Any, x: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+    def layer(i: Any, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """Layer i of stacked weights, or the only layer if i is None."""
         # A constant where possible, as in `transformer`.
         use_window = windowed[0] if len(set(windowed)) == 1 else jnp.array(windowed)[i]
         layer_weights = weights if i is None else jax.tree.map(lambda w: w[i], weights)
-        module = merge_module(Block, block, layer_weights)
-        return module.cached(x, positions, kv_segment_ids, cache, CacheSlot(i, offset), use_window)
+        return run(merge_module(Block, block, layer_weights), i, use_window, x, cache)
 
     if len(numbers) == 1:
         return layer(None, x, cache)

@@ -7,18 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.models.attention import UseWindow
+from jaxllm.models.block_cache import LayerBlocks, View
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.linear import linear, swiglu
 from jaxllm.models.moe import moe
 from jaxllm.models.norm import Norm
 from jaxllm.models.parameters import constant, expand_like, matrix, normal
-from jaxllm.models.self_attention import (
-    Attention,
-    CacheSlot,
-    LatentAttention,
-    LayerCache,
-    SequenceOrder,
-)
+from jaxllm.models.self_attention import Attention, LatentAttention, SequenceOrder
 from jaxllm.sharding import constrain, constrain_residual, in_blocks
 
 # Fewest hidden units per block of the MLP, where whole layers are recomputed in the backward pass.
@@ -195,22 +190,19 @@ class Block(nnx.Module):
         y = self.attention(self._before(x, "attention"), positions, segment_ids, use_window, order)
         return self._add_mlp(self._add(x, y, "attention"), segment_ids > 0)
 
-    def cached(
+    def in_blocks(
         self,
         x: jax.Array,
-        positions: jax.Array,
-        kv_segment_ids: jax.Array,
-        cache: LayerCache,
-        slot: CacheSlot,
+        view: View,
+        cache: LayerBlocks,
+        layer: jax.Array | None,
         use_window: UseWindow,
-    ) -> tuple[jax.Array, LayerCache]:
-        """The layer for T new tokens; arguments and result as `Attention.cached`."""
-        y, cache = self.attention.cached(
-            self._before(x, "attention"), positions, kv_segment_ids, cache, slot, use_window
-        )
+    ) -> tuple[jax.Array, LayerBlocks]:
+        """The layer for new tokens; arguments and result as `Attention.in_blocks`."""
+        before = self._before(x, "attention")
+        y, cache = self.attention.in_blocks(before, view, cache, layer, use_window)
         # Padding goes through no expert.
-        ids = jax.lax.dynamic_slice_in_dim(kv_segment_ids, slot.offset, x.shape[1], axis=1)
-        x, _ = self._add_mlp(self._add(x, y, "attention"), ids > 0)
+        x, _ = self._add_mlp(self._add(x, y, "attention"), view.positions >= 0)
         return x, cache
 
     def _add_mlp(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:

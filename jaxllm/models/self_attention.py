@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxllm.models.attention import UseWindow, attention
+from jaxllm.models.block_cache import LayerBlocks, Rules, View, extend_and_attend
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.linear import linear
 from jaxllm.models.norm import Norm
@@ -19,24 +20,6 @@ from jaxllm.sharding import constrain, undo_zigzag
 
 # Permutation of the positions of a row, int[T], where context parallelism shards them; None: the identity.
 SequenceOrder = np.ndarray | None
-
-
-class LayerCache(NamedTuple):
-    """Keys [B, K, S, H] and values [B, K, S, W] of past tokens; of several layers: stacked along a new first dimension.
-
-    A head's positions are adjacent, as attention reads them. Latent attention has one head of keys and no values (W = 0).
-    """
-
-    k: jax.Array
-    v: jax.Array
-
-
-class CacheSlot(NamedTuple):
-    """Where new tokens are written into a cache."""
-
-    # Index of the layer in a stacked cache, int32[]; None: the cache of a single layer
-    layer: jax.Array | None
-    offset: jax.Array | int  # position of the first new token
 
 
 class Attention(nnx.Module):
@@ -76,37 +59,30 @@ class Attention(nnx.Module):
         q, k, v = self._qkv(x, positions, use_window)
         return self._project(_attend(self.config, q, k, v, segment_ids, use_window, order))
 
-    def cached(
+    def in_blocks(
         self,
         x: jax.Array,
-        positions: jax.Array,
-        kv_segment_ids: jax.Array,
-        cache: LayerCache,
-        slot: CacheSlot,
+        view: View,
+        cache: LayerBlocks,
+        layer: jax.Array | None,
         use_window: UseWindow,
-    ) -> tuple[jax.Array, LayerCache]:
-        """Attention of T new tokens to the cache, into which their keys and values are written first.
+    ) -> tuple[jax.Array, LayerBlocks]:
+        """Attention of new tokens to their rows' blocks, into which their keys and values are written first.
 
         Args:
-          x: [B, T, D] hidden states of the new tokens.
-          positions: int32[B, T], of the new tokens in their rows.
-          kv_segment_ids: int32[B, S], 0 where the cache holds no token.
+          x: [R, T, D] hidden states of the new tokens.
+          view: where they go, and what they see.
           cache: of this layer, or of all layers of a group.
-          slot: where the new tokens go.
+          layer: index of the layer in a cache of several layers, int32[]; None: the cache of a single layer.
           use_window: whether this layer has the window.
 
         Returns:
-          ([B, T, D], the cache with the new tokens).
+          ([R, T, D], the cache with the new tokens).
         """
-        q, k, v = self._qkv(x, positions, use_window)
-        # [B, T, K, H] -> [B, K, T, H], the order of the cache.
-        k_cache, keys = _write(cache.k, k.swapaxes(1, 2), slot)
-        v_cache, values = _write(cache.v, v.swapaxes(1, 2), slot)
-        # Back to [B, S, K, H], as `attention` takes them.
-        keys = keys.swapaxes(1, 2)
-        values = values.swapaxes(1, 2)
-        mixed = _attend_cached(self.config, q, keys, values, kv_segment_ids, slot, use_window)
-        return self._project(mixed), LayerCache(k_cache, v_cache)
+        q, k, v = self._qkv(x, view.positions, use_window)
+        rules = _rules(self.config, use_window)
+        mixed, cache = extend_and_attend(q, k, v, cache, view, rules, layer, v.shape[-1])
+        return self._project(mixed), cache
 
     def _qkv(
         self, x: jax.Array, positions: jax.Array, use_window: UseWindow
@@ -187,37 +163,35 @@ class LatentAttention(nnx.Module):
         mixed = _attend(self.config, q, k, v, segment_ids, use_window, order)
         return _merge_heads(mixed, self.out)
 
-    def cached(
+    def in_blocks(
         self,
         x: jax.Array,
-        positions: jax.Array,
-        kv_segment_ids: jax.Array,
-        cache: LayerCache,
-        slot: CacheSlot,
+        view: View,
+        cache: LayerBlocks,
+        layer: jax.Array | None,
         use_window: UseWindow,
-    ) -> tuple[jax.Array, LayerCache]:
-        """As `Attention.cached`; cache.k has one head of size kv_rank + rope_dim, and cache.v is left unchanged.
+    ) -> tuple[jax.Array, LayerBlocks]:
+        """As `Attention.in_blocks`; the cache has one head of size kv_rank + rope_dim, and no values.
 
         The matrix that expands latents to keys is applied to the query instead, and the one that expands them to values
         to the output of attention: every head then reads the latents themselves (DeepSeek-V2, end of section 2.1.2).
         """
         m = self.config.mla
-        q, latent, shared = self._latents(x, positions, use_window)
-        expand = self.kv_b[...].astype(x.dtype)
-        # [kv_rank, N, nope_dim] and [kv_rank, N, value_dim]
-        to_keys = expand[..., : m.nope_dim]
-        to_values = expand[..., m.nope_dim :]
-        # [B, 1, T, kv_rank + rope_dim]: one head, for all query heads.
-        new = jnp.concatenate([latent[:, :, None], shared], -1).swapaxes(1, 2)
-        k_cache, keys = _write(cache.k, new, slot)
+        q, latent, shared = self._latents(x, view.positions, use_window)
+        to_keys, to_values = self._expansions(x.dtype)
         # q . (W c) = (W^T q) . c for every latent c
         q_latent = jnp.einsum("btnh,rnh->btnr", q[..., : m.nope_dim], to_keys)
         q = jnp.concatenate([q_latent, q[..., m.nope_dim :]], -1)
-        keys = keys.swapaxes(1, 2)
-        values = keys[..., : m.kv_rank]
-        mixed = _attend_cached(self.config, q, keys, values, kv_segment_ids, slot, use_window)
+        k = jnp.concatenate([latent[:, :, None], shared], -1)
+        rules = _rules(self.config, use_window)
+        mixed, cache = extend_and_attend(q, k, None, cache, view, rules, layer, m.kv_rank)
         mixed = jnp.einsum("btnr,rnh->btnh", mixed, to_values)
-        return _merge_heads(mixed, self.out), LayerCache(k_cache, cache.v)
+        return _merge_heads(mixed, self.out), cache
+
+    def _expansions(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """The matrices that expand latents to keys [kv_rank, N, nope_dim] and to values [kv_rank, N, value_dim]."""
+        expand = self.kv_b[...].astype(dtype)
+        return expand[..., : self.config.mla.nope_dim], expand[..., self.config.mla.nope_dim :]
 
     def _latents(
         self, x: jax.Array, positions: jax.Array, use_window: UseWindow
@@ -280,36 +254,9 @@ def _attend(
     )
 
 
-def _attend_cached(
-    config: ModelConfig,
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    kv_segment_ids: jax.Array,
-    slot: CacheSlot,
-    use_window: UseWindow,
-) -> jax.Array:
-    """Attention of new queries [B, T, N, H] to a cache's keys [B, S, K, H] and values [B, S, K, W].
-
-    Left-padded prompts of 3 and 1 tokens, the third new token being written at offset 5 of a cache of 6:
-
-        cache      p p p r r r        segments  1 1 1 1 1 1
-                   - - p r r r                  0 0 1 1 1 1      the new token, of segment 1, skips the padding
-    """
-    # The segments of the new tokens themselves: 0 where a row's prompt is padding.
-    q_segment_ids = jax.lax.dynamic_slice_in_dim(kv_segment_ids, slot.offset, q.shape[1], axis=1)
-    return attention(
-        q,
-        keys,
-        values,
-        q_segment_ids=q_segment_ids,
-        kv_segment_ids=kv_segment_ids,
-        q_offset=slot.offset,
-        window=config.window or None,
-        use_window=use_window,
-        scale=config.score_scale,
-        softcap=config.attention_softcap,
-    )
+def _rules(config: ModelConfig, use_window: UseWindow) -> Rules:
+    """How scores of a layer are computed."""
+    return Rules(config.score_scale, config.attention_softcap, config.window, use_window)
 
 
 def _rotation(
@@ -329,14 +276,3 @@ def _rotation(
     return functools.partial(
         rope, positions=positions, frequency=frequency, amplitude=scaling.amplitude
     )
-
-
-def _write(cache: jax.Array, new: jax.Array, slot: CacheSlot) -> tuple[jax.Array, jax.Array]:
-    """Writes new [B, K, T, H] into a cache; returns the cache and this layer's part of it, [B, K, S, H]."""
-    if slot.layer is None:
-        cache = jax.lax.dynamic_update_slice_in_dim(cache, new, slot.offset, axis=2)
-        return cache, cache
-    # A stacked cache is [layers, B, K, S, H].
-    start = (slot.layer, 0, 0, slot.offset, 0)
-    cache = jax.lax.dynamic_update_slice(cache, new[None], start)
-    return cache, cache[slot.layer]

@@ -28,10 +28,10 @@ def measure(program: Program, mesh: Any, results: Results) -> dict[str, Any]:
         traced = program.run.trace(*program.arguments, **program.keywords)
         model_flops = program.flops / mesh.size
         flops = model_flops
-        if not program.decoded:  # the end of a decoding loop depends on data
+        if not program.trips:  # otherwise the number of FLOPs depends on data
             flops = count_flops(traced.jaxpr.jaxpr) / mesh.size
         lowered = traced.lower()
-        key = key_of(lowered, mesh, program.decoded)
+        key = key_of(lowered, mesh, program.trips)
         figures = results.get(key)
         known = figures is not None
         if figures is None:
@@ -72,8 +72,7 @@ def _memory(compiled: Any) -> dict[str, int]:
 
 def _moved(program: Program, compiled: Any, mesh: Any) -> dict[str, Any]:
     crossing = [axis for axis in mesh.axis_names if _ways_out(mesh, (axis,))]
-    # Decoding is one loop for each size of the cache, of which there are at most four.
-    trips = max(program.decoded // 4, 1)
+    trips = max(program.trips, 1)
     module = hlo.Module(compiled.as_text())
     rows = hlo.collectives(module, mesh, trips, crossing[0] if crossing else "data")
     for row in rows:

@@ -61,10 +61,10 @@ def kept_results() -> Results:
     return Results(compile_cache.folder("plans"))
 
 
-def key_of(lowered: Any, mesh: Any, decoded: int) -> str:
+def key_of(lowered: Any, mesh: Any, trips: int) -> str:
     """A name for a lowered program on the devices of a mesh, and for all that decides how it is compiled.
 
-    decoded: tokens that a program of decoding samples, which its collectives are counted for.
+    trips: repetitions of its loops, which its collectives are counted for.
     """
     devices = []
     for device in mesh.devices.flatten().tolist():
@@ -74,7 +74,7 @@ def key_of(lowered: Any, mesh: Any, decoded: int) -> str:
     about = {
         "version": _VERSION,
         "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
-        "decoded": decoded,
+        "trips": trips,
         "mesh": list(mesh.shape.items()),
         "devices": devices,
         "versions": list(map(_version, _COMPILERS)),

@@ -23,7 +23,7 @@ from jaxllm.config.ranges import (
     ProportionBelowOne,
 )
 from jaxllm.data.config import DataConfig
-from jaxllm.generation.config import SamplingConfig
+from jaxllm.engine.config import EngineConfig, SamplingConfig
 from jaxllm.models.parts_config import LoRAConfig
 from jaxllm.optim_config import OptimConfig
 from jaxllm.runtime.config import CheckpointConfig, MeshConfig
@@ -158,7 +158,9 @@ class PPOConfig:
     """Overrides of the mesh for single roles, such as [{role: rollout, tensor: 8}]."""
     # Temperature 1: InstructGPT, appendix C.4 (Ziegler and Huang: 0.7).
     sampling: SamplingConfig = SamplingConfig()
-    """How responses are sampled. top_k and top_p must stay off: the loss models the temperature only."""
+    """How responses are sampled. top_k, top_p and min_p must stay off: the loss models the temperature only."""
+    engine: EngineConfig = EngineConfig()
+    """How many responses are decoded together, and with how much memory."""
 
     # --- The critic.
     # Separate, initialized from the reward model: InstructGPT; Stiennon.
@@ -225,8 +227,8 @@ class PPOConfig:
             "sampling.temperature: a policy gradient needs a temperature of at least 1e-5",
         )
         require(
-            not self.sampling.top_k and self.sampling.top_p == 1,
-            "sampling.top_k: top_k and top_p must be off: the loss does not model the truncated distribution",
+            not self.sampling.top_k and self.sampling.top_p == 1 and not self.sampling.min_p,
+            "sampling.top_k: top_k, top_p and min_p must be off: the loss does not model the truncated distribution",
         )
         require(
             all(self.stop_strings),

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm import losses, output_layer
-from jaxllm.generation import rollouts
-from jaxllm.generation.rollouts import Rollout
+from jaxllm.engine import rollouts
+from jaxllm.engine.rollouts import Rollout
 from jaxllm.losses import Metrics, Moments
 from jaxllm.models import lora, scalar
 from jaxllm.models.config import ModelConfig

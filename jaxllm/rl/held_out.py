@@ -11,9 +11,10 @@ import numpy as np
 
 from jaxllm import losses
 from jaxllm.data.loader import PromptExample
+from jaxllm.engine import rollouts
+from jaxllm.engine.responses import roll_out
+from jaxllm.engine.rollouts import Rollout
 from jaxllm.evaluation import measures
-from jaxllm.generation import generate, rollouts
-from jaxllm.generation.rollouts import Rollout
 from jaxllm.rl.layouts import ROWS, travel
 from jaxllm.rl.programs import UpdatePrograms
 from jaxllm.rl.roles import FrozenModels, PPOState, RunSpec
@@ -50,7 +51,7 @@ def make_evaluation(
         weights = programs.weights(trained, frozen.actor_base)
         with jax.set_mesh(sampler_mesh):
             batches = list(
-                generate.roll_out(
+                roll_out(
                     weights,
                     spec.model,
                     [prompt.ids for prompt in prompts],

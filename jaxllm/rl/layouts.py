@@ -44,10 +44,6 @@ class MeshProgram(NamedTuple):
     """How the result travels home; a tuple where the function returns a tuple of different kinds."""
     flops: float = 0.0
     """FLOPs the model needs, over all devices. Programs with 0 are bookkeeping, which is not planned."""
-    decoded: int = 0
-    """Tokens it samples one after the other."""
-    copies_weights: bool = False
-    """Whether its first argument exists only while it runs."""
     computes: bool = True
     """False for a function that only picks parts of its arguments, and works on shapes as well."""
 

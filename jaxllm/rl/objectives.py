@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxllm import losses, output_layer
-from jaxllm.generation import rollouts
+from jaxllm.engine import rollouts
 from jaxllm.models import lora, next_token, scalar, transformer
 from jaxllm.rl.experience import Experience, response_values
 from jaxllm.rl.roles import RunSpec

@@ -13,6 +13,7 @@ from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.layouts import MeshProgram, role_meshes, travel
 from jaxllm.rl.programs import build_programs
 from jaxllm.rl.roles import RunSpec, abstract_frozen, abstract_state, check_lengths
+from jaxllm.rl.sampler import Sampler
 from jaxllm.rl.update import HostWork, collect, minibatch_rows, optimize
 from jaxllm.sharding import rows_like, with_shardings
 
@@ -21,44 +22,37 @@ class Recorder:
     """Stands in for `update.call`: notes every program with its arguments as shapes, and returns shapes."""
 
     def __init__(self) -> None:
-        self.calls: dict[str, tuple[MeshProgram, tuple[Any, ...], dict[str, Any]]] = {}
-        self.times: dict[str, int] = {}
+        self._programs: dict[str, train.Program] = {}
         self._results: dict[str, Any] = {}
 
-    def __call__(self, program: MeshProgram, *arguments: Any, **resident: Any) -> Any:
+    def __call__(self, program: MeshProgram | Sampler, *arguments: Any, **resident: Any) -> Any:
+        if isinstance(program, Sampler):
+            parts, rollout = program.planned()
+            self._programs |= {part.name: part for part in parts}
+            return rollout
         if not program.computes:
             return program.function(*arguments, **resident)
         name = program.name
-        self.times[name] = self.times.get(name, 0) + 1
-        if name not in self.calls:
+        if name in self._programs:
             # Later calls of a program have arguments of the same shapes, so its results are known.
-            moved = arguments
-            if program.mesh is not program.home:
-                moved = travel(arguments, program.arguments, program.mesh, _move_shapes)
-            self.calls[name] = (program, moved, resident)
-            # Under the mesh, since dtypes and kernels depend on its platform.
-            with jax.set_mesh(program.mesh):
-                shapes = jax.eval_shape(program.function, *moved, **resident)
-            self._results[name] = travel(shapes, program.results, program.home, _move_shapes)
+            seen = self._programs[name]
+            self._programs[name] = seen._replace(times=seen.times + 1)
+            return self._results[name]
+        moved = arguments
+        if program.mesh is not program.home:
+            moved = travel(arguments, program.arguments, program.mesh, _move_shapes)
+        self._programs[name] = train.Program(
+            name, program.function, moved, resident, program.flops, mesh=program.mesh
+        )
+        # Under the mesh, since dtypes and kernels depend on its platform.
+        with jax.set_mesh(program.mesh):
+            shapes = jax.eval_shape(program.function, *moved, **resident)
+        self._results[name] = travel(shapes, program.results, program.home, _move_shapes)
         return self._results[name]
 
     def programs(self) -> list[train.Program]:
         """The programs whose FLOPs count, in the order they first ran."""
-        return [
-            train.Program(
-                name,
-                program.function,
-                arguments,
-                resident,
-                program.flops,
-                times=self.times[name],
-                decoded=program.decoded,
-                mesh=program.mesh,
-                copied=arguments[0] if program.copies_weights else None,
-            )
-            for name, (program, arguments, resident) in self.calls.items()
-            if program.flops
-        ]
+        return [program for program in self._programs.values() if program.flops]
 
 
 def _move_shapes(shapes: Any, mesh: Any, shardings: Any) -> Any:

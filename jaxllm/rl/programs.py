@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxllm import losses, train
-from jaxllm.generation import generate
-from jaxllm.generation.generate import Rollout
 from jaxllm.models import decode, lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import make_optimizer
@@ -21,14 +19,15 @@ from jaxllm.rl.experience import make_experience, response_values, reward_scores
 from jaxllm.rl.layouts import REPLICATED, ROWS, STAY, MeshProgram
 from jaxllm.rl.objectives import actor_loss, critic_loss, ptx_loss
 from jaxllm.rl.roles import RunSpec, StateLayouts
-from jaxllm.sharding import activation, constrain, place_params
+from jaxllm.rl.sampler import Sampler
+from jaxllm.sharding import constrain, place_params
 
 
 class UpdatePrograms(NamedTuple):
     """In the order they run. Arguments are on the stage's mesh, except parameters, which are on that of their role."""
 
     weights: MeshProgram  # (trained, base) -> the policy's weights, on the mesh that samples
-    rollout: MeshProgram  # (weights, prompts, key data uint32[2]) -> Rollout
+    rollout: Sampler  # (weights, prompts, key data uint32[2]) -> Rollout
     reward: MeshProgram  # (reward model, rollout) -> float32[B]
     shape_scores: MeshProgram  # (scores, finished, moments) -> (scores, moments, metrics)
     values: MeshProgram  # ((trained, base) of the critic, rollout) -> float32[B, R]
@@ -115,46 +114,22 @@ def _take(experience: Any, rows: jax.Array) -> Any:
 # --- Sampling.
 
 
-def _sampling_programs(spec: RunSpec, mesh: Any, role_mesh: Any) -> tuple[MeshProgram, MeshProgram]:
-    """The programs that give the sampler its weights and sample responses."""
+def _sampling_programs(spec: RunSpec, mesh: Any, role_mesh: Any) -> tuple[MeshProgram, Sampler]:
+    """The program that gives the sampler its weights, and the sampler."""
     config, model = spec.config, spec.model
-
-    def sample(weights: Any, prompts: Any, key_data: jax.Array) -> Rollout:
-        return generate.generate(
-            weights,
-            model,
-            prompts["tokens"],
-            prompts["mask"],
-            # Words rather than a key: they come from the host to any mesh.
-            jax.random.wrap_key_data(key_data),
-            index=prompts["index"],
-            num_samples=config.num_responses,
-            **spec.sampling,
-        )
-
-    elsewhere = role_mesh is not mesh
-    prompt_tokens = config.num_prompts * config.max_prompt_length
-    response_tokens = config.batch_size * config.sampling.max_new_tokens
-    rollout = MeshProgram(
-        "rollout",
-        jax.jit(sample, out_shardings=activation(role_mesh, "batch")),
-        role_mesh,
-        mesh,
-        (STAY, ROWS, STAY),
-        ROWS,
-        flops=_FlopsPerToken(spec).scored / 3 * (prompt_tokens + response_tokens),
-        decoded=config.sampling.max_new_tokens,
-        copies_weights=elsewhere,
-    )
-    if not elsewhere:
+    per_token = _FlopsPerToken(spec).scored / 3
+    prompts = per_token * config.num_prompts * config.max_prompt_length
+    responses = per_token * config.batch_size * config.sampling.max_new_tokens
+    sampler = Sampler(spec, role_mesh, mesh, prompts + responses, responses)
+    if role_mesh is mesh:
         pick = MeshProgram("weights", spec.policy, mesh, mesh, (STAY, STAY), computes=False)
-        return pick, rollout
+        return pick, sampler
 
     shapes = jax.eval_shape(functools.partial(narrow, model), transformer.abstract(model))
     placed = place_params(role_mesh, shapes, transformer.axes(model))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
     prepare = jax.jit(lambda params, base: narrow(model, lora.merge(spec.policy(params, base))))
-    return MeshProgram("weights", prepare, mesh, role_mesh, (STAY, STAY), shardings), rollout
+    return MeshProgram("weights", prepare, mesh, role_mesh, (STAY, STAY), shardings), sampler
 
 
 def narrow(model: ModelConfig, params: Any) -> Any:

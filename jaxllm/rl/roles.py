@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm import output_layer
-from jaxllm.generation.rollouts import Rollout, response_logprobs
+from jaxllm.engine.rollouts import Rollout, response_logprobs
 from jaxllm.losses import Moments
 from jaxllm.model_store import load_model
 from jaxllm.models import lora, scalar, transformer

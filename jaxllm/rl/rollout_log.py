@@ -9,8 +9,8 @@ from etils import epath
 
 from jaxllm.data.loader import PromptExample
 from jaxllm.data.messages import prompt_text
-from jaxllm.generation import rollouts
-from jaxllm.generation.rollouts import Rollout
+from jaxllm.engine import rollouts
+from jaxllm.engine.rollouts import Rollout
 from jaxllm.runtime.files import json_line, read_jsonl, write_whole
 from jaxllm.runtime.transfer import fetch
 from jaxllm.tokenizers.trained import Tokenizer

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxllm.data.loader import PromptExample
 from jaxllm.data.messages import prompt_text
-from jaxllm.generation import rollouts
-from jaxllm.generation.rollouts import Rollout, cut_at_strings
+from jaxllm.engine import rollouts
+from jaxllm.engine.rollouts import Rollout, cut_at_strings
 from jaxllm.losses import Metrics
 from jaxllm.rl import rewards
 from jaxllm.rl.programs import UpdatePrograms

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxllm import losses
 from jaxllm.data.loader import PromptExample
-from jaxllm.generation.generate import Rollout
+from jaxllm.engine.rollouts import Rollout
 from jaxllm.losses import Metrics
 from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.experience import Experience

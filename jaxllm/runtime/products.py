@@ -128,7 +128,7 @@ def onednn_works() -> bool:
 
 
 @functools.cache
-def _has_bfloat16() -> bool:
+def has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 numbers. Where it does not, oneDNN's product of them takes seconds, or aborts."""
     if os.environ.keys() & {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}:
         return False  # oneDNN may have been told to do without
@@ -161,7 +161,7 @@ def _onednn(a: Array, b: Array, transpose_a: bool, transpose_b: bool, dtype: DTy
     """One call of oneDNN's product; arguments as in `batched`."""
     if a.dtype != b.dtype:  # oneDNN would end the process
         raise TypeError(f"a product of {a.dtype} and {b.dtype}; convert one of them")
-    if a.dtype == jnp.bfloat16 and not _has_bfloat16():
+    if a.dtype == jnp.bfloat16 and not has_bfloat16():
         wide = _onednn(
             a.astype(jnp.float32), b.astype(jnp.float32), transpose_a, transpose_b, jnp.float32
         )

@@ -20,6 +20,15 @@ def _fetch_leaf(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
+def place(tree: Any, sharding: Any) -> Any:
+    """Arrays of the host, which every process has whole, on devices."""
+
+    def place_leaf(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place_leaf, tree)
+
+
 def reshard_across_meshes(tree: Any, mesh: Mesh, shardings: Any) -> Any:
     """Reshard arrays onto a mesh that may order the same devices differently."""
     # JAX accepts another order of devices only while the target mesh is the current one.

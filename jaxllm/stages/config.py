@@ -23,8 +23,8 @@ from jaxllm.config.ranges import (
     Threads,
 )
 from jaxllm.data.config import DataConfig
+from jaxllm.engine.config import EngineConfig, SamplingConfig
 from jaxllm.evaluation.config import ScoringConfig
-from jaxllm.generation.config import SamplingConfig
 from jaxllm.models.parts_config import LoRAConfig
 from jaxllm.optim_config import OptimConfig
 from jaxllm.runtime.config import CheckpointConfig
@@ -123,6 +123,8 @@ class SampleConfig:
     """Prompts per batch."""
     sampling: SamplingConfig = SamplingConfig()
     """How responses are sampled."""
+    engine: EngineConfig = EngineConfig()
+    """How many responses are decoded together, and with how much memory."""
 
     def __post_init__(self) -> None:
         require(

@@ -17,11 +17,10 @@ from jaxllm.data.loader import load_prompts
 from jaxllm.data.messages import message_text
 from jaxllm.data.splits import examples, shuffled
 from jaxllm.data.store import load_texts, open_store
+from jaxllm.engine.config import SamplingConfig
+from jaxllm.engine.rollouts import Completion, Rollout, completions, response_logprobs
 from jaxllm.evaluation import measures, scoring, tasks
 from jaxllm.evaluation.task_files import describe, read_tasks
-from jaxllm.generation.config import SamplingConfig
-from jaxllm.generation.generate import Completion, Rollout, completions
-from jaxllm.generation.rollouts import response_logprobs
 from jaxllm.model_store import load_model
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.score_functions import score_all

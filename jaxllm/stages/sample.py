@@ -9,7 +9,8 @@ from etils import epath
 
 from jaxllm.config import InputError
 from jaxllm.data.loader import PromptExample, load_prompts
-from jaxllm.generation.generate import Completion, complete, whole_batch
+from jaxllm.engine.responses import complete, whole_batch
+from jaxllm.engine.rollouts import Completion
 from jaxllm.model_store import load_model
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, read_jsonl, write_whole
@@ -50,11 +51,11 @@ def run(workspace: Workspace, life: Any, stage: str) -> dict[str, Any]:
         mesh=workspace.mesh,
         sampling=config.sampling,
         stop_ids=tokenizer.stop_ids,
-        pad_id=tokenizer.pad_id,
         seed=workspace.seed,
         num_samples=config.num_responses,
         batch_size=batch_size,
         start=num_done,
+        engine=config.engine,
     )
     # All processes have counted the lines before one appends to them.
     barrier("samples so far")

@@ -114,7 +114,7 @@ def measure_ours(algorithm: str, dtype: str) -> None:
     import numpy as np
 
     from jaxllm.data.loader import PromptExample, make_prompt_batch_at
-    from jaxllm.generation.config import SamplingConfig
+    from jaxllm.engine.config import SamplingConfig
     from jaxllm.models import transformer
     from jaxllm.models.config import preset
     from jaxllm.rl.config import GRPO, PPOConfig, RewardSource

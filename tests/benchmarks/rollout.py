@@ -1,16 +1,21 @@
-"""Rollouts against `transformers` generate: the same weights, prompts and machine, in one run.
+"""The rollout engine against `transformers` generate: the same weights, prompts and machine, in one run.
 
     python tests/benchmarks/rollout.py --peer PYTHON      PYTHON: an interpreter with torch and transformers
 
-A 14M-parameter decoder (d 384, 6 layers, 6 heads, vocabulary 8,192) draws 128 tokens to each of 64 prompts of 8 to 32
-tokens at temperature 1, nothing ending early. First both must give the same greedy tokens (float32). Prints new
-tokens/s of each and the ratios.
+A 14M-parameter decoder (d 384, 6 layers, 6 heads, vocabulary 8,192), temperature 1. Prints
+
+- new tokens/s for 64 prompts of 8 to 32 tokens with 128 tokens each, and the ratio to the peer's, which must draw the
+  same greedy tokens (float32);
+- new tokens/s for 512 prompts whose responses have 8 to 512 tokens (lognormal), against the same requests in batches of
+  64 that wait for their longest;
+- seconds to the first token of a short prompt while 64 others decode.
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,25 +23,27 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxllm.generation.config import SamplingConfig
-from jaxllm.generation.generate import jitted, left_pad
+from jaxllm.engine.config import EngineConfig, SamplingConfig
+from jaxllm.engine.engine import Engine
+from jaxllm.engine.request import Request
+from jaxllm.engine.rollouts import left_pad
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.run import set_cpu_devices
 from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.mesh import make_mesh
-from jaxllm.sharding import activation, replicated
+from jaxllm.sharding import batch_shards, replicated
 
 MODEL = ModelConfig(
     vocab_size=8192,
-    max_length=256,
+    max_length=640,
     num_layers=6,
     embed_dim=384,
     num_heads=6,
     mlp_dim=1024,
     dtype="float32",
 )
-NEW, ROUNDS = 128, 3
+NEW, ROUNDS, SLOTS = 128, 3, 64
 
 # Runs in the other interpreter: reads the weights and prompts, writes its greedy tokens and speed.
 PEER = """
@@ -88,21 +95,93 @@ def peer_weights(params) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in out.items()}
 
 
-def ours(params, tokens, mask, mesh, dtype: str, temperature: float) -> tuple[np.ndarray, float]:
-    """(tokens drawn, seconds of the fastest round)."""
-    model = ModelConfig(**{**MODEL.__dict__, "dtype": dtype})
-    run = jitted(
-        model, SamplingConfig(NEW, temperature), (8192,), 0, 1
-    )  # 8192 is no token: nothing ends early
-    place = lambda x: jax.device_put(x, activation(mesh, "batch", *[None] * (x.ndim - 1)))
-    batch, index = (place(tokens), place(mask)), place(np.arange(len(tokens), dtype=np.int32))
-    seconds, rollout = [], None
-    for _ in range(ROUNDS + 1):
+def engine_for(params, mesh, dtype: str, longest: int, more: int = 0, **settings: int) -> Engine:
+    """An engine with SLOTS + more slots over all devices."""
+    slots = -(-(SLOTS + more) // batch_shards(mesh))
+    return Engine(
+        params,
+        dataclasses.replace(MODEL, dtype=dtype),
+        mesh,
+        longest=longest,
+        settings=EngineConfig(slots=slots, **settings),
+    )
+
+
+def requests_for(prompts, lengths, temperature: float = 1.0) -> list[Request]:
+    """Requests that nothing ends early."""
+    return [
+        Request(prompt, SamplingConfig(int(length), temperature), (0, i))
+        for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+
+
+def drawn(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    found = dict(engine.run(requests))
+    return [[draw.id for draw in found[i].draws] for i in range(len(requests))]
+
+
+def fastest(run, rounds: int = ROUNDS) -> float:
+    """Seconds of the fastest of some rounds, after one that compiles."""
+    seconds = []
+    for _ in range(rounds + 1):
         began = time.perf_counter()
-        rollout = jax.block_until_ready(run(params, *batch, jax.random.key(0), index))
+        run()
         seconds.append(time.perf_counter() - began)
-    assert rollout is not None
-    return np.asarray(rollout.tokens)[:, tokens.shape[1] :], min(seconds[1:])
+    return min(seconds[1:])
+
+
+def long_tails(params, mesh, dtype: str) -> tuple[float, float]:
+    """New tokens/s (all requests at once, batch by batch)."""
+    rng = np.random.default_rng(1)
+    lengths = np.clip(rng.lognormal(4.3, 0.9, 8 * SLOTS), 8, 512).astype(int)
+    requests = requests_for(prompts_of(rng, len(lengths)), lengths)
+    engine = engine_for(params, mesh, dtype, 544)
+
+    def batches() -> None:
+        for begin in range(0, len(requests), SLOTS):
+            drawn(engine, requests[begin : begin + SLOTS])
+
+    tokens = lengths.sum()
+    together = fastest(lambda: drawn(engine, requests), 1)
+    return tokens / together, tokens / fastest(batches, 1)
+
+
+def first_token(params, mesh, dtype: str) -> float:
+    """Seconds from a request to its first token, while all other slots decode: the median of several."""
+    rng = np.random.default_rng(2)
+    engine = engine_for(params, mesh, dtype, 544, more=1, steps=2)
+    others = requests_for(prompts_of(rng, SLOTS), [256] * SLOTS)
+    short = requests_for(prompts_of(rng, 1), [4])[0]
+    seconds = []
+    for request in others:
+        engine.submit(request)
+    while engine.num_unfinished:
+        engine.step()
+        if engine.num_unfinished < SLOTS:
+            continue
+        began = time.perf_counter()
+        ticket = engine.submit(short)
+        while not any(event.ticket == ticket for event in engine.step()):
+            pass
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds[2:]))
+
+
+def prompts_of(rng, count: int) -> list[list[int]]:
+    return [rng.integers(3, 8192, n).tolist() for n in rng.integers(8, 33, count)]
+
+
+def peer_speed(python: str, params, prompts, greedy: list[list[int]]) -> tuple[float, str]:
+    """The peer's new tokens/s in float32, and its versions; prints how many greedy tokens are the same."""
+    tokens, mask = left_pad(prompts, 32, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(f"{folder}/in.npz", tokens=tokens, mask=mask, **peer_weights(params))
+        command = [python, "-c", PEER, folder, str(os.cpu_count()), str(ROUNDS)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = json.loads(output.splitlines()[-1])
+        same = (np.load(Path(folder) / "greedy.npy") == np.array(greedy)).mean()
+    print(f"greedy tokens that are the same: {same:.1%}")
+    return SLOTS * NEW / found["seconds"], f"{found['transformers']} (torch {found['torch']})"
 
 
 def main() -> None:
@@ -110,46 +189,38 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peer", default="", help="an interpreter with torch and transformers")
-    parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices")
+    parser.add_argument("--devices", type=int, default=2, help="virtual CPU devices")
     args = parser.parse_args()
     set_cpu_devices(args.devices)
     mesh = make_mesh(MeshConfig())
-    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+    with jax.set_mesh(mesh):
         params = jax.jit(
             lambda: transformer.init(MODEL, jax.random.key(0)), out_shardings=replicated(mesh)
         )()
-        rng = np.random.default_rng(0)
-        tokens, mask = left_pad(
-            [rng.integers(3, 8192, n).tolist() for n in rng.integers(8, 33, 64)], 32, 0
-        )
-        greedy, _ = ours(params, tokens, mask, mesh, "float32", 0.0)
-        speed = {
-            d: 64 * NEW / ours(params, tokens, mask, mesh, d, 1.0)[1]
-            for d in ("float32", "bfloat16")
-        }
-        print(
-            f"jaxllm: {speed['float32']:,.0f} new tokens/s in float32, {speed['bfloat16']:,.0f} in bfloat16"
-        )
-        if not args.peer:
-            return
-        np.savez(f"{folder}/in.npz", tokens=tokens, mask=mask, **peer_weights(params))
-        command = [args.peer, "-c", PEER, folder, str(len(jax.devices())), str(ROUNDS)]
-        found = json.loads(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[
-                -1
-            ]
-        )
-        same = (np.load(Path(folder) / "greedy.npy") == greedy).mean()
-        peer = 64 * NEW / found["seconds"]
-        print(
-            f"transformers {found['transformers']} (torch {found['torch']}): {peer:,.0f} new tokens/s in float32"
-        )
-        print(
-            f"ratio: {speed['float32'] / peer:.2f} in float32, {speed['bfloat16'] / peer:.2f} in bfloat16"
-        )
-        print(f"greedy tokens that are the same: {same:.1%}")
-        if same < 0.99:
-            sys.exit("the two do not compute the same")
+        prompts = prompts_of(np.random.default_rng(0), SLOTS)
+        speed = {}
+        for dtype in ("float32", "bfloat16"):
+            engine = engine_for(params, mesh, dtype, 160)
+            requests = requests_for(prompts, [NEW] * SLOTS)
+            speed[dtype] = SLOTS * NEW / fastest(lambda e=engine, r=requests: drawn(e, r))
+            print(f"{dtype}: {speed[dtype]:,.0f} new tokens/s", flush=True)
+        if args.peer:
+            greedy = drawn(
+                engine_for(params, mesh, "float32", 160), requests_for(prompts, [NEW] * SLOTS, 0.0)
+            )
+            peer, versions = peer_speed(args.peer, params, prompts, greedy)
+            print(f"transformers {versions}: {peer:,.0f} new tokens/s in float32")
+            for dtype, found in speed.items():
+                print(f"ratio in {dtype}: {found / peer:.2f}")
+        for dtype in speed:
+            together, batches = long_tails(params, mesh, dtype)
+            print(
+                f"{dtype}, long tails: {together:,.0f} new tokens/s, {batches:,.0f} in batches of {SLOTS}: "
+                f"{together / batches:.2f}"
+            )
+            print(
+                f"{dtype}, first token beside {SLOTS} others: {1e3 * first_token(params, mesh, dtype):.0f} ms"
+            )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import losses, output_layer, train
-from jaxllm.generation import generate
+from jaxllm.engine.config import SamplingConfig
+from jaxllm.engine.engine import Engine
+from jaxllm.engine.request import Request
 from jaxllm.metrics import peak_flops
 from jaxllm.models import transformer
 from jaxllm.models.config import preset
@@ -68,16 +70,9 @@ def training(model, mesh, args) -> float:
 
 def generation(model, mesh, args, prompts: int = 64, new_tokens: int = 128) -> float:
     params = jax.jit(lambda: transformer.init(model, jax.random.key(0)))()
-    sampling = generate.SamplingConfig(new_tokens)
-    run = generate.jitted(model, sampling, (-1,), 0, 1)
-    tokens, mask = generate.left_pad([[1] * 32] * prompts, 32, 0)
-    rows = [jax.device_put(x, activation(mesh, "batch", None)) for x in (tokens, mask)]
-    index = np.arange(prompts, dtype=np.int32)
-    return (
-        per_second(lambda: run(params, *rows, jax.random.key(0), index), args.seconds)
-        * prompts
-        * new_tokens
-    )
+    engine = Engine(params, model, mesh, longest=32 + new_tokens)
+    requests = [Request([1] * 32, SamplingConfig(new_tokens), (0, i)) for i in range(prompts)]
+    return per_second(lambda: len([*engine.run(requests)]), args.seconds) * prompts * new_tokens
 
 
 def main() -> None:

@@ -13,11 +13,11 @@ import pytest
 
 from jaxllm.__main__ import main
 from jaxllm.config import InputError
+from jaxllm.engine.config import SamplingConfig
+from jaxllm.engine.responses import complete
 from jaxllm.evaluation import scoring, tasks
 from jaxllm.evaluation.scoring import Row
 from jaxllm.evaluation.task_files import read_tasks
-from jaxllm.generation.config import SamplingConfig
-from jaxllm.generation.generate import complete
 from jaxllm.model_store import load_model
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
@@ -255,7 +255,7 @@ def test_generation_is_what_complete_gives(named, tmp_path):
         scoring.shorten(tk.encode_chat([{"role": "user", "content": p}], reply=True)[0], 52)
         for p in prompts
     ]
-    stops = {"stop_ids": (tk.end_id, tk.eos_id), "pad_id": tk.pad_id, "mesh": named.mesh, "seed": 0}
+    stops = {"stop_ids": (tk.end_id, tk.eos_id), "mesh": named.mesh, "seed": 0}
     with jax.set_mesh(named.mesh):
         drawn = [
             c[0] for c in complete(named.params, named.config, ids, sampling=sampling, **stops)

@@ -19,8 +19,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxllm.generation.config import SamplingConfig
-from jaxllm.generation.generate import complete
+from jaxllm.engine.config import SamplingConfig
+from jaxllm.engine.responses import complete
 from jaxllm.model_store import load_model
 from jaxllm.models import scalar
 from jaxllm.models.config import ModelConfig
@@ -70,7 +70,7 @@ def greedy(params, model: ModelConfig, mesh) -> list[list[int]]:
     sampling = SamplingConfig(24, 0.0)
     # 64 is not a token: nothing ends a response early.
     responses = complete(
-        params, model, PROMPTS, sampling=sampling, stop_ids=(64,), pad_id=0, mesh=mesh, seed=0
+        params, model, PROMPTS, sampling=sampling, stop_ids=(64,), mesh=mesh, seed=0
     )
     return [response[0].ids for response in responses]
 

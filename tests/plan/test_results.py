@@ -28,10 +28,10 @@ def compilations(monkeypatch):
     return compiled
 
 
-def program(mesh, factor=2.0, shape=(8, 16), decoded=0):
+def program(mesh, factor=2.0, shape=(8, 16), trips=0):
     x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=activation(mesh, "batch", None))
     run = jax.jit(lambda x: jnp.sin(factor * x) @ x.T)
-    return Program("p", run, (x,), {}, flops=100.0, decoded=decoded)
+    return Program("p", run, (x,), {}, flops=100.0, trips=trips)
 
 
 MESH = MeshConfig(data=4, fsdp=2)
@@ -45,7 +45,7 @@ def test_the_same_program_is_compiled_once(tmp_path, compilations):
     assert second | {"known": False} == first and first["fits"] and first["collectives"]
 
 
-@pytest.mark.parametrize("change", ["constant", "shape", "decoded", "mesh", "setting", "version"])
+@pytest.mark.parametrize("change", ["constant", "shape", "trips", "mesh", "setting", "version"])
 def test_whatever_decides_the_result_is_in_its_key(tmp_path, compilations, monkeypatch, change):
     mesh = make_mesh(MESH)
     measure.measure(program(mesh), mesh, Results(tmp_path))
@@ -54,8 +54,8 @@ def test_whatever_decides_the_result_is_in_its_key(tmp_path, compilations, monke
         other = program(mesh, factor=3.0)
     elif change == "shape":
         other = program(mesh, shape=(8, 24))
-    elif change == "decoded":
-        other = program(mesh, decoded=16)
+    elif change == "trips":
+        other = program(mesh, trips=16)
     elif change == "mesh":
         mesh = make_mesh(dataclasses.replace(MESH, data=2, fsdp=4))
         other = program(mesh)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxllm import output_layer
-from jaxllm.generation.config import SamplingConfig
-from jaxllm.generation.generate import complete, left_pad
+from jaxllm.engine.config import SamplingConfig
+from jaxllm.engine.responses import complete
+from jaxllm.engine.rollouts import left_pad
 from jaxllm.models import transformer
 from jaxllm.models.config import PRESETS, preset
 from jaxllm.pretrained import families, family_config
@@ -137,7 +138,6 @@ def test_prefill_and_decode_equal_the_full_forward(case):
                 prompts,
                 sampling=SamplingConfig(20, 0.0),
                 stop_ids=(VOCAB,),  # no token: every response has all 20
-                pad_id=0,
                 mesh=mesh,
                 seed=0,
             )

@@ -12,8 +12,8 @@ import pytest
 from jaxllm import losses, train
 from jaxllm.config import InputError
 from jaxllm.data.loader import PromptExample
-from jaxllm.generation import generate as g
-from jaxllm.generation import rollouts
+from jaxllm.engine import rollouts
+from jaxllm.engine.config import SamplingConfig
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.parts_config import LoRAConfig
@@ -32,6 +32,7 @@ from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.mesh import make_mesh
 from jaxllm.runtime.transfer import reshard_across_meshes
 from jaxllm.sharding import activation, param_shardings
+from tests.engine import static
 from tests.stages import worlds
 
 MODEL = ModelConfig(
@@ -46,7 +47,7 @@ MODEL = ModelConfig(
 )
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12], [14, 15]] * 4
 LETTERS: Any = worlds.LETTERS
-SAMPLING = g.SamplingConfig(10, 0.7)
+SAMPLING = SamplingConfig(10, 0.7)
 CONFIG = PPOConfig(batch_size=16, num_epochs=2, num_minibatches=2, sampling=SAMPLING, kl_coef=0.1)
 
 
@@ -56,10 +57,8 @@ def world():
     keys = jax.random.split(jax.random.key(0), 4)
     actor, other = (transformer.init(MODEL, k) for k in keys[:2])
     critic, reward = (scalar.init(transformer.init(MODEL, k), MODEL, k) for k in keys[2:])
-    tokens, mask = g.left_pad(PROMPTS, 6, 0)
-    run = g.jitted(MODEL, SAMPLING, (2,), 0, 1)
-    rollout = run(
-        actor, jnp.array(tokens), jnp.array(mask), jax.random.key(3), np.arange(16, dtype=np.int32)
+    rollout = static.roll_out(
+        actor, MODEL, PROMPTS, SAMPLING, stop_ids=(2,), pad_id=0, seed=3, length=6
     )
     return {"actor": actor, "other": other, "critic": critic, "reward": reward, "rollout": rollout}
 
@@ -223,7 +222,7 @@ SMALL = PPOConfig(
     num_minibatches=2,
     kl_coef=0.3,
     max_prompt_length=4,
-    sampling=g.SamplingConfig(3, 0.7),
+    sampling=SamplingConfig(3, 0.7),
     actor=OptimConfig(learning_rate=3e-3, schedule="constant", weight_decay=0.0, eps=1e-5),
     critic=OptimConfig(learning_rate=3e-3, schedule="constant", weight_decay=0.0, eps=1e-5),
 )
@@ -437,7 +436,7 @@ def test_responses_drawn_in_another_layout_are_the_same(more):
             params, base = split_trainable(
                 config.lora, start, (scalar if config.shares_trunk else transformer).axes(MODEL)
             )
-            tokens, mask = g.left_pad(PROMPTS, 6, 0)
+            tokens, mask = rollouts.left_pad(PROMPTS, 6, 0)
             batch = {
                 "tokens": jnp.array(tokens),
                 "mask": jnp.array(mask),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxllm import losses, output_layer
-from jaxllm.generation.config import SamplingConfig
+from jaxllm.engine.config import SamplingConfig
 from jaxllm.optim_config import OptimConfig
 from jaxllm.rl import programs
 from jaxllm.rl.config import PPOConfig, RewardSource

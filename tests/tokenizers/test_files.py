@@ -11,9 +11,8 @@ from jaxllm.chat import answer_once, load
 from jaxllm.config import InputError
 from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.loader import load_prompts, load_rows
-from jaxllm.generation.config import SamplingConfig
-from jaxllm.generation.generate import complete
-from jaxllm.generation.streaming import stream
+from jaxllm.engine.config import SamplingConfig
+from jaxllm.engine.responses import complete, stream, stream_engine
 from jaxllm.pretrained.convert import export_model, import_model
 from jaxllm.tokenizers.published import load_tokenizer
 from tests.oracles import text_beginnings as oracle
@@ -246,7 +245,6 @@ def test_generation_from_nothing_starts_from_what_begins_a_text(tmp_path, bos):
     more = {
         "sampling": sampling,
         "stop_ids": tokenizer.stop_ids,
-        "pad_id": tokenizer.pad_id,
         "seed": 0,
     }
     ((wanted,),) = complete(params, model, [[tokenizer.start_id]], mesh=mesh, **more)
@@ -256,4 +254,4 @@ def test_generation_from_nothing_starts_from_what_begins_a_text(tmp_path, bos):
     with pytest.raises(InputError, match="prompt: has no tokens"):
         next(complete(params, model, [[1], []], mesh=mesh, **more))
     with pytest.raises(InputError, match="prompt: has no tokens"):
-        next(stream(params, model, [], **more))
+        next(stream(stream_engine(params, model, mesh), [], **more))

@@ -1,10 +1,12 @@
 """How the next token is sampled from the logits: temperature, top-k, nucleus, and one random number per row."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from jaxllm import output_layer
-from jaxllm.generation.config import SamplingConfig
+from jaxllm.engine.config import SamplingConfig
 from jaxllm.sharding import constrain
 
 _BLOCK = 128  # tokens in a block of `inverse_transform`
@@ -34,7 +36,7 @@ def sample_token(
     Args:
       hidden: [B, D] hidden states.
       keys: of the rows, [B] (`row_keys`).
-      step: int32[], number of the token in the response; it is folded into the keys.
+      step: int32[] or int32[B], number of the token in the response; it is folded into the keys.
       unembed: [D, V] output matrix.
       sampling: the rules.
       softcap: of the logits; 0: none.
@@ -42,25 +44,36 @@ def sample_token(
     Returns:
       (tokens int32[B], their log-probabilities float32[B] at the temperature, before top-k and top-p).
     """
-    step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-    logits = jnp.einsum("bd,dv->bv", hidden, unembed, preferred_element_type=jnp.float32)
-    # Pinned twice, so that XLA gathers the logits and not the matrix, which it would do for each token.
-    logits = constrain(logits, "batch", "vocab")
-    logits = output_layer.softcap(constrain(logits, "batch", None), softcap) / sampling.divisor
+    logits = next_logits(hidden, unembed, softcap) / sampling.divisor
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     # The log-probabilities are those of the whole softmax: training compares them with the model's own.
     if sampling.greedy:
         token = jnp.argmax(logits, axis=-1)
     else:
-        uniform = jax.vmap(jax.random.uniform)(step_keys)
-        weights = jnp.exp(keep_likely(logprobs, sampling.top_k, sampling.top_p))
-        token = inverse_transform(weights, uniform)
+        kept = keep_likely(logprobs, sampling.top_k, sampling.top_p, sampling.min_p)
+        token = inverse_transform(jnp.exp(kept), uniform_numbers(keys, step))
     token = token.astype(jnp.int32)
     return token, jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
 
 
-def keep_likely(logprobs: jax.Array, top_k: int, top_p: float) -> jax.Array:
+def next_logits(hidden: jax.Array, unembed: jax.Array, softcap: float) -> jax.Array:
+    """Logits float32[B, V] of the token after each hidden state [B, D]; unembed [D, V]; softcap: 0: none."""
+    logits = jnp.einsum("bd,dv->bv", hidden, unembed, preferred_element_type=jnp.float32)
+    # Pinned twice, so that XLA gathers the logits and not the matrix, which it would do for each token.
+    logits = constrain(logits, "batch", "vocab")
+    return output_layer.softcap(constrain(logits, "batch", None), softcap)
+
+
+def uniform_numbers(keys: jax.Array, step: jax.Array) -> jax.Array:
+    """One number float32[B] in [0, 1) for each row's key and the number of its token, int32[] or int32[B]."""
+    steps = jnp.broadcast_to(step, keys.shape)
+    return jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in)(keys, steps))
+
+
+def keep_likely(logprobs: jax.Array, top_k: int, top_p: float, min_p: float = 0.0) -> jax.Array:
     """Log-probabilities float32[B, V] with all but the top-k, then the nucleus (Holtzman et al. 2020), at -inf.
+
+    Last, what has less than min_p times the probability of the likeliest token goes too (Nguyen et al. 2024).
 
     The nucleus is the smallest set of most likely tokens whose probability, among those left by top-k, reaches top_p; it
     always holds the most likely one. With top_p 0.7:
@@ -81,6 +94,9 @@ def keep_likely(logprobs: jax.Array, top_k: int, top_p: float) -> jax.Array:
         # At least the first: a top_p below 1e-45 is 0 in float32.
         floor = jnp.take_along_axis(ordered, jnp.maximum(last, 0), axis=-1)
         logprobs = jnp.where(jax.nn.softmax(logprobs, axis=-1) < floor, -jnp.inf, logprobs)
+    if min_p:
+        floor = logprobs.max(-1, keepdims=True) + math.log(min_p)
+        logprobs = jnp.where(logprobs < floor, -jnp.inf, logprobs)
     return logprobs
 
 

@@ -1,0 +1,1 @@
+"""The rollout engine: continuous batching of requests over a cache in blocks."""

@@ -1,0 +1,285 @@
+"""Continuous batching: requests are admitted as others end, prompts are prefilled between decoding steps.
+
+    engine = Engine(params, config, mesh, longest=512)
+    with jax.set_mesh(mesh):
+        for ticket, response in engine.run(requests): ...
+
+or, where requests come and go, `submit`, `cancel` and `step`. A response depends on its request alone.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxllm.config import InputError
+from jaxllm.engine import inputs, programs
+from jaxllm.engine.config import EngineConfig
+from jaxllm.engine.geometry import geometry_for, unstacking
+from jaxllm.engine.request import Alternative, Draw, End, Event, Request
+from jaxllm.engine.row_sampling import Drawn
+from jaxllm.engine.scheduler import Row, Scheduler
+from jaxllm.models.config import ModelConfig
+from jaxllm.runtime.transfer import fetch, place
+from jaxllm.sharding import activation, replicated
+
+# Steps that the pool stays larger than it must be: others may come.
+_PATIENCE = 4
+
+
+class Response(NamedTuple):
+    """All of a response."""
+
+    draws: tuple[Draw, ...]
+    """Its tokens, the stop token included."""
+    end: End
+
+
+class Engine:
+    """Rows in progress, and their cache. Use it under `jax.set_mesh(mesh)`; all processes of the mesh take the same steps."""
+
+    def __init__(
+        self,
+        params: Any,
+        config: ModelConfig,
+        mesh: jax.sharding.Mesh,
+        *,
+        longest: int = 0,
+        settings: EngineConfig | None = None,
+    ):
+        """The engine without requests.
+
+        Args:
+          params: of the decoder; None: `set_params` comes later.
+          config: of the decoder.
+          mesh: that rows, heads and weights are sharded over.
+          longest: most tokens of a prompt with its response; 0: the model's context.
+          settings: how much is decoded together.
+
+        Raises:
+          InputError: the memory for the cache does not hold one row of this length.
+        """
+        self.mesh = mesh
+        self._geometry = geometry = geometry_for(config, mesh, settings or EngineConfig(), longest)
+        self._scheduler = Scheduler(
+            geometry.num_shards,
+            geometry.settings.slots,
+            geometry.num_blocks,
+            geometry.settings.block,
+            geometry.settings.prefill_blocks,
+        )
+        self._rows: dict[int, Row] = {}
+        self._tickets = itertools.count()
+        self._params: Any = None
+        self._cache: Any = None
+        self._pool = 0  # blocks of a shard that the cache has room for
+        self._too_large = 0  # steps since the pool could be smaller
+        if params is not None:
+            self.set_params(params)
+
+    def set_params(self, params: Any) -> None:
+        """Takes new weights and forgets what is cached of prompts; there must be no unfinished request."""
+        with jax.set_mesh(self.mesh):
+            self._params = unstacking(self._geometry.config, self.mesh)(params)
+            if self._cache is None:
+                self._pool = self._geometry.pool_for(0)
+                self._cache = self._geometry.empty_cache(self._pool)
+        self.forget_prompts()
+
+    def rest(self) -> None:
+        """Frees weights and cache until the next `set_params`."""
+        self._params = self._cache = None
+
+    def forget_prompts(self) -> None:
+        """Forgets what is kept of prompts whose requests have ended."""
+        for pool in self._scheduler.pools:
+            pool.forget()
+
+    # --- Requests.
+
+    def submit(self, request: Request) -> int:
+        """Queues a request; returns the ticket that its events carry.
+
+        Raises:
+          InputError: the prompt is empty, or too long with its response.
+        """
+        if not request.prompt:
+            raise InputError("prompt: has no tokens; begin it with the tokenizer's start_id")
+        length = len(request.prompt) + request.sampling.max_new_tokens
+        if length > self._geometry.longest:
+            raise InputError(
+                f"prompt: {len(request.prompt)} tokens and max_new_tokens "
+                f"{request.sampling.max_new_tokens} do not fit the context of "
+                f"{self._geometry.longest}; shorten the prompt or lower max_new_tokens"
+            )
+        ticket = next(self._tickets)
+        self._rows[ticket] = self._scheduler.submit(ticket, request)
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Ends a request; does nothing if it has ended."""
+        row = self._rows.pop(ticket, None)
+        if row is not None:
+            self._scheduler.remove(row)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self._rows)
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks of the cache that requests use."""
+        return sum(pool.num_used for pool in self._scheduler.pools)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Response]]:
+        """Yields (number of the request, its response) as they end; requests are submitted first."""
+        number_of = {self.submit(request): i for i, request in enumerate(requests)}
+        draws: dict[int, list[Draw]] = {ticket: [] for ticket in number_of}
+        while self._rows:
+            for event in self.step():
+                draws[event.ticket] += event.draws
+                if event.end:
+                    yield (
+                        number_of[event.ticket],
+                        Response(tuple(draws.pop(event.ticket)), event.end),
+                    )
+
+    # --- Steps.
+
+    def step(self, steps: int = 0) -> list[Event]:
+        """Prefills what has been admitted, then decodes; returns what was drawn.
+
+        steps: most tokens to decode, at most `settings.steps`; 0: that many.
+        """
+        if not any(self._scheduler.admitted()):
+            self._too_large = _PATIENCE  # as if it had just been made: steps repeat exactly
+        events = self._prefill()
+        # Decoding a few rows costs almost as much as decoding all: the slots are filled first.
+        while self._scheduler.has_room and (more := self._prefill()):
+            events += more
+        events += self._decode(
+            min(steps or self._geometry.settings.steps, self._geometry.settings.steps)
+        )
+        return events
+
+    def _prefill(self) -> list[Event]:
+        plans = self._scheduler.plan_prefill()
+        if not any(plan.chunks or plan.starts for plan in plans):
+            return []
+        self._fit_pool()
+        starting = [[start.row for start in plan.starts] for plan in plans]
+        size = self._size_for(starting)
+        width = self._width_for([chunk.row for plan in plans for chunk in plan.chunks])
+        settings = self._geometry.settings
+        chunks = inputs.chunks_of(plans, settings.prefill_blocks, size, settings.block, width)
+        rows = inputs.rows_of(starting, size, self._width_for([]), self._geometry.config.vocab_size)
+        run = programs.compiled(programs.prefill, self._compiled_for(starting), self.mesh)
+        drawn, self._cache = run(self._params, self._cache, self._place(chunks), self._place(rows))
+        copies = inputs.copies_of(plans, size)
+        if copies is not None:
+            self._cache = programs.copy(self._cache, self._place(copies))
+        return self._events(starting, size, jax.tree.map(lambda x: x[:, None], fetch(drawn)))
+
+    def _decode(self, steps: int) -> list[Event]:
+        if not self._scheduler.decoding:
+            return []
+        shards: list[list[Row]] = [[] for _ in self._scheduler.pools]
+        for row in self._scheduler.decoding:
+            shards[row.shard].append(row)
+        left = (
+            row.request.sampling.max_new_tokens - len(row.drawn) for row in self._scheduler.decoding
+        )
+        steps = min(steps, max(left))
+        self._scheduler.extend(steps)
+        self._fit_pool()
+        size = self._size_for(shards)
+        rows = inputs.rows_of(
+            shards,
+            size,
+            self._width_for(self._scheduler.decoding),
+            self._geometry.config.vocab_size,
+        )
+        owners = inputs.owners_of(shards, size, self._pool)
+        run = programs.compiled(programs.decode_steps, self._compiled_for(shards), self.mesh)
+        count = place(np.int32(steps), replicated(self.mesh))
+        drawn, self._cache = run(
+            self._params, self._cache, self._place(rows), self._place(owners), count
+        )
+        return self._events(shards, size, jax.tree.map(lambda x: x[:, :steps], fetch(drawn)))
+
+    def _fit_pool(self) -> None:
+        """Makes the pool large enough for what is in use, and smaller if it has been too large for a while."""
+        pools = self._scheduler.pools
+        wanted = self._geometry.pool_for(max(pool.end for pool in pools))
+        self._too_large = self._too_large + 1 if wanted < self._pool else 0
+        if wanted == self._pool or 0 < self._too_large < _PATIENCE:
+            return
+        for pool in pools:
+            pool.forget_from(wanted)
+        self._cache = programs.resize(self._cache, wanted)
+        self._pool, self._too_large = wanted, 0
+
+    def _compiled_for(self, shards: Sequence[Sequence[Row]]) -> programs.Settings:
+        """What a program is compiled for, to serve these rows."""
+        requests = [row.request for rows in shards for row in rows]
+        # The longest response is not a matter of the program.
+        kinds = {programs.without_length(request.sampling) for request in requests}
+        return programs.Settings(
+            self._geometry.config,
+            kinds.pop() if len(kinds) == 1 else None,
+            max((request.num_alternatives for request in requests), default=0),
+            self._geometry.settings.steps,
+        )
+
+    def _size_for(self, shards: Sequence[Sequence[Row]]) -> int:
+        """Rows of a shard that a program is compiled for."""
+        most = max(map(len, shards))
+        return next(size for size in self._geometry.sizes if size >= most)
+
+    def _width_for(self, rows: Sequence[Row]) -> int:
+        """Blocks of a table that a program is compiled for."""
+        return self._geometry.width_for(max((len(row.blocks) for row in rows), default=0))
+
+    def _place(self, tree: Any) -> Any:
+        """Arrays on the devices, their first dimension sharded like a batch."""
+        return place(tree, activation(self.mesh, "batch"))
+
+    def _events(self, shards: Sequence[Sequence[Row]], size: int, drawn: Drawn) -> list[Event]:
+        """What was drawn for each row, up to its end; arrays of `drawn` are [all rows, steps, ...]."""
+        events = []
+        for shard, rows in enumerate(shards):
+            for i, row in enumerate(rows):
+                mine = jax.tree.map(lambda x, n=shard * size + i: x[n], drawn)
+                events.append(self._advance(row, mine))
+        return events
+
+    def _advance(self, row: Row, drawn: Drawn) -> Event:
+        """Adds what was drawn for a row, arrays [steps, ...], and takes it out if it has ended."""
+        draws = []
+        if row.drawn:
+            # Every step but the first of all has written the token before.
+            row.cached += len(drawn.token)
+        for step in range(len(drawn.token)):
+            draws.append(_draw(drawn, step, row.request.num_alternatives))
+            row.add(draws[-1].id)
+            if row.end:
+                self._scheduler.remove(row)
+                del self._rows[row.ticket]
+                break
+        return Event(row.ticket, tuple(draws), row.end)
+
+
+def _draw(drawn: Drawn, step: int, num_alternatives: int) -> Draw:
+    alternatives = zip(
+        drawn.alternatives[step, :num_alternatives].tolist(),
+        drawn.alternative_logprobs[step, :num_alternatives].tolist(),
+        strict=True,
+    )
+    return Draw(
+        int(drawn.token[step]),
+        float(drawn.logprob[step]),
+        tuple(Alternative(*pair) for pair in alternatives),
+    )

@@ -1,0 +1,117 @@
+"""How the next token of every row is drawn, where each row has rules of its own.
+
+Shapes: R rows, V vocabulary, D model width, A alternatives.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.engine.config import SamplingConfig
+from jaxllm.engine.sampling import (
+    inverse_transform,
+    keep_likely,
+    next_logits,
+    uniform_numbers,
+)
+
+
+class RowRules(NamedTuple):
+    """`SamplingConfig` of each row, as arrays [R]."""
+
+    temperature: Any  # float32; 0: greedy
+    top_k: Any  # int32; V: all
+    top_p: Any  # float32
+    min_p: Any  # float32
+
+
+class Drawn(NamedTuple):
+    """What `draw` returns."""
+
+    token: jax.Array  # int32[R]
+    logprob: jax.Array  # float32[R]: at the temperature, before tokens are left out
+    alternatives: jax.Array  # int32[R, A]: the likeliest tokens
+    alternative_logprobs: jax.Array  # float32[R, A]
+
+
+def row_rules(configs: Sequence[SamplingConfig | None], vocab_size: int) -> RowRules:
+    """The rules of rows; None: an empty row."""
+
+    def column(dtype: type, value_of: Callable[[SamplingConfig], float]) -> np.ndarray:
+        return np.array([0 if c is None else value_of(c) for c in configs], dtype)
+
+    return RowRules(
+        column(np.float32, lambda c: 0.0 if c.greedy else c.temperature),
+        column(np.int32, lambda c: c.top_k or vocab_size),
+        column(np.float32, lambda c: c.top_p),
+        column(np.float32, lambda c: c.min_p),
+    )
+
+
+def draw(
+    hidden: jax.Array,
+    keys: jax.Array,
+    number: jax.Array,
+    unembed: jax.Array,
+    softcap: float,
+    rules: RowRules,
+    common: SamplingConfig | None,
+    num_alternatives: int = 0,
+) -> Drawn:
+    """Draws a token for each row.
+
+    Args:
+      hidden: [R, D] hidden states.
+      keys: of the rows, [R].
+      number: int32[R], number of the token in its response.
+      unembed: [D, V] output matrix.
+      softcap: of the logits; 0: none.
+      rules: of the rows.
+      common: the settings that all rows share, if they do: then nothing is computed that they do not need.
+      num_alternatives: how many of the likeliest tokens are returned.
+    """
+    logits = next_logits(hidden, unembed, softcap)
+    is_greedy = rules.temperature == 0
+    divisor = jnp.where(is_greedy, 1.0, rules.temperature)
+    logprobs = jax.nn.log_softmax(logits / divisor[:, None], axis=-1)
+    if common is not None and common.greedy:
+        token = jnp.argmax(logits, axis=-1)
+    else:
+        if common is None:
+            kept = _keep_likely(logprobs, rules)
+        else:
+            kept = keep_likely(logprobs, common.top_k, common.top_p, common.min_p)
+        token = inverse_transform(jnp.exp(kept), uniform_numbers(keys, number))
+        if common is None:
+            token = jnp.where(is_greedy, jnp.argmax(logits, axis=-1), token)
+    token = token.astype(jnp.int32)
+    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+    return Drawn(token, logprob, *_likeliest(logprobs, num_alternatives))
+
+
+def _likeliest(logprobs: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The likeliest tokens int32[R, count], and their log-probabilities."""
+    if not count:  # XLA would sort the vocabulary for nothing
+        return jnp.zeros((len(logprobs), 0), jnp.int32), jnp.zeros((len(logprobs), 0))
+    values, ids = jax.lax.top_k(logprobs, count)
+    return ids.astype(jnp.int32), values
+
+
+def _keep_likely(logprobs: jax.Array, rules: RowRules) -> jax.Array:
+    """`keep_likely` with rules of its own for each row of float32[R, V]."""
+    ordered = -jnp.sort(-logprobs, axis=-1)
+    last = jnp.clip(rules.top_k - 1, 0, logprobs.shape[-1] - 1)
+    floor = jnp.take_along_axis(ordered, last[:, None], axis=-1)
+    kept = jnp.where(logprobs < floor, -jnp.inf, logprobs)
+    ordered = jnp.where(ordered < floor, -jnp.inf, ordered)
+    # The nucleus, among those that top-k has left.
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    count = (before < rules.top_p[:, None]).astype(jnp.int32).sum(-1, keepdims=True)
+    floor = jnp.take_along_axis(ordered, jnp.maximum(count - 1, 0), axis=-1)
+    kept = jnp.where((rules.top_p < 1)[:, None] & (kept < floor), -jnp.inf, kept)
+    floor = ordered[:, :1] + jnp.log(rules.min_p)[:, None]
+    return jnp.where(kept < floor, -jnp.inf, kept)
