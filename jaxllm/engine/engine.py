@@ -173,8 +173,9 @@ class Engine:
         starting = [[start.row for start in plan.starts] for plan in plans]
         size = self._size_for(starting)
         width = self._width_for([chunk.row for plan in plans for chunk in plan.chunks])
-        settings = self._geometry.settings
-        chunks = inputs.chunks_of(plans, settings.prefill_blocks, size, settings.block, width)
+        count = _least(self._geometry.chunk_sizes, max(len(plan.chunks) for plan in plans))
+        block = self._geometry.settings.block
+        chunks = inputs.chunks_of(plans, count, size, block, width)
         rows = inputs.rows_of(starting, size, self._width_for([]), self._geometry.config.vocab_size)
         run = programs.compiled(programs.prefill, self._compiled_for(starting), self.mesh)
         drawn, self._cache = run(self._params, self._cache, self._place(chunks), self._place(rows))
@@ -236,8 +237,7 @@ class Engine:
 
     def _size_for(self, shards: Sequence[Sequence[Row]]) -> int:
         """Rows of a shard that a program is compiled for."""
-        most = max(map(len, shards))
-        return next(size for size in self._geometry.sizes if size >= most)
+        return _least(self._geometry.sizes, max(map(len, shards)))
 
     def _width_for(self, rows: Sequence[Row]) -> int:
         """Blocks of a table that a program is compiled for."""
@@ -270,6 +270,11 @@ class Engine:
                 del self._rows[row.ticket]
                 break
         return Event(row.ticket, tuple(draws), row.end)
+
+
+def _least(sizes: Sequence[int], count: int) -> int:
+    """The first of these sizes, in ascending order, that holds `count`."""
+    return next(size for size in sizes if size >= count)
 
 
 def _draw(drawn: Drawn, step: int, num_alternatives: int) -> Draw:

@@ -46,10 +46,12 @@ class Geometry:
     @functools.cached_property
     def sizes(self) -> list[int]:
         """Numbers of rows that programs are compiled for, in ascending order: 64 -> 4, 16, 64."""
-        sizes = [max(self.settings.slots, _FEWEST_ROWS)]
-        while sizes[0] // 4 >= _FEWEST_ROWS:
-            sizes.insert(0, sizes[0] // 4)
-        return sizes
+        return _quarters(max(self.settings.slots, _FEWEST_ROWS), _FEWEST_ROWS)
+
+    @functools.cached_property
+    def chunk_sizes(self) -> list[int]:
+        """Numbers of blocks that are prefilled in one call, in ascending order: 16 -> 1, 4, 16."""
+        return _quarters(self.settings.prefill_blocks, 1)
 
     def width_for(self, num_blocks: int) -> int:
         """Blocks of a table that a program is compiled for."""
@@ -124,6 +126,14 @@ def unstacking(config: ModelConfig, mesh: Any) -> Callable[[Any], Any]:
     """`decode.unstack`, compiled for a mesh."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, weights_shapes(config, mesh))
     return jax.jit(functools.partial(decode.unstack, config=config), out_shardings=shardings)
+
+
+def _quarters(most: int, least: int) -> list[int]:
+    """`most`, a quarter of it and so on, in ascending order."""
+    sizes = [most]
+    while sizes[0] // 4 >= least:
+        sizes.insert(0, sizes[0] // 4)
+    return sizes
 
 
 def _shape(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
