@@ -45,7 +45,7 @@ class LoadedModel:
     """A stage's model and tokenizer on one device.
 
     Sampling options are the fields of `jaxllm.engine.config.SamplingConfig`: max_new_tokens, temperature,
-    top_k and top_p. The same seed gives the same text.
+    top_k, top_p and min_p. The same seed gives the same text.
     """
 
     model: scoring.Model

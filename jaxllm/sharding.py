@@ -15,7 +15,7 @@ There is no catch-all: an unknown name raises KeyError, because a misspelled nam
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -135,6 +135,16 @@ def constrain_scored(x: jax.Array) -> jax.Array:
     """Shard the input [B, T, D] of the output layer; `pipeline` splits its rows too if their number is divisible."""
     divisible = x.shape[0] % shards("scored") == 0
     return constrain(x, "scored" if divisible else "batch", "seq", "embed")
+
+
+def on_each_device(
+    function: Callable[..., Any], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """A function that is called with each device's part of its arguments; itself where there is one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def zigzag_order(length: int) -> np.ndarray | None:

@@ -52,6 +52,7 @@ class EngineConfig:
     steps: PositiveInt = 8
     """Tokens that are decoded before requests come and go again."""
 
-    def with_slots(self, slots: int) -> "EngineConfig":
-        """The same with another number of slots."""
-        return dataclasses.replace(self, slots=max(slots, 1))
+    def for_rows(self, count: int, num_shards: int) -> "EngineConfig":
+        """The same with no more slots than `count` responses need on this many shards."""
+        needed = max(-(-count // num_shards), 1)
+        return dataclasses.replace(self, slots=min(self.slots, needed))

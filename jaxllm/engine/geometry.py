@@ -14,7 +14,7 @@ from jaxllm.engine.config import EngineConfig
 from jaxllm.engine.programs import Chunks, Rows
 from jaxllm.engine.row_sampling import RowRules
 from jaxllm.models import decode, transformer
-from jaxllm.models.block_cache import Owners
+from jaxllm.models.block_cache import Owners, cache_axes
 from jaxllm.models.config import ModelConfig
 from jaxllm.sharding import activation, batch_shards, rows_like, with_shardings
 
@@ -73,14 +73,8 @@ class Geometry:
     def cache_shapes(self) -> Any:
         """The cache, with its shardings."""
         shapes = jax.eval_shape(lambda: self.empty_cache(self.num_blocks))
-        heads = "kv_heads" if shapes[0].k.shape[-3] > 1 else None
-
-        def place(leaf: Any) -> Any:
-            stacked = (None,) * (leaf.ndim - 4)
-            sharding = activation(self.mesh, *stacked, "batch", heads, None, None)
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        return jax.tree.map(place, shapes)
+        shardings = jax.tree.map(lambda leaf: activation(self.mesh, *cache_axes(leaf)), shapes)
+        return with_shardings(shapes, shardings)
 
     def rows_shapes(self, num_rows: int, width: int) -> Rows:
         """`num_rows` rows of each shard."""

@@ -11,10 +11,11 @@ import numpy as np
 from jaxllm.engine.programs import Chunks, Copies, Rows
 from jaxllm.engine.row_sampling import row_rules
 from jaxllm.engine.scheduler import Prefill, Row
-from jaxllm.models.block_cache import Owners
+from jaxllm.models.block_cache import PAIRS, Owners
 
-# How many rows of a table, stop tokens and shared blocks programs have room for: 16, 64, 256, ...
-_LEAST, _FACTOR = 16, 4
+# Programs have room for 16, 64, 256, ... blocks of a table, stop tokens and shared blocks.
+_LEAST = PAIRS  # shared blocks are read so many at a time
+_FACTOR = 4
 
 
 def room_for(count: int, most: int | None = None) -> int:

@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec
 from jaxllm.engine.config import SamplingConfig
 from jaxllm.engine.row_sampling import Drawn, RowRules, draw
 from jaxllm.models import block_cache, decode
-from jaxllm.models.block_cache import LayerBlocks, Owners, View, copy_blocks
+from jaxllm.models.block_cache import LayerBlocks, Owners, View, cache_axes, copy_blocks
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decode import BlockCache
-from jaxllm.sharding import ACT_RULES, constrain, spec
+from jaxllm.sharding import ACT_RULES, constrain, on_each_device, spec
 
 
 class Rows(NamedTuple):
@@ -135,7 +135,7 @@ def _last_states(hidden: jax.Array, source: jax.Array) -> jax.Array:
 
     hidden = constrain(hidden, "batch", None, None)
     rows = spec(("batch",), ACT_RULES)
-    return _by_shard(pick, (hidden, source), rows, (rows,))
+    return on_each_device(pick, (rows, rows), rows)(hidden, source)
 
 
 # A program of its own: in that of the prefill, XLA would copy the whole cache.
@@ -143,37 +143,24 @@ def _last_states(hidden: jax.Array, source: jax.Array) -> jax.Array:
 def copy(cache: BlockCache, copies: Copies) -> BlockCache:
     """The cache with these copies; it is updated in place."""
     rows = spec(("batch",), ACT_RULES)
-    return tuple(
-        _by_shard(copy_blocks, (blocks, *copies), _cache_spec(blocks), (rows, rows))
-        for blocks in cache
-    )
+
+    def run(blocks: LayerBlocks) -> LayerBlocks:
+        own = spec(cache_axes(blocks.k), ACT_RULES)
+        return on_each_device(copy_blocks, (own, rows, rows), own)(blocks, *copies)
+
+    return tuple(map(run, cache))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def resize(cache: BlockCache, count: int) -> BlockCache:
     """The cache with `count` blocks on each shard."""
-    run = functools.partial(block_cache.resize, count=count)
-    return tuple(_by_shard(run, (blocks,), _cache_spec(blocks), ()) for blocks in cache)
 
+    def run(blocks: LayerBlocks) -> LayerBlocks:
+        own = spec(cache_axes(blocks.k), ACT_RULES)
+        resize_own = functools.partial(block_cache.resize, count=count)
+        return on_each_device(resize_own, (own,), own)(blocks)
 
-def _cache_spec(blocks: LayerBlocks) -> PartitionSpec:
-    heads = "kv_heads" if blocks.k.shape[-3] > 1 else None
-    stacked = (None,) * (blocks.k.ndim - 4)
-    return spec((*stacked, "batch", heads, None, None), ACT_RULES)
-
-
-def _by_shard(
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    first: PartitionSpec,
-    others: tuple[PartitionSpec, ...],
-) -> Any:
-    """Calls a function with each shard's part of the arguments; the result is sharded as the first of them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return function(*arguments)
-    run = jax.shard_map(function, in_specs=(first, *others), out_specs=first, check_vma=False)
-    return run(*arguments)
+    return tuple(map(run, cache))
 
 
 @functools.lru_cache(maxsize=32)

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 from jaxllm.engine.config import SamplingConfig
 
-End = Literal["stop", "length", "cancelled"]
-"""Why a response ended: with a stop token or text, at its longest length, or because it was cancelled."""
+End = Literal["stop", "length"]
+"""Why a response ended: with a stop token, or at its longest length."""
 
 
 class Alternative(NamedTuple):

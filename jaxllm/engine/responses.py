@@ -59,7 +59,7 @@ def complete(
     """
     check_prompts(config, prompts, sampling)
     batch_size = batch_size or max(len(prompts), 1)
-    keys = key_words(jax.random.key(seed), np.arange(len(prompts), dtype=np.int32), num_samples)
+    keys = row_key_words(jax.random.key(seed), np.arange(len(prompts), dtype=np.int32), num_samples)
     requests = requests_for(prompts, keys, sampling, stop_ids, num_samples)
     running = engine_for(params, config, mesh, requests[: batch_size * num_samples], engine)
     for begin in range(start, len(prompts), batch_size):
@@ -98,7 +98,7 @@ def roll_out(
     longest = max(map(len, prompts), default=1)
     batch_size = whole_batch(mesh, min(batch_size, len(prompts)), multiple)
     length = min(-(-longest // 16) * 16, config.max_length - sampling.max_new_tokens)
-    keys = key_words(jax.random.key(seed), np.arange(len(prompts), dtype=np.int32), 1)
+    keys = row_key_words(jax.random.key(seed), np.arange(len(prompts), dtype=np.int32), 1)
     requests = requests_for(prompts, keys, sampling, stop_ids, 1)
     # All prompts are in the engine from the start: no batch waits for the longest response of another.
     responses = in_order(engine_for(params, config, mesh, requests, engine), requests)
@@ -130,7 +130,7 @@ def stream(
     seed: int,
 ) -> Iterator[int]:
     """Yields the ids of one response as they are sampled, without the stop token; arguments as for `complete`."""
-    [key] = key_words(jax.random.key(seed), np.zeros(1, np.int32), 1)
+    [key] = row_key_words(jax.random.key(seed), np.zeros(1, np.int32), 1)
     ticket = engine.submit(Request(prompt, sampling, key, stop_ids))
     try:
         while engine.num_unfinished:
@@ -155,8 +155,7 @@ def engine_for(
     longest = max(
         (len(request.prompt) + request.sampling.max_new_tokens for request in requests), default=1
     )
-    most = -(-len(requests) // batch_shards(mesh))
-    settings = settings.with_slots(min(settings.slots, most))
+    settings = settings.for_rows(len(requests), batch_shards(mesh))
     return Engine(params, config, mesh, longest=longest, settings=settings)
 
 
@@ -186,7 +185,7 @@ def requests_for(
     ]
 
 
-def key_words(key: jax.Array, index: np.ndarray, num_samples: int) -> list[tuple[int, int]]:
+def row_key_words(key: jax.Array, index: np.ndarray, num_samples: int) -> list[tuple[int, int]]:
     """The words of the keys of num_samples responses to the prompts with these indices int32[B], prompt-major."""
     words = np.asarray(jax.random.key_data(row_keys(key, jnp.asarray(index), num_samples)))
     return [(int(first), int(second)) for first, second in words]

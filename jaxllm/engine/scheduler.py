@@ -38,7 +38,7 @@ class Row:
         return len(self.prompt) + self.request.sampling.max_new_tokens - 1
 
     def add(self, token: int) -> None:
-        """Adds a token to the response, and says whether that ends it."""
+        """Adds a token to the response, and sets `end` if that ends it."""
         self.drawn.append(token)
         if token in self.request.stop_ids:
             self.end = "stop"

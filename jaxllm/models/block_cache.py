@@ -26,7 +26,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jaxllm.models.attention import UseWindow
-from jaxllm.sharding import ACT_RULES, platform, spec
+from jaxllm.sharding import ACT_RULES, on_each_device, platform, spec
 
 _MASKED = -1e30  # a large finite number: a row that sees nothing would otherwise be NaN
 PAIRS = 16  # pairs of a row and a shared block that are computed at a time
@@ -105,22 +105,25 @@ def extend_and_attend(
       ([R, T, N, W] in q's dtype, the cache with the new tokens).
     """
     run = functools.partial(_on_a_device, rules=rules, value_size=value_size)
-    mesh = jax.sharding.get_abstract_mesh()
-    arguments = (q, k, v, cache, view, layer)
-    if mesh.empty or mesh.size == 1:
-        return run(*arguments)
-    # A single head, as in latent attention, is on every device of the tensor axis.
-    kv_heads = "kv_heads" if k.shape[2] > 1 else None
-    new = spec(("batch", None, kv_heads, None), ACT_RULES)
     queries = spec(("batch", None, "heads", None), ACT_RULES)
+    new = spec(("batch", None, _head_axis(k.shape[2]), None), ACT_RULES)
+    blocks = spec(cache_axes(cache.k), ACT_RULES)
     rows = spec(("batch",), ACT_RULES)
-    in_layer = ("batch", kv_heads, None, None)
-    blocks = spec(in_layer if layer is None else (None, *in_layer), ACT_RULES)
     everywhere = PartitionSpec()
     specs = (queries, new, new, blocks, rows, everywhere)
-    return jax.shard_map(run, in_specs=specs, out_specs=(queries, blocks), check_vma=False)(
-        *arguments
-    )
+    on_device = on_each_device(run, specs, (queries, blocks))
+    return on_device(q, k, v, cache, view, layer)
+
+
+def cache_axes(cache: Any) -> tuple[str | None, ...]:
+    """The logical axes of keys or values (or their shapes), of one layer or of several."""
+    stacked = (None,) * (cache.ndim - 4)
+    return (*stacked, "batch", _head_axis(cache.shape[-3]), None, None)
+
+
+def _head_axis(num_heads: int) -> str | None:
+    # A single head, as in latent attention, is on every device of the tensor axis.
+    return "kv_heads" if num_heads > 1 else None
 
 
 def _on_a_device(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.models import lora
-from jaxllm.models.block_cache import LayerBlocks, View
+from jaxllm.models.block_cache import LayerBlocks, View, cache_axes
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Block
 from jaxllm.models.transformer import Params, Stack, embed, final_norm, head, merge_module, stacks
@@ -113,8 +113,7 @@ def empty_blocks(config: ModelConfig, count: int, size: int) -> BlockCache:
 
     def zeros(layers: int, *block: int) -> jax.Array:
         array = jnp.zeros((layers, count, heads, *block), config.compute_dtype)
-        sharded_heads = "kv_heads" if heads > 1 else None
-        array = constrain(array, None, "batch", sharded_heads, None, None)
+        array = constrain(array, *cache_axes(array))
         return array if layers > 1 else array[0]
 
     return tuple(
@@ -150,11 +149,11 @@ def apply_in_blocks(
     """
     x = embed(params, config, tokens, jnp.maximum(view.positions, 0), decoding=True)
     caches = []
+
+    def run(block: Block, i: Any, use_window: Any, x: jax.Array, cache: LayerBlocks) -> Any:
+        return block.in_blocks(x, view, cache, i, use_window)
+
     for group, weights, cached in zip(decoded_groups(config), params["layers"], cache, strict=True):
-
-        def run(block: Block, i: Any, use_window: Any, x: jax.Array, cache: LayerBlocks) -> Any:
-            return block.in_blocks(x, view, cache, i, use_window)
-
         x, cached = _run_group(weights, config, group, run, x, cached)
         caches.append(cached)
     return final_norm(params, config, x), tuple(caches)

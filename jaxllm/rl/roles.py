@@ -61,11 +61,12 @@ class RunSpec(NamedTuple):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How responses are sampled, as keyword arguments for `generate`."""
+        """How responses are sampled, as keyword arguments for `responses.roll_out`."""
         return {
             "sampling": self.config.sampling,
             "stop_ids": self.stop_ids,
             "pad_id": self.pad_id,
+            "engine": self.config.engine,
         }
 
     def policy(self, params: Any, base: Any) -> Any:

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.engine import programs
+from jaxllm.engine.config import EngineConfig
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.geometry import Geometry, geometry_for, weights_shapes
-from jaxllm.engine.responses import in_order, key_words, requests_for, rollout_of
+from jaxllm.engine.responses import in_order, requests_for, rollout_of, row_key_words
 from jaxllm.engine.rollouts import Rollout
 from jaxllm.rl.roles import RunSpec
 from jaxllm.runtime.transfer import fetch, place
@@ -38,11 +39,10 @@ class Sampler:
         return config.max_prompt_length + config.sampling.max_new_tokens
 
     @property
-    def _settings(self) -> Any:
+    def _settings(self) -> EngineConfig:
         """The engine's settings, with no more slots than an update has responses."""
         config = self._spec.config
-        most = -(-config.batch_size // batch_shards(self.mesh))
-        return config.engine.with_slots(min(config.engine.slots, most))
+        return config.engine.for_rows(config.batch_size, batch_shards(self.mesh))
 
     def __call__(self, weights: Any, prompts: Any, key_data: Any) -> Rollout:
         """prompts: {tokens int32[b, P], mask bool[b, P], index int32[b]}; key_data: uint32[2]."""
@@ -50,7 +50,7 @@ class Sampler:
         host = fetch(prompts)
         ids = [row[mask].tolist() for row, mask in zip(host["tokens"], host["mask"], strict=True)]
         key = jax.random.wrap_key_data(jnp.asarray(key_data))
-        keys = key_words(key, host["index"], config.num_responses)
+        keys = row_key_words(key, host["index"], config.num_responses)
         requests = requests_for(ids, keys, config.sampling, spec.stop_ids, config.num_responses)
         with jax.set_mesh(self.mesh):
             engine = self._started(weights)
