@@ -1,14 +1,22 @@
 """Settings of sampling, and of the engine that samples."""
 
 import dataclasses
+from typing import Annotated
+
+from annotated_types import Ge, Le
 
 from jaxllm.config.ranges import (
+    FINITE,
+    NOT_BOOL,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     PositiveProportion,
     Proportion,
 )
+
+Penalty = Annotated[float, NOT_BOOL, FINITE, Ge(-2), Le(2)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +33,23 @@ class SamplingConfig:
     """Sample from the smallest set of tokens with at least this probability (nucleus sampling)."""
     min_p: Proportion = 0.0
     """Sample from the tokens with at least this share of the likeliest token's probability; 0: from all."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Divides the logits of tokens of the prompt and the response, multiplies them if negative; 1: none."""
+    presence_penalty: Penalty = 0.0
+    """Subtracted from the logits of tokens that the response has."""
+    frequency_penalty: Penalty = 0.0
+    """Subtracted from the logits of tokens for each time that the response has them."""
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether logits depend on the tokens so far."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0)
+
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens are left out."""
+        return bool(self.top_k or self.top_p < 1 or self.min_p)
 
     @property
     def greedy(self) -> bool:

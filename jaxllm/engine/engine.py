@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxllm.config import InputError
-from jaxllm.engine import inputs, programs
+from jaxllm.engine import inputs, programs, prompt_scores
 from jaxllm.engine.config import EngineConfig
 from jaxllm.engine.geometry import geometry_for, unstacking
 from jaxllm.engine.request import Alternative, Draw, End, Event, Request
@@ -48,6 +48,7 @@ class Engine:
         *,
         longest: int = 0,
         settings: EngineConfig | None = None,
+        any_rules: bool = False,
     ):
         """The engine without requests.
 
@@ -57,6 +58,8 @@ class Engine:
           mesh: that rows, heads and weights are sharded over.
           longest: most tokens of a prompt with its response; 0: the model's context.
           settings: how much is decoded together.
+          any_rules: requests have all kinds of rules: programs are compiled for any top-k, top-p and min-p, and not for
+            each that comes.
 
         Raises:
           InputError: the memory for the cache does not hold one row of this length.
@@ -70,6 +73,7 @@ class Engine:
             geometry.settings.block,
             geometry.settings.prefill_blocks,
         )
+        self._any_rules = any_rules
         self._rows: dict[int, Row] = {}
         self._tickets = itertools.count()
         self._params: Any = None
@@ -130,6 +134,11 @@ class Engine:
         return len(self._rows)
 
     @property
+    def num_slots(self) -> int:
+        """Requests that can be decoded at the same time."""
+        return len(self._scheduler.pools) * self._geometry.settings.slots
+
+    @property
     def num_used_blocks(self) -> int:
         """Blocks of the cache that requests use."""
         return sum(pool.num_used for pool in self._scheduler.pools)
@@ -146,6 +155,24 @@ class Engine:
                         number_of[event.ticket],
                         Response(tuple(draws.pop(event.ticket)), event.end),
                     )
+
+    def score(self, ids: Sequence[int], num_alternatives: int = 0) -> list[Draw]:
+        """What the model says of every token but the first, given those before it, at temperature 1.
+
+        Args:
+          ids: tokens of a text, at least one.
+          num_alternatives: how many of the likeliest tokens are reported for each.
+
+        Raises:
+          InputError: the text is longer than the context, of which the last token takes no room.
+        """
+        longest = self._geometry.config.max_length
+        if not 0 < len(ids) <= longest + 1:
+            raise InputError(
+                f"prompt: {len(ids)} tokens, and the context holds 1 to {longest}; shorten it"
+            )
+        with jax.set_mesh(self.mesh):
+            return prompt_scores.score(self._params, self._geometry, ids, num_alternatives)
 
     # --- Steps.
 
@@ -226,11 +253,12 @@ class Engine:
     def _compiled_for(self, shards: Sequence[Sequence[Row]]) -> programs.Settings:
         """What a program is compiled for, to serve these rows."""
         requests = [row.request for rows in shards for row in rows]
-        # The longest response is not a matter of the program.
-        kinds = {programs.without_length(request.sampling) for request in requests}
+        common = programs.common_rules([request.sampling for request in requests])
+        if self._any_rules and common is not None and common.filters:
+            common = None
         return programs.Settings(
             self._geometry.config,
-            kinds.pop() if len(kinds) == 1 else None,
+            common,
             max((request.num_alternatives for request in requests), default=0),
             self._geometry.settings.steps,
         )

@@ -12,7 +12,7 @@ from jaxllm.config import InputError
 from jaxllm.engine import inputs
 from jaxllm.engine.config import EngineConfig
 from jaxllm.engine.programs import Chunks, Rows
-from jaxllm.engine.row_sampling import RowRules
+from jaxllm.engine.row_sampling import History, RowRules
 from jaxllm.models import decode, transformer
 from jaxllm.models.block_cache import Owners, cache_axes
 from jaxllm.models.config import ModelConfig
@@ -80,7 +80,8 @@ class Geometry:
         """`num_rows` rows of each shard."""
         count = num_rows * self.num_shards
         number, real = _shape((count,)), _shape((count,), jnp.float32)
-        rules = RowRules(temperature=real, top_k=number, top_p=real, min_p=real)
+        rules = RowRules(real, number, *[real] * 5)
+        no_history = History(_shape((count, 0)), number)
         rows = Rows(
             token=number,
             position=number,
@@ -89,6 +90,7 @@ class Geometry:
             keys=_shape((count, 2), jnp.uint32),
             stops=_shape((count, inputs.room_for(1))),
             rules=rules,
+            history=no_history,
             tables=_shape((count, width)),
         )
         return rows_like(self.mesh, rows)

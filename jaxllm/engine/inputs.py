@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.engine.programs import Chunks, Copies, Rows
-from jaxllm.engine.row_sampling import row_rules
+from jaxllm.engine.row_sampling import History, row_rules
 from jaxllm.engine.scheduler import Prefill, Row
 from jaxllm.models.block_cache import PAIRS, Owners
 
@@ -18,11 +18,13 @@ _LEAST = PAIRS  # shared blocks are read so many at a time
 _FACTOR = 4
 
 
-def room_for(count: int, most: int | None = None) -> int:
+def room_for(
+    count: int, most: int | None = None, least: int = _LEAST, factor: int = _FACTOR
+) -> int:
     """A size that holds `count` things and is one of few, since programs are compiled for each."""
-    size = _LEAST
+    size = least
     while size < count:
-        size *= _FACTOR
+        size *= factor
     return size if most is None else min(size, most)
 
 
@@ -50,8 +52,23 @@ def rows_of(shards: Sequence[Sequence[Row]], size: int, width: int, vocab_size: 
         keys=column(lambda row: row.request.key, (0, 0), np.uint32),
         stops=stops,
         rules=row_rules([row and row.request.sampling for row in rows], vocab_size),
+        history=_history_of(rows),
         tables=tables,
     )
+
+
+def _history_of(rows: Sequence[Row | None]) -> History:
+    """The tokens of rows; without columns if none of them penalizes any."""
+    penalized = [row for row in rows if row and row.request.sampling.penalizes]
+    width = max((row.longest + 1 for row in penalized), default=0)
+    tokens = np.full((len(rows), room_for(width) if width else 0), -1, np.int32)
+    num_prompt = np.zeros(len(rows), np.int32)
+    for i, row in enumerate(rows):
+        if row and row.request.sampling.penalizes:
+            so_far = [*row.prompt, *row.drawn]
+            tokens[i, : len(so_far)] = so_far
+            num_prompt[i] = len(row.prompt)
+    return History(tokens, num_prompt)
 
 
 def chunks_of(plans: Sequence[Prefill], size: int, num_rows: int, block: int, width: int) -> Chunks:

@@ -4,9 +4,8 @@ Shapes: R rows over all shards of a batch, M blocks of a table, C chunks of prom
 A alternatives.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxllm.engine.config import SamplingConfig
-from jaxllm.engine.row_sampling import Drawn, RowRules, draw
+from jaxllm.engine.row_sampling import Drawn, History, RowRules, draw
 from jaxllm.models import block_cache, decode
 from jaxllm.models.block_cache import LayerBlocks, Owners, View, cache_axes, copy_blocks
 from jaxllm.models.config import ModelConfig
@@ -32,6 +31,7 @@ class Rows(NamedTuple):
     keys: Any  # uint32[R, 2]: words of the random keys
     stops: Any  # int32[R, any]: tokens that end the response, filled up with -1
     rules: RowRules
+    history: History
     tables: Any  # int32[R, M]
 
 
@@ -56,7 +56,7 @@ class Settings(NamedTuple):
     """What programs are compiled for."""
 
     config: ModelConfig  # from `decode.decoding_config`
-    common: SamplingConfig | None  # what all rows share, but for max_new_tokens
+    common: SamplingConfig | None  # what all rows share (`common_rules`)
     num_alternatives: int
     steps: int  # most decoding steps of a call
 
@@ -100,6 +100,7 @@ def _draw(params: Any, hidden: jax.Array, rows: Rows, settings: Settings) -> Dra
         params["unembed"],
         settings.config.logit_softcap,
         rows.rules,
+        rows.history,
         settings.common,
         settings.num_alternatives,
     )
@@ -109,8 +110,12 @@ def _advance(rows: Rows, token: jax.Array) -> Rows:
     """The rows after a token was drawn; those that it ends are empty."""
     remaining = rows.remaining - 1
     ended = (rows.position < 0) | (remaining <= 0) | (token[:, None] == rows.stops).any(1)
+    tokens = rows.history.tokens
+    if tokens.shape[1]:
+        tokens = tokens.at[jnp.arange(len(token)), rows.position + 1].set(token, mode="drop")
     return rows._replace(
         token=token,
+        history=rows.history._replace(tokens=tokens),
         position=jnp.where(ended, -1, rows.position + 1),
         number=rows.number + 1,
         remaining=remaining,
@@ -172,6 +177,19 @@ def compiled(function: Callable[..., Any], settings: Settings, mesh: jax.shardin
     return jax.jit(run, donate_argnums=1, out_shardings=(whole, None))
 
 
-def without_length(sampling: SamplingConfig) -> SamplingConfig:
-    """The settings that programs are compiled for: the longest response is not among them."""
-    return dataclasses.replace(sampling, max_new_tokens=1)
+def common_rules(samplings: Collection[SamplingConfig]) -> SamplingConfig | None:
+    """The rules that programs are compiled for, if all rows have the same; None: each row has its own.
+
+    Lengths, temperatures and penalties are no matter of the program, but for a temperature of 0.
+    """
+    kinds = {
+        SamplingConfig(
+            max_new_tokens=1,
+            temperature=0.0 if sampling.greedy else 1.0,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+        )
+        for sampling in samplings
+    }
+    return kinds.pop() if len(kinds) == 1 else None

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm import output_layer
-from jaxllm.engine.config import SamplingConfig
 from jaxllm.sharding import constrain
 
 _BLOCK = 128  # tokens in a block of `inverse_transform`
@@ -21,39 +20,6 @@ def row_keys(key: jax.Array, prompt_index: jax.Array, num_samples: int) -> jax.A
     samples = jnp.arange(num_samples, dtype=jnp.int32)
     by_prompt = fold(key, prompt_index)
     return jax.vmap(lambda key: fold(key, samples))(by_prompt).reshape(-1)
-
-
-def sample_token(
-    hidden: jax.Array,
-    keys: jax.Array,
-    step: jax.Array,
-    unembed: jax.Array,
-    sampling: SamplingConfig,
-    softcap: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Samples a token for each row.
-
-    Args:
-      hidden: [B, D] hidden states.
-      keys: of the rows, [B] (`row_keys`).
-      step: int32[] or int32[B], number of the token in the response; it is folded into the keys.
-      unembed: [D, V] output matrix.
-      sampling: the rules.
-      softcap: of the logits; 0: none.
-
-    Returns:
-      (tokens int32[B], their log-probabilities float32[B] at the temperature, before top-k and top-p).
-    """
-    logits = next_logits(hidden, unembed, softcap) / sampling.divisor
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    # The log-probabilities are those of the whole softmax: training compares them with the model's own.
-    if sampling.greedy:
-        token = jnp.argmax(logits, axis=-1)
-    else:
-        kept = keep_likely(logprobs, sampling.top_k, sampling.top_p, sampling.min_p)
-        token = inverse_transform(jnp.exp(kept), uniform_numbers(keys, step))
-    token = token.astype(jnp.int32)
-    return token, jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
 
 
 def next_logits(hidden: jax.Array, unembed: jax.Array, softcap: float) -> jax.Array:

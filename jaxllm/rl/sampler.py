@@ -132,7 +132,7 @@ class Sampler:
         )
 
     def _compiled(self, function: Any, geometry: Geometry) -> Any:
-        common = programs.without_length(self._spec.config.sampling)
+        common = programs.common_rules([self._spec.config.sampling])
         settings = programs.Settings(geometry.config, common, 0, geometry.settings.steps)
         return programs.compiled(function, settings, self.mesh)
 

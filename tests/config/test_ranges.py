@@ -34,6 +34,8 @@ MAY_BE_NEGATIVE = {
     "tensor",
     "missing_end_score",
     "weight",
+    "presence_penalty",
+    "frequency_penalty",
 }
 # What an item of a list needs in addition to the field that is tried.
 NEEDED = {"meshes": {"stage": "sft"}, "sources": {"path": "x"}}
@@ -181,7 +183,7 @@ COMMAND_FIELDS = [(cls, path) for cls in COMMANDS for path, hint in fields(cls) 
 )
 def test_invalid_flags_are_refused(cls, path):
     flag = f"--{dotted(path)}".replace("_", "-")
-    wrongs = ["-2", "nan", "inf", "1e30", "9223372036854775808", "many"]
+    wrongs = ["-3", "nan", "inf", "1e30", "9223372036854775808", "many"]
     for wrong in wrongs:
         with pytest.raises(InputError, match=flag) as error:
             tyro_cli(cls, [*COMMANDS[cls], f"{flag}={wrong}"], "jaxllm x")

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.engine.rollouts import Rollout, left_pad, row_inputs
-from jaxllm.engine.sampling import row_keys, sample_token
+from jaxllm.engine.sampling import (
+    inverse_transform,
+    keep_likely,
+    next_logits,
+    row_keys,
+    uniform_numbers,
+)
 from jaxllm.models import transformer
 
 
@@ -30,6 +36,19 @@ def roll_out(
     keys = row_keys(jax.random.key(seed), index, num_samples)
     repeat = functools.partial(np.repeat, repeats=num_samples, axis=0)
     return _run(params, keys, repeat(tokens), repeat(mask), model, sampling, stop_ids, pad_id)
+
+
+def sample_token(hidden, keys, step, unembed, sampling, softcap):
+    """(tokens int32[B], their log-probabilities float32[B] at the temperature, before top-k and top-p)."""
+    logits = next_logits(hidden, unembed, softcap) / sampling.divisor
+    logprobs = jax.lax.optimization_barrier(jax.nn.log_softmax(logits, axis=-1))
+    if sampling.greedy:
+        token = jnp.argmax(logits, axis=-1)
+    else:
+        kept = keep_likely(logprobs, sampling.top_k, sampling.top_p, sampling.min_p)
+        token = inverse_transform(jnp.exp(kept), uniform_numbers(keys, step))
+    token = token.astype(jnp.int32)
+    return token, jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling", "stop_ids", "pad_id"))

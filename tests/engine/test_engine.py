@@ -13,6 +13,7 @@ from jaxllm.engine.engine import Engine
 from jaxllm.engine.geometry import unstacking
 from jaxllm.engine.request import Request
 from jaxllm.engine.sampling import row_keys
+from jaxllm.engine.scheduler import Row
 from jaxllm.models import decode, transformer
 from jaxllm.models.config import ModelConfig, MoEConfig
 from jaxllm.models.parts_config import MLAConfig
@@ -262,3 +263,62 @@ def test_a_request_that_cannot_be_served_is_one_line(llama, prompt, sampling, me
 def test_memory_that_holds_no_row_is_one_line(llama):
     with pytest.raises(InputError, match="cache_gib: 1e-06 does not hold one response"):
         engine_of(llama, LLAMA, dataclasses.replace(TIGHT, cache_gib=1e-6))
+
+
+def penalized(logits, prompt, drawn, sampling):
+    """The slow reference of penalties, token by token."""
+    logits = logits.copy()
+    for token in {*prompt, *drawn}:
+        factor = sampling.repetition_penalty
+        logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+    for token in drawn:
+        logits[token] -= sampling.frequency_penalty
+    for token in {*drawn}:
+        logits[token] -= sampling.presence_penalty
+    return logits
+
+
+def test_penalties_are_those_of_the_reference_and_leave_other_rows_alone(llama):
+    rules = [
+        SamplingConfig(12, temperature=0.0, repetition_penalty=1.4),
+        SamplingConfig(12, temperature=0.0, presence_penalty=0.9, frequency_penalty=0.4),
+        SamplingConfig(12, temperature=0.0, frequency_penalty=-1.5),
+        SamplingConfig(12, temperature=0.0),
+    ]
+    prompts = prompts_of(5, 4)
+    requests = [Request(prompt, rule, (0, 1)) for prompt, rule in zip(prompts, rules, strict=True)]
+    logits_of = jax.jit(
+        lambda ids, mask: transformer.apply(llama, LLAMA, ids, mask) @ transformer.head(llama).T
+    )
+    for (ids, logprobs), request in zip(
+        texts(engine_of(llama, LLAMA), requests), requests, strict=True
+    ):
+        drawn = []
+        for token, logprob in zip(ids, logprobs, strict=True):
+            row = np.zeros((1, 48), np.int32)
+            so_far = [*request.prompt, *drawn]
+            row[0, : len(so_far)] = so_far
+            logits = np.asarray(logits_of(row, (np.arange(48) < len(so_far))[None].astype(int)))
+            logits = logits[0, len(so_far) - 1].astype(np.float64)
+            choice = penalized(logits, request.prompt, drawn, request.sampling)
+            assert token == choice.argmax()
+            # The model's own probability, whatever was penalized.
+            assert abs(logprob - (logits[token] - np.logaddexp.reduce(logits))) < 1e-4
+            drawn.append(token)
+        assert len(drawn) == 12
+
+
+@pytest.mark.parametrize("any_rules", [True, False])
+def test_programs_are_compiled_for_kinds_of_rules(llama, any_rules):
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    engine = Engine(llama, LLAMA, mesh, longest=64, settings=TIGHT, any_rules=any_rules)
+    compiled = set()
+    # Temperatures that are no binary fractions: the bound of top-k must be the number that it was found as.
+    for top_k, temperature in [(3, 0.6), (4, 0.7), (5, 0.8)]:
+        sampling = SamplingConfig(6, top_k=top_k, temperature=temperature)
+        prompts = prompts_of(6, 3)
+        requests = requests_of(prompts, sampling)
+        check(texts(engine, requests), expected(LLAMA, llama, prompts, sampling))
+        rows = [Row(0, request, []) for request in requests]
+        compiled.add(engine._compiled_for([rows]))
+    assert len(compiled) == (1 if any_rules else 3)
