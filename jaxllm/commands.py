@@ -21,6 +21,7 @@ from jaxllm.config.ranges import (
     PositiveFloat,
     PositiveInt,
     PositiveProportion,
+    Proportion,
     Seed,
 )
 from jaxllm.config.shipped import find_config, listing
@@ -48,6 +49,10 @@ class SamplingOptions:
     """Nucleus sampling: sample from the smallest set of tokens with at least this probability."""
     top_k: NonNegativeInt = 0
     """Sample from the k most likely tokens only; 0: from all."""
+    min_p: Proportion = 0.0
+    """Sample from the tokens with at least this share of the likeliest one's probability; 0: from all."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Divides the logits of tokens that are there already; 1: none, 1.1: fewer repetitions."""
     seed: Seed = 0
     """Random seed for sampling."""
 
@@ -60,6 +65,8 @@ class SamplingOptions:
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
         )
 
 
@@ -187,6 +194,22 @@ def chat(args: Sequence[str]) -> None:
     converse(options.stage_dir, sampling, options.seed, options.system, shorten=shorten)
 
 
+def serve(args: Sequence[str]) -> None:
+    """`jaxllm serve`."""
+    options = _parse("serve", args)
+    from jaxllm.run import set_cpu_devices
+    from jaxllm.runtime import compile_cache
+
+    set_cpu_devices(max(options.tensor, 1))
+    compile_cache.enable()
+    try:
+        # Imports packages of an extra, which may be missing.
+        from jaxllm.serve.command import command
+    except ModuleNotFoundError as error:
+        raise InputError(f"jaxllm serve: needs {error.name}; pip install 'jaxllm[web]'") from None
+    command(options)
+
+
 def import_model(args: Sequence[str]) -> None:
     """`jaxllm import`."""
     options: ImportArgs = _parse("import", args)
@@ -299,10 +322,21 @@ def read_config(command: str, args: Sequence[str]) -> Any:
             f"jaxllm {command}: give a config file first, or a name that `jaxllm configs` lists"
         )
     path = find_config(args[0])
+    if command == "rank":
+        args = _without_alias(args)
     # The flags are parsed over what the file says, since some replace one item of a list in it.
     config = _config_class()
     overrides = parse_overrides(config, load(config, path), args[1:], f"jaxllm {command} CONFIG")
     return load(config, path, overrides)
+
+
+def _without_alias(args: Sequence[str]) -> list[str]:
+    """Replaces --browser, which only `jaxllm rank` has, by the fields that it stands for."""
+    meaning = ["--rank.annotator", "browser", "--rank.open-browser"]
+    expanded = []
+    for arg in args:
+        expanded += meaning if arg == "--browser" else [arg]
+    return expanded
 
 
 def explain_stage(command: str, args: Sequence[str]) -> None:

@@ -37,6 +37,12 @@ TABLE: dict[str, Tool] = {
         options="jaxllm.commands:ChatArgs",
         run="jaxllm.commands:chat",
     ),
+    "serve": Tool(
+        usage="DIR ... [--browser] [options]",
+        help="serve models in OpenAI's protocol, with pages to chat, compare and watch",
+        options="jaxllm.serve.config:ServeArgs",
+        run="jaxllm.commands:serve",
+    ),
     "import": Tool(
         usage="SOURCE STAGE_DIR",
         help="make a stage directory from a published model: safetensors, GGUF or hf://ORG/NAME",

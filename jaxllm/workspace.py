@@ -210,11 +210,19 @@ class Workspace:
         share(self.run_dir, f"tokenizer of {stage}")
 
 
+# Fields that do not change any result: the number of threads that prepare batches, and how people are asked to rank.
+_NO_MATTER = ("workers", "host", "port", "guidelines", "open_browser")
+
+
 def _outcome(tree: Any) -> Any:
-    """A config without the fields that do not change any result: the number of threads that prepare batches."""
+    """A config without the fields that do not change any result."""
     if not isinstance(tree, dict):
         return tree
-    return {key: _outcome(value) for key, value in tree.items() if key != "workers"}
+    outcome = {key: _outcome(value) for key, value in tree.items() if key not in _NO_MATTER}
+    # The same person may go on in another place.
+    if outcome.get("annotator") == "browser":
+        outcome["annotator"] = "person"
+    return outcome
 
 
 def _length_changed(stage: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -4,12 +4,13 @@
     rankings.jsonl  {"messages": [...], "responses": [K texts], "ranks": [K numbers], "annotator": "Lee",
                      "simulated": false, "time": "2026-01-31T12:00:00+00:00", "split": "train"}
 
-Every error is an InputError "path:line: field: what is wrong".
+A ranking may have a "note", a remark of the annotator. Every error is an InputError "path:line: field: what is wrong".
 """
 
 import datetime
 import itertools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -105,6 +106,8 @@ def _complete(
     ranking["annotator"] = annotator or line.get("annotator")
     ranking["time"] = line.get("time", now())
     ranking["split"] = line.get("split", split_of(ranking["messages"], held_out))
+    if "note" in line:
+        ranking["note"] = line["note"]
     _check_ranking(ranking, where)
     return ranking
 
@@ -122,7 +125,7 @@ def now() -> str:
 
 
 def summarize(rankings: Sequence[Mapping[str, Any]], num_skipped: int) -> dict[str, Any]:
-    """The result of the rank stage: counts, the share of tied pairs, and who ranked.
+    """The result of the rank stage: counts, the share of tied pairs, who ranked, and whether they agree.
 
     Raises:
       InputError: there are no rankings, since every prompt was skipped.
@@ -143,7 +146,8 @@ def summarize(rankings: Sequence[Mapping[str, Any]], num_skipped: int) -> dict[s
         for rank, other in itertools.combinations(ranking["ranks"], 2):
             num_pairs += 1
             num_ties += rank == other
-    return {
+    annotators = sorted({ranking["annotator"] for ranking in rankings})
+    result = {
         "prompts": len(rankings),
         "train_prompts": len(rankings) - num_held_out,
         "held_out_prompts": num_held_out,
@@ -151,8 +155,47 @@ def summarize(rankings: Sequence[Mapping[str, Any]], num_skipped: int) -> dict[s
         "responses_per_prompt": num_responses / len(rankings),
         "tie_fraction": num_ties / num_pairs,
         "simulated": any(ranking["simulated"] for ranking in rankings),
-        "annotator": ", ".join(sorted({ranking["annotator"] for ranking in rankings})),
+        "annotator": ", ".join(annotators),
+        "annotators": len(annotators),
     }
+    if agreement := pair_agreement(_by_content(rankings)):
+        result["agreement"], result["agreement_pairs"] = agreement
+    return result
+
+
+def pair_agreement(
+    groups: Iterable[Sequence[tuple[str, Sequence[int]]]],
+) -> tuple[float, int] | None:
+    """(share, pairs): of the pairs of responses that two annotators have ordered, how many both order the same.
+
+    Pairs that either of them has tied are left out. None: there are no pairs.
+
+    groups: for each sample (annotator, ranks int[K] in the order of its responses) of those who ranked it.
+    """
+    num_alike = 0
+    num_pairs = 0
+    for group in groups:
+        for (name, first), (other, second) in itertools.combinations(group, 2):
+            # Two rankings of one person are of identical samples, and say nothing of others.
+            if name == other:
+                continue
+            for i, j in itertools.combinations(range(len(first)), 2):
+                # Positive if both order the pair the same, 0 if either ties it.
+                product = (first[i] - first[j]) * (second[i] - second[j])
+                num_pairs += product != 0
+                num_alike += product > 0
+    return (num_alike / num_pairs, num_pairs) if num_pairs else None
+
+
+def _by_content(
+    rankings: Sequence[Mapping[str, Any]],
+) -> Iterable[list[tuple[str, Sequence[int]]]]:
+    """Groups of rankings of the same prompt and responses, as (annotator, ranks)."""
+    groups: dict[str, list[tuple[str, Sequence[int]]]] = {}
+    for ranking in rankings:
+        content = json.dumps([ranking["messages"], ranking["responses"]], sort_keys=True)
+        groups.setdefault(content, []).append((ranking["annotator"], ranking["ranks"]))
+    return groups.values()
 
 
 def _check_ranking(line: Mapping[str, Any], where: str) -> None:
@@ -166,6 +209,8 @@ def _check_ranking(line: Mapping[str, Any], where: str) -> None:
         raise InputError(
             f"{where}: simulated: must be false for a person's ranking, true for a program's"
         )
+    if not isinstance(line.get("note", ""), str):
+        raise InputError(f"{where}: note: must be a text")
     _check_split(line.get("split"), where)
     # The time tells apart the sessions of one annotator; it is kept as text.
     try:
@@ -195,18 +240,22 @@ def _check_responses(line: Mapping[str, Any], where: str) -> None:
 
 
 def _check_ranks(ranks: Any, num_responses: int, where: str) -> None:
+    fault = ranks_fault(ranks, num_responses)
+    if fault:
+        raise InputError(f"{where}: ranks: {fault}")
+
+
+def ranks_fault(ranks: Any, num_responses: int) -> str:
+    """What is wrong with the ranks of so many responses; empty if nothing is."""
     # Not isinstance(rank, int), which holds for a bool as well.
     whole_numbers = isinstance(ranks, list) and all(type(rank) is int for rank in ranks)
     if not whole_numbers or len(ranks) != num_responses:
-        raise InputError(
-            f'{where}: ranks: must be {num_responses} whole numbers, 1 = best (or give an "order")'
-        )
+        return f'must be {num_responses} whole numbers, 1 = best (or give an "order")'
     # Numbers with gaps may be scores, of which the largest is best: better to ask than to guess.
     levels = sorted(set(ranks))
     if levels != list(range(1, len(levels) + 1)):
-        raise InputError(
-            f"{where}: ranks: must count 1, 2, ... without a gap, equal numbers for a tie, not {ranks}"
-        )
+        return f"must count 1, 2, ... without a gap, equal numbers for a tie, not {ranks}"
+    return ""
 
 
 def _check_split(split: Any, where: str) -> None:

@@ -36,33 +36,39 @@ def terminal_input() -> Callable[[], str]:
 
 
 def ask_person(answers: Answers, annotator: str, seed: int, ask: Callable[[], str]) -> None:
-    """Ask for the order of every sample without an answer.
+    """Ask for the order of every sample that a person may answer.
 
     Raises:
       StageCut: the person stops before the end; the answers so far are on disk.
     """
-    total = len(answers.samples)
-    if answers.count < total:
+    if answers.remaining:
         console.print(_HELP)
-    while answers.count < total:
-        # Read again each time: an undo moves it back.
-        index = answers.count
+    # Asked again each time: an undo moves it back.
+    while (index := answers.next_for(annotator)) is not None:
         sample = answers.samples[index]
         order = shown_order(seed, index, len(sample["responses"]))
-        _show(sample, order, f"{index + 1} of {total}")
-        reply = _read_reply(ask, len(order), can_undo=index > 0)
+        _show(sample, order, f"{index + 1} of {len(answers.samples)}")
+        newest = answers.newest(annotator)
+        reply = _read_reply(ask, len(order), can_undo=newest is not None)
         if reply == "q":
             # Not a plain return: the stage has no result yet.
-            raise StageCut(
-                f"rank: {index} of {total} prompts answered; run the same command to resume"
-            )
+            raise cut(answers)
         if reply == "s":
-            answers.skip()
+            answers.skip(index, annotator)
         elif reply == "u":
-            answers.undo()
+            assert newest is not None
+            answers.undo(newest, annotator)
         else:
             assert isinstance(reply, list)
-            answers.rank(unshuffle(reply, order), annotator, simulated=False)
+            answers.rank(index, unshuffle(reply, order), annotator)
+
+
+def cut(answers: Answers) -> StageCut:
+    """What ends the stage before all answers are there."""
+    given = answers.needed - answers.remaining
+    # Where several people answer one prompt, there are more answers than prompts.
+    what = "prompts answered" if answers.needed == len(answers.samples) else "answers given"
+    return StageCut(f"rank: {given} of {answers.needed} {what}; run the same command to resume")
 
 
 def _read_reply(ask: Callable[[], str], num_responses: int, can_undo: bool) -> str | list[int]:

@@ -26,7 +26,7 @@ _FROM_ANNOTATOR = ("annotator", "win_rate", "tie_fraction")
 # In the reward stage these do as well, since its labels are the annotator's rankings.
 _FROM_RANKINGS = ("accuracy", "top1", "calibration", "loss")
 # They contain "annotator" too, but are not numbers that depend on one.
-_NOT_NUMBERS = ("annotator", "annotator_simulated")
+_NOT_NUMBERS = ("annotator", "annotators", "annotator_simulated")
 _ABSENT = "–"
 
 

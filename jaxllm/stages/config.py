@@ -18,6 +18,7 @@ from jaxllm.config.ranges import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Proportion,
     ProportionBelowOne,
     Seed,
     Threads,
@@ -137,23 +138,43 @@ class RankConfig:
     """Who ranks the sampled responses."""
 
     annotator: FunctionName = "person"
-    """person (asks in the terminal), file:PATH (a rankings JSONL), or module:function (SIMULATED: scores responses)."""
+    """person (asks in the terminal), browser (a page for one or more people; `jaxllm rank CONFIG --browser` also opens
+    it), file:PATH (a rankings JSONL), or module:function (SIMULATED: scores responses)."""
     noise: NonNegativeFloat = 0.0
     """Standard deviation of Gaussian noise added to the scores of a simulated annotator."""
     tie_margin: NonNegativeFloat = 0.0
     """Scores of a simulated annotator no further apart than this are a tie."""
     annotator_name: str = ""
-    """Recorded with each ranking; empty: person, or the simulated annotator's module:function."""
+    """Recorded with each ranking; empty: person, or the simulated annotator's module:function. In a browser, people
+    give their names."""
     max_prompts: NonNegativeInt = 0
     """Rank only the first so many prompts; 0: all."""
     held_out: ProportionBelowOne = 0.1
     """Share of the prompts kept for evaluation, if the lines of a file name no split."""
+    overlap: Proportion = 0.0
+    """Share of the prompts that several people rank, to measure how far they agree."""
+    overlap_annotators: Annotated[int, NOT_BOOL, Ge(2), Le(100)] = 2
+    """How many people rank each of those."""
+    host: str = "127.0.0.1"
+    """browser: address to listen on; 0.0.0.0 for people on other machines, who need the key in JAXLLM_API_KEY."""
+    port: Annotated[int, NOT_BOOL, Ge(0), Le(65535)] = 8000
+    """browser: port to listen on; 0: a free one."""
+    guidelines: str = ""
+    """browser: what people should look for, shown on the page as it is."""
+    open_browser: bool = False
+    """browser: open the page on this machine."""
 
     def __post_init__(self) -> None:
         # The form only: the function is imported when it is called, perhaps on another machine.
-        known = self.annotator == "person" or re.fullmatch(r"file:.+|[\w.]+:\w+", self.annotator)
+        people = self.annotator in ("person", "browser")
+        known = people or re.fullmatch(r"file:.+|[\w.]+:\w+", self.annotator)
         require(
-            bool(known), f"annotator: person, file:PATH or module:function, not {self.annotator!r}"
+            bool(known),
+            f"annotator: person, browser, file:PATH or module:function, not {self.annotator!r}",
+        )
+        require(
+            people or not self.overlap,
+            "overlap: only people share prompts (annotator: person or browser); remove it",
         )
 
 

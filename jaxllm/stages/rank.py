@@ -1,9 +1,11 @@
-"""Rank: a person in the terminal, a file written elsewhere, or a SIMULATED annotator orders K responses to each prompt.
+"""Rank: people in a browser or in the terminal, a file written elsewhere, or a SIMULATED annotator order K responses to
+each prompt.
 
 rankings.jsonl grows by one whole line per answer, so that an interrupted run resumes at the first prompt without an
-answer. The parts that know the files and the terminal are in `jaxllm.ranking`.
+answer. The parts that know the files and the terminal are in `jaxllm.ranking`, the page is in `jaxllm.web.rank`.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,19 @@ import numpy as np
 from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxllm.config import InputError
 from jaxllm.config.functions import resolve_function
 from jaxllm.data.messages import prompt_text
 from jaxllm.ranking import records
-from jaxllm.ranking.answers import Answers, count_skipped
+from jaxllm.ranking.answer_files import count_skipped
+from jaxllm.ranking.answers import Answers
 from jaxllm.ranking.terminal import ask_person, terminal_input
 from jaxllm.rl.score_functions import score_all
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import json_line, write_whole
 from jaxllm.runtime.store.working import share
 from jaxllm.stages.config import RankConfig
-from jaxllm.workspace import Workspace
+from jaxllm.workspace import StageCut, Workspace
 
 
 def run(
@@ -72,13 +76,45 @@ def _rank_samples(
 ) -> None:
     workspace.require("sample", "rank")
     path = workspace.stage_dir("sample") / "samples.jsonl"
-    answers = Answers(directory, records.read_samples(path, config.max_prompts))
     # Answers given before an interruption are kept, whoever gave them.
-    if config.annotator == "person":
+    answers = Answers(
+        directory,
+        records.read_samples(path, config.max_prompts),
+        seed=workspace.seed,
+        overlap=config.overlap,
+        overlap_annotators=config.overlap_annotators,
+    )
+    if config.annotator == "browser":
+        _ask_in_browser(answers, config, workspace.seed)
+    elif config.annotator == "person":
         name = config.annotator_name or "person"
         ask_person(answers, name, workspace.seed, ask or terminal_input())
     else:
         _simulate(answers, config, workspace.seed)
+    if answers.remaining:
+        raise StageCut(
+            f"rank: {answers.remaining} answers of other people are still needed (rank.overlap); rank on with "
+            "--rank.annotator-name NAME --allow-change rank.annotator_name"
+        )
+
+
+def _ask_in_browser(answers: Answers, config: RankConfig, seed: int) -> None:
+    try:
+        # Imports packages of an extra, which may be missing.
+        from jaxllm.web.rank import rank_in_browser
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"rank.annotator: browser needs {error.name}; pip install 'jaxllm[web]'"
+        ) from None
+    rank_in_browser(
+        answers,
+        seed,
+        guidelines=config.guidelines,
+        host=config.host,
+        port=config.port,
+        api_key=os.environ.get("JAXLLM_API_KEY", ""),
+        open_browser=config.open_browser,
+    )
 
 
 def _simulate(answers: Answers, config: RankConfig, seed: int) -> None:
@@ -88,8 +124,8 @@ def _simulate(answers: Answers, config: RankConfig, seed: int) -> None:
     # The whole specification by default, so that rankings of two functions can be told apart.
     name = config.annotator_name or config.annotator
     # Marked in the log and in every line: a program's rankings must not pass for a person's.
-    begin = answers.count
-    total = len(answers.samples)
+    total = answers.needed
+    begin = total - answers.remaining
     console.print(
         f"rank: SIMULATED annotator {config.annotator}, no person: {total - begin} prompts to rank",
         soft_wrap=True,
@@ -101,14 +137,16 @@ def _simulate(answers: Answers, config: RankConfig, seed: int) -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        for index in bar.track(range(begin, total), total=total, completed=begin):
+        # Ends when there is no sample left for it.
+        open_samples = iter(lambda: answers.next_for(name), None)
+        for index in bar.track(open_samples, total=total, completed=begin):
             responses = answers.samples[index]["responses"]
             prompt = prompt_text(answers.samples[index]["messages"])
             scores = score_all(function, [prompt] * len(responses), responses)
             # A function of the seed and the index alone: a resumed run adds the same noise.
             noise = np.random.default_rng([seed, index]).standard_normal(len(responses))
             ranks = _rank_scores(scores + config.noise * noise, config.tie_margin)
-            answers.rank(ranks, name, simulated=True)
+            answers.rank(index, ranks, name, simulated=True)
 
 
 def _rank_scores(scores: np.ndarray, tie_margin: float) -> list[int]:

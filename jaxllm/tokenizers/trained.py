@@ -65,6 +65,12 @@ class Tokenizer:
         self.bos_id = self._sp.piece_to_id(BOS)
         self.eos_id = self._sp.piece_to_id(EOS)
         self.end_id = self._sp.piece_to_id(END)
+        # Special tokens by their names.
+        self.controls = {
+            self._sp.id_to_piece(token): token
+            for token in range(self.vocab_size)
+            if self._sp.is_control(token)
+        }
         # What every text begins with; some published models have nothing there.
         self.begin_ids: tuple[int, ...] = (self.bos_id,)
         self.role_ids = {

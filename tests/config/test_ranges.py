@@ -16,12 +16,14 @@ from jaxllm.config import InputError, build, load, to_tree, tyro_cli
 from jaxllm.evaluation.config import ScoreArgs
 from jaxllm.life import Config
 from jaxllm.plan.config import PlanArgs
+from jaxllm.serve.config import ServeArgs
 
 COMMANDS = {
     GenerateArgs: ["stage", "--prompt", "x"],
     ChatArgs: ["stage"],
     ExportArgs: ["stage", "out"],
     ScoreArgs: ["stage", "--task", "t"],
+    ServeArgs: ["dir"],
     PlanArgs: ["config", "--topology", "v5p:2x2x1"],
 }
 # The fields for which a number below 0 means something.

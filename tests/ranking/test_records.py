@@ -58,6 +58,7 @@ def test_file_is_taken_over_complete(workspace, tmp_path):
         "simulated": False,
         "time": "2026-01-31T12:00:00Z",
         "split": "held_out",
+        "note": "both are short",
     }
     result = run_rank(workspace, write(tmp_path / "in.jsonl", LINE, full))
     first, second = rankings(workspace)
@@ -123,6 +124,7 @@ def test_a_prompt_has_the_split_that_it_has_in_the_data_of_every_stage(workspace
         (without("simulated"), "simulated"),
         ({**LINE, "time": "yesterday"}, "time"),
         ({**LINE, "split": "test"}, "split"),
+        ({**LINE, "note": 3}, "note"),
     ],
 )
 def test_malformed_line_is_refused_by_number_and_nothing_is_written(

@@ -57,6 +57,7 @@ def test_person_ranks_what_was_shown_and_sees_no_source(workspace, capsys):
         "tie_fraction": pytest.approx(1 / 6),
         "simulated": False,
         "annotator": "person",
+        "annotators": 1,
     }
 
 

@@ -1,0 +1,1 @@
+"""Servers: models over HTTP, and the pages on which runs are watched."""
