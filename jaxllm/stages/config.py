@@ -151,6 +151,8 @@ class RankConfig:
     """Rank only the first so many prompts; 0: all."""
     held_out: ProportionBelowOne = 0.1
     """Share of the prompts kept for evaluation, if the lines of a file name no split."""
+    compare_with: FunctionName = ""
+    """module:function that scores responses: the result says how often people order two of them as it does; empty: none."""
     overlap: Proportion = 0.0
     """Share of the prompts that several people rank, to measure how far they agree."""
     overlap_annotators: Annotated[int, NOT_BOOL, Ge(2), Le(100)] = 2

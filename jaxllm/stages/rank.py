@@ -6,7 +6,7 @@ answer. The parts that know the files and the terminal are in `jaxllm.ranking`, 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,25 @@ def run(
             _rank_samples(workspace, directory, config, ask)
     share(rankings, "rank")
     # From the file, so that the result also counts what an earlier run ranked.
-    return records.summarize(records.read_rankings(rankings), count_skipped(directory))
+    lines = records.read_rankings(rankings)
+    return records.summarize(lines, count_skipped(directory)) | _compare(lines, config)
+
+
+def _compare(rankings: Sequence[Mapping[str, Any]], config: RankConfig) -> dict[str, float]:
+    """How often people order two responses as a simulated annotator does."""
+    people = [ranking for ranking in rankings if not ranking["simulated"]]
+    if not config.compare_with or not people:
+        return {}
+    function = resolve_function(config.compare_with, "compare_with")
+    groups = []
+    for ranking in people:
+        responses = ranking["responses"]
+        prompt = prompt_text(ranking["messages"])
+        scores = score_all(function, [prompt] * len(responses), responses)
+        simulated = _rank_scores(scores, config.tie_margin)
+        groups.append([("person", ranking["ranks"]), ("function", simulated)])
+    found = records.pair_agreement(groups)
+    return {"agreement_with_simulated": found[0]} if found else {}
 
 
 def _import_file(target: epath.Path, config: RankConfig) -> None:

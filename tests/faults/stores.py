@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -72,6 +73,13 @@ def content(where: Place, life: Life, folder: Path) -> Path:
         store = Store(life.url)
         in_parallel(lambda name: store.download(name, folder / name), store.list())
     return folder
+
+
+def has_saved(where: Place, life: Life, stage: str) -> bool:
+    """Whether the store holds a checkpoint of a stage that counts."""
+    with emulators.in_environment(where.emulator):
+        names = Store(life.url).list()
+    return any(re.fullmatch(rf"{stage}/checkpoints/\d+/seal.json", name) for name in names)
 
 
 def faults_of(where: Place) -> dict[str, Fault]:

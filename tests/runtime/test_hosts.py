@@ -247,6 +247,30 @@ def test_a_checkpoint_that_is_removed_takes_the_files_of_all_hosts_with_it(
     assert not Store(url).list(STEP.format(4))
 
 
+def test_a_checkpoint_that_is_removed_before_it_was_whole_leaves_nothing(url, folders, monkeypatch):
+    """As where saves follow each other faster than one host can bring them."""
+    team = Team(3, monkeypatch)
+    mirrors = team.open(url, folders[:3], quiet=True)
+
+    def bring(index):
+        save(folders[index], 4, seed=4, host=index, count=3)
+        # Host 2 is slow: it has brought nothing of this one when all remove it.
+        if index < 2:
+            mirrors[index].push()
+
+    def go_on(index):
+        shutil.rmtree(folders[index] / STEP.format(4))
+        save(folders[index], 8, seed=8, host=index, count=3)
+        mirrors[index].share()
+        mirrors[index].close()
+
+    assert team.run(bring) == [None] * 3
+    assert Store(url).list(STEP.format(4)) and check_whole(Store(url)) == []
+    assert team.run(go_on) == [None] * 3
+    assert check_whole(Store(url)) == [8]
+    assert not Store(url).list(STEP.format(4))
+
+
 def test_one_run_at_a_time_also_of_several_hosts(url, folders, monkeypatch):
     team = Team(2, monkeypatch)
     mirrors = team.open(url, folders[:2], seconds=2.0)

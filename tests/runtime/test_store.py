@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -463,6 +464,45 @@ def test_a_file_that_is_removed_while_it_is_brought_is_left_out(store, tmp_path,
     monkeypatch.setattr(Store, "upload", removed)
     mirror.close()
     assert set(stored(store)) == {"sft/stays.npy"}
+
+
+def test_a_checkpoint_whose_removal_has_begun_is_left_out(store, tmp_path, monkeypatch):
+    """Its seal goes first, while its arrays are still there."""
+    mirror = opened(store, tmp_path)
+    directory = save(tmp_path, 4, seed=1)
+    save(tmp_path, 8, seed=2)
+    is_sealed = Mirror._is_sealed
+
+    def removing(self, array):
+        if "/4/" in array:
+            (directory / "seal.json").unlink(missing_ok=True)
+        return is_sealed(self, array)
+
+    monkeypatch.setattr(Mirror, "_is_sealed", removing)
+    mirror.push()
+    shutil.rmtree(directory)
+    mirror.close()
+    found = stored(store)
+    assert "pretrain/checkpoints/8/seal.json" in found
+    assert not [name for name in found if "/4/" in name]
+
+
+def test_whatever_ends_the_thread_ends_the_run(store, tmp_path, monkeypatch):
+    mirror = opened(store, tmp_path)
+
+    def fail(*_):
+        raise ZeroDivisionError("unheard of")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Store, "upload", fail)
+        write(tmp_path, "sft/file", b"1")
+        mirror.wake()
+        mirror._thread.join(20)
+    assert not mirror._thread.is_alive()
+    # As the next save does.
+    with pytest.raises(ZeroDivisionError, match="unheard of"):
+        mirror.check()
+    mirror.close()
 
 
 def test_damage_is_not_brought_to_the_store(store, tmp_path, capsys):

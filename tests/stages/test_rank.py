@@ -15,6 +15,7 @@ from jaxllm.stages import rank
 from jaxllm.stages.config import RankConfig
 from tests.ranking.workspaces import (
     SIMULATED,
+    answers_from,
     make_workspace,
     rankings,
     run_rank,
@@ -136,3 +137,26 @@ def test_score_that_is_not_finite_is_refused(workspace, tmp_path, monkeypatch):
 def test_config_names_the_bad_field(bad):
     with pytest.raises(InputError, match=f"^config: {next(iter(bad))}: "):
         build(RankConfig, bad)
+
+
+def test_people_are_compared_with_a_simulated_annotator(workspace):
+    run_rank(workspace, SIMULATED)
+    simulated = rankings(workspace)
+    # Another run, in which a person types the simulated order of all prompts but the first, which is turned around.
+    other = make_workspace(workspace.run_dir.parent / "other")
+    path = other.stage_dir("rank") / "rankings.jsonl"
+    path.parent.mkdir()
+    lines = [{**line, "simulated": False, "annotator": "Lee"} for line in simulated]
+    worst = max(lines[0]["ranks"])
+    lines[0]["ranks"] = [worst + 1 - rank for rank in lines[0]["ranks"]]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = RankConfig(compare_with="jaxllm.demo.annotators:keyword_sentiment")
+    found = run_rank(other, config, answers_from())["agreement_with_simulated"]
+    pairs = [
+        sum(a != b for i, a in enumerate(line["ranks"]) for b in line["ranks"][:i])
+        for line in lines
+    ]
+    assert found == pytest.approx(1 - pairs[0] / sum(pairs))
+    # A program is not compared with itself.
+    same = dataclasses.replace(SIMULATED, compare_with=config.compare_with)
+    assert "agreement_with_simulated" not in run_rank(workspace, same)

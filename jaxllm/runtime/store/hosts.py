@@ -163,11 +163,18 @@ class SharedMirror(Mirror):
         if self._host.is_first:
             super()._remove(gone)
             self._news |= dict.fromkeys(gone)
+            for seal in {names.seal_of(name) for name in gone if names.is_array(name)}:
+                self._remove_rest(seal.removesuffix("/seal.json"))
             return
         # Host 0 removes a checkpoint with the files of all; before it is written anew, nobody must believe the old part.
         self.store.delete(self._part(name) for name in gone if names.is_seal(name))
         for name in gone:
             self._known.pop(name, None)
+
+    def _remove_rest(self, step: str) -> None:
+        """Remove what other hosts have brought of a checkpoint that is gone before it was whole in the store."""
+        if not (self.folder / step).exists():
+            self.store.delete(self.store.list(step))
 
     def _part(self, seal: str) -> str:
         return names.part_of(seal, self._host.index)

@@ -71,7 +71,7 @@ class Mirror:
         self._warned: set[Path] = set()
         self._wake = threading.Event()
         self._ended = False
-        self._error: Ending | None = None
+        self._error: Exception | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -301,7 +301,8 @@ class Mirror:
                 if not said:
                     console.print(f"warning: {error}", soft_wrap=True)
                 said = True
-            except Ending as error:
+            except Exception as error:
+                # Whatever it is, the next save raises it: training must not go on as if its saves lasted.
                 self._error = error
 
     def _push(self, lease: Lease) -> None:
@@ -350,7 +351,7 @@ class Mirror:
             else:
                 version = self.store.upload(file, name).version
         except FileNotFoundError:
-            if file.exists():  # it is the store that lacks something
+            if file.exists() and not self._is_going(name):  # it is the store that lacks something
                 raise
             return  # removed meanwhile: the next look sees it
         if version:
@@ -381,6 +382,10 @@ class Mirror:
         """Whether an array is what its seal says."""
         sealed = sealed_files(self.folder / names.seal_of(array))
         return sha256_of(self.folder / array) == sealed.get(names.inside_step(array))
+
+    def _is_going(self, name: str) -> bool:
+        """Whether a file is of a checkpoint that is being removed: its seal is gone first."""
+        return names.is_array(name) and not (self.folder / names.seal_of(name)).exists()
 
     def _is_complete(self, seal: str) -> bool:
         """Whether the store has everything that this host has to bring before its seal."""
