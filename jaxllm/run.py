@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import resource
@@ -140,8 +141,15 @@ def _write_report(workspace: Workspace, config: Config) -> None:
     )
     policies = [name for name in stages.names("policy") if name in finished]
     where = shown(run_dir)
-    talk = f"; talk to it: jaxllm chat {where}/{policies[-1]}" if policies else ""
-    console.print(f"Report: {where}/report.html and report.md{talk}", soft_wrap=True)
+    console.print(f"Report: {where}/report.html and report.md", soft_wrap=True)
+    if policies:
+        # An extra.
+        install = "" if importlib.util.find_spec("starlette") else "  (pip install 'jaxllm[web]')"
+        console.print(
+            f"Talk to it: jaxllm chat {where}/{policies[-1]}\n"
+            f"In a browser: jaxllm serve {where} --browser{install}",
+            soft_wrap=True,
+        )
 
 
 # --- One stage.

@@ -210,8 +210,9 @@ class Workspace:
         share(self.run_dir, f"tokenizer of {stage}")
 
 
-# Fields that do not change any result: the number of threads that prepare batches, and how people are asked to rank.
-_NO_MATTER = ("workers", "host", "port", "guidelines", "open_browser")
+# Fields that change nothing that a later stage reads: the number of threads that prepare batches, how people are asked to
+# rank, and with whom they are compared.
+_NO_MATTER = ("workers", "host", "port", "guidelines", "open_browser", "compare_with")
 
 
 def _outcome(tree: Any) -> Any:

@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/venv.sh
 source launch/venv.sh
-make_venv demo
+make_venv demo,web
 exec .venv/bin/jaxllm run configs/quickstart.yaml "$@"

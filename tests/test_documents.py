@@ -171,6 +171,7 @@ def refused(monkeypatch):
         "evaluation.tasks.command",
         "plan.planning.command",
         "report.status.command",
+        "serve.command.command",
     ):
         module, name = leaf.rsplit(".", 1)
         monkeypatch.setattr(importlib.import_module(f"jaxllm.{module}"), name, done)
