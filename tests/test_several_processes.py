@@ -97,7 +97,7 @@ def same(actual, expected, name, limit=1e-5):
         written = (
             1.1e-4 if name.endswith("score") and "jsonl" in name else 0
         )  # four places are written
-        absolute = 0.0 if name.endswith(LOSSES) else max(limit / 10, written)
+        absolute = limit / 1000 if name.endswith(LOSSES) else max(limit / 10, written)
         np.testing.assert_allclose(actual, expected, rtol=limit, atol=absolute, err_msg=name)
     else:
         assert actual == expected, name
