@@ -36,8 +36,10 @@ from jaxllm.runtime.hubs import names
 from jaxllm.runtime.mesh import make_mesh
 from jaxllm.runtime.store.working import local_folder
 from jaxllm.sharding import replicated
+from jaxllm.tokenizers import hugging_face
 from jaxllm.tokenizers.files import IDS
 from jaxllm.tokenizers.published import load_tokenizer
+from jaxllm.tokenizers.trained import Tokenizer
 
 # From a leaf's path in the parameters to its float32 values.
 _ReadLeaf = Callable[[tuple[str, ...]], np.ndarray]
@@ -361,13 +363,23 @@ def _write_configs_and_tokenizer(source: epath.Path, folder: Path, config: dict[
         for name, value in ids.items():
             if config.get(name) is None:
                 config[name] = value
-        # Our records of the tokenizer stay behind: no other program reads them.
-        for path in sorted(directory.iterdir()):
-            if path.name not in ("jaxllm.json", IDS):
-                shutil.copyfile(path, folder / path.name)
+        _write_tokenizer(tokenizer, directory, folder)
     write_json(folder / "config.json", config)
     if generation:
         write_json(folder / "generation_config.json", generation)
+
+
+def _write_tokenizer(tokenizer: Tokenizer, directory: Path, folder: Path) -> None:
+    """Write a tokenizer's files: those of a published model are its own."""
+    # Our records of the tokenizer stay behind: no other program reads them.
+    for path in sorted(directory.iterdir()):
+        if path.name not in ("jaxllm.json", IDS):
+            shutil.copyfile(path, folder / path.name)
+    if tokenizer.kind == Tokenizer.kind:
+        # One that was trained here needs its own to be imported again.
+        (folder / Tokenizer.record).rename(folder / Tokenizer.exported_record)
+        for name, content in hugging_face.files_of(tokenizer).items():
+            (folder / name).write_text(content, encoding="utf-8")
 
 
 def _export_adapters(

@@ -39,7 +39,8 @@ def load_tokenizer(directory: Any) -> Tokenizer:
     files = read_files(folder, _VOCABULARIES)
     # tokenizer.json is the record of a tokenizer trained here, and the vocabulary of others.
     is_ours = b'"type": "sentencepiece"' in files.get("tokenizer.json", b"")[:100]
-    if is_ours or not any(name in files for name in _VOCABULARIES):
+    is_exported = (folder / Tokenizer.exported_record).exists()
+    if is_ours or is_exported or not any(name in files for name in _VOCABULARIES):
         return Tokenizer.load(folder)
     tokenizer = PretrainedTokenizer(files, str(folder))
     fix = "import the model again"

@@ -49,6 +49,8 @@ class Tokenizer:
     """Name of the class in a saved tokenizer's record."""
     record = "tokenizer.json"
     """File name of that record."""
+    exported_record = "sentencepiece.json"
+    """Its name in an exported model, whose tokenizer.json is that of Hugging Face's libraries."""
     chat_refusal = ""
     """Why there are no conversations; empty if there are."""
     dummy_prefix = False
@@ -186,7 +188,9 @@ class Tokenizer:
     def load(cls, directory: Any) -> "Tokenizer":
         """The tokenizer that `save` wrote. Raises InputError if files are missing, damaged or changed."""
         path = Path(directory) / "tokenizer.model"
-        record_path = Path(directory) / cls.record
+        record_path = Path(directory) / cls.exported_record
+        if not record_path.exists():
+            record_path = Path(directory) / cls.record
         for required in (path, record_path):
             if not required.exists():
                 raise InputError(
