@@ -21,13 +21,15 @@ from jaxllm import stages
 from jaxllm.config import InputError
 from jaxllm.report.status_config import StatusArgs
 from jaxllm.runtime import goodput
-from jaxllm.runtime.files import is_remote, read_json, read_jsonl
+from jaxllm.runtime.files import is_remote, read_json, read_jsonl_tail
 from jaxllm.runtime.seal import committed_steps, read_seal
 from jaxllm.runtime.store import working
 from jaxllm.runtime.store.lease import newest_beat
 
 # Of a stage's numbers the ends of those that say most, in this order; then what was measured on held-out data.
 _SHOWN = ("/loss", "/score", "/kl", "/accuracy", "throughput/tokens_per_second", "throughput/mfu")
+# Of a stage's numbers: far more than lie between two evaluations.
+_TAIL_BYTES = 2**20
 # Lines of the ledger over which the rate of steps is taken.
 _RATE_LINES = 6
 
@@ -131,7 +133,8 @@ def _steps_per_second(lines: Sequence[Mapping[str, Any]]) -> float | None:
 def _metrics(directory: epath.Path) -> dict[str, float]:
     """The newest value of the numbers that say most."""
     newest: dict[str, float] = {}
-    for line in read_jsonl(directory / "metrics.jsonl", damaged="ignore"):
+    # Its end: the page that watches a run asks every few seconds, and the file of a long one is large.
+    for line in read_jsonl_tail(Path(directory / "metrics.jsonl"), _TAIL_BYTES):
         newest |= line
     shown = {}
     for end in _SHOWN:

@@ -156,6 +156,18 @@ def read_jsonl(
     return values
 
 
+def read_jsonl_tail(path: Path, most_bytes: int) -> list[dict[str, Any]]:
+    """The objects in the last bytes of a local JSONL file; damaged and incomplete lines are left out."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        begin = max(0, os.fstat(file.fileno()).st_size - most_bytes)
+        file.seek(begin)
+        # The first line may be the end of one, which is no object.
+        lines = file.read(most_bytes).split(b"\n")[:-1]
+    return [value for line in lines if (value := _parse_object(line)) is not None]
+
+
 def _parse_object(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line.decode())

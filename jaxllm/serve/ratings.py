@@ -52,6 +52,7 @@ class Ratings:
         self._path = path
         self._held_out = held_out
         self._lock = threading.Lock()
+        self._newest: Rating | None = None
 
     def routes(self) -> list[Route]:
         """The routes below /api."""
@@ -66,7 +67,7 @@ class Ratings:
             line = self._line(rating)
         except InputError as error:
             raise ApiError(400, str(error), "annotator") from None
-        await in_thread(self._append, line)
+        await in_thread(self._append, rating, line)
         return JSONResponse({"path": str(self._path)})
 
     def _line(self, rating: Rating) -> dict[str, Any]:
@@ -81,11 +82,14 @@ class Ratings:
             "split": split_of(messages, self._held_out),
         }
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def _append(self, rating: Rating, line: dict[str, Any]) -> None:
         with self._lock:
+            if rating == self._newest:  # sent again, after its response was lost
+                return
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8", errors="replace") as file:
                 file.write(json_line(line))
                 file.flush()
                 os.fsync(file.fileno())
             make_durable(self._path)
+            self._newest = rating

@@ -25,7 +25,7 @@ from jaxllm import stages
 from jaxllm.config import InputError
 from jaxllm.data.messages import prompt_text
 from jaxllm.report.status import read_status
-from jaxllm.runtime.files import read_json
+from jaxllm.runtime.files import read_json, read_jsonl_tail
 from jaxllm.web.errors import ApiError
 
 # (step, value); None where the value is not a finite number, which JSON cannot hold.
@@ -272,7 +272,11 @@ def _responses(directory: Path) -> tuple[Path, list[dict[str, Any]]]:
 
 def _rollouts(path: Path) -> list[dict[str, Any]]:
     """Of reinforcement learning: those of the newest update first."""
-    lines = [line for line in _last_lines(path) if {"step", "prompt", "response"} <= line.keys()]
+    lines = [
+        line
+        for line in read_jsonl_tail(path, _TAIL_BYTES)[-MOST_RESPONSES:]
+        if {"step", "prompt", "response"} <= line.keys()
+    ]
     lines.sort(key=lambda line: -line["step"])
     return [
         _response(line["prompt"], line["response"], line["step"], line.get("score"))
@@ -283,7 +287,7 @@ def _rollouts(path: Path) -> list[dict[str, Any]]:
 def _sampled(path: Path) -> list[dict[str, Any]]:
     """Of the sample stage: all responses to the newest prompt first."""
     found = []
-    for line in reversed(_last_lines(path)):
+    for line in reversed(read_jsonl_tail(path, _TAIL_BYTES)[-MOST_RESPONSES:]):
         if {"messages", "responses"} <= line.keys():
             prompt = prompt_text(line["messages"])
             found += [_response(prompt, response) for response in line["responses"]]
@@ -319,16 +323,3 @@ def _response(
     model: str | None = None,
 ) -> dict[str, Any]:
     return {"step": step, "prompt": prompt, "response": response, "score": score, "model": model}
-
-
-def _last_lines(path: Path) -> list[dict[str, Any]]:
-    """The last lines of a file, at most as many as responses are sent; only the end of the file is read.
-
-    A line that is not complete is empty.
-    """
-    with path.open("rb") as file:
-        begin = max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES)
-        file.seek(begin)
-        lines = file.read(_TAIL_BYTES).split(b"\n")[:-1]
-    # The first of them may be the end of a line, which is no object.
-    return [_parsed(line) for line in lines[-MOST_RESPONSES:]]

@@ -1,8 +1,10 @@
 """Atomic writes: a reader sees the old content or the new one; damaged lines cost no other lines."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jaxllm.runtime.files import new_folder, read_jsonl, write_whole
+from jaxllm.runtime.files import json_line, new_folder, read_jsonl, read_jsonl_tail, write_whole
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
@@ -46,3 +48,16 @@ def test_ignored_damage_prints_nothing(tmp_path, capsys):
     assert read_jsonl(path, damaged="ignore") == [{"a": 1}, {"a": 3}]
     assert capsys.readouterr().err == ""
     assert read_jsonl(tmp_path / "missing.jsonl") == []
+
+
+@given(st.lists(st.integers(0, 10**6)), st.integers(1, 200))
+def test_the_tail_of_a_file_has_its_last_whole_lines(tmp_path_factory, numbers, most_bytes):
+    path = tmp_path_factory.mktemp("tail") / "lines.jsonl"
+    lines = [json_line({"number": number}) for number in numbers]
+    path.write_text("".join(lines) + '{"number": 3')
+    found = [line["number"] for line in read_jsonl_tail(path, most_bytes)]
+    assert found == numbers[len(numbers) - len(found) :]
+    # As many as there is room for, with the incomplete one at the end.
+    room = most_bytes - len('{"number": 3')
+    fits = sum(len("".join(lines[i:])) <= room for i in range(len(lines)))
+    assert len(found) == fits

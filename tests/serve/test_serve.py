@@ -486,7 +486,8 @@ def test_ratings_become_rankings(tmp_path):
     }
     with small_server.running(ratings=path) as server:
         post = lambda body: httpx.post(f"{server.address}/api/ratings", json=body)
-        assert post(rating).json() == {"path": str(path)}
+        for _ in range(2):  # as if the first response had been lost
+            assert post(rating).json() == {"path": str(path)}
         for wrong in (
             {"ranks": [1, 3, 2, 1]},
             {"ranks": [0, 1, 2]},
