@@ -1,4 +1,4 @@
-"""The text of a response as its tokens come, up to the first stop text."""
+"""The text of a response as its tokens come, up to the stop text that is complete first."""
 
 from collections.abc import Sequence
 
@@ -33,15 +33,22 @@ class ResponseText:
         if self.stopped:
             return ""
         self._held += text
-        found = [self._held.find(stop) for stop in self._stops if stop in self._held]
+        found = [self._place(stop) for stop in self._stops if stop in self._held]
         if found:
             self.stopped = True
-            certain, self._held = self._held[: min(found)], ""
+            # The one that is complete first; of two that end together, the longer one.
+            _, begin = min(found)
+            certain, self._held = self._held[:begin], ""
             return certain
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         certain = self._held[: len(self._held) - keep]
         self._held = self._held[len(certain) :]
         return certain
+
+    def _place(self, stop: str) -> tuple[int, int]:
+        """(end, begin) of a stop text."""
+        begin = self._held.index(stop)
+        return begin + len(stop), begin
 
     def _overlap(self, stop: str) -> int:
         """How many characters at the end may be the beginning of a stop text."""

@@ -1,4 +1,4 @@
-"""Text of a response is that of its tokens up to the first stop text, and nothing is shown that is taken back."""
+"""Text of a response is that of its tokens up to the first stop text that is complete, and nothing is shown that is taken back."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +12,7 @@ TEXT = st.text(alphabet="ab\n汤", max_size=20)
 
 
 @given(TEXT, st.lists(st.text(alphabet="ab\n汤", min_size=1, max_size=4), max_size=3))
-def test_a_response_ends_before_the_first_stop_text(text, stops):
+def test_a_response_ends_before_the_stop_text_that_is_complete_first(text, stops):
     response = ResponseText(TOKENIZER, stops)
     shown = []
     for token in TOKENIZER.encode(text):
@@ -21,9 +21,10 @@ def test_a_response_ends_before_the_first_stop_text(text, stops):
             break
     if not response.stopped:
         shown.append(response.finish())
-    ends = [text.index(stop) for stop in stops if stop in text]
-    # Of two stop texts that end with the same token, the one that begins first counts.
-    assert "".join(shown) == text[: min(ends, default=len(text))]
+    # Whichever is complete first ends the response: nothing more is drawn then.
+    ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+    _, begin = min(ends, default=(0, len(text)))
+    assert "".join(shown) == text[:begin]
     assert response.stopped == bool(ends)
 
 

@@ -35,7 +35,8 @@ def browser_page(browser: Any, allowed: tuple[str, ...] = (), **options: Any) ->
       options: of the context, such as locale or viewport.
     """
     context = browser.new_context(**{"locale": "en-US", **options})
-    context.set_default_timeout(5000)
+    # On a busy machine a first answer waits for programs that are compiled.
+    context.set_default_timeout(60_000)
     page = context.new_page()
     errors = watch(page, allowed)
     yield page
