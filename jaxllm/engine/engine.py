@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxllm.config import InputError
 from jaxllm.engine import inputs, programs, prompt_scores
-from jaxllm.engine.config import EngineConfig
+from jaxllm.engine.config import EngineConfig, SamplingConfig
 from jaxllm.engine.geometry import geometry_for, unstacking
 from jaxllm.engine.request import Alternative, Draw, End, Event, Request
 from jaxllm.engine.row_sampling import Drawn
@@ -203,7 +203,7 @@ class Engine:
         count = _least(self._geometry.chunk_sizes, max(len(plan.chunks) for plan in plans))
         block = self._geometry.settings.block
         chunks = inputs.chunks_of(plans, count, size, block, width)
-        rows = inputs.rows_of(starting, size, self._width_for([]), self._geometry.config.vocab_size)
+        rows = self._rows_of(starting, size, self._width_for([]))
         run = programs.compiled(programs.prefill, self._compiled_for(starting), self.mesh)
         drawn, self._cache = run(self._params, self._cache, self._place(chunks), self._place(rows))
         copies = inputs.copies_of(plans, size)
@@ -224,12 +224,7 @@ class Engine:
         self._scheduler.extend(steps)
         self._fit_pool()
         size = self._size_for(shards)
-        rows = inputs.rows_of(
-            shards,
-            size,
-            self._width_for(self._scheduler.decoding),
-            self._geometry.config.vocab_size,
-        )
+        rows = self._rows_of(shards, size, self._width_for(self._scheduler.decoding))
         owners = inputs.owners_of(shards, size, self._pool)
         run = programs.compiled(programs.decode_steps, self._compiled_for(shards), self.mesh)
         count = place(np.int32(steps), replicated(self.mesh))
@@ -250,17 +245,25 @@ class Engine:
         self._cache = programs.resize(self._cache, wanted)
         self._pool, self._too_large = wanted, 0
 
+    def _rows_of(self, shards: Sequence[Sequence[Row]], size: int, width: int) -> programs.Rows:
+        # With any rules, all that are penalized have room for the longest row.
+        longest = self._geometry.longest if self._any_rules else 0
+        return inputs.rows_of(shards, size, width, self._geometry.config.vocab_size, longest)
+
     def _compiled_for(self, shards: Sequence[Sequence[Row]]) -> programs.Settings:
         """What a program is compiled for, to serve these rows."""
         requests = [row.request for rows in shards for row in rows]
         common = programs.common_rules([request.sampling for request in requests])
-        if self._any_rules and common is not None and common.filters:
-            common = None
+        if self._any_rules:
+            # Two kinds: with filters, and without.
+            filters = any(request.sampling.filters for request in requests)
+            common = None if filters else SamplingConfig(max_new_tokens=1)
         return programs.Settings(
             self._geometry.config,
             common,
             max((request.num_alternatives for request in requests), default=0),
             self._geometry.settings.steps,
+            some_greedy=self._any_rules,
         )
 
     def _size_for(self, shards: Sequence[Sequence[Row]]) -> int:

@@ -28,8 +28,10 @@ def room_for(
     return size if most is None else min(size, most)
 
 
-def rows_of(shards: Sequence[Sequence[Row]], size: int, width: int, vocab_size: int) -> Rows:
-    """`size` rows for each shard; width: blocks of a table."""
+def rows_of(
+    shards: Sequence[Sequence[Row]], size: int, width: int, vocab_size: int, longest: int = 0
+) -> Rows:
+    """`size` rows for each shard; width: blocks of a table; longest: tokens that histories have room for, if any has."""
     rows: list[Row | None] = []
     for shard in shards:
         rows += [*shard, *[None] * (size - len(shard))]
@@ -52,15 +54,15 @@ def rows_of(shards: Sequence[Sequence[Row]], size: int, width: int, vocab_size: 
         keys=column(lambda row: row.request.key, (0, 0), np.uint32),
         stops=stops,
         rules=row_rules([row and row.request.sampling for row in rows], vocab_size),
-        history=_history_of(rows),
+        history=_history_of(rows, longest),
         tables=tables,
     )
 
 
-def _history_of(rows: Sequence[Row | None]) -> History:
+def _history_of(rows: Sequence[Row | None], longest: int) -> History:
     """The tokens of rows; without columns if none of them penalizes any."""
     penalized = [row for row in rows if row and row.request.sampling.penalizes]
-    width = max((row.longest + 1 for row in penalized), default=0)
+    width = max((max(longest, row.longest + 1) for row in penalized), default=0)
     tokens = np.full((len(rows), room_for(width) if width else 0), -1, np.int32)
     num_prompt = np.zeros(len(rows), np.int32)
     for i, row in enumerate(rows):

@@ -59,6 +59,7 @@ class Settings(NamedTuple):
     common: SamplingConfig | None  # what all rows share (`common_rules`)
     num_alternatives: int
     steps: int  # most decoding steps of a call
+    some_greedy: bool = False  # whether rows may have a temperature of 0 where `common` has not
 
 
 def decode_steps(
@@ -103,6 +104,7 @@ def _draw(params: Any, hidden: jax.Array, rows: Rows, settings: Settings) -> Dra
         rows.history,
         settings.common,
         settings.num_alternatives,
+        settings.some_greedy,
     )
 
 

@@ -77,6 +77,7 @@ def draw(
     history: History,
     common: SamplingConfig | None,
     num_alternatives: int = 0,
+    some_greedy: bool = False,
 ) -> Drawn:
     """Draws a token for each row.
 
@@ -90,6 +91,7 @@ def draw(
       history: of the rows.
       common: the settings that all rows share, if they do: then nothing is computed that they do not need.
       num_alternatives: how many of the likeliest tokens are returned.
+      some_greedy: whether rows may have a temperature of 0 where `common` has not.
     """
     logits = next_logits(hidden, unembed, softcap)
     is_greedy = rules.temperature == 0
@@ -109,7 +111,7 @@ def draw(
         else:
             kept = keep_likely(likely, common.top_k, common.top_p, common.min_p)
         token = inverse_transform(jnp.exp(kept), uniform_numbers(keys, number))
-        if common is None:
+        if common is None or some_greedy:
             token = jnp.where(is_greedy, jnp.argmax(logits, axis=-1), token)
     token = token.astype(jnp.int32)
     logprob = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
