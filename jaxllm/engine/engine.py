@@ -18,8 +18,8 @@ from jaxllm.config import InputError
 from jaxllm.engine import inputs, programs, prompt_scores
 from jaxllm.engine.config import EngineConfig, SamplingConfig
 from jaxllm.engine.geometry import geometry_for, unstacking
-from jaxllm.engine.request import Alternative, Draw, End, Event, Request
-from jaxllm.engine.row_sampling import Drawn
+from jaxllm.engine.request import Draw, End, Event, Request
+from jaxllm.engine.row_sampling import Drawn, draw_of
 from jaxllm.engine.scheduler import Row, Scheduler
 from jaxllm.models.config import ModelConfig
 from jaxllm.runtime.transfer import fetch, place
@@ -253,18 +253,20 @@ class Engine:
     def _compiled_for(self, shards: Sequence[Sequence[Row]]) -> programs.Settings:
         """What a program is compiled for, to serve these rows."""
         requests = [row.request for rows in shards for row in rows]
-        common = programs.common_rules([request.sampling for request in requests])
-        if self._any_rules:
-            # Two kinds: with filters, and without.
-            filters = any(request.sampling.filters for request in requests)
-            common = None if filters else SamplingConfig(max_new_tokens=1)
         return programs.Settings(
             self._geometry.config,
-            common,
+            self._common_rules([request.sampling for request in requests]),
             max((request.num_alternatives for request in requests), default=0),
             self._geometry.settings.steps,
             some_greedy=self._any_rules,
         )
+
+    def _common_rules(self, samplings: Sequence[SamplingConfig]) -> SamplingConfig | None:
+        if not self._any_rules:
+            return programs.common_rules(samplings)
+        # Two kinds of programs: with filters, and without.
+        filters = any(sampling.filters for sampling in samplings)
+        return None if filters else SamplingConfig(max_new_tokens=1)
 
     def _size_for(self, shards: Sequence[Sequence[Row]]) -> int:
         """Rows of a shard that a program is compiled for."""
@@ -294,7 +296,7 @@ class Engine:
             # Every step but the first of all has written the token before.
             row.cached += len(drawn.token)
         for step in range(len(drawn.token)):
-            draws.append(_draw(drawn, step, row.request.num_alternatives))
+            draws.append(draw_of(drawn, step, row.request.num_alternatives))
             row.add(draws[-1].id)
             if row.end:
                 self._scheduler.remove(row)
@@ -306,16 +308,3 @@ class Engine:
 def _least(sizes: Sequence[int], count: int) -> int:
     """The first of these sizes, in ascending order, that holds `count`."""
     return next(size for size in sizes if size >= count)
-
-
-def _draw(drawn: Drawn, step: int, num_alternatives: int) -> Draw:
-    alternatives = zip(
-        drawn.alternatives[step, :num_alternatives].tolist(),
-        drawn.alternative_logprobs[step, :num_alternatives].tolist(),
-        strict=True,
-    )
-    return Draw(
-        int(drawn.token[step]),
-        float(drawn.logprob[step]),
-        tuple(Alternative(*pair) for pair in alternatives),
-    )

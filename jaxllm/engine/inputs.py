@@ -18,13 +18,11 @@ _LEAST = PAIRS  # shared blocks are read so many at a time
 _FACTOR = 4
 
 
-def room_for(
-    count: int, most: int | None = None, least: int = _LEAST, factor: int = _FACTOR
-) -> int:
+def room_for(count: int, most: int | None = None, least: int = _LEAST) -> int:
     """A size that holds `count` things and is one of few, since programs are compiled for each."""
     size = least
     while size < count:
-        size *= factor
+        size *= _FACTOR
     return size if most is None else min(size, most)
 
 

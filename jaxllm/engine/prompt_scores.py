@@ -13,17 +13,14 @@ import numpy as np
 
 from jaxllm.engine import inputs
 from jaxllm.engine.geometry import Geometry
-from jaxllm.engine.request import Alternative, Draw
-from jaxllm.engine.row_sampling import likeliest
+from jaxllm.engine.request import Draw
+from jaxllm.engine.row_sampling import Drawn, draw_of, likeliest
 from jaxllm.engine.sampling import next_logits
 from jaxllm.models import decode
 from jaxllm.models.block_cache import View
 from jaxllm.models.config import ModelConfig
 from jaxllm.runtime.transfer import fetch, place
 from jaxllm.sharding import activation, replicated
-
-# A text has room for 1, 4, 16, ... blocks: few programs to compile.
-_FACTOR = 4
 
 
 def score(
@@ -41,15 +38,11 @@ def score(
     if count < 1:
         return []
     run = _compiled(geometry.config, num_alternatives, geometry.mesh)
-    arrays = _blocks_of(ids, geometry.settings.block, geometry.num_shards)
-    placed = place(arrays, activation(geometry.mesh, "batch"))
-    logprobs, others, values = (np.asarray(x) for x in fetch(run(params, *placed)))
-    found = []
-    for i in range(count):
-        pairs = zip(others[i].tolist(), values[i].tolist(), strict=True)
-        alternatives = tuple(Alternative(*pair) for pair in pairs)
-        found.append(Draw(int(ids[i + 1]), float(logprobs[i]), alternatives))
-    return found
+    blocks = _blocks_of(ids, geometry.settings.block, geometry.num_shards)
+    placed = place(blocks, activation(geometry.mesh, "batch"))
+    arrays: Any = (np.asarray(ids[1:]), *fetch(run(params, *placed)))
+    drawn = Drawn(*arrays)
+    return [draw_of(drawn, i, num_alternatives) for i in range(count)]
 
 
 def _blocks_of(
@@ -64,7 +57,8 @@ def _blocks_of(
         positions   0 1 2 3 | 4 - - -
     """
     count = len(ids) - 1
-    blocks = inputs.room_for(-(-count // size), least=1, factor=_FACTOR)
+    # 1, 4, 16, ...: few programs to compile.
+    blocks = inputs.room_for(-(-count // size), least=1)
     tokens = np.zeros((num_shards, blocks * size), np.int32)
     targets = np.zeros_like(tokens)
     positions = np.full_like(tokens, -1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.engine.config import SamplingConfig
+from jaxllm.engine.request import Alternative, Draw
 from jaxllm.engine.sampling import (
     inverse_transform,
     keep_likely,
@@ -45,6 +46,20 @@ class Drawn(NamedTuple):
     logprob: jax.Array  # float32[R]: at the temperature, before tokens are left out
     alternatives: jax.Array  # int32[R, A]: the likeliest tokens
     alternative_logprobs: jax.Array  # float32[R, A]
+
+
+def draw_of(drawn: Drawn, index: int, num_alternatives: int) -> Draw:
+    """One of the tokens in arrays on the host, [any, ...], with the first of its alternatives."""
+    alternatives = zip(
+        drawn.alternatives[index, :num_alternatives].tolist(),
+        drawn.alternative_logprobs[index, :num_alternatives].tolist(),
+        strict=True,
+    )
+    return Draw(
+        int(drawn.token[index]),
+        float(drawn.logprob[index]),
+        tuple(Alternative(*pair) for pair in alternatives),
+    )
 
 
 def row_rules(configs: Sequence[SamplingConfig | None], vocab_size: int) -> RowRules:

@@ -42,6 +42,21 @@ class Answer:
     """A remark."""
 
 
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Adds a line to a file that exists, all of it or nothing; it is on the disk when this returns."""
+    size = path.stat().st_size
+    try:
+        # errors: a lone surrogate, which JSON may hold and UTF-8 may not, becomes "?".
+        with path.open("a", encoding="utf-8", errors="replace") as file:
+            file.write(json_line(line))
+            file.flush()
+            os.fsync(file.fileno())  # a person's work must survive a power cut
+    except BaseException:
+        # A part of a line, as a full disk leaves it, would damage the next one.
+        os.truncate(path, size)
+        raise
+
+
 class AnswerFile:
     """A file with one line for each answer."""
 
@@ -58,17 +73,7 @@ class AnswerFile:
 
     def append(self, answer: Answer, line: Mapping[str, Any]) -> None:
         """Adds a line, which is on the disk when this returns."""
-        size = self.path.stat().st_size
-        try:
-            # errors: a lone surrogate, which JSON may hold and UTF-8 may not, becomes "?".
-            with self.path.open("a", encoding="utf-8", errors="replace") as file:
-                file.write(json_line(line))
-                file.flush()
-                os.fsync(file.fileno())  # a person's work must survive a power cut
-        except BaseException:
-            # A part of a line, as a full disk leaves it, would damage the next one.
-            os.truncate(self.path, size)
-            raise
+        append_line(self.path, line)
         self.answers.append(answer)
 
     def remove(self, answer: Answer) -> None:

@@ -17,7 +17,7 @@ from jaxllm.serve.endpoint import Endpoint, fault
 from jaxllm.serve.ratings import Ratings
 from jaxllm.serve.served import describe
 from jaxllm.web import pages
-from jaxllm.web.errors import ApiError
+from jaxllm.web.errors import ApiError, show_error
 from jaxllm.web.guard import Guard, Rules
 
 Handler = Callable[[Endpoint, Request], Awaitable[Response]]
@@ -67,7 +67,7 @@ def make_app(
         yield
         endpoint.driver.stop()
 
-    handlers: Any = {ApiError: _api_error, 404: _not_found, 405: _not_found}
+    handlers: Any = {ApiError: show_error, 404: _not_found, 405: _not_found}
     return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan), rules)
 
 
@@ -78,11 +78,6 @@ async def _answered(endpoint: Endpoint, handler: Handler, request: Request) -> R
         return Response(status_code=499)
     except (ApiError, InputError, Busy, TimeoutError, EngineStopped) as error:
         return fault(error).response()
-
-
-async def _api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error.response()
 
 
 async def _not_found(request: Request, error: Any) -> Response:

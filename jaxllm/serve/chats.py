@@ -12,12 +12,11 @@ from jaxllm.serve.endpoint import (
     Json,
     envelope,
     in_thread,
-    sampling_of,
     stream,
     usage,
     whole,
 )
-from jaxllm.serve.generation import Piece, Wanted, check_length, generate
+from jaxllm.serve.generation import Piece, check_length
 from jaxllm.serve.logprobs import chat_logprobs
 from jaxllm.serve.protocol import ChatRequest, parse
 from jaxllm.serve.served import Served
@@ -145,8 +144,9 @@ class _Chat:
 
     async def _pieces(self) -> AsyncIterator[tuple[Piece, str, list[Json]]]:
         """(piece, its text that is none of a call, the calls that end the response)."""
-        pieces = generate(self._endpoint.driver, self._served, self._wanted())
-        async for piece in self._endpoint.counted(pieces, self._served):
+        count = self._body.top_logprobs or 0
+        pieces = self._endpoint.pieces(self._served, self._body, [self._ids], self._longest, count)
+        async for piece in pieces:
             self._num_generated += piece.num_tokens
             reader = self._tools[piece.number]
             if reader is None:
@@ -157,17 +157,6 @@ class _Chat:
                 rest, calls = reader.finish()
                 text += rest
             yield piece, text, calls
-
-    def _wanted(self) -> Wanted:
-        return Wanted(
-            [self._ids],
-            self._body.n,
-            sampling_of(self._body, self._longest),
-            self._body.stops,
-            self._body.seed,
-            self._body.top_logprobs or 0,
-            self._endpoint.seconds,
-        )
 
     def _finish(self, piece: Piece, calls: Sequence[Json]) -> str | None:
         return "tool_calls" if calls else piece.finish

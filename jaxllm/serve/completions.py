@@ -11,12 +11,11 @@ from jaxllm.serve.endpoint import (
     Json,
     envelope,
     in_thread,
-    sampling_of,
     stream,
     usage,
     whole,
 )
-from jaxllm.serve.generation import Piece, Wanted, alternatives_for, check_length, generate
+from jaxllm.serve.generation import alternatives_for, check_length
 from jaxllm.serve.logprobs import CompletionLogprobs, join
 from jaxllm.serve.protocol import CompletionRequest, parse
 from jaxllm.serve.served import Served
@@ -120,25 +119,14 @@ class _Completion:
             for i in range(len(self._logprobs)):
                 yield self._choice(i, "", [], "length")
             return
-        pieces = generate(self._endpoint.driver, self._served, self._wanted())
-        async for piece in self._endpoint.counted(pieces, self._served):
+        count = self._body.logprobs or 0
+        pieces = self._endpoint.pieces(
+            self._served, self._body, self._prompts, self._longest, count
+        )
+        async for piece in pieces:
             self._num_generated += piece.num_tokens
             if piece.text or piece.draws or piece.finish:
-                yield self._of_piece(piece)
-
-    def _wanted(self) -> Wanted:
-        return Wanted(
-            self._prompts,
-            self._body.n,
-            sampling_of(self._body, self._longest),
-            self._body.stops,
-            self._body.seed,
-            self._body.logprobs or 0,
-            self._endpoint.seconds,
-        )
-
-    def _of_piece(self, piece: Piece) -> Json:
-        return self._choice(piece.number, piece.text, piece.draws, piece.finish)
+                yield self._choice(piece.number, piece.text, piece.draws, piece.finish)
 
     def _choice(self, i: int, text: str, draws: Sequence[Draw], finish: str | None) -> Json:
         wants = self._body.logprobs is not None

@@ -44,8 +44,6 @@ class Driver:
         self._stopped = False
         self.num_open = 0
         """Responses that were asked for and have not ended."""
-        self.failure: BaseException | None = None
-        """Why the thread has ended by itself."""
         self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
         self._thread.start()
 
@@ -156,9 +154,6 @@ class Driver:
                 for number, engine in enumerate(self._engines):
                     if engine.num_unfinished:
                         self._step(number, engine)
-        except BaseException as error:
-            self.failure = error
-            raise
         finally:
             with self._lock:
                 self._stopped = True

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from jaxllm.config import InputError
 from jaxllm.engine.config import SamplingConfig
 from jaxllm.serve.driver import Busy, Driver, EngineStopped
-from jaxllm.serve.generation import Piece
+from jaxllm.serve.generation import Piece, Wanted, generate
 from jaxllm.serve.metrics import Metrics
 from jaxllm.serve.protocol import Sampling
 from jaxllm.serve.served import Served
@@ -40,11 +40,27 @@ class Endpoint:
             raise ApiError(404, f"model: {name!r:.80} is not served; known: {known}", "model")
         return self.served[name]
 
-    async def counted(self, pieces: AsyncIterator[Piece], served: Served) -> AsyncIterator[Piece]:
-        """The same pieces, counted in the metrics."""
+    async def pieces(
+        self,
+        served: Served,
+        request: Sampling,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        num_alternatives: int,
+    ) -> AsyncIterator[Piece]:
+        """The pieces of the responses to a request, which the metrics count."""
+        wanted = Wanted(
+            prompts,
+            request.n,
+            sampling_of(request, max_new_tokens),
+            request.stops,
+            request.seed,
+            num_alternatives,
+            self.seconds,
+        )
         begin = time.monotonic()
         is_first = True
-        async for piece in pieces:
+        async for piece in generate(self.driver, served, wanted):
             if is_first:
                 self.metrics.first_token(served.name, time.monotonic() - begin)
                 is_first = False

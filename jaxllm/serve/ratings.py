@@ -5,7 +5,6 @@
 `jaxllm rank CONFIG --rank.annotator file:RUN_DIR/ratings/rankings.jsonl` takes them over.
 """
 
-import os
 import threading
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,9 +16,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from jaxllm.config import InputError
+from jaxllm.ranking.answer_files import append_line
 from jaxllm.ranking.answers import clean_name
 from jaxllm.ranking.records import now, ranks_fault, split_of
-from jaxllm.runtime.files import json_line
 from jaxllm.runtime.store.working import make_durable
 from jaxllm.serve.endpoint import in_thread
 from jaxllm.serve.protocol import parse
@@ -87,9 +86,7 @@ class Ratings:
             if rating == self._newest:  # sent again, after its response was lost
                 return
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8", errors="replace") as file:
-                file.write(json_line(line))
-                file.flush()
-                os.fsync(file.fileno())
+            self._path.touch()
+            append_line(self._path, line)
             make_durable(self._path)
             self._newest = rating

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 _KINDS = {
     401: "authentication_error",
@@ -35,3 +36,9 @@ class ApiError(Exception):
         # A client that waits a little finds the queue shorter.
         headers = {"Retry-After": "1"} if self.status == 429 else None
         return JSONResponse(self.body(), self.status, headers)
+
+
+async def show_error(_: Request, error: Exception) -> Response:
+    """Starlette's handler of an `ApiError` that a route has raised."""
+    assert isinstance(error, ApiError)
+    return error.response()

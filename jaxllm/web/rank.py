@@ -30,7 +30,7 @@ from jaxllm.ranking.records import ranks_fault
 from jaxllm.ranking.terminal import cut
 from jaxllm.runtime.console import console
 from jaxllm.web import pages
-from jaxllm.web.errors import ApiError
+from jaxllm.web.errors import ApiError, show_error
 from jaxllm.web.guard import Guard, Rules
 from jaxllm.web.server import address_of, bind, check_key, serve
 
@@ -223,17 +223,11 @@ def _ranks(body: Mapping[str, Any], num_responses: int) -> list[int]:
     return body["ranks"]
 
 
-async def _show_error(_: Request, error: Exception) -> Response:
-    """The response to a request that raised an `ApiError`."""
-    assert isinstance(error, ApiError)
-    return error.response()
-
-
 def make_app(ranking: Ranking, rules: Rules) -> Guard:
     """The page and its requests, as an ASGI application."""
     app = Starlette(
         routes=[*ranking.routes(), *pages.routes("rank")],
-        exception_handlers={ApiError: _show_error},
+        exception_handlers={ApiError: show_error},
     )
     return Guard(app, rules)
 
