@@ -229,7 +229,7 @@ def test_the_rest_of_the_family_runs_from_the_command_line(tiny_run, tmp_path):
     overrides = shlex.split("""
         --dpo.lora.rank 4 --dpo.num-steps 6 --dpo.loss plackett_luce
         --reward.lora.rank 4 --reward.normalise unit
-        --rloo.num-steps 2 --rloo.lora.rank 2
+        --rloo.num-steps 2 --rloo.lora.rank 2 --rloo.sampler trainer
         --ppo.num-steps 2 --ppo.lora.rank 4 --ppo.ptx.coef 0.5 --ppo.ema-decay 0.5
         --evaluate.num-prompts 8 --evaluate.max-accuracy-examples 16
     """)
@@ -245,6 +245,8 @@ def test_the_rest_of_the_family_runs_from_the_command_line(tiny_run, tmp_path):
     assert generate(
         directory / "rloo", "--prompt", "The soup", "--chat", "--max-new-tokens", 4
     ).strip()
+    # Adapters and all, the trainer's own program draws what the trainer learns from.
+    assert json.loads((directory / "rloo" / "result.json").read_text())["sampler_drift"] == 0.0
     assert "RLOO" in (directory / "report.md").read_text()
     rollouts = json_lines(directory / "ppo" / "rollouts.jsonl")
     assert {line["step"] for line in rollouts} == {1, 2}

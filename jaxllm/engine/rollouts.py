@@ -111,9 +111,17 @@ def response_logprobs(
     params: Any, rollout: Any, *, config: ModelConfig, temperature: float
 ) -> output_layer.TokenStats:
     """Log-probabilities and entropies float32[B, R] of the response tokens under softmax(logits / temperature)."""
+    hidden = response_hidden(params, rollout, config)
+    return hidden_logprobs(params, hidden, rollout, config=config, temperature=temperature)
+
+
+def hidden_logprobs(
+    params: Any, hidden: jax.Array, rollout: Any, *, config: ModelConfig, temperature: float
+) -> output_layer.TokenStats:
+    """`response_logprobs`, from the hidden states [B, R, D] of `response_hidden`."""
     R = rollout.mask.shape[1]
     return output_layer.token_logprobs(
-        response_hidden(params, rollout, config),
+        hidden,
         transformer.head(params),
         rollout.tokens[:, -R:],
         temperature=temperature,

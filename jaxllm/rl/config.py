@@ -158,7 +158,10 @@ class PPOConfig:
     """Overrides of the mesh for single roles, such as [{role: rollout, tensor: 8}]."""
     # Temperature 1: InstructGPT, appendix C.4 (Ziegler and Huang: 0.7).
     sampling: SamplingConfig = SamplingConfig()
-    """How responses are sampled. top_k, top_p and min_p must stay off: the loss models the temperature only."""
+    """How responses are sampled. Filters and penalties must stay off: the loss models the temperature only."""
+    sampler: Literal["engine", "trainer"] = "engine"
+    """engine: the rollout engine. trainer: whole rows through the program that learns, for each token; the log-probabilities
+    are then the same bit for bit. Slow: it tells whether the engine's rounding matters."""
     engine: EngineConfig = EngineConfig()
     """How many responses are decoded together, and with how much memory."""
 
@@ -231,6 +234,10 @@ class PPOConfig:
             "sampling.top_k: top_k, top_p and min_p must be off: the loss does not model the truncated distribution",
         )
         require(
+            not self.sampling.penalizes,
+            "sampling.repetition_penalty: penalties must be off: the loss does not model them",
+        )
+        require(
             all(self.stop_strings),
             "stop_strings: an empty string would end every response at once; remove it",
         )
@@ -247,6 +254,10 @@ class PPOConfig:
         require(
             self.has_critic or "critic" not in roles,
             "meshes: there is no separate critic; remove the role critic",
+        )
+        require(
+            self.sampler == "engine" or "rollout" not in roles,
+            "sampler: trainer samples on the mesh of the policy; remove the role rollout from meshes",
         )
 
     @property

@@ -4,9 +4,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxllm import losses, output_layer
+from jaxllm import losses
 from jaxllm.engine import rollouts
-from jaxllm.models import lora, next_token, scalar, transformer
+from jaxllm.models import lora, next_token, scalar
 from jaxllm.rl.experience import Experience, response_values
 from jaxllm.rl.roles import RunSpec
 
@@ -24,12 +24,9 @@ def actor_loss(
     policy = spec.policy(params, base)
     # Only positions that predict a response token are scored: prompts would cost as much and teach nothing.
     hidden = rollouts.response_hidden(policy, batch, spec.model)
-    stats = output_layer.token_logprobs(
-        hidden,
-        transformer.head(policy),
-        batch.tokens[:, -mask.shape[1] :],
-        temperature=config.sampling.temperature,
-        cap=spec.model.logit_softcap,
+    temperature = config.sampling.temperature
+    stats = rollouts.hidden_logprobs(
+        policy, hidden, batch, config=spec.model, temperature=temperature
     )
     loss, count, metrics = losses.policy(
         stats.logprob,

@@ -14,6 +14,7 @@ from jaxllm.rl.layouts import MeshProgram, role_meshes, travel
 from jaxllm.rl.programs import build_programs
 from jaxllm.rl.roles import RunSpec, abstract_frozen, abstract_state, check_lengths
 from jaxllm.rl.sampler import Sampler
+from jaxllm.rl.trainer_sampler import TrainerSampler
 from jaxllm.rl.update import HostWork, collect, minibatch_rows, optimize
 from jaxllm.sharding import rows_like, with_shardings
 
@@ -25,9 +26,11 @@ class Recorder:
         self._programs: dict[str, train.Program] = {}
         self._results: dict[str, Any] = {}
 
-    def __call__(self, program: MeshProgram | Sampler, *arguments: Any, **resident: Any) -> Any:
-        if isinstance(program, Sampler):
-            parts, rollout = program.planned()
+    def __call__(
+        self, program: MeshProgram | Sampler | TrainerSampler, *arguments: Any, **resident: Any
+    ) -> Any:
+        if isinstance(program, Sampler | TrainerSampler):
+            parts, rollout = program.planned(arguments[0])
             self._programs |= {part.name: part for part in parts}
             return rollout
         if not program.computes:

@@ -20,6 +20,7 @@ from jaxllm.rl.layouts import REPLICATED, ROWS, STAY, MeshProgram
 from jaxllm.rl.objectives import actor_loss, critic_loss, ptx_loss
 from jaxllm.rl.roles import RunSpec, StateLayouts
 from jaxllm.rl.sampler import Sampler
+from jaxllm.rl.trainer_sampler import TrainerSampler
 from jaxllm.sharding import constrain, place_params
 
 
@@ -27,7 +28,7 @@ class UpdatePrograms(NamedTuple):
     """In the order they run. Arguments are on the stage's mesh, except parameters, which are on that of their role."""
 
     weights: MeshProgram  # (trained, base) -> the policy's weights, on the mesh that samples
-    rollout: Sampler  # (weights, prompts, key data uint32[2]) -> Rollout
+    rollout: Sampler | TrainerSampler  # (weights, prompts, key data uint32[2]) -> Rollout
     reward: MeshProgram  # (reward model, rollout) -> float32[B]
     shape_scores: MeshProgram  # (scores, finished, moments) -> (scores, moments, metrics)
     values: MeshProgram  # ((trained, base) of the critic, rollout) -> float32[B, R]
@@ -114,15 +115,19 @@ def _take(experience: Any, rows: jax.Array) -> Any:
 # --- Sampling.
 
 
-def _sampling_programs(spec: RunSpec, mesh: Any, role_mesh: Any) -> tuple[MeshProgram, Sampler]:
+def _sampling_programs(
+    spec: RunSpec, mesh: Any, role_mesh: Any
+) -> tuple[MeshProgram, Sampler | TrainerSampler]:
     """The program that gives the sampler its weights, and the sampler."""
     config, model = spec.config, spec.model
     per_token = _FlopsPerToken(spec).scored / 3
     prompts = per_token * config.num_prompts * config.max_prompt_length
     responses = per_token * config.batch_size * config.sampling.max_new_tokens
+    pick = MeshProgram("weights", spec.policy, mesh, mesh, (STAY, STAY), computes=False)
+    if config.sampler == "trainer":
+        return pick, TrainerSampler(spec, mesh, per_token * _num_tokens(spec))
     sampler = Sampler(spec, role_mesh, mesh, prompts + responses, responses)
     if role_mesh is mesh:
-        pick = MeshProgram("weights", spec.policy, mesh, mesh, (STAY, STAY), computes=False)
         return pick, sampler
 
     shapes = jax.eval_shape(functools.partial(narrow, model), transformer.abstract(model))

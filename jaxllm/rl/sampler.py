@@ -74,8 +74,9 @@ class Sampler:
         self._engine.set_params(weights)
         return self._engine
 
-    def planned(self) -> tuple[list[Program], Rollout]:
+    def planned(self, weights: Any) -> tuple[list[Program], Rollout]:
         """What a call runs, with shapes instead of arrays, and the shapes of its result."""
+        del weights  # the engine has them in another form
         geometry = geometry_for(self._spec.model, self.mesh, self._settings, self._longest)
         with jax.set_mesh(self.mesh):
             params = weights_shapes(geometry.config, self.mesh)

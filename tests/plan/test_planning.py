@@ -143,7 +143,7 @@ def test_an_estimate_for_gpus_falls_with_more_of_them_and_says_what_it_is():
 CRITIC = {"role": "critic", "data": 2, "fsdp": 4}
 
 
-def run(tmp_path, model, topology, *more, batch_size=16, mesh=None):
+def run(tmp_path, model, topology, *more, batch_size=16, mesh=None, ppo=None):
     config = {
         **{"name": "p", "model": model, "mesh": mesh or {"data": 1, "fsdp": -1}},
         "pretrain": {"batch_size": batch_size, "num_steps": 10},
@@ -153,6 +153,7 @@ def run(tmp_path, model, topology, *more, batch_size=16, mesh=None):
             "num_minibatches": 2,
             "sampling": {"max_new_tokens": 64},
             "meshes": [CRITIC],
+            **(ppo or {}),
         },
     }
     path = tmp_path / "config.yaml"
@@ -247,6 +248,18 @@ def test_other_stages_are_compiled_for_a_tpu(tmp_path, stage, programs):
         assert report["flops_per_device"] == pytest.approx(
             sum(p["flops_per_device"] * p["times"] for p in each)
         )
+
+
+@pytest.mark.life
+def test_sampling_with_the_trainers_program_is_planned_as_whole_passes(tmp_path):
+    ppo = {"sampler": "trainer"}
+    code, out, log = run(tmp_path, SMALL, "v5e:2x4", "--json", "--stage", "ppo", ppo=ppo)
+    assert code == 0, log
+    programs = json.loads(out)["programs"]
+    assert "decode" not in programs and programs["rollout"]["times"] == 64 + 1
+    assert programs["rollout"]["flops_per_device"] == pytest.approx(
+        programs["experience"]["flops_per_device"], rel=0.1
+    )
 
 
 @pytest.mark.usefixtures("no_compiler_for_gpus")
