@@ -16,14 +16,17 @@ import numpy as np
 
 from jaxllm.config import InputError
 from jaxllm.engine import inputs, programs, prompt_scores
-from jaxllm.engine.config import EngineConfig, SamplingConfig
-from jaxllm.engine.geometry import geometry_for, unstacking
+from jaxllm.engine.config import EngineConfig
+from jaxllm.engine.geometry import Level, geometry_for, unstacking
 from jaxllm.engine.request import Draw, End, Event, Request
-from jaxllm.engine.row_sampling import Drawn, draw_of
-from jaxllm.engine.scheduler import Row, Scheduler
+from jaxllm.engine.row_sampling import Asked, Drawn, draw_of
+from jaxllm.engine.scheduler import Prefill, Row, Scheduler
 from jaxllm.models.config import ModelConfig
 from jaxllm.runtime.transfer import fetch, place
 from jaxllm.sharding import activation, replicated
+
+MOST_ALTERNATIVES = 20
+"""Of a token, in an engine for any rules."""
 
 # Steps that the pool stays larger than it must be: others may come.
 _PATIENCE = 4
@@ -58,14 +61,16 @@ class Engine:
           mesh: that rows, heads and weights are sharded over.
           longest: most tokens of a prompt with its response; 0: the model's context.
           settings: how much is decoded together.
-          any_rules: requests have all kinds of rules: programs are compiled for any top-k, top-p and min-p, and not for
-            each that comes.
+          any_rules: requests have all kinds of rules, and nobody should wait for a compiler: programs are few and decide
+            on the device what the rows need; `prepare` compiles all of them.
 
         Raises:
           InputError: the memory for the cache does not hold one row of this length.
         """
         self.mesh = mesh
-        self._geometry = geometry = geometry_for(config, mesh, settings or EngineConfig(), longest)
+        self._geometry = geometry = geometry_for(
+            config, mesh, settings or EngineConfig(), longest, few=any_rules
+        )
         self._scheduler = Scheduler(
             geometry.num_shards,
             geometry.settings.slots,
@@ -88,7 +93,7 @@ class Engine:
         with jax.set_mesh(self.mesh):
             self._params = unstacking(self._geometry.config, self.mesh)(params)
             if self._cache is None:
-                self._pool = self._geometry.pool_for(0)
+                self._pool = self._geometry.level_for(Level(0, 0, 0)).blocks
                 self._cache = self._geometry.empty_cache(self._pool)
         self.forget_prompts()
 
@@ -111,6 +116,8 @@ class Engine:
         """
         if not request.prompt:
             raise InputError("prompt: has no tokens; begin it with the tokenizer's start_id")
+        if self._any_rules and request.num_alternatives > MOST_ALTERNATIVES:
+            raise InputError(f"logprobs: at most {MOST_ALTERNATIVES} alternatives")
         length = len(request.prompt) + request.sampling.max_new_tokens
         if length > self._geometry.longest:
             raise InputError(
@@ -196,20 +203,35 @@ class Engine:
         plans = self._scheduler.plan_prefill()
         if not any(plan.chunks or plan.starts for plan in plans):
             return []
-        self._fit_pool()
         starting = [[start.row for start in plan.starts] for plan in plans]
-        size = self._size_for(starting)
+        level = self._level_for(starting, max(len(plan.chunks) for plan in plans))
         width = self._width_for([chunk.row for plan in plans for chunk in plan.chunks])
-        count = _least(self._geometry.chunk_sizes, max(len(plan.chunks) for plan in plans))
-        block = self._geometry.settings.block
-        chunks = inputs.chunks_of(plans, count, size, block, width)
-        rows = self._rows_of(starting, size, self._width_for([]))
-        run = programs.compiled(programs.prefill, self._compiled_for(starting), self.mesh)
-        drawn, self._cache = run(self._params, self._cache, self._place(chunks), self._place(rows))
-        copies = inputs.copies_of(plans, size)
+        drawn = self._run_prefill(plans, starting, level, width)
+        copies = inputs.copies_of(plans, level.rows)
         if copies is not None:
             self._cache = programs.copy(self._cache, self._place(copies))
-        return self._events(starting, size, jax.tree.map(lambda x: x[:, None], fetch(drawn)))
+        drawn = jax.tree.map(lambda x: x[:, None], fetch(drawn))
+        return self._events(starting, level.rows, drawn)
+
+    def _run_prefill(
+        self,
+        plans: Sequence[Prefill],
+        starting: Sequence[Sequence[Row]],
+        level: Level,
+        width: int,
+    ) -> Drawn:
+        block = self._geometry.settings.block
+        chunks = inputs.chunks_of(plans, level.chunks, level.rows, block, width)
+        rows = self._rows_of(starting, level.rows, self._width_for([]))
+        run = programs.compiled(programs.prefill, self._compiled_for(starting), self.mesh)
+        drawn, self._cache = run(
+            self._params,
+            self._cache,
+            self._place(chunks),
+            self._place(rows),
+            self._asked(starting),
+        )
+        return drawn
 
     def _decode(self, steps: int) -> list[Event]:
         if not self._scheduler.decoding:
@@ -222,55 +244,92 @@ class Engine:
         )
         steps = min(steps, max(left))
         self._scheduler.extend(steps)
-        self._fit_pool()
-        size = self._size_for(shards)
-        rows = self._rows_of(shards, size, self._width_for(self._scheduler.decoding))
-        owners = inputs.owners_of(shards, size, self._pool)
-        run = programs.compiled(programs.decode_steps, self._compiled_for(shards), self.mesh)
-        count = place(np.int32(steps), replicated(self.mesh))
-        drawn, self._cache = run(
-            self._params, self._cache, self._place(rows), self._place(owners), count
-        )
-        return self._events(shards, size, jax.tree.map(lambda x: x[:, :steps], fetch(drawn)))
+        level = self._level_for(shards)
+        width = self._width_for(self._scheduler.decoding)
+        drawn = fetch(self._run_decode(shards, level, width, steps))
+        return self._events(shards, level.rows, jax.tree.map(lambda x: x[:, :steps], drawn))
 
-    def _fit_pool(self) -> None:
-        """Makes the pool large enough for what is in use, and smaller if it has been too large for a while."""
-        pools = self._scheduler.pools
-        wanted = self._geometry.pool_for(max(pool.end for pool in pools))
+    def _run_decode(
+        self, shards: Sequence[Sequence[Row]], level: Level, width: int, steps: int
+    ) -> Drawn:
+        rows = self._rows_of(shards, level.rows, width)
+        most_shared = level.rows * self._geometry.width if self._geometry.few else 0
+        owners = inputs.owners_of(shards, level.rows, level.blocks, most_shared)
+        run = programs.compiled(programs.decode_steps, self._compiled_for(shards), self.mesh)
+        drawn, self._cache = run(
+            self._params,
+            self._cache,
+            self._place(rows),
+            self._place(owners),
+            place(np.int32(steps), replicated(self.mesh)),
+            self._asked(shards),
+        )
+        return drawn
+
+    def prepare(self) -> None:
+        """Compiles all programs of an engine for any rules. There must be no request."""
+        levels = self._geometry.levels
+        nobody: list[list[Row]] = [[] for _ in self._scheduler.pools]
+        nothing = [Prefill() for _ in nobody]
+        with jax.set_mesh(self.mesh):
+            # The pool goes through all sizes, and from each to each.
+            for level in [*levels, *levels[-2::-1], levels[-1], levels[0]]:
+                self._resize(level.blocks)
+                for width in self._geometry.widths:
+                    self._run_prefill(nothing, nobody, level, width)
+                    self._run_decode(nobody, level, width, steps=0)
+                nowhere = np.full(level.rows * len(nobody), -1, np.int32)
+                copies = programs.Copies(nowhere, nowhere)
+                self._cache = programs.copy(self._cache, self._place(copies))
+
+    def _level_for(self, shards: Sequence[Sequence[Row]], num_chunks: int = 0) -> Level:
+        """What programs are compiled for, to serve these rows and chunks of a shard; the pool is made to fit."""
+        num_blocks = max(pool.end for pool in self._scheduler.pools)
+        needed = Level(max(map(len, shards)), num_chunks, num_blocks)
+        self._fit_pool(self._geometry.level_for(needed).blocks)
+        # The pool may have stayed larger.
+        return self._geometry.level_for(needed._replace(blocks=self._pool))
+
+    def _fit_pool(self, wanted: int) -> None:
+        """Makes the pool as large as wanted, in blocks, and smaller only if it has been too large for a while."""
         self._too_large = self._too_large + 1 if wanted < self._pool else 0
         if wanted == self._pool or 0 < self._too_large < _PATIENCE:
             return
-        for pool in pools:
+        for pool in self._scheduler.pools:
             pool.forget_from(wanted)
-        self._cache = programs.resize(self._cache, wanted)
-        self._pool, self._too_large = wanted, 0
+        self._resize(wanted)
+        self._too_large = 0
+
+    def _resize(self, num_blocks: int) -> None:
+        if num_blocks != self._pool:
+            self._cache = programs.resize(self._cache, num_blocks)
+            self._pool = num_blocks
 
     def _rows_of(self, shards: Sequence[Sequence[Row]], size: int, width: int) -> programs.Rows:
-        # With any rules, all that are penalized have room for the longest row.
+        # With any rules, there is always room for the history of the longest row.
         longest = self._geometry.longest if self._any_rules else 0
         return inputs.rows_of(shards, size, width, self._geometry.config.vocab_size, longest)
 
     def _compiled_for(self, shards: Sequence[Sequence[Row]]) -> programs.Settings:
         """What a program is compiled for, to serve these rows."""
         requests = [row.request for rows in shards for row in rows]
-        return programs.Settings(
-            self._geometry.config,
-            self._common_rules([request.sampling for request in requests]),
-            max((request.num_alternatives for request in requests), default=0),
-            self._geometry.settings.steps,
-            some_greedy=self._any_rules,
-        )
+        if self._any_rules:
+            common, count = None, min(MOST_ALTERNATIVES, self._geometry.config.vocab_size)
+        else:
+            common = programs.common_rules([request.sampling for request in requests])
+            count = max((request.num_alternatives for request in requests), default=0)
+        steps = self._geometry.settings.steps
+        return programs.Settings(self._geometry.config, common, count, steps)
 
-    def _common_rules(self, samplings: Sequence[SamplingConfig]) -> SamplingConfig | None:
+    def _asked(self, shards: Sequence[Sequence[Row]]) -> Asked | None:
+        """What any of these rows asks for, if it is no matter of the program."""
         if not self._any_rules:
-            return programs.common_rules(samplings)
-        # Two kinds of programs: with filters, and without.
-        filters = any(sampling.filters for sampling in samplings)
-        return None if filters else SamplingConfig(max_new_tokens=1)
-
-    def _size_for(self, shards: Sequence[Sequence[Row]]) -> int:
-        """Rows of a shard that a program is compiled for."""
-        return _least(self._geometry.sizes, max(map(len, shards)))
+            return None
+        requests = [row.request for rows in shards for row in rows]
+        rules = any(request.sampling.filters or request.sampling.penalizes for request in requests)
+        alternatives = any(request.num_alternatives for request in requests)
+        asked = Asked(np.bool_(rules), np.bool_(alternatives))
+        return place(asked, replicated(self.mesh))
 
     def _width_for(self, rows: Sequence[Row]) -> int:
         """Blocks of a table that a program is compiled for."""
@@ -303,8 +362,3 @@ class Engine:
                 del self._rows[row.ticket]
                 break
         return Event(row.ticket, tuple(draws), row.end)
-
-
-def _least(sizes: Sequence[int], count: int) -> int:
-    """The first of these sizes, in ascending order, that holds `count`."""
-    return next(size for size in sizes if size >= count)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,14 @@ _SMALLEST_POOL = 8
 _FEWEST_ROWS = 2
 
 
+class Level(NamedTuple):
+    """Sizes that go together, of one shard, where programs are few: for a light load, a medium one, and a full one."""
+
+    rows: int
+    chunks: int  # blocks of prompts that are prefilled in one call
+    blocks: int  # of the pool
+
+
 @dataclasses.dataclass(frozen=True)
 class Geometry:
     """Sizes of an engine on a mesh; rows and blocks are those of one shard of a batch."""
@@ -33,6 +42,7 @@ class Geometry:
     settings: EngineConfig
     width: int  # most blocks of a row
     num_blocks: int  # most blocks of the pool
+    few: bool = False  # whether programs are compiled for few sizes that go together
 
     @property
     def num_shards(self) -> int:
@@ -52,6 +62,31 @@ class Geometry:
     def chunk_sizes(self) -> list[int]:
         """Numbers of blocks that are prefilled in one call, in ascending order: 16 -> 1, 4, 16."""
         return _quarters(self.settings.prefill_blocks, 1)
+
+    def level_for(self, needed: Level) -> Level:
+        """The least sizes that programs are compiled for and that hold what is needed."""
+        if self.few:
+            return next(level for level in self.levels if all(map(operator.ge, level, needed)))
+        return Level(
+            _least(self.sizes, needed.rows),
+            _least(self.chunk_sizes, needed.chunks),
+            self.pool_for(needed.blocks),
+        )
+
+    @functools.cached_property
+    def levels(self) -> list[Level]:
+        """The sizes of few programs, in ascending order, with 64 slots: (4, 1, 1/8 of the blocks), (16, 4, 1/2), (64, 16, all)."""
+        pools = (max(self.num_blocks // share, 1) for share in (8, 2, 1))
+        rows, chunks = _last_three(self.sizes), _last_three(self.chunk_sizes)
+        return sorted(set(map(Level, rows, chunks, pools)))
+
+    @functools.cached_property
+    def widths(self) -> list[int]:
+        """All that `width_for` returns, in ascending order."""
+        widths = [self.width_for(0)]
+        while widths[-1] < self.width:
+            widths.append(self.width_for(widths[-1] + 1))
+        return widths
 
     def width_for(self, num_blocks: int) -> int:
         """Blocks of a table that a program is compiled for."""
@@ -132,6 +167,16 @@ def _quarters(most: int, least: int) -> list[int]:
     return sizes
 
 
+def _least(sizes: Sequence[int], count: int) -> int:
+    """The first of these sizes, in ascending order, that holds `count`."""
+    return next(size for size in sizes if size >= count)
+
+
+def _last_three(sizes: list[int]) -> list[int]:
+    """The three largest of ascending sizes; the smallest is repeated if there are fewer."""
+    return [*[sizes[0]] * (3 - len(sizes)), *sizes[-3:]]
+
+
 def _shape(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -142,9 +187,9 @@ def _empty_cache(config: ModelConfig, count: int, size: int) -> Any:
 
 
 def geometry_for(
-    config: ModelConfig, mesh: Any, settings: EngineConfig, longest: int = 0
+    config: ModelConfig, mesh: Any, settings: EngineConfig, longest: int = 0, few: bool = False
 ) -> Geometry:
-    """Sizes for rows of up to `longest` tokens; 0: the model's context.
+    """Sizes for rows of up to `longest` tokens; 0: the model's context. few: as in `Geometry`.
 
     Raises:
       InputError: the memory for the cache does not hold one row of this length on each shard.
@@ -161,4 +206,4 @@ def geometry_for(
                 f"cache_gib: {settings.cache_gib:g} does not hold one response at full length on each shard "
                 f"of the batch, which takes {width * size / 2**30:.3g} GiB; raise it"
             )
-    return Geometry(config, mesh, settings, width, blocks)
+    return Geometry(config, mesh, settings, width, blocks, few)

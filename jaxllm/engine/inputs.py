@@ -29,7 +29,7 @@ def room_for(count: int, most: int | None = None, least: int = _LEAST) -> int:
 def rows_of(
     shards: Sequence[Sequence[Row]], size: int, width: int, vocab_size: int, longest: int = 0
 ) -> Rows:
-    """`size` rows for each shard; width: blocks of a table; longest: tokens that histories have room for, if any has."""
+    """`size` rows for each shard; width: blocks of a table; longest: tokens that histories have room for, in any case."""
     rows: list[Row | None] = []
     for shard in shards:
         rows += [*shard, *[None] * (size - len(shard))]
@@ -60,7 +60,8 @@ def rows_of(
 def _history_of(rows: Sequence[Row | None], longest: int) -> History:
     """The tokens of rows; without columns if none of them penalizes any."""
     penalized = [row for row in rows if row and row.request.sampling.penalizes]
-    width = max((max(longest, row.longest + 1) for row in penalized), default=0)
+    width = max((row.longest + 1 for row in penalized), default=0)
+    width = max(width, longest)
     tokens = np.full((len(rows), room_for(width) if width else 0), -1, np.int32)
     num_prompt = np.zeros(len(rows), np.int32)
     for i, row in enumerate(rows):
@@ -107,10 +108,19 @@ def _flat(x: np.ndarray) -> np.ndarray:
     return x.reshape(-1, *x.shape[2:])
 
 
-def owners_of(shards: Sequence[Sequence[Row]], num_rows: int, num_blocks: int) -> Owners:
-    """Which row reads each block; num_blocks: of a shard's pool."""
+def owners_of(
+    shards: Sequence[Sequence[Row]], num_rows: int, num_blocks: int, most_shared: int = 0
+) -> Owners:
+    """Which row reads each block.
+
+    Args:
+      shards: the rows of each.
+      num_rows: of a shard.
+      num_blocks: of a shard's pool.
+      most_shared: how often blocks may be read by further rows; 0: there is room for as often as they are.
+    """
     found = [_first_and_others(rows, num_rows, num_blocks) for rows in shards]
-    room = room_for(max(len(others) for _, _, others in found))
+    room = room_for(most_shared or max(len(others) for _, _, others in found))
     shared = np.full((len(shards), room, 3), (num_rows, 0, 0), np.int32)
     for shard, (_, _, others) in enumerate(found):
         if others:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxllm.engine.config import SamplingConfig
-from jaxllm.engine.row_sampling import Drawn, History, RowRules, draw
+from jaxllm.engine.row_sampling import Asked, Drawn, History, RowRules, draw
 from jaxllm.models import block_cache, decode
 from jaxllm.models.block_cache import LayerBlocks, Owners, View, cache_axes, copy_blocks
 from jaxllm.models.config import ModelConfig
@@ -59,15 +59,21 @@ class Settings(NamedTuple):
     common: SamplingConfig | None  # what all rows share (`common_rules`)
     num_alternatives: int
     steps: int  # most decoding steps of a call
-    some_greedy: bool = False  # whether rows may have a temperature of 0 where `common` has not
 
 
 def decode_steps(
-    params: Any, cache: BlockCache, rows: Rows, owners: Owners, count: Any, settings: Settings
+    params: Any,
+    cache: BlockCache,
+    rows: Rows,
+    owners: Owners,
+    count: Any,
+    asked: Asked | None = None,
+    *,
+    settings: Settings,
 ) -> tuple[Drawn, BlockCache]:
     """Decodes `count` int32[] tokens of each row, at most `settings.steps`; arrays of the result are [R, steps, ...].
 
-    A row that ends earlier goes on as an empty one.
+    A row that ends earlier goes on as an empty one. asked: of programs for all kinds of rows.
     """
 
     def one(step: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -76,7 +82,7 @@ def decode_steps(
         hidden, cache = decode.apply_in_blocks(
             params, settings.config, rows.token[:, None], view, cache
         )
-        drawn = _draw(params, hidden[:, 0], rows, settings)
+        drawn = _draw(params, hidden[:, 0], rows, asked, settings)
         all_drawn = jax.tree.map(lambda x, new: x.at[:, step].set(new), all_drawn, drawn)
         return _advance(rows, drawn.token), cache, all_drawn
 
@@ -93,7 +99,9 @@ def decode_steps(
     return all_drawn, cache
 
 
-def _draw(params: Any, hidden: jax.Array, rows: Rows, settings: Settings) -> Drawn:
+def _draw(
+    params: Any, hidden: jax.Array, rows: Rows, asked: Asked | None, settings: Settings
+) -> Drawn:
     return draw(
         hidden,
         jax.random.wrap_key_data(rows.keys),
@@ -104,7 +112,7 @@ def _draw(params: Any, hidden: jax.Array, rows: Rows, settings: Settings) -> Dra
         rows.history,
         settings.common,
         settings.num_alternatives,
-        settings.some_greedy,
+        asked,
     )
 
 
@@ -125,13 +133,19 @@ def _advance(rows: Rows, token: jax.Array) -> Rows:
 
 
 def prefill(
-    params: Any, cache: BlockCache, chunks: Chunks, rows: Rows, settings: Settings
+    params: Any,
+    cache: BlockCache,
+    chunks: Chunks,
+    rows: Rows,
+    asked: Asked | None = None,
+    *,
+    settings: Settings,
 ) -> tuple[Drawn, BlockCache]:
     """Prefills chunks of prompts, and draws the first token of rows that start; arrays of the result are [R, ...]."""
     view = View(chunks.positions, chunks.tables, None)
     hidden, cache = decode.apply_in_blocks(params, settings.config, chunks.tokens, view, cache)
     last = _last_states(hidden, chunks.source)
-    return _draw(params, last, rows, settings), cache
+    return _draw(params, last, rows, asked, settings), cache
 
 
 def _last_states(hidden: jax.Array, source: jax.Array) -> jax.Array:

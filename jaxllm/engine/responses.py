@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import InputError
+from jaxllm.engine import inputs
 from jaxllm.engine.config import EngineConfig, SamplingConfig
 from jaxllm.engine.engine import Engine, Response
 from jaxllm.engine.request import Request
@@ -187,8 +188,13 @@ def requests_for(
 
 def row_key_words(key: jax.Array, index: np.ndarray, num_samples: int) -> list[tuple[int, int]]:
     """The words of the keys of num_samples responses to the prompts with these indices int32[B], prompt-major."""
-    words = np.asarray(jax.random.key_data(row_keys(key, jnp.asarray(index), num_samples)))
-    return [(int(first), int(second)) for first, second in words]
+    # Of few shapes: each is compiled.
+    samples = inputs.room_for(num_samples, least=1)
+    padded = np.zeros(inputs.room_for(len(index), least=1), np.int32)
+    padded[: len(index)] = index
+    words = np.asarray(jax.random.key_data(row_keys(key, jnp.asarray(padded), samples)))
+    wanted = words.reshape(len(padded), samples, 2)[: len(index), :num_samples]
+    return [(int(first), int(second)) for first, second in wanted.reshape(-1, 2)]
 
 
 def completion_of(response: Response, stop_ids: Sequence[int]) -> Completion:

@@ -3,6 +3,7 @@
 Shapes: R rows, V vocabulary, D model width, A alternatives.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +38,13 @@ class History(NamedTuple):
 
     tokens: Any  # int32[R, H], by their position; -1: none. H is 0 if no row has a penalty
     num_prompt: Any  # int32[R]: how many of them are the prompt's
+
+
+class Asked(NamedTuple):
+    """What any row asks for, bool[] each, where programs are compiled for all kinds of rows."""
+
+    rules: Any  # filters or penalties
+    alternatives: Any
 
 
 class Drawn(NamedTuple):
@@ -92,7 +100,7 @@ def draw(
     history: History,
     common: SamplingConfig | None,
     num_alternatives: int = 0,
-    some_greedy: bool = False,
+    asked: Asked | None = None,
 ) -> Drawn:
     """Draws a token for each row.
 
@@ -106,31 +114,74 @@ def draw(
       history: of the rows.
       common: the settings that all rows share, if they do: then nothing is computed that they do not need.
       num_alternatives: how many of the likeliest tokens are returned.
-      some_greedy: whether rows may have a temperature of 0 where `common` has not.
+      asked: decides on the device what is computed, if given; then there is no `common`.
     """
     logits = next_logits(hidden, unembed, softcap)
-    is_greedy = rules.temperature == 0
-    divisor = jnp.where(is_greedy, 1.0, rules.temperature)
-    logprobs = likely = jax.nn.log_softmax(logits / divisor[:, None], axis=-1)
-    if history.tokens.shape[1]:
+    logprobs = _logprobs(logits, rules)
+    choose = functools.partial(_choose, rules=rules, keys=keys, number=number)
+    by_rules = functools.partial(choose, history=history)
+    freely = functools.partial(choose, history=None, common=_FREE, some_greedy=True)
+    if asked is None:
+        token = by_rules(logits, logprobs, common=common)
+        others = likeliest(logprobs, num_alternatives)
+    else:
+        token = jax.lax.cond(asked.rules, by_rules, freely, logits, logprobs)
+        others = _likeliest_if(asked.alternatives, logprobs, num_alternatives)
+    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+    return Drawn(token, logprob, *others)
+
+
+_FREE = SamplingConfig(max_new_tokens=1)
+
+
+def _choose(
+    logits: jax.Array,
+    logprobs: jax.Array,
+    *,
+    rules: RowRules,
+    keys: jax.Array,
+    number: jax.Array,
+    history: History | None,
+    common: SamplingConfig | None = None,
+    some_greedy: bool = False,
+) -> jax.Array:
+    """A token int32[R] for each row, from logits and log-probabilities float32[R, V].
+
+    history: None where nothing is penalized. some_greedy: whether rows may be greedy where `common` is not.
+    """
+    likely = logprobs
+    if history is not None and history.tokens.shape[1]:
         logits = _penalize(logits, history, rules)
-        likely = jax.nn.log_softmax(logits / divisor[:, None], axis=-1)
+        likely = _logprobs(logits, rules)
+    if common is not None and common.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # Computed once: XLA may compute it again for a comparison, and round it another way. A bound that was found among these
     # numbers would then leave out the very token that it was taken from.
     likely = jax.lax.optimization_barrier(likely)
-    if common is not None and common.greedy:
-        token = jnp.argmax(logits, axis=-1)
+    if common is None:
+        kept = _keep_likely(likely, rules)
     else:
-        if common is None:
-            kept = _keep_likely(likely, rules)
-        else:
-            kept = keep_likely(likely, common.top_k, common.top_p, common.min_p)
-        token = inverse_transform(jnp.exp(kept), uniform_numbers(keys, number))
-        if common is None or some_greedy:
-            token = jnp.where(is_greedy, jnp.argmax(logits, axis=-1), token)
-    token = token.astype(jnp.int32)
-    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
-    return Drawn(token, logprob, *likeliest(logprobs, num_alternatives))
+        kept = keep_likely(likely, common.top_k, common.top_p, common.min_p)
+    token = inverse_transform(jnp.exp(kept), uniform_numbers(keys, number))
+    if common is None or some_greedy:
+        token = jnp.where(rules.temperature == 0, jnp.argmax(logits, axis=-1), token)
+    return token.astype(jnp.int32)
+
+
+def _logprobs(logits: jax.Array, rules: RowRules) -> jax.Array:
+    """Log-probabilities float32[R, V] at the rows' temperatures; of greedy rows at temperature 1."""
+    divisor = jnp.where(rules.temperature == 0, 1.0, rules.temperature)
+    return jax.nn.log_softmax(logits / divisor[:, None], axis=-1)
+
+
+def _likeliest_if(asked: jax.Array, logprobs: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`likeliest` if somebody asked, bool[]; zeros if not."""
+    shape = (len(logprobs), count)
+    return jax.lax.cond(
+        asked,
+        lambda: likeliest(logprobs, count),
+        lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape)),
+    )
 
 
 def _penalize(logits: jax.Array, history: History, rules: RowRules) -> jax.Array:

@@ -15,9 +15,9 @@ from jaxllm.serve.endpoint import (
     usage,
     whole,
 )
-from jaxllm.serve.generation import alternatives_for, check_length
+from jaxllm.serve.generation import check_length
 from jaxllm.serve.logprobs import CompletionLogprobs, join
-from jaxllm.serve.protocol import CompletionRequest, parse
+from jaxllm.serve.protocol import MOST_ALTERNATIVES, CompletionRequest, parse
 from jaxllm.serve.served import Served
 from jaxllm.web.errors import ApiError
 
@@ -140,7 +140,9 @@ class _Completion:
         draws: list[Draw] = []
         if self._body.logprobs is not None:
             engine = self._served.engine
-            count = alternatives_for(self._served, self._body.logprobs)
+            # None or all, so that few programs are compiled.
+            most = min(MOST_ALTERNATIVES, self._served.config.vocab_size)
+            count = most if self._body.logprobs else 0
             draws = await self._endpoint.driver.call(lambda: engine.score(prompt, count))
         # A prompt that came as text has begun with a token that the client has not sent.
         added = len(tokenizer.begin_ids) if isinstance(self._body.prompts[number], str) else 0

@@ -12,7 +12,6 @@ from jaxllm.engine.config import SamplingConfig
 from jaxllm.engine.request import Draw, Event, Request
 from jaxllm.engine.responses import requests_for, row_key_words
 from jaxllm.serve.driver import Driver
-from jaxllm.serve.protocol import MOST_ALTERNATIVES
 from jaxllm.serve.served import Served
 from jaxllm.serve.text import ResponseText
 from jaxllm.web.errors import ApiError
@@ -77,13 +76,8 @@ async def _requests(driver: Driver, served: Served, wanted: Wanted) -> list[Requ
     requests = requests_for(
         wanted.prompts, keys, wanted.sampling, served.tokenizer.stop_ids, wanted.num_choices
     )
-    count = alternatives_for(served, wanted.num_alternatives)
+    count = min(wanted.num_alternatives, served.config.vocab_size)
     return [dataclasses.replace(request, num_alternatives=count) for request in requests]
-
-
-def alternatives_for(served: Served, count: int) -> int:
-    """How many alternatives are computed where `count` are wanted: none or all, so that few programs are compiled."""
-    return min(MOST_ALTERNATIVES, served.config.vocab_size) if count else 0
 
 
 class Reader:

@@ -11,9 +11,8 @@ import jax
 
 from jaxllm import stages
 from jaxllm.config import InputError
-from jaxllm.engine.config import EngineConfig, SamplingConfig
+from jaxllm.engine.config import EngineConfig
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.request import Request
 from jaxllm.model_store import load_policy, read_model_card
 from jaxllm.models import decode, transformer
 from jaxllm.models.config import ModelConfig
@@ -170,7 +169,7 @@ def load(args: ServeArgs, stage_dirs: dict[str, str]) -> list[Served]:
         )
         created = int(Path(local_folder(stage_dir)).stat().st_mtime)
         served.append(Served(name, number, config, tokenizer, engine, created))
-        _warm_up(engine)
+        engine.prepare()
     return served
 
 
@@ -184,13 +183,6 @@ def _settings(args: ServeArgs, config: ModelConfig, mesh: jax.sharding.Mesh) -> 
     full = -(-config.max_length // settings.block) * size
     count = min(_FULL_RESPONSES, args.slots)
     return dataclasses.replace(settings, cache_gib=(count * full + size) / 2**30)
-
-
-def _warm_up(engine: Engine) -> None:
-    """Compiles the programs of a first short response, so that nobody waits for them."""
-    with jax.set_mesh(engine.mesh):
-        dict(engine.run([Request([0], SamplingConfig(2), (0, 0))]))
-    engine.forget_prompts()
 
 
 def describe(served: Served) -> dict[str, object]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import InputError
+from jaxllm.engine import programs
 from jaxllm.engine.config import EngineConfig, SamplingConfig
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.geometry import unstacking
@@ -322,3 +323,34 @@ def test_programs_are_compiled_for_kinds_of_rules(llama, any_rules):
         rows = [Row(0, request, []) for request in requests]
         compiled.add(engine._compiled_for([rows]))
     assert len(compiled) == (1 if any_rules else 3)
+
+
+def test_an_engine_for_any_rules_compiles_nothing_once_it_is_prepared(llama):
+    """Loads from one row to all slots, prompts of all lengths, all kinds of rules."""
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    settings = dataclasses.replace(TIGHT, slots=16)
+    engine = Engine(llama, LLAMA, mesh, longest=64, settings=settings, any_rules=True)
+    engine.prepare()
+    kinds = [
+        SamplingConfig(6),
+        SamplingConfig(9, temperature=0.0),
+        SamplingConfig(12, top_k=3, top_p=0.9),
+        SamplingConfig(5, frequency_penalty=0.5, repetition_penalty=1.2),
+    ]
+    compiled = num_compiled(engine)
+    for count in (1, 2, 16, 40, 3, 1):
+        requests = []
+        for i, prompt in enumerate(prompts_of(seed=count, count=count)):
+            [request] = requests_of([prompt], kinds[i % 4], num_alternatives=i % 3)
+            requests.append(request)
+        drawn = texts(engine, requests)
+        assert len(drawn) == count
+    assert num_compiled(engine) == compiled
+
+
+def num_compiled(engine):
+    """Programs of engines like this one that have been compiled so far."""
+    settings = engine._compiled_for([])
+    functions = (programs.prefill, programs.decode_steps)
+    runs = [programs.compiled(function, settings, engine.mesh) for function in functions]
+    return sum(run._cache_size() for run in (*runs, programs.copy, programs.resize))

@@ -63,7 +63,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(rules=None, *, max_waiting=64, seconds=60.0, ratings=None, runs=None, slots=8):
+def running(rules=None, *, max_waiting=64, seconds=600.0, ratings=None, runs=None, slots=8):
     """A server on a free port, until the block is left."""
     tokenizer = make_tokenizer()
     made = [
