@@ -248,6 +248,14 @@ def status(args: Sequence[str]) -> None:
     report.command(options)
 
 
+def fit_scaling(args: Sequence[str]) -> None:
+    """`jaxllm fit-scaling`."""
+    options = _parse("fit-scaling", args)
+    from jaxllm.scaling.command import command
+
+    command(options)
+
+
 def plan(args: Sequence[str]) -> None:
     """`jaxllm plan`."""
     # Set before JAX is imported: it reads them then. The compiler for TPUs that are not attached runs

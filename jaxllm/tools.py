@@ -67,6 +67,12 @@ TABLE: dict[str, Tool] = {
         options="jaxllm.report.status_config:StatusArgs",
         run="jaxllm.commands:status",
     ),
+    "fit-scaling": Tool(
+        usage="RUNS... [--flops X] [--target LOSS]",
+        help="fit a scaling law to finished runs: what larger ones reach and cost",
+        options="jaxllm.scaling.config:FitScalingArgs",
+        run="jaxllm.commands:fit_scaling",
+    ),
     "plan": Tool(
         usage="CONFIG --topology NAME [options]",
         help="compile a stage's step for TPUs that are not attached: memory and cost",

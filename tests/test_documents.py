@@ -171,6 +171,7 @@ def refused(monkeypatch):
         "evaluation.tasks.command",
         "plan.planning.command",
         "report.status.command",
+        "scaling.command.command",
         "serve.command.command",
     ):
         module, name = leaf.rsplit(".", 1)

@@ -141,6 +141,9 @@ TESTED_IN = {
     "rl/rollout_log.py": "tests/test_life.py",
     "rl/score_functions.py": "tests/rl/test_rewards.py",
     "rl/scoring.py": "tests/stages/test_ppo.py",
+    "scaling/config.py": "tests/scaling/test_command.py",
+    "scaling/picture.py": "tests/scaling/test_command.py",
+    "scaling/runs.py": "tests/scaling/test_command.py",
     "rl/update.py": "tests/stages/test_ppo.py",
     # Stages are what a life consists of.
     "stages/__init__.py": "tests/stages/test_table.py",

@@ -33,7 +33,7 @@ LAYERS = [
     {"evaluation"},
     {"stages"},
     {"life", "report"},
-    {"plan"},
+    {"plan", "scaling"},
     {"run"},
     {"chat"},
     {"serve"},

@@ -1,0 +1,1 @@
+"""The scaling law of runs of many sizes, and what it predicts."""

@@ -1,0 +1,118 @@
+"""`jaxllm fit-scaling` on runs as they are on disk."""
+
+import json
+
+import pytest
+
+from jaxllm.config import InputError
+from jaxllm.scaling.command import command
+from jaxllm.scaling.config import FitScalingArgs
+from jaxllm.scaling.law import Law
+from tests.conftest import jaxllm
+
+TRUE = Law(E=1.2, A=90.0, B=300.0, alpha=0.3, beta=0.35)
+SIZES = (100_000, 400_000, 1_600_000, 6_400_000)
+TOKENS = (10**7, 10**8, 10**9)
+
+
+def write_run(directory, parameters, tokens, loss=None, tokenizer="one"):
+    stage = directory / "pretrain"
+    (stage / "tokenizer").mkdir(parents=True)
+    (stage / "tokenizer" / "tokenizer.model").write_text(tokenizer)
+    loss = TRUE.loss(parameters, tokens) if loss is None else loss
+    result = {"parameters": parameters, "tokens": tokens, "loss": loss, "bits_per_byte": loss / 3}
+    (stage / "result.json").write_text(json.dumps({**result, "name": "x"}))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    folder = tmp_path / "sweep"
+    for size in SIZES:
+        for tokens in TOKENS:
+            write_run(folder / f"{size},{tokens}", size, tokens)
+    (folder / "table.csv").write_text("other files are no runs")
+    return folder
+
+
+def report_of(capsys, *runs, **options):
+    command(FitScalingArgs(tuple(map(str, runs)), samples=10, json=True, **options))
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_largest_size_is_predicted_and_not_fitted(sweep, tmp_path, capsys):
+    report = report_of(capsys, sweep)
+    assert {run["parameters"] for run in report["runs"]} == set(SIZES[:-1])
+    assert len(report["held_out"]) == 3
+    for run in report["held_out"]:
+        assert run["parameters"] == SIZES[-1] and abs(run["error"]) < 1e-4
+    # Whatever the largest have reached, the law is the same.
+    for tokens in TOKENS:
+        path = sweep / f"{SIZES[-1]},{tokens}" / "pretrain" / "result.json"
+        path.write_text(path.read_text().replace('"loss": ', '"loss": 1'))
+    other = report_of(capsys, sweep)
+    assert other["law"] == report["law"]
+    assert all(run["error"] < -5 for run in other["held_out"])
+    assert report_of(capsys, sweep, hold_out=0)["law"] != report["law"]
+
+
+def test_runs_may_be_named_one_by_one_and_the_best_of_equals_counts(sweep, tmp_path, capsys):
+    write_run(tmp_path / "worse", SIZES[0], TOKENS[0], loss=9.0)
+    write_run(tmp_path / "better", SIZES[0], TOKENS[1], loss=1.25)
+    runs = report_of(capsys, sweep, tmp_path / "worse", tmp_path / "better", sweep)["runs"]
+    assert len(runs) == 9
+    assert "worse" not in str(runs)
+    [better] = [run for run in runs if run["directory"].endswith("better")]
+    assert better["loss"] == 1.25
+
+
+def test_budgets_in_device_hours(sweep, tmp_path, capsys):
+    plan = {"predicted_tokens_per_second": 1000.0, "parameters": 10**6, "devices": 4}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    options = {"flops": (1e18,), "target": (1.5,), "plan": str(tmp_path / "plan.json")}
+    report = report_of(capsys, sweep, **options)
+    [split], [target] = report["for_flops"], report["for_target"]
+    assert split["loss"] == pytest.approx(TRUE.best_for_flops(1e18).loss, rel=1e-3)
+    assert target["flops"] == pytest.approx(TRUE.best_for_loss(1.5).flops, rel=0.05)
+    # 1000 tokens of a million parameters a second on 4 devices: 1.5e9 FLOP/s each.
+    assert split["device_hours"] == pytest.approx(1e18 / 1.5e9 / 3600)
+    low, high = split["intervals"]["parameters"]
+    assert low <= split["parameters"] <= high
+
+
+def test_tables_and_files_for_people(sweep, tmp_path):
+    out = tmp_path / "out"
+    process = jaxllm(
+        "fit-scaling", str(sweep), "--samples", "5", "--target", "1.5", "--out", str(out)
+    )
+    text, log = process.communicate(timeout=120)
+    assert process.returncode == 0, log
+    for words in ("from 9 runs of 3 sizes, 100k to 1.6M", "Held out", "Fewest FLOPs for a loss"):
+        assert words in text
+    assert (out / "law.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "law.json").read_text())["held_out"]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "words"),
+    [
+        (None, {"runs": ("nowhere",)}, "nowhere: has no pretrain/result.json"),
+        (None, {"hold_out": 2}, "of 2 sizes and 3 numbers of tokens do not tell .* held out"),
+        (None, {"metric": "speed"}, "speed is None, not a positive number; it has parameters"),
+        (None, {"target": (0.5,)}, "--target: a loss of 0.5 is not above E"),
+        (None, {"plan": "nowhere.json"}, "--plan nowhere.json: is not what"),
+        ({"tokenizer": "two"}, {}, "have different tokenizers.*--metric bits_per_byte"),
+    ],
+    ids=str,
+)
+def test_what_tells_no_law_is_refused_in_one_line(sweep, prepare, options, words):
+    if prepare:
+        write_run(sweep / "other", SIZES[0], 5 * 10**7, **prepare)
+    args = {"runs": (str(sweep),), "samples": 3, "json": True, **options}
+    with pytest.raises(InputError, match=words) as error:
+        command(FitScalingArgs(**args))
+    assert "\n" not in str(error.value)
+
+
+def test_other_tokenizers_compare_by_the_byte(sweep, capsys):
+    write_run(sweep / "other", SIZES[0], 5 * 10**7, tokenizer="two")
+    assert len(report_of(capsys, sweep, metric="bits_per_byte")["runs"]) == 10
