@@ -16,6 +16,8 @@ from jaxllm.config import InputError
 from jaxllm.config.ranges import LARGEST_INT
 from jaxllm.losses import Loss, Metrics
 from jaxllm.metrics import Work
+from jaxllm.optim import Optimizer
+from jaxllm.optim.state_axes import state_axes
 from jaxllm.runtime.config import CheckpointConfig
 from jaxllm.sharding import param_shardings, replicated, with_shardings
 
@@ -51,7 +53,7 @@ class StateLayout(NamedTuple):
     shardings: TrainState
 
 
-def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+def init_state(params: Any, tx: Optimizer) -> TrainState:
     """The state before the first update."""
 
     def zero() -> jax.Array:
@@ -62,9 +64,9 @@ def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
 
 
 def state_layout(
-    mesh: jax.sharding.Mesh, abstract_params: Any, axes: Any, tx: optax.GradientTransformation
+    mesh: jax.sharding.Mesh, abstract_params: Any, axes: Any, tx: Optimizer
 ) -> StateLayout:
-    """Shards parameters by their logical axes, and the optimizer's copies of them like the parameters.
+    """Shards parameters by their logical axes, and the optimizer's state by those of the parameters that it is about.
 
     Args:
       abstract_params: shapes and dtypes of the parameters.
@@ -73,13 +75,7 @@ def state_layout(
     everywhere = replicated(mesh)
     params = param_shardings(mesh, abstract_params, axes)
     shapes = jax.eval_shape(lambda p: init_state(p, tx), abstract_params)
-    opt_state = optax.tree_map_params(
-        tx,
-        lambda _, sharding: sharding,
-        shapes.opt_state,
-        params,
-        transform_non_params=lambda _: everywhere,
-    )
+    opt_state = param_shardings(mesh, shapes.opt_state, state_axes(shapes.opt_state, axes))
     guard = Guard(everywhere, everywhere, everywhere)
     shardings = TrainState(everywhere, params, opt_state, guard)
     init = jax.jit(lambda p: init_state(p, tx), out_shardings=shardings, donate_argnums=0)
@@ -91,7 +87,7 @@ def state_layout(
 
 def make_step(
     loss: LossFunction,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     *,
     num_micro: int = 1,
     seed: int = 0,
@@ -114,21 +110,22 @@ def make_step(
       spike_factor: skip updates whose gradient norm exceeds this many times the running mean; 0: never.
     """
 
-    def add_mixed(grads: Any, state: TrainState, batch: Batch, key: jax.Array, frozen: Any) -> Any:
+    def add_mixed(grads: Any, params: Any, batch: Batch, key: jax.Array, frozen: Any) -> Any:
         """(gradient, metrics) with those of the other loss added."""
         assert mixed
         other_loss, coef = mixed
-        sums, weight, metrics = accumulate(other_loss, state.params, batch, key, num_micro, frozen)
+        sums, weight, metrics = accumulate(other_loss, params, batch, key, num_micro, frozen)
         grads = jax.tree.map(lambda g, m: g + coef * m, grads, _mean(sums, weight))
         return grads, {f"mixed_{name}": pair for name, pair in metrics.items()}
 
     def step(state: TrainState, batch: Batch, **frozen: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         batch, other_batch = batch if mixed is not None else (batch, None)
-        sums, weight, metrics = accumulate(loss, state.params, batch, key, num_micro, frozen)
+        point = tx.gradient_point(state.params, state.opt_state)
+        sums, weight, metrics = accumulate(loss, point, batch, key, num_micro, frozen)
         grads = _mean(sums, weight)
         if mixed is not None:
-            grads, other_metrics = add_mixed(grads, state, other_batch, key, frozen)
+            grads, other_metrics = add_mixed(grads, point, other_batch, key, frozen)
             metrics |= other_metrics
         if state_shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)

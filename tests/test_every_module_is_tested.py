@@ -34,7 +34,12 @@ TESTED_IN = {
     "config/yaml_files.py": "tests/config/test_config.py",
     # Training: the loop with its optimizer and its batches.
     "loop.py": "tests/test_train.py",
-    "optim.py": "tests/test_train.py",
+    "optim/adafactor.py": "tests/optim/test_optim.py",
+    "optim/muon.py": "tests/optim/test_optim.py",
+    "optim/schedule_free.py": "tests/optim/test_optim.py",
+    "optim/soap.py": "tests/optim/test_optim.py",
+    "optim/state_axes.py": "tests/optim/test_optim.py",
+    "optim/whole_matrices.py": "tests/optim/test_optim.py",
     "optim_config.py": "tests/test_train.py",
     "runtime/prefetch.py": "tests/test_train.py",
     "report/status_config.py": "tests/report/test_status.py",

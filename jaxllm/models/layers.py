@@ -12,7 +12,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.linear import linear, swiglu
 from jaxllm.models.moe import moe
 from jaxllm.models.norm import Norm
-from jaxllm.models.parameters import constant, expand_like, matrix, normal
+from jaxllm.models.parameters import constant, expand_like, matrix
 from jaxllm.models.self_attention import Attention, LatentAttention, SequenceOrder
 from jaxllm.sharding import constrain, constrain_residual, in_blocks
 
@@ -134,16 +134,14 @@ class Experts(nnx.Module):
         c = self.config = config
         experts = c.moe.num_experts
         size = c.moe.mlp_dim or c.mlp_dim
-        # `normal`, not `matrix`: routers and routed experts have no adapters.
-        self.router = normal(rngs, c.init_std, embed=c.embed_dim, router=experts)
+        self.router = matrix(rngs, c.init_std, {"embed": c.embed_dim}, {"router": experts})
         if c.moe.router == "sigmoid":
             self.router_bias = constant(0.0, router=experts)
-        into = {"experts": experts, "expert_embed": c.embed_dim, "mlp": size}
-        out = {"experts": experts, "mlp": size, "expert_embed": c.embed_dim}
+        stack, embed, hidden = {"experts": experts}, {"expert_embed": c.embed_dim}, {"mlp": size}
         self.experts = nnx.Dict(
-            gate=normal(rngs, c.init_std, **into),
-            up=normal(rngs, c.init_std, **into),
-            down=normal(rngs, c.residual_init_std, **out),
+            gate=matrix(rngs, c.init_std, embed, hidden, stack),
+            up=matrix(rngs, c.init_std, embed, hidden, stack),
+            down=matrix(rngs, c.residual_init_std, hidden, embed, stack),
         )
         if c.moe.num_shared:
             self.shared = MLP(c, rngs, c.moe.num_shared * size)
@@ -235,8 +233,8 @@ class MTPModule(nnx.Module):
         self.embed_norm = Norm(config)
         self.hidden_norm = Norm(config)
         self.norm = Norm(config)
-        self.project = normal(
-            rngs, config.init_std, latent=2 * config.embed_dim, embed=config.embed_dim
+        self.project = matrix(
+            rngs, config.init_std, {"latent": 2 * config.embed_dim}, {"embed": config.embed_dim}
         )
         self.block = Block(config, rngs)
 

@@ -99,8 +99,8 @@ def _adapter_axes(names: Axes) -> dict[str, Axes]:
     split = 1 + names.num_inputs
     return {
         # Both are matrices, so both decay.
-        "a": Axes((*names[:split], None), decays=True),
-        "b": Axes((names[0], None, *names[split:]), decays=True),
+        "a": Axes((*names[:split], None), decays=True, num_inputs=names.num_inputs, num_stacked=1),
+        "b": Axes((names[0], None, *names[split:]), decays=True, num_inputs=1, num_stacked=1),
     }
 
 

@@ -1,7 +1,7 @@
 """Parameters of the model's modules, and what other code must know about each of them.
 
 A parameter states these facts where it is made: the logical axes of its dimensions (`sharding.PARAM_RULES` maps them to
-the mesh), whether weight decay applies (`optim`), and how many dimensions a product sums over (`lora`).
+the mesh), whether weight decay applies (`optim`), and which of its dimensions make a matrix (`lora`, `optim`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from flax import nnx
 
 
 class Axes(tuple[str | None, ...]):
-    """Logical axes of a parameter, one name per dimension, with two more facts about it.
+    """Logical axes of a parameter, one name per dimension, with more facts about it.
 
     The sharding rules read it as the tuple that it is. JAX treats it as one leaf of a tree, so that a tree of `Axes` has
     the structure of the parameters.
@@ -21,36 +21,75 @@ class Axes(tuple[str | None, ...]):
     decays: bool
     """Whether weight decay applies: yes for matrices and embeddings, no for norms and biases."""
     num_inputs: int
-    """How many leading dimensions a product sums over, where a low-rank adapter is possible; otherwise 0."""
+    """How many dimensions a product sums over, after the stacked ones: those of a linear map's matrix. 0: the parameter
+    is no matrix but a table, a norm or a bias."""
+    num_stacked: int
+    """How many leading dimensions count equal parameters: layers, experts."""
 
-    def __new__(cls, names: Iterable[str | None], *, decays: bool, num_inputs: int = 0) -> "Axes":
+    def __new__(
+        cls,
+        names: Iterable[str | None],
+        *,
+        decays: bool,
+        num_inputs: int = 0,
+        num_stacked: int = 0,
+    ) -> "Axes":
         # A tuple is immutable: its elements are set here, not in __init__.
         axes = super().__new__(cls, names)
         axes.decays = decays
         axes.num_inputs = num_inputs
+        axes.num_stacked = num_stacked
         return axes
+
+    @property
+    def stack(self) -> tuple[str | None, ...]:
+        """The names of the stacked dimensions."""
+        return self[: self.num_stacked]
+
+    @property
+    def inputs(self) -> tuple[str | None, ...]:
+        """The names of the dimensions that a product sums over: a matrix's rows."""
+        return self[self.num_stacked : self.num_stacked + self.num_inputs]
+
+    @property
+    def outputs(self) -> tuple[str | None, ...]:
+        """The names of the other dimensions: a matrix's columns."""
+        return self[self.num_stacked + self.num_inputs :]
 
     def stacked(self, name: str) -> "Axes":
         """The axes of many such parameters, stacked along a new first dimension."""
-        return Axes((name, *self), decays=self.decays, num_inputs=self.num_inputs)
+        return Axes(
+            (name, *self),
+            decays=self.decays,
+            num_inputs=self.num_inputs,
+            num_stacked=self.num_stacked + 1,
+        )
 
 
 def matrix(
-    rngs: nnx.Rngs, std: float, inputs: Mapping[str, int], outputs: Mapping[str, int]
+    rngs: nnx.Rngs,
+    std: float,
+    inputs: Mapping[str, int],
+    outputs: Mapping[str, int],
+    stack: Mapping[str, int] | None = None,
 ) -> nnx.Param:
-    """The float32 matrix of a linear map, sampled from N(0, std^2); see `normal`.
+    """The float32 matrix of a linear map, or a stack of them, sampled from N(0, std^2); weight decay applies.
 
     matrix(rngs, 0.02, {"embed": 8}, {"heads": 2, "head_dim": 4}) maps [..., 8] to [..., 2, 4] and has shape [8, 2, 4].
+    With stack={"experts": 3} there are three of them, in one array of shape [3, 8, 2, 4].
     """
-    return _sample(rngs, std, {**inputs, **outputs}, num_inputs=len(inputs))
+    stack = stack or {}
+    sizes = {**stack, **inputs, **outputs}
+    axes = Axes(sizes, decays=True, num_inputs=len(inputs), num_stacked=len(stack))
+    return _sample(rngs, std, sizes, axes)
 
 
-def normal(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
-    """A float32 parameter sampled from N(0, std^2), to which weight decay applies.
+def table(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
+    """A float32 table of vectors, sampled from N(0, std^2); weight decay applies.
 
-    Keyword order gives the dimensions: normal(rngs, 0.02, vocab=100, embed=8) has shape [100, 8].
+    Keyword order gives the dimensions: table(rngs, 0.02, vocab=100, embed=8) has shape [100, 8].
     """
-    return _sample(rngs, std, axes, num_inputs=0)
+    return _sample(rngs, std, axes, Axes(axes, decays=True))
 
 
 def constant(value: float, **axes: int) -> nnx.Param:
@@ -67,7 +106,7 @@ def expand_like(value: jax.Array, x: jax.Array) -> jax.Array:
     return value.astype(x.dtype).reshape(leading + value.shape)
 
 
-def _sample(rngs: nnx.Rngs, std: float, axes: Mapping[str, int], num_inputs: int) -> nnx.Param:
+def _sample(rngs: nnx.Rngs, std: float, sizes: Mapping[str, int], axes: Axes) -> nnx.Param:
     # Always float32: the optimizer's small updates would be lost in bfloat16.
-    array = std * jax.random.normal(rngs.params(), tuple(axes.values()), jnp.float32)
-    return nnx.Param(array, axes=Axes(axes, decays=True, num_inputs=num_inputs))
+    array = std * jax.random.normal(rngs.params(), tuple(sizes.values()), jnp.float32)
+    return nnx.Param(array, axes=axes)

@@ -32,7 +32,7 @@ from jaxllm.models.attention import ATTENDED
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Block, MTPModule
 from jaxllm.models.norm import Norm
-from jaxllm.models.parameters import Axes, normal
+from jaxllm.models.parameters import Axes, table
 from jaxllm.models.pipeline import staged
 from jaxllm.sharding import constrain_residual, constrain_weights, undo_zigzag, zigzag_order
 
@@ -49,9 +49,9 @@ class Embedding(nnx.Module):
     """Tables of token embeddings and, if they are learned, of positions."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.tokens = normal(rngs, config.init_std, vocab=config.vocab_size, embed=config.embed_dim)
+        self.tokens = table(rngs, config.init_std, vocab=config.vocab_size, embed=config.embed_dim)
         if config.position == "learned":
-            self.positions = normal(
+            self.positions = table(
                 rngs, config.init_std, positions=config.max_length, embed=config.embed_dim
             )
 
@@ -60,7 +60,7 @@ class Head(nnx.Module):
     """The output matrix, where it is not the embedding table."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.tokens = normal(rngs, config.init_std, vocab=config.vocab_size, embed=config.embed_dim)
+        self.tokens = table(rngs, config.init_std, vocab=config.vocab_size, embed=config.embed_dim)
 
 
 class FinalNorm(nnx.Module):

@@ -209,6 +209,12 @@ class PPOConfig:
         require(
             not self.dual_clip or self.dual_clip > 1, "dual_clip: must be above 1, or 0 for off"
         )
+        for role, optim in (("actor", self.actor), ("critic", self.critic)):
+            # Responses would come from the average, and the gradient from elsewhere: no minibatch would be on-policy.
+            require(
+                optim.kind != "schedule_free",
+                f"{role}.kind: schedule_free learns at other weights than it samples from; set another kind",
+            )
 
     def _check_sizes(self) -> None:
         require(
