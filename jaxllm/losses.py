@@ -192,21 +192,6 @@ def gae(
     return advantages, advantages + values
 
 
-def group_advantages(scores: Array, kind: str) -> Array:
-    """Advantages float32[B, K] of K responses to each prompt, from their scores float32[B, K] alone.
-
-    "rloo": the score minus the mean of the other responses' (Kool et al. 2019, eq. 4; Ahmadian et al. 2024, eq. 8).
-    "grpo": minus the mean of all, over their population standard deviation (Shao et al. 2024, section 4.1.2).
-    """
-    K = scores.shape[1]
-    centered = scores - scores.mean(1, keepdims=True)
-    if kind == "rloo":
-        # s - mean of the others = (s - mean of all) * K / (K - 1)
-        return centered * (K / (K - 1))
-    # Equal scores teach nothing: 0 / 1e-6 = 0.
-    return centered / (scores.std(1, keepdims=True) + 1e-6)
-
-
 def whiten(x: Array, mask: Array, eps: float = 1e-8, *, center: bool = True) -> Array:
     """(x - mean) / std over the mask, with the population variance (as OpenAI's tf.nn.moments); 0 elsewhere.
 
@@ -221,52 +206,13 @@ def whiten(x: Array, mask: Array, eps: float = 1e-8, *, center: bool = True) -> 
     return jnp.where(mask, white if center else white + mean, 0.0)
 
 
-def policy(
-    logprobs: Array,
-    old_logprobs: Array,
-    advantages: Array,
-    mask: Array,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float = 0.0,
-) -> Loss:
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), summed over response tokens.
-
-    logprobs of the policy that is trained and old_logprobs of the one that sampled, advantages: float32[B, R]; mask:
-    bool[B, R], True at response tokens. The ratio is clipped to 1 - clip_low .. 1 + clip_high (two limits: Yu et al.
-    2025, section 3.1). dual_clip > 1 also bounds the loss of a token with a negative advantage by dual_clip *
-    |advantage| (Ye et al. 2020, eq. 5).
-    """
-    count = mask.astype(jnp.float32).sum()
-    # Beyond the mask everything is garbage, and 0 * inf in a gradient is NaN: it is replaced before any computation.
-    log_ratio = jnp.where(mask, logprobs - old_logprobs, 0.0)
-    advantages = jnp.where(mask, advantages, 0.0)
-    ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    # The smaller gain: moving the ratio beyond its limits is not rewarded, but moving it the wrong way is punished.
-    gain = jnp.minimum(ratio * advantages, clipped * advantages)
-    if dual_clip:
-        gain = jnp.where(advantages < 0, jnp.maximum(gain, dual_clip * advantages), gain)
-    loss = -_sum(gain, mask)
-    outside = ((ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)).astype(jnp.float32)
-    metrics = {
-        "policy_loss": (loss, count),
-        "clip_fraction": (_sum(outside, mask), count),
-        # KL(old || new), since the old policy sampled.
-        "approx_kl": (_sum(kl_k3(-log_ratio), mask), count),
-        "ratio": (_sum(ratio, mask), count),
-    }
-    return loss, count, metrics
-
-
 def value(values: Array, old_values: Array, returns: Array, mask: Array, *, clip: float) -> Loss:
     """Half the squared error, the larger of clipped and unclipped (as OpenAI baselines' ppo2); clip 0: unclipped.
 
     values, old_values, returns: float32[B, R]; mask: bool[B, R].
     """
     count = mask.astype(jnp.float32).sum()
-    # As in `policy`: beyond the mask everything is garbage.
+    # Beyond the mask everything is garbage, and 0 * inf in a gradient is NaN: it is replaced before any computation.
     values = jnp.where(mask, values, 0.0)
     old_values = jnp.where(mask, old_values, 0.0)
     returns = jnp.where(mask, returns, 0.0)
@@ -283,6 +229,11 @@ def kl_k1(log_ratio: Array) -> Array:
     """Unbiased estimate of KL(p || q) at samples of p, from log p - log q of any shape (Schulman 2020, "k1")."""
     # This one is for rewards: the gradient of k3 as a reward is not that of the KL.
     return log_ratio
+
+
+def kl_k2(log_ratio: Array) -> Array:
+    """Half the square, from log p - log q of any shape (Schulman 2020, "k2"); its mean gradient at samples of p is that of KL(p || q)."""
+    return 0.5 * jnp.square(log_ratio)
 
 
 def kl_k3(log_ratio: Array) -> Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import losses, output_layer
+from jaxllm import losses, output_layer, policy_losses
 
 
 def random_mask(rng, B, R):
@@ -39,7 +39,7 @@ def test_fully_masked_batch_gives_zero_not_nan():
     assert (float(total), float(weight)) == (0.0, 0.0)
     nan = jnp.full((2, 3), jnp.nan)
     off = jnp.zeros((2, 3), bool)
-    assert not jnp.isnan(losses.policy(nan, nan, nan, off)[0])
+    assert not jnp.isnan(policy_losses.policy(nan, nan, nan, off)[0])
     grad = jax.grad(lambda v: losses.value(v, nan, nan, off, clip=0.2)[0])(jnp.ones((2, 3)))
     assert not jnp.isnan(losses.whiten(nan, off)).any()
     del grad
@@ -144,7 +144,7 @@ def test_policy_and_value_losses_equal_the_oracle(seed):
         near = old_values[b, t] + np.clip(values[b, t] - old_values[b, t], -0.3, 0.3)
         value += 0.5 * max((values[b, t] - returns[b, t]) ** 2, (near - returns[b, t]) ** 2)
     dirty = [jnp.array(with_garbage(rng, x, mask)) for x in (new, old, adv)]
-    total, weight, _ = losses.policy(*dirty, jnp.array(mask))
+    total, weight, _ = policy_losses.policy(*dirty, jnp.array(mask))
     np.testing.assert_allclose((total, weight), (policy, mask.sum()), rtol=1e-5, atol=1e-5)
     dirty = [jnp.array(with_garbage(rng, x, mask)) for x in (values, old_values, returns)]
     total, weight, _ = losses.value(*dirty, jnp.array(mask), clip=0.3)
@@ -155,7 +155,7 @@ def test_gradients_ignore_garbage_beyond_the_mask():
     mask = jnp.array([[True, True, False]])
     dirty = jnp.array([[0.1, 0.2, jnp.nan]])
     for loss in (
-        lambda x: losses.policy(x, dirty, dirty, mask, clip_low=0.5, clip_high=0.5)[0],
+        lambda x: policy_losses.policy(x, dirty, dirty, mask, clip_low=0.5, clip_high=0.5)[0],
         lambda x: losses.value(x, dirty, dirty, mask, clip=0.5)[0],
     ):
         grad = jax.grad(loss)(jnp.array([[0.3, 0.4, jnp.inf]]))
@@ -270,7 +270,9 @@ def test_two_limits_and_dual_clip_equal_the_oracle(seed):
         gain = min(ratio * adv[b, t], np.clip(ratio, 0.9, 1.3) * adv[b, t])
         want -= max(gain, 1.5 * adv[b, t]) if adv[b, t] < 0 else gain
     dirty = [jnp.array(with_garbage(rng, x, mask)) for x in (new, old, adv)]
-    total, _, _ = losses.policy(*dirty, jnp.array(mask), clip_low=0.1, clip_high=0.3, dual_clip=1.5)
+    total, _, _ = policy_losses.policy(
+        *dirty, jnp.array(mask), clip_low=0.1, clip_high=0.3, dual_clip=1.5
+    )
     np.testing.assert_allclose(total, want, rtol=1e-5, atol=1e-5)
 
 

@@ -5,6 +5,7 @@ Ziegler: Ziegler et al. 2019, "Fine-tuning language models from human preference
 Stiennon: Stiennon et al. 2020, "Learning to summarize from human feedback".
 InstructGPT: Ouyang et al. 2022, "Training language models to follow instructions with human feedback".
 Huang: Huang et al. 2024, "The N+ implementation details of RLHF with PPO".
+DAPO: Yu et al. 2025, "DAPO: an open-source LLM reinforcement learning system at scale".
 """
 
 import dataclasses
@@ -31,6 +32,9 @@ from jaxllm.runtime.config import CheckpointConfig, MeshConfig
 # Terms of a reward that are neither a pattern nor a function.
 BUILT_IN_TERMS = ("model", "length")
 REGEX = "regex:"
+OVERLONG = "overlong:"
+# Advantages that compare the responses to one prompt.
+COMPARING = ("rloo", "grpo", "dr_grpo")
 
 # Adam's b2 of 0.95: InstructGPT; its eps of 1e-5: Huang, detail 21.
 _OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0, eps=1e-5)
@@ -56,19 +60,28 @@ class RewardSource:
     """One term of a response's score."""
 
     source: FunctionName = "model"
-    """model: the reward model's score; module:function of (prompt, response, answer); regex:PATTERN: 1 if the whole response matches; length: its tokens over max_new_tokens."""
+    """model: the reward model's score; module:function of (prompt, response, answer); regex:PATTERN: 1 if the whole response matches; length: its tokens over max_new_tokens; overlong:N: from 0 to -1 over the last N of max_new_tokens."""
     weight: AnyFloat = 1.0
     """The score is the sum of weight x term; negative for a penalty."""
 
     def __post_init__(self) -> None:
         kind, _, rest = self.source.partition(":")
         known = self.source in BUILT_IN_TERMS or (kind and rest)
-        require(bool(known), "source: give model, length, regex:PATTERN or module:function")
+        require(
+            bool(known), "source: give model, length, overlong:N, regex:PATTERN or module:function"
+        )
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the term is computed from texts, on the host."""
+        return self.source not in BUILT_IN_TERMS and not self.source.startswith(OVERLONG)
 
     @property
     def name(self) -> str:
         """The name of its mean in the metrics, unless another term has the same: see `metric_names`."""
-        return "regex" if self.source.startswith(REGEX) else self.source.rsplit(":", 1)[-1]
+        if self.source.startswith((REGEX, OVERLONG)):
+            return self.source.partition(":")[0]
+        return self.source.rsplit(":", 1)[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +109,8 @@ class PPOConfig:
     """Terms of the score: the reward model, functions, patterns, length."""
 
     # --- The size of an update.
-    advantages: Literal["gae", "rloo", "grpo"] = "gae"
-    """gae: from a critic (PPO); rloo, grpo: from the scores of a prompt's other responses, without a critic."""
+    advantages: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_pp"] = "gae"
+    """gae: from a critic (PPO); without one: rloo, grpo, dr_grpo: from a prompt's other responses; reinforce_pp: normalized over the batch."""
     num_responses: PositiveInt = 1
     """Responses sampled for each prompt."""
     num_steps: PositiveInt = 100
@@ -108,6 +121,8 @@ class PPOConfig:
     """Passes over a batch of responses."""
     num_minibatches: PositiveInt = 4  # chosen for small batches (InstructGPT: 8 of 64)
     """Optimizer updates per pass."""
+    sampling_rounds: PositiveInt = 1
+    """Dynamic sampling (DAPO, section 3.2): groups of responses with equal scores give way to those of further prompts, in at most so many rounds of an update; 1: off."""
     num_micro: PositiveInt = 1
     """Microbatches per minibatch, whose gradients are accumulated."""
 
@@ -119,7 +134,9 @@ class PPOConfig:
     kl_horizon: PositiveFloat = 10_000.0
     """Time constant of that adaptation, in responses. Its error is clipped to 0.2, so doubling kl_coef takes five times as many."""
     kl_loss_coef: NonNegativeFloat = 0.0
-    """Weight of the k3 estimate of the KL in the loss, as in GRPO; in addition to kl_coef or instead of it."""
+    """Weight of an estimate of the KL in the loss, as in GRPO; in addition to kl_coef or instead of it."""
+    kl_loss: Literal["k3", "k2"] = "k3"  # Shao et al. 2024, eq. 4 (k2: Hu et al. 2025)
+    """That estimate. The mean gradient of k2 is that of KL(policy || reference), that of k3 of KL(reference || policy), for each token."""
     max_approx_kl: NonNegativeFloat = 0.0
     """End an update early when a minibatch's approximate KL to the old policy, in nats per token, exceeds this; 0: never."""
 
@@ -128,7 +145,13 @@ class PPOConfig:
     """Discount of later rewards."""
     gae_lambda: Proportion = 0.95  # Ziegler; Huang (InstructGPT does not say)
     """Lambda of generalized advantage estimation."""
-    clip_low: Proportion = 0.2  # Schulman; InstructGPT (two limits: Yu et al. 2025)
+    ratio: Literal["token", "sequence"] = "token"
+    """Probability ratio of each token, or of a response, as the mean over its tokens (GSPO); with sequence, clip at about 3e-4 and 4e-4 (Zheng et al. 2025, section 5.1)."""
+    surrogate: Literal["clip", "cispo"] = "clip"
+    """clip: tokens whose ratio has left its limits teach nothing (PPO); cispo: the clipped ratio weighs every token."""
+    loss_mean: Literal["token", "response", "constant"] = "token"
+    """The loss is a mean over tokens (DAPO), over responses of their means (GRPO's paper), or per response a sum over max_new_tokens (Dr. GRPO)."""
+    clip_low: Proportion = 0.2  # Schulman; InstructGPT (two limits: DAPO)
     """The probability ratio is clipped from below at 1 - clip_low."""
     clip_high: NonNegativeFloat = 0.2
     """The probability ratio is clipped from above at 1 + clip_high."""
@@ -162,6 +185,10 @@ class PPOConfig:
     sampler: Literal["engine", "trainer"] = "engine"
     """engine: the rollout engine. trainer: whole rows through the program that learns, for each token; the log-probabilities
     are then the same bit for bit. Slow: it tells whether the engine's rounding matters."""
+    sampler_correction: Literal["off", "token", "sequence"] = "off"
+    """Weigh tokens, or responses, by how much likelier the trainer finds them than the sampler did (Yao et al. 2025)."""
+    sampler_cap: PositiveFloat = 2.0  # chosen: rounding alone leaves weights near 1
+    """Largest such weight."""
     engine: EngineConfig = EngineConfig()
     """How many responses are decoded together, and with how much memory."""
 
@@ -206,15 +233,13 @@ class PPOConfig:
         self._check_sampling()
         self._check_rewards()
         self._check_meshes()
-        require(
-            not self.dual_clip or self.dual_clip > 1, "dual_clip: must be above 1, or 0 for off"
-        )
         for role, optim in (("actor", self.actor), ("critic", self.critic)):
             # Responses would come from the average, and the gradient from elsewhere: no minibatch would be on-policy.
             require(
                 optim.kind != "schedule_free",
                 f"{role}.kind: schedule_free learns at other weights than it samples from; set another kind",
             )
+        self._check_objective()
 
     def _check_sizes(self) -> None:
         require(
@@ -226,8 +251,29 @@ class PPOConfig:
             f"num_responses: {self.num_responses} does not divide batch_size {self.batch_size}",
         )
         require(
-            self.advantages == "gae" or self.num_responses > 1,
+            self.advantages not in COMPARING or self.num_responses > 1,
             f"num_responses: {self.advantages} needs at least 2 responses to each prompt",
+        )
+        require(
+            self.sampling_rounds == 1 or (self.advantages != "gae" and self.num_responses > 1),
+            "sampling_rounds: only groups of responses can be dropped; set 1, or num_responses and other advantages than gae",
+        )
+
+    def _check_objective(self) -> None:
+        require(
+            not self.dual_clip or self.dual_clip > 1, "dual_clip: must be above 1, or 0 for off"
+        )
+        require(
+            not self.dual_clip or (self.surrogate == "clip" and self.ratio == "token"),
+            "dual_clip: bounds the ratio of a token under surrogate clip; set 0",
+        )
+        require(
+            self.ratio == "token" or self.advantages in COMPARING,
+            f"ratio: sequence needs one advantage per response; set advantages to one of {', '.join(COMPARING)}",
+        )
+        require(
+            self.loss_mean == "token" or not self.shares_trunk,
+            "loss_mean: the value loss of a shared trunk is a mean over tokens; set token",
         )
 
     def _check_sampling(self) -> None:
@@ -253,6 +299,15 @@ class PPOConfig:
         names = [source.source for source in self.rewards]
         for name in names:
             require(names.count(name) == 1, f"rewards: {name} is given twice; add up the weights")
+            if name.startswith(OVERLONG):
+                self._check_buffer(name.removeprefix(OVERLONG))
+
+    def _check_buffer(self, buffer: str) -> None:
+        longest = self.sampling.max_new_tokens
+        require(
+            buffer.isascii() and buffer.isdigit() and 1 <= int(buffer) <= longest,
+            f"rewards: {OVERLONG}{buffer} needs a number of tokens from 1 to max_new_tokens {longest}",
+        )
 
     def _check_meshes(self) -> None:
         roles = [mesh.role for mesh in self.meshes]
@@ -275,6 +330,11 @@ class PPOConfig:
     def shares_trunk(self) -> bool:
         """Whether the critic is a value head on the policy's trunk."""
         return self.advantages == "gae" and self.critic_trunk == "shared"
+
+    @property
+    def normalizes_advantages(self) -> bool:
+        """Whether advantages are normalized over the batch: REINFORCE++ is defined by it."""
+        return self.whiten_advantages or self.advantages == "reinforce_pp"
 
     @property
     def has_reward_model(self) -> bool:

@@ -12,7 +12,7 @@ three tokens of which the last one ends it:
 
 The score of the whole response is paid at its last token; every token pays for moving away from the reference. The rest
 of this file turns that into one advantage a token: with a critic by GAE (PPO), without one by comparing the responses
-to the same prompt (RLOO, GRPO).
+to the same prompt (RLOO, GRPO) or all of the batch (REINFORCE++).
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm import losses, output_layer
+from jaxllm import losses, output_layer, policy_losses
 from jaxllm.engine import rollouts
 from jaxllm.engine.rollouts import Rollout
 from jaxllm.losses import Metrics, Moments
@@ -41,6 +41,7 @@ class Experience(NamedTuple):
     old_values: jax.Array  # float32[B, R]; zero without a critic
     advantages: jax.Array  # float32[B, R]
     returns: jax.Array  # float32[B, R]: what values are trained towards; zero without a critic
+    sampler_weights: Any = None  # float32[B, R]: corrects for the sampler; None where that is off
 
 
 def shape_scores(
@@ -116,8 +117,18 @@ def make_experience(
     metrics = rollout_metrics(rollout, policy, ref_logprobs, advantages)
     if config.advantages == "gae":
         metrics |= value_metrics(values, returns, mask)
-    if config.whiten_advantages:
+    if config.normalizes_advantages:
         advantages = losses.whiten(advantages, mask)
+    weights = None
+    if config.sampler_correction != "off":
+        weights, weight_metrics = policy_losses.truncated_weights(
+            policy.logprob,
+            rollout.logprobs,
+            mask,
+            level=config.sampler_correction,
+            cap=config.sampler_cap,
+        )
+        metrics |= weight_metrics
     experience = Experience(
         tokens=rollout.tokens,
         prompt_mask=rollout.prompt_mask,
@@ -127,6 +138,7 @@ def make_experience(
         old_values=values,
         advantages=advantages,
         returns=returns,
+        sampler_weights=weights,
     )
     return experience, metrics
 
@@ -135,10 +147,12 @@ def _compare_responses(rewards: jax.Array, mask: jax.Array, config: PPOConfig) -
     """Advantages float32[B, R] from the other responses to the same prompt.
 
     Rows of one prompt are adjacent: with two responses to each, rows 0 and 1 answer prompt 0, rows 2 and 3 prompt 1.
-    Every token of a response has the advantage of the whole response.
+    Every token of a response has the advantage of the whole response; in REINFORCE++, of what follows.
     """
+    if config.advantages == "reinforce_pp":
+        return policy_losses.rewards_to_go(rewards, mask, config.num_responses)
     by_prompt = rewards.sum(1).reshape(-1, config.num_responses)
-    by_response = losses.group_advantages(by_prompt, config.advantages).reshape(-1, 1)
+    by_response = policy_losses.group_advantages(by_prompt, config.advantages).reshape(-1, 1)
     return jnp.where(mask, by_response, 0.0)
 
 

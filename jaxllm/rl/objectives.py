@@ -4,20 +4,21 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxllm import losses
+from jaxllm import losses, policy_losses
 from jaxllm.engine import rollouts
 from jaxllm.models import lora, next_token, scalar
 from jaxllm.rl.experience import Experience, response_values
 from jaxllm.rl.roles import RunSpec
 
+_KL_LOSSES = {"k2": losses.kl_k2, "k3": losses.kl_k3}
+
 
 def actor_loss(
     params: Any, batch: Experience, key: Any, base: Any, *, spec: RunSpec
 ) -> losses.Loss:
-    """The clipped surrogate (Schulman et al. 2017, eq. 7), a sum over response tokens.
+    """The objective that the config is made of (`policy_losses`), a sum over response tokens.
 
-    As configured also the entropy bonus, the k3 estimate of the KL to the reference, and the value loss of a shared
-    trunk.
+    As configured also the entropy bonus, an estimate of the KL to the reference, and the value loss of a shared trunk.
     """
     del key  # no dropout: the ratio of the first minibatch is exactly 1
     config, mask = spec.config, batch.mask
@@ -28,22 +29,31 @@ def actor_loss(
     stats = rollouts.hidden_logprobs(
         policy, hidden, batch, config=spec.model, temperature=temperature
     )
-    loss, count, metrics = losses.policy(
+    loss, weight, metrics = policy_losses.policy(
         stats.logprob,
         batch.old_logprobs,
         batch.advantages,
         mask,
+        ratio=config.ratio,
+        surrogate=config.surrogate,
+        loss_mean=config.loss_mean,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
+        sampler_weights=batch.sampler_weights,
     )
     # Subtracted: the loss is minimized, and entropy should be high.
     if config.entropy_coef:
-        loss = loss - config.entropy_coef * jnp.where(mask, stats.entropy, 0.0).sum()
+        entropy = policy_losses.total(stats.entropy, mask, config.loss_mean)
+        loss = loss - config.entropy_coef * entropy
     if config.kl_loss_coef:
         # Masked before the exponential: padding may overflow it.
         log_ratio = jnp.where(mask, stats.logprob - batch.ref_logprobs, 0.0)
-        loss = loss + config.kl_loss_coef * losses.kl_k3(log_ratio).sum()
+        kl = _KL_LOSSES[config.kl_loss](log_ratio)
+        # Like the gain, an estimate at samples of the trainer's policy.
+        if batch.sampler_weights is not None:
+            kl = kl * batch.sampler_weights
+        loss = loss + config.kl_loss_coef * policy_losses.total(kl, mask, config.loss_mean)
     if config.shares_trunk:
         # The head reads the same hidden states: one pass through the trunk serves both losses.
         values = scalar.read(lora.join(base, params)["head"], hidden)
@@ -52,7 +62,7 @@ def actor_loss(
         )
         loss = loss + config.value_coef * value_loss
         metrics = metrics | value_metrics
-    return loss, count, metrics
+    return loss, weight, metrics
 
 
 def critic_loss(

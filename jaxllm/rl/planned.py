@@ -94,6 +94,8 @@ def planned_update(
         ptx_rows = next_token.planned_rows(mesh, config.ptx.batch_size, length)
     host = HostWork(
         prompts_of=lambda _: (),
+        # One round of sampling: how many an update needs depends on the scores.
+        more_prompts=None,
         score=score,
         end_responses=lambda rollout: rollout,
         ptx_rows_at=(lambda _: ptx_rows) if ptx_rows else None,
@@ -103,7 +105,14 @@ def planned_update(
     # On the host in a run, and therefore without a sharding.
     key_words = jax.ShapeDtypeStruct((2,), jnp.uint32)
     experience, _, _ = collect(
-        record, programs, frozen, host, state, _prompts(config, mesh), key_words
+        config,
+        record,
+        programs,
+        frozen,
+        host,
+        state,
+        _prompts(config, mesh),
+        lambda _: key_words,
     )
     # All updates have minibatches of the same size, so the first stands for every one.
     rows = minibatch_rows(spec, 0)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm import losses, train
 from jaxllm.models import decode, lora, scalar, transformer
@@ -30,6 +31,7 @@ class UpdatePrograms(NamedTuple):
     weights: MeshProgram  # (trained, base) -> the policy's weights, on the mesh that samples
     rollout: Sampler | TrainerSampler  # (weights, prompts, key data uint32[2]) -> Rollout
     reward: MeshProgram  # (reward model, rollout) -> float32[B]
+    exchange: MeshProgram  # (pair of batches, rows int32[B] of both) -> those rows
     shape_scores: MeshProgram  # (scores, finished, moments) -> (scores, moments, metrics)
     values: MeshProgram  # ((trained, base) of the critic, rollout) -> float32[B, R]
     reference: MeshProgram  # (reference, rollout) -> log-probabilities float32[B, R]
@@ -65,6 +67,7 @@ def build_programs(spec: RunSpec, meshes: Mapping[str, Any]) -> tuple[UpdateProg
             functools.partial(reward_scores, model=spec.reward_model),
             flops_of.headless / 3,
         ),
+        exchange=MeshProgram("exchange", jax.jit(_exchange), mesh, mesh, (STAY, STAY)),
         shape_scores=MeshProgram(
             "shape_scores",
             jax.jit(functools.partial(shape_scores, config=spec.config)),
@@ -110,6 +113,12 @@ def _take(experience: Any, rows: jax.Array) -> Any:
         return constrain(x[rows], "batch", *[None] * (x.ndim - 1))
 
     return jax.tree.map(rows_of, experience)
+
+
+def _exchange(batches: tuple[Any, Any], rows: jax.Array) -> Any:
+    """A batch of rows of two: row i of the first is number i, row i of the second number B + i."""
+    both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
+    return _take(both, rows)
 
 
 # --- Sampling.

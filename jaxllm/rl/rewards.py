@@ -16,7 +16,7 @@ import numpy as np
 from jaxllm.config import InputError
 from jaxllm.config.functions import resolve_function
 from jaxllm.rl import numerals
-from jaxllm.rl.config import BUILT_IN_TERMS, REGEX, RewardSource
+from jaxllm.rl.config import REGEX, RewardSource
 from jaxllm.rl.score_functions import check_scores, score_all
 from jaxllm.runtime.console import console
 
@@ -75,7 +75,7 @@ def check_answers(sources: Sequence[RewardSource], answers: Sequence[str], field
 
 def _takes_answer(source: RewardSource, field: str) -> bool:
     """Whether a term is a user's function of prompt, response and answer."""
-    if source.source in BUILT_IN_TERMS or source.source.startswith((REGEX, f"{__name__}:")):
+    if not source.reads_text or source.source.startswith((REGEX, f"{__name__}:")):
         return False
     return _num_parameters(resolve_function(source.source, field)) == 3
 

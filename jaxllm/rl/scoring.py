@@ -13,6 +13,7 @@ from jaxllm.engine import rollouts
 from jaxllm.engine.rollouts import Rollout, cut_at_strings
 from jaxllm.losses import Metrics
 from jaxllm.rl import rewards
+from jaxllm.rl.config import OVERLONG
 from jaxllm.rl.programs import UpdatePrograms
 from jaxllm.rl.roles import FrozenModels, RunSpec
 from jaxllm.rl.update import RunProgram, Scorer
@@ -41,10 +42,11 @@ def make_scorer(
     names = rewards.metric_names(sources)
     text_terms = {}
     for source in sources:
-        if source.source not in ("model", "length"):
+        if source.reads_text:
             text_terms[source] = rewards.resolve(source, field)
     # A fraction of the longest response, so that the weight means the same for any length.
     length = jax.jit(lambda mask: mask.astype(jnp.float32).mean(1))
+    too_long = jax.jit(overlong, static_argnums=1)
 
     def score_texts(rollout: Rollout, prompts: Sequence[PromptExample]) -> dict[Any, jax.Array]:
         """The terms that are functions of text, computed on the host."""
@@ -73,6 +75,8 @@ def make_scorer(
                 term = run(programs.reward, frozen.reward, rollout)
             elif source.source == "length":
                 term = length(rollout.mask)
+            elif source.source.startswith(OVERLONG):
+                term = too_long(rollout.mask, int(source.source.removeprefix(OVERLONG)))
             else:
                 term = terms[source]
             total = total + source.weight * term
@@ -80,6 +84,15 @@ def make_scorer(
         return total, metrics
 
     return score
+
+
+def overlong(mask: jax.Array, buffer: int) -> jax.Array:
+    """Falls from 0 to -1 over the last `buffer` tokens that a response may have (Yu et al. 2025, eq. 13).
+
+    mask: bool[B, R]. Returns float32[B].
+    """
+    beyond = mask.astype(jnp.float32).sum(1) - (mask.shape[1] - buffer)
+    return -jnp.clip(beyond / buffer, 0.0, 1.0)
 
 
 def end_at_strings(

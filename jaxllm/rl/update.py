@@ -17,6 +17,7 @@ from jaxllm.data.loader import PromptExample
 from jaxllm.engine.rollouts import Rollout
 from jaxllm.losses import Metrics
 from jaxllm.rl.config import PPOConfig
+from jaxllm.rl.dynamic_sampling import Sampled, fill
 from jaxllm.rl.experience import Experience
 from jaxllm.rl.layouts import MeshProgram
 from jaxllm.rl.programs import UpdatePrograms
@@ -40,6 +41,8 @@ class HostWork(NamedTuple):
 
     prompts_of: Callable[[Any], Sequence[PromptExample]]
     """Batch -> the prompt of each response."""
+    more_prompts: Callable[[int, int], Any] | None
+    """(number of the update, round of sampling) -> batch of prompts; None where each update has one round."""
     score: Scorer
     end_responses: Callable[[Rollout], Rollout]
     """Cuts responses at the configured strings."""
@@ -52,29 +55,45 @@ class HostWork(NamedTuple):
 
 
 def collect(
+    config: PPOConfig,
     run: RunProgram,
     programs: UpdatePrograms,
     frozen: FrozenModels,
     host: HostWork,
     state: PPOState,
     batch: Any,
-    key_data: Any,
+    key_of: Callable[[int], Any],
 ) -> tuple[Experience, losses.Moments, Metrics]:
     """Samples responses to a batch of prompts and turns them into experience.
 
     Args:
       batch: {tokens int32[b, P], mask bool[b, P], index int32[b], prompt int32[b]} of b prompts.
-      key_data: uint32[2], the words of this update's random key.
+      key_of: round of sampling -> uint32[2], the words of its random key.
     """
     actor = (state.actor.params, frozen.actor_base)
     # The sampler may live on another mesh, where it needs its own copy of the weights.
     weights = run(programs.weights, *actor)
-    token_rows = {name: batch[name] for name in ("tokens", "mask", "index")}
-    rollout = host.end_responses(run(programs.rollout, weights, token_rows, key_data))
-    prompts = host.prompts_of(batch)
 
-    # Scored after stop strings are cut: a reward must not see text that the response does not have.
-    raw_scores, reward_metrics = host.score(run, rollout, prompts)
+    def sample(batch: Any, key_data: Any) -> tuple[Sampled, Metrics]:
+        token_rows = {name: batch[name] for name in ("tokens", "mask", "index")}
+        rollout = host.end_responses(run(programs.rollout, weights, token_rows, key_data))
+        prompts = host.prompts_of(batch)
+        # Scored after stop strings are cut: a reward must not see text that the response does not have.
+        raw_scores, metrics = host.score(run, rollout, prompts)
+        return Sampled(rollout, raw_scores, prompts), metrics
+
+    sampled, reward_metrics = sample(batch, key_of(0))
+    more_prompts = host.more_prompts
+    if more_prompts:
+        number = int(state.step)
+        sampled, reward_metrics = fill(
+            sampled,
+            reward_metrics,
+            lambda round_: sample(more_prompts(number, round_), key_of(round_)),
+            functools.partial(run, programs.exchange),
+            config,
+        )
+    rollout, raw_scores, prompts = sampled
     scores, moments, score_metrics = run(
         programs.shape_scores, raw_scores, rollout.finished, state.moments
     )
@@ -144,15 +163,22 @@ def make_step(
 ) -> Callable[[PPOState, Any], tuple[PPOState, Metrics]]:
     """(state, batch of prompts) -> (state, metrics), the step that `train.fit` repeats.
 
-    Every random choice is a function of (seed, state.step), so that a resumed run repeats it: the responses, and a
-    fresh permutation for each epoch.
+    Every random choice is a function of (seed, state.step, round of sampling), so that a resumed run repeats it: the
+    responses, and a fresh permutation for each epoch.
     """
     config = spec.config
 
     def step(state: PPOState, batch: Any) -> tuple[PPOState, Metrics]:
         number = int(state.step)
         experience, moments, metrics = collect(
-            call, programs, frozen, host, state, batch, key_words(spec.seed, number)
+            config,
+            call,
+            programs,
+            frozen,
+            host,
+            state,
+            batch,
+            functools.partial(key_words, spec.seed, number),
         )
         actor, critic, collected = optimize(
             call,
@@ -179,9 +205,11 @@ def make_step(
     return step
 
 
-def key_words(seed: int, number: int) -> np.ndarray:
-    """The random key of update `number` as uint32[2] on the host, from where it can go to any mesh."""
+def key_words(seed: int, number: int, round_: int = 0) -> np.ndarray:
+    """The random key of update `number` and round of sampling as uint32[2] on the host, from where it can go to any mesh."""
     key = jax.random.fold_in(jax.random.key(seed), number)
+    if round_:
+        key = jax.random.fold_in(key, round_)
     return np.asarray(jax.random.key_data(key))
 
 

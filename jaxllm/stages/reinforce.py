@@ -51,7 +51,15 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     # Nothing is compiled yet; a program compiles when it first runs.
     programs, layouts = build_programs(spec, meshes)
     score = make_scorer(spec, programs, frozen, tokenizer.decode, mesh, f"{stage}.rewards")
-    host = _host_work(workspace, spec, tokenizer, score, prompts["train"], stage)
+    prompts_at = make_prompt_batch_at(
+        prompts["train"],
+        batch_size=config.num_prompts,
+        seed=workspace.seed,
+        length=config.max_prompt_length,
+        pad_id=tokenizer.pad_id,
+        sharding=activation(mesh, "batch", None),
+    )
+    host = _host_work(workspace, spec, tokenizer, score, prompts["train"], prompts_at, stage)
     return train.Training(
         data=examples_fingerprint([*prompts["train"], *prompts["held_out"]]),
         # Copies: making a state donates its parameters, and reference and reward model may share them.
@@ -60,14 +68,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         ),
         abstract=abstract_state(layouts, config, mesh),
         step=make_step(spec, programs, frozen, host, stage),
-        batch_at=make_prompt_batch_at(
-            prompts["train"],
-            batch_size=config.num_prompts,
-            seed=workspace.seed,
-            length=config.max_prompt_length,
-            pad_id=tokenizer.pad_id,
-            sharding=activation(mesh, "batch", None),
-        ),
+        batch_at=lambda step: prompts_at(step * config.sampling_rounds),
         num_steps=config.num_steps,
         settings=config,
         work=Work(config.batch_size * config.sampling.max_new_tokens),
@@ -139,6 +140,7 @@ def _host_work(
     tokenizer: Tokenizer,
     score: Scorer,
     prompts: list[PromptExample],
+    prompts_at: Callable[[int], Any],
     stage: str,
 ) -> HostWork:
     config = spec.config
@@ -146,12 +148,27 @@ def _host_work(
     log = RolloutLog(workspace.stage_dir(stage) / "rollouts.jsonl", config.num_logged, tokenizer)
     return HostWork(
         prompts_of=lambda batch: prompts_of_rows(batch, prompts, config.num_responses),
+        more_prompts=further_prompts(config, prompts_at),
         score=score,
         end_responses=lambda rollout: end_at_strings(rollout, spec, tokenizer.decode),
         ptx_rows_at=_ptx_rows(workspace, spec, tokenizer, stage),
         ends_early=lambda metrics: passes_kl_limit(metrics, config.max_approx_kl),
         log=log,
     )
+
+
+def further_prompts(
+    config: PPOConfig, prompts_at: Callable[[int], Any]
+) -> Callable[[int, int], Any] | None:
+    """(number of the update, round of sampling) -> batch of prompts; None where each update has one round.
+
+    Each update has its own sampling_rounds batches, used or not, so that a resumed run finds the same ones. With 3
+    rounds, update 0 has batches 0 1 2 of the order, update 1 has 3 4 5.
+    """
+    rounds = config.sampling_rounds
+    if rounds == 1:
+        return None
+    return lambda number, round_: prompts_at(number * rounds + round_)
 
 
 def prompts_of_rows(

@@ -92,11 +92,12 @@ def run_spec(config: PPOConfig, model: ModelConfig, seed: int = 0) -> RunSpec:
     return RunSpec(config, model, model, LETTERS.stop_ids, LETTERS.pad_id, seed)
 
 
-def host_work(spec: RunSpec, score, examples) -> HostWork:
+def host_work(spec: RunSpec, score, examples, prompts_at=None) -> HostWork:
     """The host's part of an update, without documents and without a log."""
     config = spec.config
     return HostWork(
         prompts_of=lambda batch: reinforce.prompts_of_rows(batch, examples, config.num_responses),
+        more_prompts=prompts_at and reinforce.further_prompts(config, prompts_at),
         score=score,
         end_responses=lambda rollout: end_at_strings(rollout, spec, LETTERS.decode),
         ptx_rows_at=None,
@@ -119,6 +120,7 @@ class World:
         vocab: int = 5,
         length: int = 4,
         reward_scale: float = 1.0,
+        reward_digits: int = 15,  # decimals that rewards are rounded to
         devices: int = 8,
         width: int = 64,
         layers: int = 1,
@@ -136,7 +138,7 @@ class World:
         self.reward_rows = [
             np.where(
                 self.space.finished,
-                reward_scale * rng.normal(size=len(self.space.rows)),
+                np.round(reward_scale * rng.normal(size=len(self.space.rows)), reward_digits),
                 config.missing_end_score,
             )
             for _ in PROMPTS
@@ -182,16 +184,16 @@ class World:
                 place = lambda value, like: jax.device_put(value, like.sharding)
                 state = jax.tree.map(place, resume, abstract_state(self.layouts, config, mesh))
             score = make_scorer(spec, self.programs, frozen, LETTERS.decode, mesh, "rewards")
-            host = host_work(spec, score, self.examples)
-            step = make_step(spec, self.programs, frozen, host, "ppo")
-            batch_at = make_prompt_batch_at(
+            prompts_at = make_prompt_batch_at(
                 self.examples, batch_size=config.batch_size // config.num_responses, seed=self.seed, length=4,
                 pad_id=0, sharding=activation(self.mesh, "batch", None),
             )  # fmt: skip
+            host = host_work(spec, score, self.examples, prompts_at)
+            step = make_step(spec, self.programs, frozen, host, "ppo")
             for number in range(
                 int(state.step), config.num_steps if num_steps is None else num_steps
             ):
-                state, metrics = step(state, batch_at(number))
+                state, metrics = step(state, prompts_at(number * config.sampling_rounds))
                 if watch:
                     watch(
                         number,
