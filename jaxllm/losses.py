@@ -60,18 +60,18 @@ def pairwise(
     scores: Array,
     ranks: Array,
     *,
-    margins: Array | None = None,
+    margins: Array | float | None = None,
     label_smoothing: float = 0.0,
     per_prompt: bool = True,
 ) -> Loss:
     """Bradley-Terry loss over all pairs, -mean log sigmoid(r_better - r_worse - margin) (Ouyang et al. 2022, eq. 1).
 
     scores: float32[B, K]; ranks: int32[B, K], where 1 is best, equal ranks are a tie (dropped) and 0 is no such response;
-    margins: float32[B, K, K], by how much i should exceed j (Touvron et al. 2023, eq. 2); label_smoothing: probability
-    that a label is wrong (Mitchell 2023). per_prompt: a prompt counts once, however many pairs it has, and not at all
-    without a pair; if False, every pair counts once.
+    margins: float32[B, K, K], by how much i should exceed j (Touvron et al. 2023, eq. 2), or one for all pairs;
+    label_smoothing: probability that a label is wrong (Mitchell 2023). per_prompt: a prompt counts once, however many pairs
+    it has, and not at all without a pair; if False, every pair counts once.
     """
-    better = _pairs(ranks).astype(jnp.float32)  # [B, K, K]: i is better than j
+    better = better_pairs(ranks).astype(jnp.float32)  # [B, K, K]: i is better than j
     gap = scores[:, :, None] - scores[:, None, :]  # [B, K, K]: i over j
     gap = gap - (0.0 if margins is None else margins)
     # With ties dropped, `better` holds each pair once: (i, j) or (j, i).
@@ -79,7 +79,7 @@ def pairwise(
     wrong = jax.nn.log_sigmoid(-gap)
     nats = -better * ((1.0 - label_smoothing) * right + label_smoothing * wrong)
     metrics = ranking_metrics(scores, ranks)
-    return _per_prompt(nats.sum((1, 2)), better.sum((1, 2)), per_prompt, metrics)
+    return per_prompt_loss(nats.sum((1, 2)), better.sum((1, 2)), per_prompt, metrics)
 
 
 def plackett_luce(scores: Array, ranks: Array, *, per_prompt: bool = True) -> Loss:
@@ -89,14 +89,14 @@ def plackett_luce(scores: Array, ranks: Array, *, per_prompt: bool = True) -> Lo
     with those ranked strictly worse, so that with K = 2 this is `pairwise` without ties. With ranks 1 2 2 3 of a b c d the
     choices are a over b c d, b over d, and c over d. scores: float32[B, K]; ranks: int32[B, K] as in `pairwise`.
     """
-    worse = _pairs(ranks)  # [B, K, K]: j is worse than i
+    worse = better_pairs(ranks)  # [B, K, K]: j is worse than i
     itself = jnp.eye(ranks.shape[1], dtype=bool)[None]
     # exp(-inf) = 0: others do not take part in the choice. A row always has itself, so no sum is empty.
     rivals = jnp.where(worse | itself, scores[:, None, :], -jnp.inf)
     choices = worse.any(2)  # the last response, and one that does not exist, choose nothing
     nats = jnp.where(choices, jax.nn.logsumexp(rivals, axis=2) - scores, 0.0)
     count = choices.astype(jnp.float32).sum(1)
-    return _per_prompt(nats.sum(1), count, per_prompt, ranking_metrics(scores, ranks))
+    return per_prompt_loss(nats.sum(1), count, per_prompt, ranking_metrics(scores, ranks))
 
 
 def score_regression(
@@ -106,10 +106,10 @@ def score_regression(
     exists = (ranks > 0).astype(jnp.float32)
     # Masked twice: the inner one keeps a NaN of a missing target out of the gradient.
     error = 0.5 * exists * jnp.square(jnp.where(ranks > 0, scores - targets, 0.0))
-    return _per_prompt(error.sum(1), exists.sum(1), per_prompt, ranking_metrics(scores, ranks))
+    return per_prompt_loss(error.sum(1), exists.sum(1), per_prompt, ranking_metrics(scores, ranks))
 
 
-def _per_prompt(sums: Array, counts: Array, per_prompt: bool, metrics: Metrics) -> Loss:
+def per_prompt_loss(sums: Array, counts: Array, per_prompt: bool, metrics: Metrics) -> Loss:
     """The loss from sums and counts float32[B] of prompts; either prompts or the items counted weigh the same."""
     if per_prompt:
         sums = sums / jnp.maximum(counts, 1.0)
@@ -124,7 +124,7 @@ def ranking_metrics(scores: Array, ranks: Array) -> Metrics:
 
     scores: float32[B, K]; ranks: int32[B, K] as in `pairwise`.
     """
-    better = _pairs(ranks).astype(jnp.float32)
+    better = better_pairs(ranks).astype(jnp.float32)
     gap = scores[:, :, None] - scores[:, None, :]  # [B, K, K]
     right = better * ((gap > 0).astype(jnp.float32) + 0.5 * (gap == 0).astype(jnp.float32))
     has_pair = better.sum((1, 2)) > 0
@@ -140,7 +140,7 @@ def ranking_metrics(scores: Array, ranks: Array) -> Metrics:
     }
 
 
-def _pairs(ranks: Array) -> Array:
+def better_pairs(ranks: Array) -> Array:
     """bool[B, K, K]: response i is ranked strictly better than j, and both exist."""
     exists = (ranks[:, :, None] > 0) & (ranks[:, None, :] > 0)
     return exists & (ranks[:, :, None] < ranks[:, None, :])

@@ -22,7 +22,7 @@ LAYERS = [
     {"optim_config"},
     {"output_layer", "tokenizers"},
     {"losses"},
-    {"metrics", "models", "policy_losses"},
+    {"metrics", "models", "policy_losses", "preference_losses"},
     {"data", "engine", "optim", "pretrained"},
     {"train", "evaluation.measures", "model_store"},
     {"pretrained.convert"},

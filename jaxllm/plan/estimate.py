@@ -13,8 +13,9 @@ from jaxllm.life import Config
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.pipeline import MICRO
+from jaxllm.preference_losses import OBJECTIVES
 from jaxllm.runtime.hardware import EFFICIENCY, Chip
-from jaxllm.stages.config import PreferenceConfig
+from jaxllm.stages.config import DPOConfig, PreferenceConfig
 
 _BF16 = 2.0  # bytes
 _SLACK = 2**29  # bytes a program takes besides what is counted here
@@ -39,11 +40,13 @@ def figures(
     """
     model, tokens, length = config.model, sizes["tokens_per_step"], row_length(config, stage)
     micro_tokens = tokens / getattr(config, stage).num_micro
-    step = estimate_step(model, dict(mesh.shape), micro_tokens, tokens, length, chip)
+    # Frozen models pass over the tokens too: as much work as of more tokens.
+    worked = tokens * _passes(getattr(config, stage)) / 3
+    step = estimate_step(model, dict(mesh.shape), micro_tokens, worked, length, chip)
     # Exact, unlike the temporaries: shardings are known.
     held = sizes["state_bytes_per_device"]
     total = held + sizes["gradient_bytes_per_device"] + step["temp_bytes_per_device"]
-    model_flops = transformer.flops_per_token(model, length) * tokens / mesh.size
+    model_flops = transformer.flops_per_token(model, length) * worked / mesh.size
     # MFU counts what the model needs, not what is recomputed.
     seconds = step["predicted_step_seconds"]
     return {
@@ -58,6 +61,11 @@ def figures(
         "predicted_mfu": model_flops / chip.flops / seconds,
         **step,
     }
+
+
+def _passes(section: Any) -> int:
+    """Forward passes' worth of work of a step: 3 of the model that is trained, and those of frozen ones."""
+    return OBJECTIVES[section.loss].passes if isinstance(section, DPOConfig) else 3
 
 
 def row_length(config: Config, stage: str) -> int:

@@ -190,16 +190,14 @@ class PreferenceConfig(TrainingConfig):
 
     RENAMED: ClassVar[Mapping[str, str]] = {"normalise": "normalize"}
 
-    loss: Literal["pairwise", "plackett_luce", "regression"] = "pairwise"
-    """All pairs (Bradley-Terry), the whole order (Plackett-Luce), or squared error to the records' own scores."""
     margin_coef: NonNegativeFloat = 0.0
-    """pairwise: the better score must lead by this times the difference in given scores, or in rank."""
+    """pairwise, dpo: the better score must lead by this times the difference in given scores, or in rank."""
     label_smoothing: Annotated[float, NOT_BOOL, FINITE, Ge(0), Lt(0.5)] = 0.0
-    """pairwise: the probability that a label is wrong."""
+    """pairwise, dpo: the probability that a label is wrong."""
     weighting: Literal["prompt", "pair"] = "prompt"
-    """What counts once: a prompt, however many responses it has, or each of its pairs."""
+    """What counts once: a prompt, however many responses it has, or each of its pairs (kto: of its responses)."""
     beta: PositiveFloat = 0.1
-    """dpo: the implicit reward is beta * log(policy / reference)."""
+    """dpo: the implicit reward is beta * log(policy / reference); also of plackett_luce, ipo and kto."""
     normalize: Annotated[Literal["center", "unit", "none"], BeforeValidator(_current_value)] = (
         "center"
     )
@@ -211,6 +209,14 @@ class PreferenceConfig(TrainingConfig):
     optim: OptimConfig = OptimConfig(learning_rate=1e-4, weight_decay=0.0)
     """Optimizer and schedule."""
 
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig(PreferenceConfig):
+    """The reward model."""
+
+    loss: Literal["pairwise", "plackett_luce", "regression"] = "pairwise"
+    """All pairs (Bradley-Terry), the whole order (Plackett-Luce), or squared error to the records' own scores."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
@@ -219,7 +225,69 @@ class PreferenceConfig(TrainingConfig):
         )
 
 
-DPO = PreferenceConfig(optim=OptimConfig(learning_rate=1e-5, weight_decay=0.0))
+# The losses of dpo that read a field. With another loss it must keep its default.
+_READ_BY = {
+    "beta": ("dpo", "plackett_luce", "ipo", "kto"),
+    "margin_coef": ("dpo",),
+    "label_smoothing": ("dpo",),
+    "kto_desirable_weight": ("kto",),
+    "kto_undesirable_weight": ("kto",),
+    "orpo_coef": ("orpo",),
+    "simpo_beta": ("simpo",),
+    "simpo_gamma": ("simpo",),
+}
+
+
+def _current_loss(value: Any) -> Any:
+    return "dpo" if value == "pairwise" else value  # as configs named it when there was one other
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig(PreferenceConfig):
+    """A policy that learns from the rankings directly; the objectives are in jaxllm/preference_losses.py."""
+
+    loss: Annotated[
+        Literal["dpo", "plackett_luce", "ipo", "kto", "orpo", "simpo"],
+        BeforeValidator(_current_loss),
+    ] = "dpo"
+    """dpo, ipo and simpo compare pairs, plackett_luce the whole order; kto judges each response by itself; orpo compares
+    pairs and imitates the better one. orpo and simpo have no reference."""
+    # Ethayarajh et al. 2024, section 4: both are 1 unless data are unbalanced.
+    kto_desirable_weight: PositiveFloat = 1.0
+    """kto: weight of a response that beats more of the prompt's responses than beat it (lambda_D); with unbalanced data
+    such that, summed over responses, desirable ones weigh 1 to 1.5 times as much as undesirable ones."""
+    kto_undesirable_weight: PositiveFloat = 1.0
+    """kto: weight of a response that is beaten by more than it beats (lambda_U)."""
+    # Hong et al. 2024: 0.1 for Mistral (7B).
+    orpo_coef: PositiveFloat = 0.1
+    """orpo: weight of the odds ratio beside imitation (lambda)."""
+    # Meng et al. 2024, Llama 3 Base: beta 2, and a margin of half of it.
+    simpo_beta: PositiveFloat = 2.0
+    """simpo: the implicit reward is this times the mean log-probability of a response's tokens."""
+    simpo_gamma: NonNegativeFloat = 1.0
+    """simpo: by how much the better reward must lead."""
+    optim: OptimConfig = OptimConfig(learning_rate=1e-5, weight_decay=0.0)
+    """Optimizer and schedule."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in dataclasses.fields(self):
+            losses = _READ_BY.get(field.name, (self.loss,))
+            require(
+                self.loss in losses or getattr(self, field.name) == field.default,
+                f"{field.name}: is read by loss {' or '.join(losses)}, not by {self.loss}; remove it",
+            )
+        fewest = self.smallest_microbatch
+        require(
+            self.batch_size // self.num_micro >= fewest,
+            f"batch_size: {self.loss} needs at least {fewest} prompts in a microbatch (batch_size / num_micro)",
+        )
+
+    @property
+    def smallest_microbatch(self) -> int:
+        """Prompts that a microbatch has at least."""
+        # KTO pairs prompts with each other's responses.
+        return 2 if self.loss == "kto" else 1
 
 
 @dataclasses.dataclass(frozen=True)

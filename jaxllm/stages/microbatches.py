@@ -44,7 +44,8 @@ def fit(config: Any, stage: str, mesh: jax.sharding.Mesh, directory: epath.Path)
         return config
     sizes = batch_sizes(section)
     shards = batch_shards(mesh)
-    counts = [*possible_counts(sizes, shards)]
+    fewest = getattr(section, "smallest_microbatch", 1)
+    counts = [n for n in possible_counts(sizes, shards) if min(sizes) // n >= fewest]
     if not counts:
         raise InputError(_no_layout(config.mesh_of(stage), stage, sizes, shards, mesh.size))
     record = read_json(directory / _RECORD)

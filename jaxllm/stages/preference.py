@@ -1,7 +1,8 @@
 """Reward model and DPO: one example is a prompt with its K responses, and the loss is over their scores.
 
 The reward model is the fine-tuned model with a scalar head. In DPO (Rafailov et al. 2023) the policy itself is the
-reward model: the score of a response is beta * log(policy / reference).
+reward model: the score of a response is beta * log(policy / reference). Stage dpo has further objectives, each with its
+own implicit reward, in `jaxllm.preference_losses`; some have no reference.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from jaxllm import losses, train
@@ -24,38 +26,41 @@ from jaxllm.data.loader import (
     make_ranked_batch_at,
 )
 from jaxllm.metrics import Work, held_out, peak_flops
-from jaxllm.model_store import load_model, write_model_card
+from jaxllm.model_store import load_model, read_model_card, write_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import learning_rate
+from jaxllm.preference_losses import OBJECTIVES
 from jaxllm.runtime.console import console
 from jaxllm.runtime.files import read_json, write_json
 from jaxllm.sharding import activation, place_params, replicated, rows_like
 from jaxllm.stages import response_scores, training
-from jaxllm.stages.config import PreferenceConfig
-from jaxllm.stages.response_scores import held_out_metrics, implicit_rewards, reward_scores
+from jaxllm.stages.config import DPOConfig, PreferenceConfig, RewardConfig
+from jaxllm.stages.response_scores import (
+    held_out_metrics,
+    policy_responses,
+    reward_scores,
+    unrelated_kl,
+)
 from jaxllm.workspace import Workspace
 
 
 def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     """The training of stage "reward" or "dpo"; its result holds `held_out_metrics` and `breakdown`.
 
-    Those of DPO say how often the implicit reward orders held-out pairs correctly. DPO learns from all pairs of K
-    responses, or from the Plackett-Luce likelihood of their order (Rafailov et al. 2023, appendix A.3).
+    Those of DPO say how often the implicit reward orders held-out pairs correctly.
 
     Raises:
-      InputError: DPO with the regression loss, unusable rankings, or a batch that the devices cannot share.
+      InputError: unusable rankings, or a batch that the devices cannot share.
     """
-    config: PreferenceConfig = getattr(life, stage)
+    config: RewardConfig | DPOConfig = getattr(life, stage)
     is_dpo = stage == "dpo"
     mesh = workspace.mesh
-    if is_dpo and config.loss == "regression":
-        raise InputError(
-            "dpo.loss: regression needs a reward model; set it to pairwise or plackett_luce"
-        )
     source = workspace.source(config.init_from, "sft", stage)
-    policy, model = load_model(source, mesh)
-    policy = lora.merge(policy)  # new adapters are trained on plain weights
+    model, _ = read_model_card(source)
+    # A reference, and the weights under adapters, stay beside what is trained. Else the policy is only the start.
+    stays = _has_reference(config) or config.lora.rank > 0
+    policy = _load_policy(source, mesh) if stays else None
     directory = workspace.stage_dir(stage)
     kind = "policy" if is_dpo else "reward"
     write_model_card(directory, model, kind, ("params",), config.lora, source)
@@ -75,9 +80,14 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         sharding=sharding,
     )
 
+    # Called only if there is no checkpoint to resume from.
     def init() -> train.TrainState:
-        make = functools.partial(_initial_params, stage, config, model, seed=workspace.seed)
-        return layout.init(jax.jit(make, out_shardings=layout.shardings.params)(policy))
+        make = jax.jit(
+            functools.partial(_initial_params, stage, config, model, seed=workspace.seed),
+            out_shardings=layout.shardings.params,
+            donate_argnums=() if stays else 0,
+        )
+        return layout.init(make(policy if stays else _load_policy(source, mesh)))
 
     def evaluate(step: int, state: train.TrainState) -> dict[str, float]:
         scores, ranks = score_split(state.params, rankings["held_out"])
@@ -96,7 +106,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     )
     # All batches have the shape of the first: B prompts, the most responses K, the longest row T.
     tokens = math.prod(batch_at(0)["tokens"].shape)
-    flops = _flops_per_token(stage, config, model) * tokens
+    flops = _flops_per_token(config, model) * tokens
     return train.Training(
         data=examples_fingerprint([*rankings["train"], *rankings["held_out"]]),
         init=init,
@@ -127,8 +137,17 @@ def _result(
     return {"steps": num_steps, **held_out(metrics), **report}
 
 
+def _load_policy(source: str, mesh: jax.sharding.Mesh) -> Any:
+    policy, _ = load_model(source, mesh)
+    return lora.merge(policy)  # new adapters are trained on plain weights
+
+
+def _has_reference(config: RewardConfig | DPOConfig) -> bool:
+    return isinstance(config, DPOConfig) and OBJECTIVES[config.loss].has_reference
+
+
 def _load_rankings(
-    workspace: Workspace, stage: str, config: PreferenceConfig, model: ModelConfig
+    workspace: Workspace, stage: str, config: RewardConfig | DPOConfig, model: ModelConfig
 ) -> dict[str, list[RankedExample]]:
     """The rankings of both splits: {"train", "held_out"}.
 
@@ -150,6 +169,8 @@ def _load_rankings(
         _check_scores(stage, [*rankings["train"], *rankings["held_out"]])
     else:
         _check_preferences(stage, rankings["train"])
+    if isinstance(config, DPOConfig) and config.loss == "kto":
+        _print_balance(stage, config, rankings["train"])
     num_train = len(rankings["train"])
     num_held_out = len(rankings["held_out"])
     console.print(f"{stage}: {num_train} training and {num_held_out} held-out prompts")
@@ -175,10 +196,24 @@ def _check_preferences(stage: str, examples: Sequence[RankedExample]) -> None:
         )
 
 
+def _print_balance(stage: str, config: DPOConfig, examples: Sequence[RankedExample]) -> None:
+    """Says how much desirable and undesirable responses weigh, since KTO's weights depend on it."""
+    labels = []
+    for example in examples:
+        better = np.subtract.outer(example.ranks, example.ranks) < 0  # [K, K]: i is better than j
+        labels += np.sign(better.sum(1) - better.sum(0)).tolist()
+    good, bad = labels.count(1), labels.count(-1)
+    ratio = config.kto_desirable_weight * good / (config.kto_undesirable_weight * bad)
+    console.print(
+        f"{stage}: {good} desirable and {bad} undesirable responses, weighted {ratio:.2f} to 1 "
+        "(1 to 1.5 is advised: Ethayarajh et al. 2024, eq. 9)"
+    )
+
+
 def _program(
     mesh: jax.sharding.Mesh,
     stage: str,
-    config: PreferenceConfig,
+    config: RewardConfig | DPOConfig,
     model: ModelConfig,
     num_steps: int,
     seed: int,
@@ -191,17 +226,12 @@ def _program(
       score: (params, batch, **frozen) -> scores float32[B, K].
       layout: how the state is made and sharded.
     """
-    # Two ways to score float32[B, K]; loss, step and measures are the same for both.
-    if stage == "dpo":
+    if isinstance(config, DPOConfig):
         family = transformer
-        score = functools.partial(implicit_rewards, model=model, beta=config.beta)
+        score, loss = _policy_functions(config, model)
     else:
         family = scalar
-        score = functools.partial(reward_scores, model=model)
-
-    def loss(params: Any, batch: Any, key: Any, **frozen: Any) -> losses.Loss:
-        del key  # no dropout
-        return _ranking_loss(config, score(params, batch, **frozen), batch)
+        score, loss = _reward_functions(config, model)
 
     step, layout = training.make_step(
         config,
@@ -213,6 +243,36 @@ def _program(
         seed=seed,
     )
     return step, score, layout
+
+
+def _policy_functions(config: DPOConfig, model: ModelConfig) -> tuple[Any, Any]:
+    """Stage dpo: (params, batch, **frozen) -> implicit rewards float32[B, K], and its loss for `training.make_step`."""
+    objective = OBJECTIVES[config.loss]
+
+    def score(params: Any, batch: Any, **frozen: Any) -> jax.Array:
+        return objective.reward(policy_responses(params, batch, model=model, **frozen), config)
+
+    def loss(params: Any, batch: Any, key: Any, **frozen: Any) -> losses.Loss:
+        del key  # no dropout
+        responses = policy_responses(params, batch, model=model, **frozen)
+        if config.margin_coef:
+            responses = responses._replace(margins=config.margin_coef * _distance(batch))
+        if objective.needs_kl:
+            responses = responses._replace(kl=unrelated_kl(params, batch, model=model, **frozen))
+        return objective.loss(responses, config)
+
+    return score, loss
+
+
+def _reward_functions(config: RewardConfig, model: ModelConfig) -> tuple[Any, Any]:
+    """Stage reward: (params, batch, **frozen) -> scores float32[B, K], and its loss for `training.make_step`."""
+    score = functools.partial(reward_scores, model=model)
+
+    def loss(params: Any, batch: Any, key: Any, **frozen: Any) -> losses.Loss:
+        del key  # no dropout
+        return _ranking_loss(config, score(params, batch, **frozen), batch)
+
+    return score, loss
 
 
 def _initial_params(
@@ -230,16 +290,15 @@ def _initial_params(
     )
 
 
-def _frozen_params(stage: str, config: PreferenceConfig, policy: Any) -> dict[str, Any]:
-    """Arguments of the step that stay fixed: base, the weights under adapters, and DPO's reference `ref`."""
+def _frozen_params(stage: str, config: RewardConfig | DPOConfig, policy: Any) -> dict[str, Any]:
+    """Arguments of the step that stay fixed: base, the weights under adapters, and the reference `ref`, if any."""
+    base = lora.frozen(config.lora, policy if stage == "dpo" else {"trunk": policy})
     # The reference is the policy before training, without adapters.
-    if stage == "dpo":
-        return {"base": lora.frozen(config.lora, policy), "ref": policy}
-    return {"base": lora.frozen(config.lora, {"trunk": policy})}
+    return {"base": base, "ref": policy} if _has_reference(config) else {"base": base}
 
 
-def _ranking_loss(config: PreferenceConfig, scores: jax.Array, batch: Any) -> losses.Loss:
-    """The configured loss of scores float32[B, K] on a batch of `make_ranked_batch_at`."""
+def _ranking_loss(config: RewardConfig, scores: jax.Array, batch: Any) -> losses.Loss:
+    """The configured loss of the reward model's scores float32[B, K] on a batch of `make_ranked_batch_at`."""
     per_prompt = config.weighting == "prompt"
     ranks = batch["ranks"]
     if config.loss == "regression":
@@ -275,7 +334,7 @@ def plan(
     mesh: jax.sharding.Mesh, life: Any, stage: str
 ) -> tuple[list[train.Program], dict[str, Any]]:
     """What `jaxllm plan` compiles: ([the step], {role: shapes with shardings of what devices hold})."""
-    config: PreferenceConfig = getattr(life, stage)
+    config: RewardConfig | DPOConfig = getattr(life, stage)
     training.check_batch(config, mesh, stage)
     # Sizes come from the config alone: planning reads no data, which would decide the steps, K and T.
     model: ModelConfig = life.model
@@ -293,21 +352,20 @@ def plan(
     # The reward model's decoder is one branch of its parameters, next to the scalar head.
     under_adapters = policy if stage == "dpo" else {"trunk": policy}
     base = lora.place_frozen(config.lora, under_adapters, replicated(mesh))
-    if stage == "dpo":
-        frozen = {"base": base, "ref": policy}
-        held = {"policy": layout.abstract, "base": base, "reference": policy}
-    else:
-        frozen = {"base": base}
-        held = {"reward": layout.abstract, "base": base}
-    flops = math.prod(rows) * _flops_per_token(stage, config, model)
+    frozen = {"base": base}
+    held = {"policy" if stage == "dpo" else "reward": layout.abstract, "base": base}
+    if _has_reference(config):
+        frozen["ref"] = held["reference"] = policy
+    flops = math.prod(rows) * _flops_per_token(config, model)
     arguments = (layout.abstract, rows_like(mesh, batch))
     return [train.Program("step", step, arguments, frozen, flops)], held
 
 
-def _flops_per_token(stage: str, config: PreferenceConfig, model: ModelConfig) -> float:
+def _flops_per_token(config: RewardConfig | DPOConfig, model: ModelConfig) -> float:
     """Model FLOPs of a token of a response, forward and backward."""
     length = config.length or model.max_length
-    if stage != "dpo":
+    if not isinstance(config, DPOConfig):
         return transformer.flops_per_token(model, length, scored=False)
-    # A step is 3 forward passes' worth of work, and the reference adds one: it has no backward pass.
-    return 4 / 3 * transformer.flops_per_token(model, length, scored=True)
+    # These FLOPs are those of a step, 3 forward passes' worth of work. What is frozen has no backward pass.
+    passes = OBJECTIVES[config.loss].passes
+    return passes / 3 * transformer.flops_per_token(model, length, scored=True)

@@ -1,4 +1,4 @@
-"""Scores of K responses to each prompt, by the reward model or by DPO's policy, and how well they agree with rankings.
+"""Scores of K responses to each prompt, by the reward model or by a policy, and how well they agree with rankings.
 
 Shapes: B or N prompts, K responses of a prompt, T positions.
 """
@@ -15,6 +15,7 @@ from jaxllm.data.loader import RankedExample, ranked_epoch
 from jaxllm.evaluation import measures
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
+from jaxllm.preference_losses import Responses
 from jaxllm.runtime.transfer import fetch
 from jaxllm.train import TrainState
 
@@ -36,22 +37,26 @@ def reward_scores(params: Any, batch: Any, *, base: Any, model: ModelConfig) -> 
     return scalar.last_value(values, segment_ids).reshape(B, K)
 
 
-def implicit_rewards(
-    params: Any, batch: Any, *, base: Any, ref: Any, model: ModelConfig, beta: float
-) -> jax.Array:
-    """beta * (log policy - log reference) of each response, float32[B, K] (Rafailov et al. 2023, eq. 5).
+def policy_responses(
+    params: Any, batch: Any, *, base: Any, model: ModelConfig, ref: Any = None
+) -> Responses:
+    """What the policy, and the reference if there is one, makes of each response.
 
     Args:
       params: trainable parameters of the policy, all or its adapters.
-      batch: {tokens, segment_ids int32[B, K, T], loss_mask bool[B, K, T]}.
+      batch: {tokens, segment_ids int32[B, K, T], loss_mask bool[B, K, T], ranks int32[B, K]}.
       base: frozen parameters under adapters, or {}.
-      ref: parameters of the reference policy.
       model: config of both.
-      beta: strength of the implicit KL penalty.
+      ref: parameters of the reference policy; None: the objective has none.
     """
-    # The gradient of the reference is 0 in any case; stopping it spares the backward pass.
-    policy = reply_logprobs(lora.join(base, params), batch, model)
-    return beta * (policy - jax.lax.stop_gradient(reply_logprobs(ref, batch, model)))
+    logprobs = reply_logprobs(lora.join(base, params), batch, model)
+    ref_logprobs = None
+    if ref is not None:
+        # The gradient of the reference is 0 in any case; stopping it spares the backward pass.
+        ref_logprobs = jax.lax.stop_gradient(reply_logprobs(ref, batch, model))
+    # Every token of a reply is a target: the prompt before it has at least one token.
+    lengths = batch["loss_mask"].astype(jnp.float32).sum(2)
+    return Responses(logprobs, lengths, batch["ranks"], ref_logprobs)
 
 
 def reply_logprobs(params: Any, batch: Any, model: ModelConfig) -> jax.Array:
@@ -72,8 +77,53 @@ def reply_logprobs(params: Any, batch: Any, model: ModelConfig) -> jax.Array:
     stats = output_layer.token_logprobs(
         hidden, transformer.head(params), targets, cap=model.logit_softcap
     )
-    # Summed, not averaged over tokens: eq. 5 compares the probabilities of complete responses.
+    # Summed, not averaged over tokens: an objective that wants the mean divides by the length.
     return jnp.where(mask, stats.logprob, 0.0).sum(1).reshape(B, K)
+
+
+def unrelated_kl(params: Any, batch: Any, *, base: Any, model: ModelConfig, ref: Any) -> jax.Array:
+    """Mean log(policy / reference) of responses to other prompts, float32[] in nats, without a gradient.
+
+    KTO's estimate of the KL to the reference (Ethayarajh et al. 2024, section 4.1): a sum over tokens, and a mean over all
+    pairs of `unrelated_pairs`. Arguments as of `policy_responses`.
+    """
+    pairs = unrelated_pairs(batch)
+    policy = jax.lax.stop_gradient(lora.join(base, params))
+    ratios = reply_logprobs(policy, pairs, model) - reply_logprobs(ref, pairs, model)
+    exists = pairs["loss_mask"].any(2).astype(jnp.float32)
+    return jax.lax.stop_gradient((exists * ratios).sum() / jnp.maximum(exists.sum(), 1.0))
+
+
+def unrelated_pairs(batch: Any) -> dict[str, jax.Array]:
+    """Each prompt of a batch with the responses to the next prompt; the last one has those to the first.
+
+    Of two prompts p p and q q q, with K = 1 and T = 6:
+
+        tokens  p p a b e .      with the other's response  p p c e . .
+                q q q c e .                                 q q q a b e
+
+    What does not fit in T tokens is cut off. batch: {tokens, segment_ids: int32[B, K, T], loss_mask: bool[B, K, T]};
+    returns the same arrays.
+    """
+    tokens, loss_mask = batch["tokens"], batch["loss_mask"]
+    # The K responses share their prompt, and the first of them always exists.
+    starts = jnp.argmax(loss_mask[:, :1], axis=2, keepdims=True)  # [B, 1, 1]: where a reply begins
+    other_tokens, other_mask, other_starts = (
+        jnp.roll(x, -1, axis=0) for x in (tokens, loss_mask, starts)
+    )
+    positions = jnp.arange(tokens.shape[2])[None, None]
+    lengths = other_mask.astype(jnp.int32).sum(2, keepdims=True)  # [B, K, 1]
+    in_prompt = positions < starts
+    in_reply = ~in_prompt & (positions < starts + lengths)
+    # Position t of the new row is position t - start + other start of the other one.
+    sources = jnp.clip(positions - starts + other_starts, 0, tokens.shape[2] - 1)
+    replies = jnp.take_along_axis(other_tokens, jnp.broadcast_to(sources, tokens.shape), axis=2)
+    used = (in_prompt | in_reply) & (lengths > 0)
+    return {
+        "tokens": jnp.where(used, jnp.where(in_prompt, tokens[:, :1], replies), 0),
+        "segment_ids": used.astype(jnp.int32),
+        "loss_mask": in_reply & used,
+    }
 
 
 def normalize_scores(state: TrainState, scores: np.ndarray, how: str) -> TrainState:

@@ -17,7 +17,7 @@ from jaxllm.plan.kept import compare_with_measured
 from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.mesh import make_mesh
 from jaxllm.stages import language_model
-from jaxllm.stages.config import LanguageModelConfig
+from jaxllm.stages.config import DPOConfig, LanguageModelConfig
 from tests.conftest import jaxllm
 
 SHAPE = {
@@ -138,6 +138,24 @@ def test_an_estimate_for_gpus_falls_with_more_of_them_and_says_what_it_is():
     )
     assert many["predicted_tokens_per_second"] > few["predicted_tokens_per_second"]
     assert not planning.plan(config(MeshConfig()), args("h100:8"))["fits"]
+
+
+@pytest.mark.usefixtures("no_compiler_for_gpus")
+def test_objectives_without_a_reference_hold_a_model_less_and_do_a_quarter_less():
+    reports = {}
+    for loss in ("dpo", "orpo", "simpo", "kto"):
+        config = Config(
+            model=preset("llama3-8b"), dpo=DPOConfig(loss=loss), mesh=MeshConfig(data=1, fsdp=-1)
+        )
+        reports[loss] = planning.plan(config, planning.PlanArgs("x", "h100:16", stage="dpo"))
+    # Parameters and Adam's two moments, and the reference's parameters.
+    for loss, copies, passes in (("dpo", 4, 4), ("orpo", 3, 3), ("simpo", 3, 3), ("kto", 4, 6)):
+        report = reports[loss]
+        held = copies * report["parameters"] * 4 / 16
+        assert report["state_bytes_per_device"] == pytest.approx(held, rel=0.01)
+        assert ("reference" in report["state_bytes_by_role"]) == (copies == 4)
+        for figure in ("model_flops_per_device", "flops_per_device"):
+            assert report[figure] == pytest.approx(reports["orpo"][figure] * passes / 3)
 
 
 CRITIC = {"role": "critic", "data": 2, "fsdp": 4}
