@@ -35,13 +35,14 @@ def group_advantages(scores: Array, kind: str) -> Array:
     "dr_grpo": minus the mean of all, so that easy and hard prompts weigh what they differ (Liu et al. 2025).
     """
     K = scores.shape[1]
-    centered = scores - scores.mean(1, keepdims=True)
+    # Equal scores teach nothing. Their mean may round, and what is left would be divided by its own size.
+    differ = scores.max(1, keepdims=True) > scores.min(1, keepdims=True)
+    centered = jnp.where(differ, scores - scores.mean(1, keepdims=True), 0.0)
     if kind == "rloo":
         # s - mean of the others = (s - mean of all) * K / (K - 1)
         return centered * (K / (K - 1))
     if kind == "dr_grpo":
         return centered
-    # Equal scores teach nothing: 0 / 1e-6 = 0.
     return centered / (scores.std(1, keepdims=True) + 1e-6)
 
 

@@ -138,6 +138,15 @@ def test_advantages_of_groups_equal_the_oracle():
             np.testing.assert_allclose(found[b, k], want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["rloo", "grpo", "dr_grpo"])
+def test_equal_scores_teach_nothing_whatever_their_mean_rounds_to(kind):
+    # The mean of some of these is not the number itself.
+    for K in (2, 3, 5, 6, 7, 11):
+        for score in (0.7, -0.1, 0.3333, 1e6 + 0.1):
+            scores = jnp.full((1, K), score, jnp.float32)
+            assert not np.any(policy_losses.group_advantages(scores, kind)), (K, score)
+
+
 @pytest.mark.parametrize("K", [1, 3])
 def test_rewards_to_go_equal_the_oracle(K):
     rng = np.random.default_rng(K)

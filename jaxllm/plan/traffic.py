@@ -4,8 +4,8 @@ XLA fuses operations; a fusion reads its operands once and writes its result onc
 the chip. So the bytes are those of operands and results, of all operations that run and as often as they run, except
 that
 
-    a dynamic slice reads the slice, not the array it is cut from;
-    a dynamic update writes the update into an array that is there already;
+    a dynamic slice or a gather reads the slices, not the array they are cut from, wherever they go;
+    a dynamic update or a scatter writes the updates into an array that is there already;
     an array that the compiler has placed on the chip or in the host's memory, S(1) or S(5), costs nothing.
 """
 
@@ -88,9 +88,11 @@ def _bytes_of(module: Module, each: Instruction, others: dict[str, Instruction])
     if each.kind in ("fusion", "fusion-start") and (called := _CALLS.search(each.line)):
         return _bytes_of_fusion(module, called[1], written, shapes)
     if each.kind in ("dynamic-slice", "gather"):
-        return 2 * _size(written)
+        return _size_of_slice(written, shapes[0]) + _size(written)
     if each.kind == "dynamic-update-slice":
         return 2 * _size(shapes[1])
+    if each.kind == "scatter":
+        return _size(shapes[1]) + 2 * _size(shapes[2])
     return _size(written) + sum(map(_size, shapes))
 
 
@@ -114,8 +116,8 @@ def _bytes_read(module: Module, inside: dict[str, Instruction], number: int, sha
     total = 0
     for user, place in _users(parameter, inside):
         if user.kind == "dynamic-slice":
-            total += _size(user.shape)
-        elif user.kind == "dynamic-update-slice" and place == 0:
+            total += _size_of_slice(user.shape, shape)
+        elif user.kind in ("dynamic-update-slice", "scatter") and place == 0:
             continue  # written in place
         elif user.kind == "fusion" and (called := _CALLS.search(user.line)):
             total += _bytes_read(module, _instructions(module, called[1]), place, shape)
@@ -145,9 +147,16 @@ def _without_bitcasts(each: Instruction, inside: dict[str, Instruction]) -> Inst
 
 def _bytes_written(result: Instruction, shape: str, inside: dict[str, Instruction]) -> int:
     """What a fusion writes of a result."""
-    if result.kind == "dynamic-update-slice":
-        return min(_size(inside[result.operands[1]].shape), _size(shape))
+    if result.kind in ("dynamic-update-slice", "scatter"):
+        # Of a scatter the last operand is the updates, the one before it where they go.
+        update = inside[result.operands[1 if result.kind == "dynamic-update-slice" else 2]]
+        return min(_size(update.shape), _size(shape))
     return _size(shape)
+
+
+def _size_of_slice(part: str, whole: str) -> int:
+    """Bytes read of an array for a part of it, which may itself be on the chip."""
+    return min(bytes_of_shapes(part), _size(whole))
 
 
 def _size(shape: str) -> int:

@@ -35,6 +35,17 @@ SLICING = """
   %c = f32[1,256]{1,0} bitcast(%u1)
   ROOT %w = f32[8,256]{1,0} dynamic-update-slice(%u0, %c, %u2)
 }
+%scattered (t0: f32[8,256], t1: s32[2], t2: f32[2,256]) -> f32[8,256] {
+  %t0 = f32[8,256]{1,0} parameter(0)
+  %t1 = s32[2]{0} parameter(1)
+  %t2 = f32[2,256]{1,0} parameter(2)
+  ROOT %w = f32[8,256]{1,0} scatter(%t0, %t1, %t2), to_apply=%add
+}
+%to_chip (c0: f32[8,256], c1: s32[]) -> f32[1,256] {
+  %c0 = f32[8,256]{1,0} parameter(0)
+  %c1 = s32[] parameter(1)
+  ROOT %d = f32[1,256]{1,0:S(1)} dynamic-slice(%c0, %c1), dynamic_slice_sizes={1,256}
+}
 """
 
 
@@ -71,6 +82,35 @@ SLICING = """
             " fusion-start(%a, %x, %i), kind=kLoop, calls=%update\n"
             "  ROOT %b = f32[8,256]{1,0} fusion-done(%s)",
             2 * KIB + 4,
+        ),
+        # Two rows of eight, which stand in place already; and where they go.
+        (
+            "  %a = f32[8,256]{1,0} parameter(0)\n  %i = s32[2]{0} parameter(1)\n"
+            "  %u = f32[2,256]{1,0} parameter(2)\n"
+            "  ROOT %b = f32[8,256]{1,0} fusion(%a, %i, %u), kind=kCustom, calls=%scattered",
+            4 * KIB + 8,
+        ),
+        (
+            "  %a = f32[8,256]{1,0} parameter(0)\n  %i = s32[2]{0} parameter(1)\n"
+            "  %u = f32[2,256]{1,0} parameter(2)\n"
+            "  ROOT %b = f32[8,256]{1,0} scatter(%a, %i, %u), to_apply=%add",
+            4 * KIB + 8,
+        ),
+        # A slice is read wherever it goes, but not if its array is on the chip.
+        (
+            "  %a = f32[8,256]{1,0} parameter(0)\n  %i = s32[] parameter(1)\n"
+            "  ROOT %b = f32[1,256]{1,0:S(1)} fusion(%a, %i), kind=kLoop, calls=%to_chip",
+            KIB + 4,
+        ),
+        (
+            "  %a = f32[8,256]{1,0} parameter(0)\n  %i = s32[] parameter(1)\n"
+            "  ROOT %b = f32[1,256]{1,0:S(1)} dynamic-slice(%a, %i)",
+            KIB,
+        ),
+        (
+            "  %a = f32[8,256]{1,0:S(1)} parameter(0)\n  %i = s32[] parameter(1)\n"
+            "  ROOT %b = f32[1,256]{1,0} dynamic-slice(%a, %i)",
+            KIB,
         ),
         # Started and waited for, which is one movement.
         (
