@@ -123,7 +123,7 @@ class Clients:
 def soak(num_clients: int, minutes: float, seed: int) -> int:
     """Runs the clients; returns the exit code."""
     compile_cache.enable()
-    with running(max_waiting=128, slots=32, seconds=600) as server:
+    with running(max_waiting=128, slots=32, seconds=600, prepare=True) as server:
         clients = Clients(server)
         until = time.monotonic() + 60 * minutes
         threads = [

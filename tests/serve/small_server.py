@@ -63,14 +63,28 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(rules=None, *, max_waiting=64, seconds=600.0, ratings=None, runs=None, slots=8):
-    """A server on a free port, until the block is left."""
+def running(
+    rules=None,
+    *,
+    max_waiting=64,
+    seconds=600.0,
+    ratings=None,
+    runs=None,
+    slots=8,
+    prepare=False,
+):
+    """A server on a free port, until the block is left.
+
+    prepare: whether all programs are compiled first, as by the command, and not those alone that a test needs.
+    """
     tokenizer = make_tokenizer()
     made = [
         make_served(name, number, number, tokenizer, slots)
         for number, name in enumerate(("small", "other"))
     ]
     served = [each for each, _ in made]
+    for each in served if prepare else ():
+        each.engine.prepare()
     driver = Driver([each.engine for each in served], max_waiting)
     endpoint = Endpoint(served, driver, Metrics(), seconds)
     kept = Ratings(ratings) if ratings else None
