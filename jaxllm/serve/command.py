@@ -10,7 +10,7 @@ from jaxllm.serve.driver import Driver
 from jaxllm.serve.endpoint import Endpoint
 from jaxllm.serve.metrics import Metrics
 from jaxllm.serve.ratings import Ratings
-from jaxllm.serve.served import Found, find, load
+from jaxllm.serve.served import Found, find, load, load_tokenizers
 from jaxllm.web.guard import Rules
 from jaxllm.web.server import address_of, bind, check_key, serve
 
@@ -26,13 +26,10 @@ def command(args: ServeArgs) -> None:
     check_key(args.host, api_key)
     # Before the models are loaded, which may take minutes.
     with bind(args.host, args.port) as bound:
+        tokenizers = load_tokenizers(args.tokenizers)
         served = load(args, found.stages)
-        endpoint = Endpoint(
-            served,
-            Driver([each.engine for each in served], args.max_waiting),
-            Metrics(),
-            args.timeout,
-        )
+        driver = Driver([each.engine for each in served], args.max_waiting)
+        endpoint = Endpoint(served, driver, Metrics(), args.timeout, tokenizers)
         rules = Rules(args.host, api_key, args.allowed_hosts, args.max_body_kib * 1024)
         app = make_app(endpoint, rules, found.runs, _ratings(found))
         address = address_of(bound)

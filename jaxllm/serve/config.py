@@ -24,6 +24,9 @@ class ServeArgs:
     """Open the pages in a browser."""
     allowed_hosts: tuple[str, ...] = ()
     """Further names that clients may use for this machine, in the Host header."""
+    tokenizers: tuple[str, ...] = ()
+    """Tokenizers that the tokens page compares with: folders of published models, or hf://ORG/NAME, such as
+    hf://openai-community/gpt2."""
     slots: PositiveInt = 64
     """Responses of each model that are decoded at the same time."""
     cache_gib: NonNegativeFloat = 0.0

@@ -18,6 +18,7 @@ from jaxllm.serve.generation import Piece, Wanted, generate
 from jaxllm.serve.metrics import Metrics
 from jaxllm.serve.protocol import Sampling
 from jaxllm.serve.served import Served
+from jaxllm.tokenizers.trained import Tokenizer
 from jaxllm.web.errors import ApiError
 
 Json = dict[str, Any]
@@ -26,12 +27,20 @@ Json = dict[str, Any]
 class Endpoint:
     """The models, and the thread that runs them."""
 
-    def __init__(self, served: Sequence[Served], driver: Driver, metrics: Metrics, seconds: float):
-        """seconds: longest time for a response."""
+    def __init__(
+        self,
+        served: Sequence[Served],
+        driver: Driver,
+        metrics: Metrics,
+        seconds: float,
+        tokenizers: Mapping[str, Tokenizer] | None = None,
+    ):
+        """seconds: longest time for a response. tokenizers: others than those of the models, to compare with."""
         self.served = {each.name: each for each in served}
         self.driver = driver
         self.metrics = metrics
         self.seconds = seconds
+        self.tokenizers = dict(tokenizers or {})
 
     def model(self, name: str) -> Served:
         """The model of this name. Raises ApiError if there is none."""

@@ -18,10 +18,11 @@ from jaxllm.models import decode, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.files import is_remote
-from jaxllm.runtime.hubs.names import is_on_hub
+from jaxllm.runtime.hubs import names as hub_names
 from jaxllm.runtime.mesh import make_mesh
 from jaxllm.runtime.store.working import local_folder, local_run
 from jaxllm.serve.config import ServeArgs
+from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.tokenizers.trained import Tokenizer
 
 # Tokens between which requests come and go: few, so that a new one is heard soon.
@@ -111,7 +112,7 @@ def find(directories: Sequence[str]) -> Found:
 
 def _stages_of(directory: str) -> list[str] | None:
     """The stages of a run that have a policy; None: it is no run directory."""
-    if is_on_hub(directory):
+    if hub_names.is_on_hub(directory):
         return None
     folder = Path(local_run(directory))
     # A stage's folder has one that is called tokenizer, like a run's.
@@ -183,6 +184,21 @@ def _settings(args: ServeArgs, config: ModelConfig, mesh: jax.sharding.Mesh) -> 
     full = -(-config.max_length // settings.block) * size
     count = min(_FULL_RESPONSES, args.slots)
     return dataclasses.replace(settings, cache_gib=(count * full + size) / 2**30)
+
+
+def load_tokenizers(sources: Sequence[str]) -> dict[str, Tokenizer]:
+    """Published tokenizers by the last part of their name, or by all of it where two have the same last part.
+
+    Raises:
+        InputError: a folder has no tokenizer, or a hub does not give it.
+    """
+    short = [source.rstrip("/").rpartition("/")[2] for source in sources]
+    found = {}
+    for source, name in zip(sources, short, strict=True):
+        is_on_hub = hub_names.is_on_hub(source)
+        folder = hub_names.fetch(source, weights=False).folder if is_on_hub else source
+        found[name if short.count(name) == 1 else source] = load_tokenizer(folder)
+    return found
 
 
 def describe(served: Served) -> dict[str, object]:

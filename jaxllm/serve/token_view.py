@@ -1,6 +1,7 @@
 """POST /api/tokens: a text as a model sees it: its tokens, how probable each was, and what else was likely."""
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import pydantic
@@ -32,6 +33,7 @@ async def view(endpoint: Endpoint, request: Request) -> Response:
     tokens          [{id, bytes, text, logprob, alternatives: [{id, bytes, text, logprob}]}], the likeliest first
     logprob         of the whole text, in nats
     compression     `tokenizers.compression` of the text
+    others          {name of another tokenizer: {count, compression}}, for the same text
     rule_of_thumb   tokens that publishers count for 750 English words or 500 Chinese characters
     """
     body = parse(TokensRequest, await request.body())
@@ -50,9 +52,17 @@ async def view(endpoint: Endpoint, request: Request) -> Response:
             "tokens": [_token(tokenizer, draw) for draw in draws],
             "logprob": math.fsum(draw.logprob for draw in draws),
             "compression": await in_thread(compression, tokenizer, [body.text]),
+            "others": await in_thread(_others, endpoint.tokenizers, body.text),
             "rule_of_thumb": RULE_OF_THUMB,
         }
     )
+
+
+def _others(tokenizers: Mapping[str, Tokenizer], text: str) -> dict[str, Any]:
+    return {
+        name: {"count": len(each.encode(text)), "compression": compression(each, [text])}
+        for name, each in tokenizers.items()
+    }
 
 
 def _token(tokenizer: Tokenizer, draw: Draw) -> dict[str, Any]:

@@ -54,6 +54,25 @@ def imported(hub, tmp_path, source, **environment):
     return command(hub, tmp_path, "import", source, str(tmp_path / "stage"), **environment)
 
 
+def test_a_tokenizer_is_fetched_without_the_weights(hub, tmp_path):
+    code = (
+        "from jaxllm.serve.served import load_tokenizers; "
+        "[(name, found)] = load_tokenizers(['hf://org/small']).items(); "
+        "print(name, len(found.encode('the soup')))"
+    )
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    line = [sys.executable, "-c", code]
+    run = subprocess.run(line, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    name, count = run.stdout.split()
+    assert name == "small" and int(count) > 0
+    assert not [*(tmp_path / "cache").rglob("*.safetensors")]
+
+
 def test_a_model_is_fetched_once_and_its_commit_recorded(hub, tmp_path):
     hub.failures = 1  # which passes
     code, log = imported(hub, tmp_path, "hf://org/small@main")

@@ -72,6 +72,7 @@ def running(
     runs=None,
     slots=8,
     prepare=False,
+    tokenizers=None,
 ):
     """A server on a free port, until the block is left.
 
@@ -86,7 +87,7 @@ def running(
     for each in served if prepare else ():
         each.engine.prepare()
     driver = Driver([each.engine for each in served], max_waiting)
-    endpoint = Endpoint(served, driver, Metrics(), seconds)
+    endpoint = Endpoint(served, driver, Metrics(), seconds, tokenizers)
     kept = Ratings(ratings) if ratings else None
     app = make_app(endpoint, rules or Rules("127.0.0.1"), runs or {}, kept)
     bound = bind("127.0.0.1", 0)

@@ -17,6 +17,7 @@ from jaxllm.config import build
 from jaxllm.engine.config import SamplingConfig
 from jaxllm.ranking.records import read_rankings
 from tests.conftest import jaxllm
+from tests.serve.small_server import make_tokenizer
 from tests.web.browser import browser_page, open_browser
 
 PROMPT = "Review 评论: The soup"
@@ -43,10 +44,20 @@ def run_dir(tiny_run, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(run_dir):
+def other_tokenizer(tmp_path_factory):
+    """(its folder, the tokenizer): one with other tokens than the models'."""
+    folder = tmp_path_factory.mktemp("tokenizers") / "other"
+    tokenizer = make_tokenizer()
+    tokenizer.save(folder)
+    return folder, tokenizer
+
+
+@pytest.fixture(scope="module")
+def address(run_dir, other_tokenizer):
     log = run_dir.parent / "log.txt"
+    options = ["--port", "0", "--tokenizers", str(other_tokenizer[0])]
     with log.open("w") as file:
-        process = jaxllm("serve", str(run_dir), "--port", "0", stderr=file)
+        process = jaxllm("serve", str(run_dir), *options, stderr=file)
     try:
         deadline = time.monotonic() + 120
         while not (found := re.search(r"pages at (http://[^/\s]+)", log.read_text())):
@@ -510,6 +521,19 @@ def test_the_numbers_are_those_of_the_model(browser, address, run_dir):
         )
         assert data.decode() == TEXT
         assert "<F0>" in shown
+
+
+def test_another_tokenizer_counts_the_same_text(browser, address, other_tokenizer):
+    _, tokenizer = other_tokenizer
+    text = "The soup was served at once and the waiter was kind to all of us."
+    with tokens_page(browser, address) as page:
+        look(page, text)
+        assert page.locator("#numbers th").nth(1).inner_text() == "other (tokenizer)"
+        count = len(tokenizer.encode(text))
+        assert number(page, "count", 1) == count != number(page, "count", 0)
+        assert number(page, "english", 1) == pytest.approx(750 * count / 15, rel=1e-3)
+        # It has no probabilities.
+        assert page.locator("#numbers [data-name=perplexity]").nth(1).inner_text() == ""
 
 
 def test_tokens_are_read_with_the_keyboard(browser, address):

@@ -26,6 +26,7 @@ _FILES = re.compile(
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What an import reads: weights, config, tokenizer. Not the copies in other formats, which lie in subfolders.
 _OF_A_MODEL = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_OF_A_TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _IN_SUBFOLDERS = ["*/*"]
 
 
@@ -49,8 +50,10 @@ def is_pinned(source: str) -> bool:
     return bool(found["content"] or _COMMIT.fullmatch(found["revision"] or ""))
 
 
-def fetch(source: str) -> Fetched:
+def fetch(source: str, *, weights: bool = True) -> Fetched:
     """Download a model, or what is missing of it, and check every file against the hub's hashes.
+
+    weights: False leaves them out, for those who want the tokenizer alone.
 
     Raises:
         InputError: another form of name, a model that does not exist or is not open to this user, a hub that cannot be
@@ -58,8 +61,9 @@ def fetch(source: str) -> Fetched:
     """
     found = _parsed(_MODEL, source, "ORG/NAME")
     hub, repo, content = found["hub"], found["repo"], found["content"]
+    patterns = _OF_A_MODEL if weights else _OF_A_TOKENIZER
     fetched = _HUBS[hub].fetch(
-        Wanted(source, repo, "model", found["revision"], _OF_A_MODEL, _IN_SUBFOLDERS)
+        Wanted(source, repo, "model", found["revision"], patterns, _IN_SUBFOLDERS)
     )
     if content and f":{content}" != fetched.version[-13:]:
         raise InputError(

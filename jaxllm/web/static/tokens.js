@@ -15,7 +15,7 @@ const TEXTS = {
     shade: "Probability:", orMore: "{value} or more", below: "below {value}",
     jointHead: "Joint log-probability (nats)", jointPower: "Joint probability", bits: "Bits per token", perplexity: "Perplexity",
     count: "Tokens", characters: "Characters per token", bytes: "Bytes per token",
-    english: "Tokens per 750 English words", chinese: "Tokens per 500 Chinese characters", rule: "Rule of thumb",
+    english: "Tokens per 750 English words", chinese: "Tokens per 500 Chinese characters", rule: "Rule of thumb", tokenizer: "{name} (tokenizer)",
     prefers: "{better} finds this text more probable than {worse}: by {nats} nats, a factor of {power}.", same: "Both find this text as probable.",
     apart: "The two tokenizers cut this text differently, so each model has its own tokens below. Log-probabilities of the whole text can still be compared.",
   },
@@ -31,7 +31,7 @@ const TEXTS = {
     shade: "概率：", orMore: "不低于 {value}", below: "低于 {value}",
     jointHead: "联合对数概率（奈特）", jointPower: "联合概率", bits: "每词元比特数", perplexity: "困惑度",
     count: "词元数", characters: "每词元字符数", bytes: "每词元字节数",
-    english: "每 750 个英文单词的词元数", chinese: "每 500 个汉字的词元数", rule: "经验值",
+    english: "每 750 个英文单词的词元数", chinese: "每 500 个汉字的词元数", rule: "经验值", tokenizer: "{name}（分词器）",
     prefers: "{better} 认为这段文本比 {worse} 认为的更可能：相差 {nats} 奈特，即 {power} 倍。", same: "两个模型认为这段文本同样可能。",
     apart: "两个分词器对这段文本的切分不同，因此下面分别列出两个模型的词元；整段文本的对数概率仍可比较。",
   },
@@ -44,6 +44,8 @@ const EXAMPLES = [
   "学而时习之，不亦说乎？",
 ];
 const ALTERNATIVES = 10;
+// Columns of the summary that a tokenizer alone can fill.
+const COUNTS = ["count", "characters", "bytes", "english", "chinese"];
 // Lower ends of the shades p0, p1, ...; what is below the last one is p5.
 const SHADES = [0.5, 0.1, 0.01, 0.001, 0.0001];
 
@@ -115,7 +117,7 @@ function drawSummary() {
     ["jointPower", (view) => power(view.logprob)],
     ["bits", (view) => short(-view.logprob / Math.LN2 / view.tokens.length)],
     ["perplexity", (view) => short(Math.exp(-view.logprob / view.tokens.length))],
-    ["count", (view) => String(view.tokens.length)],
+    ["count", (view) => String(view.count ?? view.tokens.length)],
     ["characters", (view) => short(view.compression.characters_per_token)],
     ["bytes", (view) => short(view.compression.bytes_per_token)],
     ["english", (view) => short(view.compression.tokens_per_750_english_words), rule],
@@ -129,7 +131,13 @@ function drawSummary() {
   const row = (title, of) => make("tr", {}, make("th", { scope: "row", textContent: title }), ...columns.map((column) => cell(column[0], of(column))));
   const heads = columns.map(([name]) => make("th", { scope: "col", className: "number", textContent: t(name) }));
   by("heads").replaceChildren(make("tr", {}, make("td"), ...heads));
-  by("numbers").replaceChildren(...views.map((view) => row(view.model, ([, of]) => of(view))), row(t("rule"), ([, , known = ""]) => known));
+  // Other tokenizers have no probabilities.
+  const ofTokenizer = (other) => ([name, of]) => (COUNTS.includes(name) ? of(other) : "");
+  by("numbers").replaceChildren(
+    ...views.map((view) => row(view.model, ([, of]) => of(view))),
+    ...Object.entries(views[0].others).map(([name, other]) => row(t("tokenizer", { name }), ofTokenizer(other))),
+    row(t("rule"), ([, , known = ""]) => known),
+  );
   by("difference").textContent = views.length > 1 ? differenceText() : "";
 }
 
