@@ -3,147 +3,59 @@
     python -m tests.faults.endpoint --clients 200 --minutes 10
 
 Every response must be the one that the same request got before, whatever else was being answered; no request may fail by
-the server's fault; and at the end nothing is left in the engines.
+the server's fault; and at the end nothing is left in the engines. The clients are in processes of their own: threads of
+one process would wait for each other more than for the server.
 """
 
 import argparse
 import collections
 import json
-import random
-import socket
-import threading
+import subprocess
+import sys
 import time
 from typing import Any
-
-import httpx
 
 from jaxllm.runtime import compile_cache
 from tests.serve.small_server import Running, running
 
-PROMPTS = ["the soup", "好喝", "one two three four five six", "", "w", "the waiter was kind 服务员"]
-MALFORMED = [
-    b"",
-    b"{",
-    b"[]",
-    b'{"model": 3}',
-    b'{"model": "small", "prompt": "a", "n": 1e9}',
-    b"\xff" * 100,
-]
-
-
-class Clients:
-    """What the clients have seen."""
-
-    def __init__(self, server: Running):
-        self.server = server
-        self.port = int(server.address.rpartition(":")[2])
-        self.counts: collections.Counter[str] = collections.Counter()
-        self.texts: dict[str, Any] = {}
-        self.faults: list[str] = []
-        self.lock = threading.Lock()
-
-    def run(self, seed: int, until: float) -> None:
-        """One client, which asks again and again."""
-        rng = random.Random(seed)
-        kinds = [self.ask] * 6 + [self.read_slowly, self.cut, self.malformed]
-        with httpx.Client(timeout=300) as client:
-            while time.monotonic() < until and not self.faults:
-                kind = rng.choice(kinds)
-                try:
-                    kind(client, rng)
-                except Exception as error:  # counted as the server's fault, with its kind
-                    self.faults.append(f"{kind.__name__}: {error!r:.300}")
-                with self.lock:
-                    self.counts[kind.__name__] += 1
-
-    def request(self, rng: random.Random) -> dict[str, Any]:
-        """One of some hundred requests, each of which comes many times."""
-        number = rng.randrange(400)
-        mine = random.Random(number)
-        return {
-            "model": mine.choice(["small", "other"]),
-            "prompt": mine.choice(PROMPTS),
-            "seed": number,
-            "n": mine.choice([1, 1, 3]),
-            "max_tokens": mine.choice([1, 5, 20, 60]),
-            "temperature": mine.choice([0.0, 0.7, 1.0]),
-            "top_p": mine.choice([1.0, 0.9]),
-            "frequency_penalty": mine.choice([0.0, 0.0, 0.5]),
-            "stop": mine.choice([None, "e", ["好", "\n"]]),
-        }
-
-    def ask(self, client: httpx.Client, rng: random.Random) -> None:
-        """Asks and compares."""
-        body = self.request(rng)
-        answer = client.post(f"{self.server.address}/v1/completions", json=body)
-        if answer.status_code == 429:
-            with self.lock:
-                self.counts["refused: too many"] += 1
-            time.sleep(rng.random())
-            return
-        assert answer.status_code == 200, answer.text
-        self.compare(body, [choice["text"] for choice in answer.json()["choices"]])
-
-    def compare(self, body: dict[str, Any], texts: list[str]) -> None:
-        """The same request gets the same texts."""
-        key = json.dumps(body, sort_keys=True)
-        with self.lock:
-            before = self.texts.setdefault(key, texts)
-        if before != texts:
-            # Programs for other numbers of rows round differently: see the engine's page.
-            with self.lock:
-                self.counts["another text"] += 1
-
-    def read_slowly(self, client: httpx.Client, rng: random.Random) -> None:
-        """Reads a stream with pauses, perhaps not to its end."""
-        body = {**self.request(rng), "stream": True, "logprobs": 3}
-        last = rng.randrange(1, 60)
-        with client.stream("POST", f"{self.server.address}/v1/completions", json=body) as answer:
-            assert answer.status_code in (200, 429)
-            for number, _ in enumerate(answer.iter_lines()):
-                time.sleep(rng.random() * 0.05)
-                if number == last:
-                    break
-
-    def cut(self, _: httpx.Client, rng: random.Random) -> None:
-        """Sends a request, or a part of one, and is gone."""
-        raw = json.dumps(self.request(rng)).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n\r\n"
-        whole = head.encode() + raw
-        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
-            connection.sendall(whole[: rng.randrange(1, len(whole) + 1)])
-            time.sleep(rng.random() * 0.2)
-
-    def malformed(self, client: httpx.Client, rng: random.Random) -> None:
-        """Sends what is no request."""
-        answer = client.post(f"{self.server.address}/v1/completions", content=rng.choice(MALFORMED))
-        assert answer.status_code == 400 and answer.json()["error"]["message"], answer.text
+_PROCESSES = 4
 
 
 def soak(num_clients: int, minutes: float, seed: int) -> int:
     """Runs the clients; returns the exit code."""
     compile_cache.enable()
     with running(max_waiting=128, slots=32, seconds=600, prepare=True) as server:
-        clients = Clients(server)
-        until = time.monotonic() + 60 * minutes
-        threads = [
-            threading.Thread(target=clients.run, args=(seed * 10_000 + i, until))
-            for i in range(num_clients)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        each = -(-num_clients // _PROCESSES)
+        processes = []
+        for number in range(_PROCESSES):
+            options = ["--clients", str(each), "--minutes", str(minutes)]
+            first = str(seed * 10_000 + number * each)
+            module = [sys.executable, "-m", "tests.faults.endpoint_clients", server.address]
+            processes.append(
+                subprocess.Popen([*module, *options, "--first", first], stdout=subprocess.PIPE)
+            )
+        seen = [json.loads(process.communicate()[0]) for process in processes]
         idle_by = time.monotonic() + 30
         while left(server) and time.monotonic() < idle_by:
             time.sleep(0.1)
-        print(
-            json.dumps(
-                {**clients.counts, "different requests": len(clients.texts), "left": left(server)}
-            )
-        )
-        print(*clients.faults[:10], sep="\n")
-        return 1 if clients.faults or left(server) else 0
+        counts, faults = added(seen)
+        print(json.dumps({**counts, "left": left(server)}))
+        print(*faults[:10], sep="\n")
+        return 1 if faults or left(server) else 0
+
+
+def added(seen: list[dict[str, Any]]) -> tuple[collections.Counter[str], list[str]]:
+    """What all processes have seen, and where they disagree."""
+    counts: collections.Counter[str] = collections.Counter()
+    texts: dict[str, Any] = {}
+    faults: list[str] = []
+    for each in seen:
+        counts.update(each["counts"])
+        faults += each["faults"]
+        for request, found in each["texts"].items():
+            counts["another text"] += texts.setdefault(request, found) != found
+    counts["different requests"] = len(texts)
+    return counts, faults
 
 
 def left(server: Running) -> int:
