@@ -106,7 +106,7 @@ DROPPING = changed(num_responses=2, sampling_rounds=6, kl_loss_coef=1.5)
 CORRECTED = changed(sampler_correction="sequence", sampler_cap=20.0)
 LONGER = {"num_steps": 800, "batch_size": 512}
 OBJECTIVES = {
-    "gspo": Objective(dataclasses.replace(GSPO, kl_loss_coef=0.5)),
+    "gspo": Objective(dataclasses.replace(GSPO, kl_loss_coef=0.5, batch_size=512)),
     # Closer, so that a mean over tokens, whose fixed point is not far, shows.
     "gspo, longer": Objective(dataclasses.replace(GSPO, **LONGER)),
     "cispo": Objective(changed(surrogate="cispo", clip_low=1.0, num_minibatches=2)),
@@ -249,13 +249,13 @@ def reached(name: str, note: str = "") -> float:
 @pytest.mark.parametrize(
     "name",
     [
-        "gspo",
+        pytest.param("gspo", marks=pytest.mark.life),
         pytest.param("gspo, longer", marks=slow),
         pytest.param("cispo", marks=slow),
         pytest.param("dr_grpo", marks=slow),
-        "reinforce_pp",
+        pytest.param("reinforce_pp", marks=pytest.mark.life),
         "dropping",
-        "corrected by response",
+        pytest.param("corrected by response", marks=pytest.mark.life),
         pytest.param("corrected by token", marks=slow),
         pytest.param("not corrected", marks=slow),
         pytest.param("grpo", marks=slow),
