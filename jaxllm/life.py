@@ -41,7 +41,7 @@ class Life:
     seed: Seed = 0
     """Seed of all random choices."""
     stages: tuple[str, ...] = ()
-    """Stages of `jaxllm run`, in order. By default all but dpo, rloo and grpo, which can replace or follow ppo."""
+    """Stages of `jaxllm run`, in order. By default all but dpo, rloo, grpo and distill, which can replace or follow ppo."""
     cpu_devices: Threads = 0
     """Virtual devices on a CPU; 0: as many as the mesh asks for, or else one, which uses all cores and is fastest."""
     distributed: bool = False
@@ -132,7 +132,7 @@ def with_defaults(config: Config) -> Config:
     filled: dict[str, Any] = {}
     if not config.tokenizer.data.sources:
         filled["tokenizer"] = dataclasses.replace(config.tokenizer, data=documents)
-    for stage in ("rloo", "grpo", "ppo"):
+    for stage in ("rloo", "grpo", "ppo", "distill"):
         section = getattr(config, stage)
         if not section.ptx.data.sources:
             ptx = dataclasses.replace(section.ptx, data=documents)

@@ -53,7 +53,7 @@ class _BlockStats(NamedTuple):
     target: Array  # the target's logit; 0 where the target is in another block
 
 
-class _Softmax(NamedTuple):
+class Softmax(NamedTuple):
     """How the softmax is computed; the same for all positions."""
 
     temperature: float
@@ -82,40 +82,49 @@ def token_logprobs(
     0: _BLOCK_ELEMENTS for each memory. Products are in the dtype of `hidden`, logits and all else in float32.
     """
     B, T, _ = hidden.shape
-    V = head.shape[0]
-    limit = block_elements or _BLOCK_ELEMENTS * memories()
-    # The vocabulary is padded to `length` entries in `count` blocks.
-    count, length = _blocks(V, -(-B * T * V // limit))
-    softmax = _Softmax(temperature, cap, count, length)
+    softmax = softmax_in_blocks(B * T, head.shape[0], temperature, cap, block_elements)
     return _token_stats(constrain_scored(hidden), head, targets, softmax)
 
 
+def softmax_in_blocks(
+    num_rows: int, vocab_size: int, temperature: float, cap: float, block_elements: int = 0
+) -> Softmax:
+    """A softmax of so many rows of logits, in as many blocks of the vocabulary as memory asks for.
+
+    block_elements: most logits in a block over all devices, 0: _BLOCK_ELEMENTS for each memory.
+    """
+    limit = block_elements or _BLOCK_ELEMENTS * memories()
+    # The vocabulary is padded to `length` entries in `count` blocks.
+    count, length = count_blocks(vocab_size, -(-num_rows * vocab_size // limit))
+    return Softmax(temperature, cap, count, length)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _token_stats(hidden: Array, head: Array, targets: Array, softmax: _Softmax) -> TokenStats:
+def _token_stats(hidden: Array, head: Array, targets: Array, softmax: Softmax) -> TokenStats:
     """`token_logprobs`, whose gradient is `_backward`."""
     if softmax.count == 1:
         return _at_once(hidden, head, targets, softmax)[0]
 
     def score(_: None, block: tuple[Array, Array]) -> tuple[None, _BlockStats]:
         weights, ids = block
-        logits = _logits(hidden, weights, ids, head.shape[0], softmax)
+        logits = logits_of(hidden, weights, ids, head.shape[0], softmax)
         return None, _block_stats(logits, ids, targets)[0]
 
-    _, stats = jax.lax.scan(score, None, (_cut(head, softmax), _cut_ids(softmax)))
+    _, stats = jax.lax.scan(score, None, (cut(head, softmax), cut_ids(softmax)))
     return _combine(stats)
 
 
 def _at_once(
-    hidden: Array, head: Array, targets: Array, softmax: _Softmax
+    hidden: Array, head: Array, targets: Array, softmax: Softmax
 ) -> tuple[TokenStats, Array]:
     """Statistics of a vocabulary of one block, and exp(logits - their maximum), float32[B, T, V]."""
     ids = jnp.arange(head.shape[0], dtype=jnp.int32)
-    logits = _logits(hidden, head, ids, head.shape[0], softmax)
+    logits = logits_of(hidden, head, ids, head.shape[0], softmax)
     stats, exponentials = _block_stats(logits, ids, targets)
     return _combine(jax.tree.map(lambda x: x[None], stats)), exponentials
 
 
-def _forward(hidden: Any, head: Any, targets: Any, softmax: _Softmax) -> tuple[TokenStats, Any]:
+def _forward(hidden: Any, head: Any, targets: Any, softmax: Softmax) -> tuple[TokenStats, Any]:
     """The statistics, and what `_backward` needs. Arguments are wrapped, since it asks for symbolic zeros."""
     hidden, head, targets = hidden.value, head.value, targets.value
     exponentials = None
@@ -127,7 +136,7 @@ def _forward(hidden: Any, head: Any, targets: Any, softmax: _Softmax) -> tuple[T
     return stats, (hidden, head, targets, stats, exponentials)
 
 
-def _backward(softmax: _Softmax, residuals: Any, gradient: TokenStats) -> tuple[Array, Array, None]:
+def _backward(softmax: Softmax, residuals: Any, gradient: TokenStats) -> tuple[Array, Array, None]:
     """Gradients of hidden and head, from those of the statistics, of which most are zero and known to be."""
     hidden, head, targets, stats, exponentials = residuals
     # Nearly every loss does without the gradient of the entropy and without a cap. Then p is all one needs of the logits.
@@ -138,17 +147,17 @@ def _backward(softmax: _Softmax, residuals: Any, gradient: TokenStats) -> tuple[
 
     def score(d_hidden: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
         weights, ids = block
-        logits = _logits(hidden, weights, ids, head.shape[0], softmax)
+        logits = logits_of(hidden, weights, ids, head.shape[0], softmax)
         log_p = logits - stats.logsumexp[..., None]
         d_logits = _of_softmax(log_p, _is_target(ids, targets), stats, gradient)
-        d_logits = _of_softcap(d_logits / softmax.temperature, logits, softmax)
-        more, d_weights = _of_product(d_logits.astype(hidden.dtype), hidden, weights)
+        d_logits = of_softcap(d_logits / softmax.temperature, logits, softmax)
+        more, d_weights = of_product(d_logits.astype(hidden.dtype), hidden, weights)
         return constrain_scored(d_hidden + more), d_weights
 
     # In float32, since it is a sum over blocks.
     zero = jnp.zeros(hidden.shape, jnp.float32)
-    blocks, join = jax.vjp(lambda head: _cut(head, softmax), head)
-    d_hidden, d_blocks = jax.lax.scan(score, zero, (blocks, _cut_ids(softmax)))
+    blocks, join = jax.vjp(lambda head: cut(head, softmax), head)
+    d_hidden, d_blocks = jax.lax.scan(score, zero, (blocks, cut_ids(softmax)))
     return d_hidden.astype(hidden.dtype), join(d_blocks)[0], None
 
 
@@ -167,7 +176,7 @@ def _of_probabilities(
     hidden: Array,
     head: Array,
     targets: Array,
-    softmax: _Softmax,
+    softmax: Softmax,
     gradient: TokenStats,
 ) -> tuple[Array, Array]:
     """Gradients of hidden and head from the probabilities, float32[B, T, D] and [V, D].
@@ -183,9 +192,9 @@ def _of_probabilities(
         ids = jnp.arange(head.shape[0], dtype=jnp.int32)
         d_logits = p.exponentials.astype(jnp.float32) * a
         d_logits = d_logits + jnp.where(_is_target(ids, targets), b, 0.0)
-        return _of_product(d_logits.astype(hidden.dtype), hidden, head)
+        return of_product(d_logits.astype(hidden.dtype), hidden, head)
     wide = hidden.astype(jnp.float32)
-    d_hidden, d_head = _of_product(p.exponentials, (wide * a).astype(hidden.dtype), head)
+    d_hidden, d_head = of_product(p.exponentials, (wide * a).astype(hidden.dtype), head)
     d_hidden = d_hidden * a + head[targets] * b
     return d_hidden, d_head.at[targets].add(wide * b)
 
@@ -206,7 +215,7 @@ def _of_softmax(log_p: Array, is_target: Array, stats: TokenStats, gradient: Tok
     return d_logits + jnp.where(is_target, d_logprob, 0.0)
 
 
-def _of_softcap(d_logits: Array, logits: Array, softmax: _Softmax) -> Array:
+def of_softcap(d_logits: Array, logits: Array, softmax: Softmax) -> Array:
     """Back through cap * tanh(x / cap), whose derivative is 1 - tanh(x / cap)^2; logits: after cap and temperature."""
     if not softmax.cap:
         return d_logits
@@ -215,14 +224,16 @@ def _of_softcap(d_logits: Array, logits: Array, softmax: _Softmax) -> Array:
     return d_logits * (1.0 - jnp.square(tanh))
 
 
-def _of_product(d_logits: Array, hidden: Array, weights: Array) -> tuple[Array, Array]:
+def of_product(d_logits: Array, hidden: Array, weights: Array) -> tuple[Array, Array]:
     """Gradients of hidden, float32[B, T, D], and of weights, float32[V / count, D]."""
     d_hidden = contract(d_logits, weights.astype(hidden.dtype), ((2,), (0,)), float32_if_free=True)
     d_weights = contract(d_logits, hidden, ((0, 1), (0, 1)), float32_if_free=True)
     return d_hidden.astype(jnp.float32), d_weights.astype(weights.dtype)
 
 
-def _logits(hidden: Array, weights: Array, ids: Array, vocab_size: int, softmax: _Softmax) -> Array:
+def logits_of(
+    hidden: Array, weights: Array, ids: Array, vocab_size: int, softmax: Softmax
+) -> Array:
     """float32[B, T, V / count], of a block's weights [V / count, D] and token ids int32[V / count]."""
     logits = contract(hidden, weights.astype(hidden.dtype), ((2,), (1,)), dtype=jnp.float32)
     logits = softcap(logits, softmax.cap) / softmax.temperature
@@ -237,19 +248,19 @@ def _is_target(ids: Array, targets: Array) -> Array:
     return ids[None, None] == targets[..., None]
 
 
-def _cut(head: Array, softmax: _Softmax) -> Array:
+def cut(head: Array, softmax: Softmax) -> Array:
     """The head in blocks, [count, V / count, D], with padding at the end."""
     padding = softmax.length - head.shape[0]
     head = constrain_weights(jnp.pad(head, ((0, padding), (0, 0))), "vocab", "embed")
     return in_blocks(head, 0, softmax.count)
 
 
-def _cut_ids(softmax: _Softmax) -> Array:
+def cut_ids(softmax: Softmax) -> Array:
     """The token ids of the rows of each block, int32[count, V / count]."""
     return in_blocks(jnp.arange(softmax.length, dtype=jnp.int32), 0, softmax.count)
 
 
-def _blocks(vocab_size: int, wanted: int) -> tuple[int, int]:
+def count_blocks(vocab_size: int, wanted: int) -> tuple[int, int]:
     """(number of blocks: as wanted, or up to twice as many if those divide the vocabulary evenly; padded vocabulary)."""
     shards = mesh_size("tensor")
     wanted = min(max(wanted, 1), vocab_size)

@@ -135,6 +135,7 @@ TESTED_IN = {
     "tokenizers/tiktoken_backend.py": "tests/tokenizers/test_published.py",
     # PPO: the update's parts against NumPy, and as a whole against a known optimum (test_proofs.py).
     "rl/config.py": "tests/stages/test_ppo.py",
+    "rl/distillation.py": "tests/stages/test_distillation.py",
     "rl/dynamic_sampling.py": "tests/stages/test_objectives.py",
     "rl/experience.py": "tests/stages/test_ppo.py",
     "rl/held_out.py": "tests/stages/test_ppo.py",

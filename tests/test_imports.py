@@ -21,7 +21,7 @@ LAYERS = [
     {"runtime"},
     {"optim_config"},
     {"output_layer", "tokenizers"},
-    {"losses"},
+    {"losses", "divergences"},
     {"metrics", "models", "policy_losses", "preference_losses"},
     {"data", "engine", "optim", "pretrained"},
     {"train", "evaluation.measures", "model_store"},

@@ -200,9 +200,9 @@ def test_what_goes_in_blocks_equals_what_goes_at_once(model, sizes, monkeypatch)
     ):
         monkeypatch.setattr(module, name, size)
     assert (
-        output_layer._blocks(66, 4) == (6, 66)
-        and output_layer._blocks(66, 7) == (11, 66)
-        and output_layer._blocks(66, 12) == (22, 66)
+        output_layer.count_blocks(66, 4) == (6, 66)
+        and output_layer.count_blocks(66, 7) == (11, 66)
+        and output_layer.count_blocks(66, 12) == (22, 66)
     )
     scans = str(
         jax.make_jaxpr(lambda p: transformer.apply(p, cut, np.ones((B, T), np.int32)))(

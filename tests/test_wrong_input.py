@@ -288,7 +288,19 @@ def test_a_stage_that_stays_damaged_is_made_again_once(capsys, config, run_dir, 
 
 @pytest.mark.parametrize(
     "stage",
-    ["pretrain", "sft", "sample", "rank", "reward", "dpo", "rloo", "grpo", "ppo", "evaluate"],
+    [
+        "pretrain",
+        "sft",
+        "sample",
+        "rank",
+        "reward",
+        "dpo",
+        "rloo",
+        "grpo",
+        "ppo",
+        "distill",
+        "evaluate",
+    ],
 )
 def test_a_stage_whose_input_was_never_made(capsys, config, tmp_path, stage):
     line = refused(capsys, stage, config(), "--run-dir", tmp_path / "r")

@@ -18,7 +18,7 @@ class PlanArgs:
     """Kind and shape of a slice: v5p:4x4x4, v6e:16x16, v5e:16x16, v4:4x4x4, tpu7x:4x4x4. Of GPUs kind and number, in
     nodes of eight, or NODESxGPUS: h100:8, h200:64, a100:4x4, b200:2x8."""
     stage: str = "pretrain"
-    """pretrain, sft, reward, dpo, rloo, grpo or ppo."""
+    """pretrain, sft, reward, dpo, rloo, grpo, ppo or distill."""
     slices: PositiveInt = 1
     """TPU slices joined by the data-center network; the mesh's data axis runs over them."""
     search: bool = False

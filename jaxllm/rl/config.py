@@ -1,4 +1,4 @@
-"""Settings of PPO, RLOO and GRPO. A comment beside a default names its source.
+"""Settings of PPO, RLOO, GRPO and distillation. A comment beside a default names its source.
 
 Schulman: Schulman et al. 2017, "Proximal policy optimization algorithms".
 Ziegler: Ziegler et al. 2019, "Fine-tuning language models from human preferences".
@@ -6,15 +6,20 @@ Stiennon: Stiennon et al. 2020, "Learning to summarize from human feedback".
 InstructGPT: Ouyang et al. 2022, "Training language models to follow instructions with human feedback".
 Huang: Huang et al. 2024, "The N+ implementation details of RLHF with PPO".
 DAPO: Yu et al. 2025, "DAPO: an open-source LLM reinforcement learning system at scale".
+GKD: Agarwal et al. 2024, "On-policy distillation of language models: learning from self-generated mistakes".
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Gt, Lt
 
 from jaxllm.config import require
 from jaxllm.config.functions import FunctionName
 from jaxllm.config.ranges import (
+    FINITE,
+    NOT_BOOL,
     AnyFloat,
     NonNegativeFloat,
     NonNegativeInt,
@@ -85,11 +90,21 @@ class RewardSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """A model whose distribution over the next token the policy learns."""
+
+    stage_dir: str = ""
+    """Stage directory of the teacher, whose tokenizer must be the policy's; empty: ppo."""
+    weight: PositiveFloat = 1.0
+    """Weight of its divergence in the loss, of which the policy loss has weight 1."""
+
+
+@dataclasses.dataclass(frozen=True)
 class RoleMesh(MeshConfig):
     """Another mesh over the same devices for one role. The policy itself trains on the stage's mesh."""
 
-    role: Literal["rollout", "reference", "reward", "critic"] = "rollout"
-    """rollout: the policy while it samples; reference and reward: those models; critic: a separate critic."""
+    role: Literal["rollout", "reference", "reward", "critic", "teacher"] = "rollout"
+    """rollout: the policy while it samples; reference, reward, teacher: those models; critic: a separate critic."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +121,9 @@ class PPOConfig:
     reward_from: str = ""
     """Stage directory of the reward model; empty: reward."""
     rewards: tuple[RewardSource, ...] = (RewardSource(),)
-    """Terms of the score: the reward model, functions, patterns, length."""
+    """Terms of the score: the reward model, functions, patterns, length; none: only the teachers are learned from."""
+    teachers: tuple[TeacherConfig, ...] = ()
+    """Models to distill: the policy's distribution over each token of its own responses is moved towards theirs (GKD)."""
 
     # --- The size of an update.
     advantages: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_pp"] = "gae"
@@ -139,6 +156,14 @@ class PPOConfig:
     """That estimate. The mean gradient of k2 is that of KL(policy || reference), that of k3 of KL(reference || policy), for each token."""
     max_approx_kl: NonNegativeFloat = 0.0
     """End an update early when a minibatch's approximate KL to the old policy, in nats per token, exceeds this; 0: never."""
+
+    # --- Teachers.
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """From a teacher, over the whole vocabulary: KL(policy || teacher), KL(teacher || policy), or between them jsd."""
+    jsd_beta: Annotated[float, NOT_BOOL, FINITE, Gt(0), Lt(1)] = (
+        0.5  # the Jensen-Shannon divergence itself
+    )
+    """jsd: near 0 as forward_kl, near 1 as reverse_kl (GKD, section 2)."""
 
     # --- Advantages and losses.
     discount: Proportion = 1.0  # InstructGPT, appendix C.4; Ziegler
@@ -232,6 +257,7 @@ class PPOConfig:
         self._check_sizes()
         self._check_sampling()
         self._check_rewards()
+        self._check_teachers()
         self._check_meshes()
         for role, optim in (("actor", self.actor), ("critic", self.critic)):
             # Responses would come from the average, and the gradient from elsewhere: no minibatch would be on-policy.
@@ -295,7 +321,6 @@ class PPOConfig:
         )
 
     def _check_rewards(self) -> None:
-        require(bool(self.rewards), "rewards: name at least one source")
         names = [source.source for source in self.rewards]
         for name in names:
             require(names.count(name) == 1, f"rewards: {name} is given twice; add up the weights")
@@ -309,6 +334,23 @@ class PPOConfig:
             f"rewards: {OVERLONG}{buffer} needs a number of tokens from 1 to max_new_tokens {longest}",
         )
 
+    def _check_teachers(self) -> None:
+        require(
+            bool(self.rewards or self.teachers),
+            "rewards: name at least one source, or teachers to learn from",
+        )
+        require(
+            bool(self.rewards) or not self.kl_coef,
+            "kl_coef: the KL is weighed against rewards, and there are none; set 0",
+        )
+        require(
+            bool(self.rewards) or self.sampling_rounds == 1,
+            "sampling_rounds: without rewards no group has a spread; set 1",
+        )
+        places = [teacher.stage_dir for teacher in self.teachers]
+        for place in places:
+            require(places.count(place) == 1, f"teachers: {place or 'ppo'} is given twice")
+
     def _check_meshes(self) -> None:
         roles = [mesh.role for mesh in self.meshes]
         require(len(set(roles)) == len(roles), "meshes: a role can have one mesh only")
@@ -317,19 +359,28 @@ class PPOConfig:
             "meshes: there is no separate critic; remove the role critic",
         )
         require(
+            bool(self.teachers) or "teacher" not in roles,
+            "meshes: there is no teacher; remove the role teacher",
+        )
+        require(
             self.sampler == "engine" or "rollout" not in roles,
             "sampler: trainer samples on the mesh of the policy; remove the role rollout from meshes",
         )
 
     @property
+    def has_values(self) -> bool:
+        """Whether advantages come from values, of a critic of either kind."""
+        return bool(self.rewards) and self.advantages == "gae"
+
+    @property
     def has_critic(self) -> bool:
         """Whether the critic has its own weights."""
-        return self.advantages == "gae" and self.critic_trunk == "separate"
+        return self.has_values and self.critic_trunk == "separate"
 
     @property
     def shares_trunk(self) -> bool:
         """Whether the critic is a value head on the policy's trunk."""
-        return self.advantages == "gae" and self.critic_trunk == "shared"
+        return self.has_values and self.critic_trunk == "shared"
 
     @property
     def normalizes_advantages(self) -> bool:
@@ -372,4 +423,12 @@ GRPO = dataclasses.replace(
     num_responses=8,
     kl_coef=0.0,
     kl_loss_coef=0.04,
+)
+# Agarwal et al. 2024, on-policy: the student's own responses, each learned from once, and no reward.
+DISTILL = PPOConfig(
+    rewards=(),
+    teachers=(TeacherConfig(),),
+    kl_coef=0.0,
+    num_epochs=1,
+    num_minibatches=1,
 )

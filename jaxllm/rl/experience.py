@@ -42,6 +42,7 @@ class Experience(NamedTuple):
     advantages: jax.Array  # float32[B, R]
     returns: jax.Array  # float32[B, R]: what values are trained towards; zero without a critic
     sampler_weights: Any = None  # float32[B, R]: corrects for the sampler; None where that is off
+    teacher_hidden: Any = ()  # of each teacher [B, R, D]: its states in which the response tokens were chosen
 
 
 def shape_scores(
@@ -57,6 +58,8 @@ def shape_scores(
     Returns:
       (scores float32[B] to learn from, moments including these scores, metrics).
     """
+    if not config.rewards:
+        return scores, moments, {}
     # Metrics show what the rewards said, before anything is normalized.
     reported = jnp.where(finished, scores, config.missing_end_score)
     metrics = {
@@ -104,18 +107,19 @@ def make_experience(
         # The mean stays: shifting rewards would pay for the length of a response.
         rewards = losses.whiten(rewards, mask, center=False)
 
-    if config.advantages == "gae":
+    if config.has_values:
         if config.shares_trunk:
             values = response_values(lora.join(base, actor), rollout, model=spec.reward_model)
         advantages, returns = losses.gae(
             rewards, values, mask, discount=config.discount, lam=config.gae_lambda
         )
     else:
-        values = returns = jnp.zeros_like(rewards)
-        advantages = _compare_responses(rewards, mask, config)
+        advantages = values = returns = jnp.zeros_like(rewards)
+        if config.rewards:
+            advantages = _compare_responses(rewards, mask, config)
 
     metrics = rollout_metrics(rollout, policy, ref_logprobs, advantages)
-    if config.advantages == "gae":
+    if config.has_values:
         metrics |= value_metrics(values, returns, mask)
     if config.normalizes_advantages:
         advantages = losses.whiten(advantages, mask)

@@ -17,7 +17,7 @@ from jaxllm.runtime.mesh import planned_mesh
 from jaxllm.runtime.transfer import reshard_across_meshes
 from jaxllm.sharding import activation, check_batch, replicated
 
-ROLES = ("policy", "rollout", "reference", "reward", "critic")
+ROLES = ("policy", "rollout", "reference", "reward", "critic", "teacher")
 
 # How an argument or a result travels between two meshes. A tree of shardings says it leaf by leaf.
 STAY = "stay"  # it is on the program's mesh already, or on the host

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxllm import losses, policy_losses
 from jaxllm.engine import rollouts
 from jaxllm.models import lora, next_token, scalar
+from jaxllm.rl import distillation
 from jaxllm.rl.experience import Experience, response_values
 from jaxllm.rl.roles import RunSpec
 
@@ -14,11 +15,12 @@ _KL_LOSSES = {"k2": losses.kl_k2, "k3": losses.kl_k3}
 
 
 def actor_loss(
-    params: Any, batch: Experience, key: Any, base: Any, *, spec: RunSpec
+    params: Any, batch: Experience, key: Any, base: Any, teacher_heads: Any = (), *, spec: RunSpec
 ) -> losses.Loss:
     """The objective that the config is made of (`policy_losses`), a sum over response tokens.
 
-    As configured also the entropy bonus, an estimate of the KL to the reference, and the value loss of a shared trunk.
+    As configured also the divergence from teachers (`distillation`), the entropy bonus, an estimate of the KL to the
+    reference, and the value loss of a shared trunk. teacher_heads: float32[V, D] of each teacher.
     """
     del key  # no dropout: the ratio of the first minibatch is exactly 1
     config, mask = spec.config, batch.mask
@@ -42,6 +44,15 @@ def actor_loss(
         dual_clip=config.dual_clip,
         sampler_weights=batch.sampler_weights,
     )
+    if not config.rewards:
+        loss = jnp.zeros(())  # every advantage is 0, and so is the policy loss
+    if config.teachers:
+        nats = distillation.divergence(
+            policy, hidden, batch.teacher_hidden, teacher_heads, spec=spec
+        )
+        loss = loss + policy_losses.total(nats, mask, config.loss_mean)
+        tokens = mask.astype(jnp.float32).sum()
+        metrics["divergence"] = (policy_losses.total(nats, mask, "token"), tokens)
     # Subtracted: the loss is minimized, and entropy should be high.
     if config.entropy_coef:
         entropy = policy_losses.total(stats.entropy, mask, config.loss_mean)
@@ -76,6 +87,9 @@ def critic_loss(
     )
 
 
-def ptx_loss(params: Any, batch: Any, key: Any, base: Any, *, spec: RunSpec) -> losses.Loss:
+def ptx_loss(
+    params: Any, batch: Any, key: Any, base: Any, teacher_heads: Any = (), *, spec: RunSpec
+) -> losses.Loss:
     """Next-token loss of the policy on rows of documents or conversations (PPO-ptx)."""
+    del teacher_heads
     return next_token.loss(spec.policy(params, base), batch, key, {}, model=spec.model)

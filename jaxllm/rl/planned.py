@@ -1,12 +1,15 @@
 """An update without devices: which programs it runs, how often, and on what. For `jaxllm plan`."""
 
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from jaxllm import train
 from jaxllm.losses import Metrics
+from jaxllm.model_store import read_model_card
 from jaxllm.models import next_token
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.config import PPOConfig
@@ -71,10 +74,12 @@ def planned_update(
 ) -> tuple[list[train.Program], dict[str, Any]]:
     """(the programs of an update, {role: its state}), as shapes with their shardings.
 
-    Reward model and critic are taken to be of the policy's size.
+    Reward model and critic are taken to be of the policy's size, and so is a teacher that is not there yet.
     """
-    check_lengths(config, model, stage)
-    spec = RunSpec(config, model, model, stop_ids=(0,), pad_id=0, seed=seed)
+    teachers = tuple(_planned_teacher(teacher.stage_dir, model) for teacher in config.teachers)
+    for each in (model, *teachers):
+        check_lengths(config, each, stage)
+    spec = RunSpec(config, model, model, stop_ids=(0,), pad_id=0, seed=seed, teachers=teachers)
     meshes = role_meshes(config, mesh)
     programs, layouts = build_programs(spec, meshes)
     state = abstract_state(layouts, config, mesh)
@@ -120,6 +125,13 @@ def planned_update(
     # What stays in memory between programs, whichever of them is running.
     held = {"policy": state.actor, "critic": state.critic, "ema": state.ema, **frozen._asdict()}
     return record.programs(), {role: tree for role, tree in held.items() if jax.tree.leaves(tree)}
+
+
+def _planned_teacher(stage_dir: str, policy: ModelConfig) -> ModelConfig:
+    """The config of a teacher; the policy's where its stage has not begun."""
+    if not stage_dir or not (epath.Path(stage_dir).expanduser() / "model.json").exists():
+        return policy
+    return read_model_card(os.path.expanduser(stage_dir))[0]
 
 
 def _prompts(config: PPOConfig, mesh: Any) -> Any:

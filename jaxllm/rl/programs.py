@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm import losses, train
+from jaxllm.engine import rollouts
 from jaxllm.models import decode, lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import make_optimizer
@@ -35,10 +36,11 @@ class UpdatePrograms(NamedTuple):
     shape_scores: MeshProgram  # (scores, finished, moments) -> (scores, moments, metrics)
     values: MeshProgram  # ((trained, base) of the critic, rollout) -> float32[B, R]
     reference: MeshProgram  # (reference, rollout) -> log-probabilities float32[B, R]
+    teachers: tuple[MeshProgram, ...]  # each (teacher, rollout) -> hidden states [B, R, D]
     experience: MeshProgram  # see `experience.make_experience`
     take: MeshProgram  # (experience, rows int32[b]) -> those rows of it
-    actor_step: MeshProgram  # (state, minibatch, base=) -> (state, metrics)
-    critic_step: MeshProgram | None  # the same, of a separate critic
+    actor_step: MeshProgram  # (state, minibatch, base=, teacher_heads=) -> (state, metrics)
+    critic_step: MeshProgram | None  # the same without teacher_heads, of a separate critic
 
 
 def build_programs(spec: RunSpec, meshes: Mapping[str, Any]) -> tuple[UpdatePrograms, StateLayouts]:
@@ -89,6 +91,15 @@ def build_programs(spec: RunSpec, meshes: Mapping[str, Any]) -> tuple[UpdateProg
             "reference",
             lambda ref, rollout: spec.logprobs(ref, rollout).logprob,
             flops_of.scored / 3,
+        ),
+        teachers=tuple(
+            judge(
+                "teacher" if number == 1 else f"teacher_{number}",
+                "teacher",
+                functools.partial(rollouts.response_hidden, config=model),
+                flops_of.forward(model, scored=False),
+            )
+            for number, model in enumerate(spec.teachers, 1)
         ),
         experience=MeshProgram(
             "experience",
@@ -171,7 +182,12 @@ def _actor_step(spec: RunSpec, mesh: Any) -> tuple[MeshProgram, train.StateLayou
     if config.ptx.coef:
         mixed = (functools.partial(ptx_loss, spec=spec), config.ptx.coef)
     step, layout = _train_step(spec, actor_loss, config.actor, family, spec.model, mesh, mixed)
-    flops = _FlopsPerToken(spec).scored * (_num_tokens(spec) / config.num_minibatches)
+    per_token = _FlopsPerToken(spec)
+    # A teacher's trunk has run; here it is only multiplied with the vocabulary.
+    heads = sum(
+        per_token.forward(model) - per_token.forward(model, scored=False) for model in spec.teachers
+    )
+    flops = (per_token.scored + heads) * (_num_tokens(spec) / config.num_minibatches)
     program = MeshProgram("actor", step, mesh, mesh, (STAY, STAY), (STAY, STAY), flops=flops)
     return program, layout
 
@@ -225,6 +241,11 @@ class _FlopsPerToken:
         """With the product with the vocabulary."""
         self.headless = transformer.flops_per_token(spec.reward_model, length, scored=False)
         """Without it, as in a model with a scalar head."""
+        self._length = length
+
+    def forward(self, model: ModelConfig, *, scored: bool = True) -> float:
+        """Of one pass of another model."""
+        return transformer.flops_per_token(model, self._length, scored=scored) / 3
 
 
 def _num_tokens(spec: RunSpec) -> int:

@@ -5,26 +5,30 @@
     reward     frozen: the reward stage's model, where a term of the score is a model.
     critic     trained, with GAE only. Starts from the reward model, or from the policy where there is none; or it is a
                value head on the policy's trunk.
+    teachers   frozen: models of their own size, where the policy is distilled from some.
 
 With adapters (`lora`), policy and critic train small matrices on top of frozen base weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm import output_layer
+from jaxllm.config import InputError
 from jaxllm.engine.rollouts import Rollout, response_logprobs
 from jaxllm.losses import Moments
-from jaxllm.model_store import load_model
+from jaxllm.model_store import load_model, read_model_card
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.parts_config import LoRAConfig
 from jaxllm.rl.config import PPOConfig
+from jaxllm.runtime.store.working import local_folder
 from jaxllm.runtime.transfer import reshard_across_meshes
-from jaxllm.sharding import param_shardings, place_params, replicated
+from jaxllm.sharding import param_shardings, place_params, replicated, with_shardings
+from jaxllm.tokenizers.published import load_tokenizer
 from jaxllm.train import StateLayout, TrainState
 from jaxllm.workspace import Workspace
 
@@ -47,6 +51,14 @@ class FrozenModels(NamedTuple):
     actor_base: Any
     critic_base: Any
     reward: Any  # {} where no term of the score is a reward model
+    teachers: Any = ()
+    # Their output matrices on the policy's mesh, where the teachers are on another one.
+    moved_heads: Any = ()
+
+    @property
+    def teacher_heads(self) -> tuple[Any, ...]:
+        """The output matrix of every teacher, on the policy's mesh."""
+        return self.moved_heads or tuple(map(transformer.head, self.teachers))
 
 
 class RunSpec(NamedTuple):
@@ -58,6 +70,7 @@ class RunSpec(NamedTuple):
     stop_ids: tuple[int, ...]  # tokens that end a response
     pad_id: int
     seed: int
+    teachers: tuple[ModelConfig, ...] = ()
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -112,9 +125,10 @@ def load_models(
         reward_from = workspace.source(config.reward_from, "reward", stage)
         # A reward model trained as adapters has the policy as its base, which is loaded already.
         reward, reward_model = load_model(reward_from, mesh, "reward", {source: ref})
-    for each in (model, reward_model):
+    teachers, teacher_models = _load_teachers(workspace, config, stage, model, meshes["teacher"])
+    for each in (model, reward_model, *teacher_models):
         check_lengths(config, each, stage)
-    spec = RunSpec(config, model, reward_model, stop_ids, pad_id, workspace.seed)
+    spec = RunSpec(config, model, reward_model, stop_ids, pad_id, workspace.seed, teacher_models)
 
     start = with_value_head(ref, model) if config.shares_trunk else ref
     actor_family = scalar if config.shares_trunk else transformer
@@ -135,8 +149,60 @@ def load_models(
         actor_base=actor_base,
         critic_base=critic_base,
         reward=_on_role_mesh(reward, scalar.axes(reward_model), mesh, meshes["reward"]),
+        teachers=teachers,
+        moved_heads=moved_heads(teachers, teacher_models, meshes),
     )
     return InitialModels(spec, frozen, actor, critic)
+
+
+def _load_teachers(
+    workspace: Workspace, config: PPOConfig, stage: str, model: ModelConfig, mesh: Any
+) -> tuple[tuple[Any, ...], tuple[ModelConfig, ...]]:
+    """(parameters, configs) of the teachers. Raises InputError where one has another vocabulary than the policy."""
+    loaded, models = [], []
+    for teacher in config.teachers:
+        source = workspace.source(teacher.stage_dir, "ppo", stage)
+        # Before it is loaded: a wrong teacher should not take minutes to find.
+        _check_vocabulary(workspace, f"{stage}.teachers", source, model)
+        # Straight onto its own mesh, which may be the only one that it fits.
+        with jax.set_mesh(mesh):
+            params, teacher_model = load_model(source, mesh)
+            loaded.append(lora.merge(params))
+        models.append(teacher_model)
+    return tuple(loaded), tuple(models)
+
+
+def _check_vocabulary(workspace: Workspace, field: str, source: str, model: ModelConfig) -> None:
+    """Raises InputError where the tokens of the model in a stage directory are not those of `model`."""
+    vocab_size = read_model_card(source)[0].vocab_size
+    tokenizer = load_tokenizer(local_folder(source) / "tokenizer")
+    same = tokenizer.fingerprint == workspace.tokenizer().fingerprint
+    if not same or vocab_size != model.vocab_size:
+        raise InputError(
+            f"{field}: {source} has another tokenizer or vocabulary than the policy; "
+            "name a teacher whose tokens mean the same"
+        )
+
+
+def moved_heads(
+    teachers: Sequence[Any],
+    models: Sequence[ModelConfig],
+    meshes: Mapping[str, Any],
+    move: Callable[[Any, Any, Any], Any] = reshard_across_meshes,
+) -> tuple[Any, ...]:
+    """The teachers' output matrices on the policy's mesh; none where the teachers are there.
+
+    move: (array, mesh, its sharding there) -> the array there, or its shape.
+    """
+    mesh = meshes["policy"]
+    if meshes["teacher"] is mesh:
+        return ()
+    moved = []
+    for params, model in zip(teachers, models, strict=True):
+        head = transformer.head(params)
+        axes = transformer.head(transformer.axes(model))
+        moved.append(move(head, mesh, param_shardings(mesh, head, axes)))
+    return tuple(moved)
 
 
 def _on_role_mesh(params: Any, axes: Any, mesh: Any, role_mesh: Any) -> Any:
@@ -258,11 +324,16 @@ def abstract_frozen(spec: RunSpec, meshes: Mapping[str, Any]) -> FrozenModels:
     reward = {}
     if config.has_reward_model:
         reward = _abstract(scalar, spec.reward_model, meshes["reward"])
+    teachers = tuple(_abstract(transformer, model, meshes["teacher"]) for model in spec.teachers)
     return FrozenModels(
         ref=_abstract(transformer, spec.model, meshes["reference"]),
         actor_base=lora.place_frozen(config.lora, policy, replicated(mesh)),
         critic_base=_critic_base_shapes(spec, meshes["critic"]) if config.has_critic else {},
         reward=reward,
+        teachers=teachers,
+        moved_heads=moved_heads(
+            teachers, spec.teachers, meshes, lambda head, _, there: with_shardings(head, there)
+        ),
     )
 
 

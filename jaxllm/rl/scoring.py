@@ -69,7 +69,7 @@ def make_scorer(
     ) -> tuple[jax.Array, Metrics]:
         terms = score_texts(rollout, prompts)
         # Summed in the order of the config: floating-point addition depends on it.
-        total, metrics = jnp.zeros(()), {}
+        total, metrics = jnp.zeros(rollout.finished.shape), {}
         for source, name in zip(sources, names, strict=True):
             if source.source == "model":
                 term = run(programs.reward, frozen.reward, rollout)

@@ -106,9 +106,20 @@ def collect(
     experience, metrics = run(
         programs.experience, *actor, rollout, ref_logprobs, values, scores, state.kl_coef
     )
+    experience = experience._replace(
+        teacher_hidden=teacher_hidden(run, programs, frozen, rollout),
+    )
     if host.log:
         host.log(int(state.step) + 1, rollout, prompts, scores)
     return experience, moments, {**metrics, **reward_metrics, **score_metrics}
+
+
+def teacher_hidden(
+    run: RunProgram, programs: UpdatePrograms, frozen: FrozenModels, rollout: Rollout
+) -> tuple[jax.Array, ...]:
+    """Each teacher's states [B, R, D] in which the response tokens were chosen."""
+    pairs = zip(programs.teachers, frozen.teachers, strict=True)
+    return tuple(run(program, params, rollout) for program, params in pairs)
 
 
 def optimize(
@@ -132,7 +143,13 @@ def optimize(
         learned_from = minibatch
         if host.ptx_rows_at:
             learned_from = (minibatch, host.ptx_rows_at(actor.step))
-        actor, metrics = run(programs.actor_step, actor, learned_from, base=frozen.actor_base)
+        actor, metrics = run(
+            programs.actor_step,
+            actor,
+            learned_from,
+            base=frozen.actor_base,
+            teacher_heads=frozen.teacher_heads,
+        )
         if programs.critic_step:
             critic, critic_metrics = run(
                 programs.critic_step, critic, minibatch, base=frozen.critic_base

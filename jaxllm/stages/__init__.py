@@ -162,6 +162,18 @@ TABLE: tuple[Stage, ...] = (
         title="PPO",
     ),
     Stage(
+        name="distill",
+        kind="policy",
+        help="distillation: learn from teachers on the policy's own responses",
+        section="jaxllm.rl.config:DISTILL",
+        section_help="As ppo, from the teachers' distributions over each token instead of a reward.",
+        run="jaxllm.stages.reinforce:build",
+        programs="jaxllm.stages.reinforce:plan",
+        needs=("tokenizer",),
+        title="Distilled",
+        by_default=False,
+    ),
+    Stage(
         name="evaluate",
         kind="report",
         help="measure the models and write the report",

@@ -1,4 +1,4 @@
-"""The stages that learn from a reward: ppo, rloo and grpo. How is told in `jaxllm.rl`."""
+"""The stages that learn from the policy's own responses: ppo, rloo, grpo and distill. How is told in `jaxllm.rl`."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ from jaxllm.workspace import Workspace
 
 
 def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
-    """The training of the policy. Its result has score and KL on held-out prompts under the same reward."""
+    """The training of the policy. Its result has score, divergence and KL on held-out prompts."""
     config: PPOConfig = getattr(life, stage)
     mesh = workspace.mesh
     # Checked before models are loaded: a wrong batch size should not take minutes to find.
@@ -75,15 +75,17 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         evaluate=make_evaluation(
             spec, programs, frozen, score, prompts["held_out"], tokenizer.decode, mesh
         ),
-        best="eval/score",
-        lower_is_better=False,
+        best="eval/score" if config.rewards else "eval/divergence",
+        lower_is_better=not config.rewards,
         schedules={f"{stage}/learning_rate": _schedule(config)},
         shown=(
             f"{stage}/score",
+            f"{stage}/divergence",
             f"{stage}/kl",
             f"{stage}/entropy",
             f"{stage}/response_length",
             "eval/score",
+            "eval/divergence",
             "eval/kl",
         ),
         result=functools.partial(_result, config, stage),

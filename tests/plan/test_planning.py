@@ -1,19 +1,26 @@
 """jaxllm plan: bytes, FLOPs and collectives against what can be counted otherwise; real compilations for TPUs."""
 
+import dataclasses
 import json
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 import yaml
+from etils import epath
 
 from jaxllm import output_layer
 from jaxllm.__main__ import main
+from jaxllm.engine.config import SamplingConfig
 from jaxllm.life import Config
+from jaxllm.model_store import write_model_card
 from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig, preset
 from jaxllm.plan import flops, gpus, hlo, measure, planning
 from jaxllm.plan.kept import compare_with_measured
+from jaxllm.rl.config import DISTILL, RoleMesh, TeacherConfig
+from jaxllm.rl.planned import planned_update
 from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.mesh import make_mesh
 from jaxllm.stages import language_model
@@ -278,6 +285,41 @@ def test_sampling_with_the_trainers_program_is_planned_as_whole_passes(tmp_path)
     assert programs["rollout"]["flops_per_device"] == pytest.approx(
         programs["experience"]["flops_per_device"], rel=0.1
     )
+
+
+def test_a_teacher_is_planned_with_the_size_of_the_model_that_is_there(tmp_path):
+    """Its memory, its pass over the responses, and its product with the vocabulary in the actor's step."""
+    policy = ModelConfig(vocab_size=256, max_length=256, **SHAPE)
+    teacher = dataclasses.replace(policy, num_layers=2, embed_dim=128)
+    write_model_card(epath.Path(tmp_path), teacher, "policy", ("params",))
+    mesh, planned = make_mesh(MeshConfig(data=2, fsdp=4)), []
+    for places in ([""], ["", str(tmp_path)]):
+        config = dataclasses.replace(
+            DISTILL,
+            batch_size=32,
+            sampling=SamplingConfig(64),
+            teachers=tuple(TeacherConfig(place) for place in places),
+            meshes=(RoleMesh(role="teacher", data=4, fsdp=2),),
+        )
+        programs, held = planned_update(mesh, "distill", config, policy, seed=0)
+        planned.append(({program.name: program for program in programs}, held))
+    (one, _), (two, held) = planned
+    assert one.keys() == two.keys() - {"teacher_2"} and "critic" not in two
+    tokens = 32 * (64 + 64)
+    trunk = transformer.flops_per_token(teacher, 128, scored=False) / 3 * tokens
+    assert two["teacher_2"].flops == pytest.approx(trunk)
+    head = transformer.flops_per_token(teacher, 128) / 3 * tokens - trunk
+    assert two["actor"].flops - one["actor"].flops == pytest.approx(head)
+    # Its weights on its mesh, and its output matrix once more on the policy's.
+    weights, matrix = held["teachers"][1], held["moved_heads"][1]
+    shapes = jax.tree.map(jnp.shape, transformer.abstract(teacher))
+    assert jax.tree.map(jnp.shape, weights) == shapes
+    assert matrix.shape == (256, 128) and matrix.sharding.mesh.shape == mesh.shape
+    assert transformer.head(weights).sharding.mesh.shape["data"] == 4
+    for name in ("teacher_2", "actor"):
+        program = two[name]
+        with jax.set_mesh(program.mesh):
+            program.run.lower(*program.arguments, **program.keywords)
 
 
 @pytest.mark.usefixtures("no_compiler_for_gpus")

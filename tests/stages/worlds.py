@@ -11,6 +11,7 @@ import numpy as np
 from jaxllm.data.loader import PromptExample, make_prompt_batch_at
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
+from jaxllm.rl import roles
 from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.layouts import role_meshes
 from jaxllm.rl.programs import build_programs
@@ -92,6 +93,12 @@ def run_spec(config: PPOConfig, model: ModelConfig, seed: int = 0) -> RunSpec:
     return RunSpec(config, model, model, LETTERS.stop_ids, LETTERS.pad_id, seed)
 
 
+def place_model(params, model, meshes):
+    """A teacher's parameters on its mesh."""
+    mesh = meshes["teacher"]
+    return jax.device_put(params, param_shardings(mesh, params, transformer.axes(model)))
+
+
 def host_work(spec: RunSpec, score, examples, prompts_at=None) -> HostWork:
     """The host's part of an update, without documents and without a log."""
     config = spec.config
@@ -126,6 +133,7 @@ class World:
         layers: int = 1,
         heads: int = 4,
         init_std: float = 0.1,
+        teachers=(),  # for each of the config's: fields of its model that differ from the policy's
         **more,
     ):
         self.config, self.seed, rng = config, seed, np.random.default_rng(seed)
@@ -152,9 +160,16 @@ class World:
             self.mesh, transformer.abstract(self.model), transformer.axes(self.model)
         )
         self.ref = jax.device_put(transformer.init(self.model, jax.random.key(seed)), shardings)
-        self.spec = run_spec(config, self.model, seed)
+        meshes = role_meshes(config, self.mesh)
+        models = tuple(dataclasses.replace(self.model, **fields) for fields in teachers)
+        self.teachers = tuple(
+            place_model(transformer.init(model, jax.random.key(seed + number)), model, meshes)
+            for number, model in enumerate(models, 1)
+        )
+        self.moved_heads = roles.moved_heads(self.teachers, models, meshes)
+        self.spec = run_spec(config, self.model, seed)._replace(teachers=models)
         with jax.set_mesh(self.mesh):
-            self.programs, self.layouts = build_programs(self.spec, role_meshes(config, self.mesh))
+            self.programs, self.layouts = build_programs(self.spec, meshes)
         self.examples = [
             PromptExample([{"role": "user", "content": LETTERS.decode(p)}], p)
             for p in PROMPTS
@@ -178,7 +193,9 @@ class World:
             if config.has_critic:
                 first = initial_critic(config, copy(self.ref), {}, self.model)
                 critic, critic_base = split_trainable(config.lora, first, scalar.axes(self.model))
-            frozen = FrozenModels(self.ref, actor_base, critic_base, {})
+            frozen = FrozenModels(
+                self.ref, actor_base, critic_base, {}, self.teachers, self.moved_heads
+            )
             state = initial_state(self.layouts, config, mesh, copy(actor), copy(critic))
             if resume is not None:
                 place = lambda value, like: jax.device_put(value, like.sharding)
