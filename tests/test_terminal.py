@@ -37,7 +37,9 @@ def test_the_help_lists_every_command_and_its_arguments(capsys):
     ):
         assert f"jaxllm {line}" in shown
     assert {
-        re.match(r"  jaxllm ([\w-]+) ", line)[1] for line in shown.split("\n") if line.startswith("  ")
+        re.match(r"  jaxllm ([\w-]+) ", line)[1]
+        for line in shown.split("\n")
+        if line.startswith("  ")
     } == COMMANDS
 
 
