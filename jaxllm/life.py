@@ -1,7 +1,7 @@
 """The config of one model's life: common settings, and a section for every stage in the table."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -10,8 +10,9 @@ from jaxllm import stages
 from jaxllm.config import require
 from jaxllm.config.ranges import Seed, Threads
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.parts_config import ScalingConfig
 from jaxllm.runtime.config import LoggingConfig, MeshConfig, ProcessConfig
-from jaxllm.stages import Stage
+from jaxllm.stages import Stage, dial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,20 @@ class Life:
         require(
             len(set(overridden)) == len(overridden), "meshes: a stage can have only one override"
         )
+
+        # Sections of stages are fields of the class that `config_class` makes.
+        scaled = self.model.scaling != ScalingConfig()
+        for stage in stages.names():
+            for name in ("optim", "actor", "critic"):
+                optim = getattr(getattr(self, stage, None), name, None)
+                if optim is not None:
+                    optim.check_scaling(f"{stage}.{name}", scaled)
+
+    @classmethod
+    def expand(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Adds the fields of pretrain that model.dial sets, where `tree` does not set them."""
+        has_pretrain = any(field.name == "pretrain" for field in dataclasses.fields(cls))
+        return dial.fill(tree) if has_pretrain and (tree.get("model") or {}).get("dial") else tree
 
     def mesh_of(self, stage: str) -> MeshConfig:
         """Returns the mesh of a stage: its override, or the common one."""

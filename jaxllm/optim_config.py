@@ -76,6 +76,14 @@ class OptimConfig:
         )
         self._check_state_dtype()
 
+    def check_scaling(self, where: str, scaled: bool) -> None:
+        """Raises ValueError if the model follows a base model and this kind of optimizer has no rules for that."""
+        # SGD's moves are as large as gradients are, and SOAP's depend on the rank of the gradient.
+        require(
+            not scaled or self.kind not in ("sgd", "soap"),
+            f"{where}.kind: {self.kind} has no rules for model.scaling; set it to adamw, muon, lion, adafactor or schedule_free",
+        )
+
     def _check_state_dtype(self) -> None:
         if self.state_dtype == "float32":
             return

@@ -105,6 +105,7 @@ TESTED_IN = {
     "models/attention.py": "tests/models/test_transformer.py",
     "models/config.py": "tests/models/test_transformer.py",
     "models/parts_config.py": "tests/models/test_transformer.py",
+    "models/dial.py": "tests/stages/test_dial.py",
     "models/layers.py": "tests/models/test_mutations.py",
     "models/next_token.py": "tests/models/test_mtp.py",
     "models/pipeline.py": "tests/test_sharded.py",

@@ -4,19 +4,22 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
+from annotated_types import Ge, Le
 
 from jaxllm.config import InputError, build, merge
 from jaxllm.config.ranges import (
+    NOT_BOOL,
     Epsilon,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
 )
-from jaxllm.models.parts_config import MLAConfig, MoEConfig, RopeScaling
+from jaxllm.models import dial
+from jaxllm.models.parts_config import MLAConfig, MoEConfig, RopeScaling, ScalingConfig
 
 if TYPE_CHECKING:
     import jax.numpy as jnp
@@ -26,6 +29,9 @@ PRESETS: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8")
 )["presets"]
 
+LARGEST_DIAL = 512  # a width of 32,768
+Dial = Annotated[int, NOT_BOOL, Ge(0), Le(LARGEST_DIAL)]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -33,6 +39,11 @@ class ModelConfig:
 
     preset: str = ""
     """Name of a published model (models/presets.yaml) whose shape is the default of the other fields."""
+    dial: Dial = 0
+    """One number for a whole model, its depth: sets the shape and the scaling here, and in pretrain the tokens, batch, steps
+    and optimizer, where the config does not (models/README.md); 0: sets nothing."""
+    tokens_per_parameter: PositiveFloat = 20.0
+    """With dial: tokens to pre-train on for each parameter of the layers' matrices (Hoffmann et al. 2022)."""
     vocab_size: NonNegativeInt = 0
     """Rows of the embedding; 0 takes the tokenizer's size."""
     max_length: PositiveInt = 256
@@ -95,6 +106,8 @@ class ModelConfig:
     """Use the embedding table as the output head."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of the initial weights; residual projections get it divided by sqrt(2 num_layers)."""
+    scaling: ScalingConfig = ScalingConfig()
+    """Rules by which learning rates and initial scales of a base model serve this one."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and matrix products; parameters stay float32."""
     remat: Literal["none", "dots", "offload_dots", "attention", "full", "offload"] = "none"
@@ -134,6 +147,17 @@ class ModelConfig:
             )
         if self.mtp_modules and self.position == "learned":
             raise ValueError("mtp_modules: positions must be rotary")
+        if self.scaling != ScalingConfig():
+            self._check_scaling()
+
+    def _check_scaling(self) -> None:
+        if self.mtp_modules:
+            raise ValueError("scaling: there are no rules for mtp_modules; set them to 0")
+        if self.norm_offset:
+            # A scale of 1/8 stored as -7/8 would be off by 2% after rounding to bfloat16.
+            raise ValueError(
+                "scaling: makes scales of norms small, which norm_offset stores less 1"
+            )
 
     def _set(self, name: str, value: Any) -> None:
         """Replaces a field of this frozen dataclass while it is initialized."""
@@ -141,13 +165,18 @@ class ModelConfig:
 
     @staticmethod
     def expand(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Adds the fields of the preset that `tree` names, where `tree` does not set them."""
+        """Adds the fields of the dial and of the preset that `tree` names, where `tree` does not set them."""
         # `config.build` calls this with the raw tree, before any field is checked: a name may be anything.
         name = tree.get("preset") or ""
         if not isinstance(name, str) or (name and name not in PRESETS):
             raise ValueError(f"preset: {name!r} is unknown; known: {', '.join(PRESETS)}")
         # Nested sections merge field by field: `moe: {aux_coef: 0.01}` keeps the preset's experts.
-        return merge(PRESETS.get(name, {}), tree)
+        base = PRESETS.get(name, {})
+        position = tree.get("dial")
+        # Anything else is left to the check of the field.
+        if type(position) is int and 0 < position <= LARGEST_DIAL:
+            base = merge(base, dial.shape(position, merge(base, tree).get("mlp", "")))
+        return merge(base, tree)
 
     def windowed(self, layer: int) -> bool:
         """Whether the attention of a layer has the window. With global_every 3: yes yes no yes yes no ..."""
@@ -189,8 +218,19 @@ class ModelConfig:
     @property
     def residual_init_std(self) -> float:
         """Standard deviation of the initial weights of projections into the residual stream (GPT-2)."""
-        # 2 L sublayers add to the residual stream; together they add the variance of one.
-        return self.init_std / math.sqrt(2 * self.num_layers)
+        # 2 L sublayers add to the residual stream; together they add the variance of one. With a base model L is the base's:
+        # the rest is a rule of `scaling`.
+        return self.init_std / math.sqrt(2 * (self.scaling.base_depth or self.num_layers))
+
+    @property
+    def width_growth(self) -> float:
+        """How many times as wide the model is as its base; 1 without one."""
+        return self.embed_dim / (self.scaling.base_width or self.embed_dim)
+
+    @property
+    def depth_growth(self) -> float:
+        """How many times as deep the model is as its base; 1 without one."""
+        return self.num_layers / (self.scaling.base_depth or self.num_layers)
 
     @property
     def compute_dtype(self) -> "jnp.dtype":

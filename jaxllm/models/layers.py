@@ -12,7 +12,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.linear import linear, swiglu
 from jaxllm.models.moe import moe
 from jaxllm.models.norm import Norm
-from jaxllm.models.parameters import constant, expand_like, matrix
+from jaxllm.models.parameters import bias, expand_like, matrix
 from jaxllm.models.self_attention import Attention, LatentAttention, SequenceOrder
 from jaxllm.sharding import constrain, constrain_residual, in_blocks
 
@@ -31,14 +31,14 @@ class MLP(nnx.Module):
         hidden = {"mlp": size}
         self.gated = c.mlp != "gelu"
         if self.gated:
-            self.gate = matrix(rngs, c.init_std, embed, hidden)
-        self.up = matrix(rngs, c.init_std, embed, hidden)
-        self.down = matrix(rngs, c.residual_init_std, hidden, embed)
+            self.gate = matrix(rngs, c, embed, hidden)
+        self.up = matrix(rngs, c, embed, hidden)
+        self.down = matrix(rngs, c, hidden, embed, place="last")
         if c.bias:
-            self.up_bias = constant(0.0, **hidden)
-            self.down_bias = constant(0.0, norm=c.embed_dim)
+            self.up_bias = bias(c, hidden)
+            self.down_bias = bias(c, {"norm": c.embed_dim}, place="last")
             if self.gated:
-                self.gate_bias = constant(0.0, **hidden)
+                self.gate_bias = bias(c, hidden)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
@@ -134,14 +134,14 @@ class Experts(nnx.Module):
         c = self.config = config
         experts = c.moe.num_experts
         size = c.moe.mlp_dim or c.mlp_dim
-        self.router = matrix(rngs, c.init_std, {"embed": c.embed_dim}, {"router": experts})
+        self.router = matrix(rngs, c, {"embed": c.embed_dim}, {"router": experts})
         if c.moe.router == "sigmoid":
-            self.router_bias = constant(0.0, router=experts)
+            self.router_bias = bias(c, {"router": experts})
         stack, embed, hidden = {"experts": experts}, {"expert_embed": c.embed_dim}, {"mlp": size}
         self.experts = nnx.Dict(
-            gate=matrix(rngs, c.init_std, embed, hidden, stack),
-            up=matrix(rngs, c.init_std, embed, hidden, stack),
-            down=matrix(rngs, c.residual_init_std, hidden, embed, stack),
+            gate=matrix(rngs, c, embed, hidden, stack),
+            up=matrix(rngs, c, embed, hidden, stack),
+            down=matrix(rngs, c, hidden, embed, stack, place="last"),
         )
         if c.moe.num_shared:
             self.shared = MLP(c, rngs, c.moe.num_shared * size)
@@ -170,8 +170,8 @@ class Block(nnx.Module):
             self.attention_norm = Norm(config)
             self.mlp_norm = Norm(config)
         if config.norm_place != "before":
-            self.attention_post_norm = Norm(config)
-            self.mlp_post_norm = Norm(config)
+            self.attention_post_norm = Norm(config, place="last")
+            self.mlp_post_norm = Norm(config, place="last")
 
     def __call__(
         self,
@@ -234,7 +234,7 @@ class MTPModule(nnx.Module):
         self.hidden_norm = Norm(config)
         self.norm = Norm(config)
         self.project = matrix(
-            rngs, config.init_std, {"latent": 2 * config.embed_dim}, {"embed": config.embed_dim}
+            rngs, config, {"latent": 2 * config.embed_dim}, {"embed": config.embed_dim}
         )
         self.block = Block(config, rngs)
 

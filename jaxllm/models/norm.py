@@ -1,6 +1,7 @@
 """Normalization of activations, with a gradient written by hand."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax import Array
 
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.parameters import constant, expand_like
+from jaxllm.models.scaling import Place, Scale, of_vector
 from jaxllm.runtime.cpu import computed_once
 
 
@@ -19,16 +21,24 @@ class Norm(nnx.Module):
     It normalizes the last dimension, or all dimensions that `axes` names (OLMo 2 normalizes all heads at once).
     """
 
-    def __init__(self, config: ModelConfig, **axes: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        axes: Mapping[str, int] | None = None,
+        place: Place = "inside",
+        scale: Scale | None = None,
+    ):
+        """place: in a residual branch; scale: of a norm outside of them."""
         axes = axes or {"norm": config.embed_dim}
+        scale = scale or of_vector(config, axes, place)
         self.eps = config.norm_eps
         self.centers = config.norm == "layernorm"
         self.rank = len(axes)
         # Gemma stores scale - 1, so that a scale of 0 leaves the activations unchanged.
         self.offset = float(config.norm_offset)
-        self.scale = constant(1.0 - self.offset, **axes)
+        self.scale = constant(1.0 - self.offset, scale, **axes)
         if self.centers:
-            self.bias = constant(0.0, **axes)
+            self.bias = constant(0.0, scale, **axes)
 
     def __call__(self, x: Array) -> Array:
         """Normalizes x [..., *axes]; returns the same shape and dtype."""

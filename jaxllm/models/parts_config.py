@@ -109,6 +109,16 @@ class RopeScaling:
         return 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class ScalingConfig:
+    """The model that learning rates and initial scales were chosen for; those of this one follow from them."""
+
+    base_width: NonNegativeInt = 0
+    """Its embed_dim: muP (Yang et al. 2022); 0: the width changes nothing."""
+    base_depth: NonNegativeInt = 0
+    """Its num_layers: CompleteP (Dey et al. 2025); 0: the depth changes the initial scale of projections only."""
+
+
 # Matrices that can have an adapter, by name; `Axes.num_inputs` says which of their dimensions are the input.
 LORA_TARGETS = ("q", "k", "v", "out", "gate", "up", "down", "q_a", "q_b", "kv_a", "kv_b")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import InputError
-from jaxllm.models import transformer
+from jaxllm.models import scaling, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.parameters import Axes
 
@@ -18,9 +18,12 @@ _LENGTH_STEP = 32  # rows to score are padded to a multiple of it, so that few l
 def init(trunk: Any, config: ModelConfig, key: jax.Array) -> Any:
     """{"trunk", "head": {"kernel" float32[D], "bias" float32[]}} on a copy of a decoder's parameters.
 
-    The kernel is sampled from N(0, 1 / (D + 1)), the bias is 0 (Stiennon et al. 2020; Huang et al. 2024, detail 8).
+    The kernel is sampled from N(0, 1 / (D + 1)), the bias is 0 (Stiennon et al. 2020; Huang et al. 2024, detail 8). With
+    `model.scaling` this D is the base's, and the rest is that of an output matrix.
     """
-    kernel = jax.random.normal(key, (config.embed_dim,)) / jnp.sqrt(config.embed_dim + 1.0)
+    width = config.embed_dim / config.width_growth
+    kernel = jax.random.normal(key, (config.embed_dim,)) / jnp.sqrt(width + 1.0)
+    kernel = kernel * scaling.of_scalar_head(config).init
     return {
         # A copy, so that the decoder's own parameters survive the donation of these.
         "trunk": jax.tree.map(jnp.copy, trunk),
@@ -31,7 +34,8 @@ def init(trunk: Any, config: ModelConfig, key: jax.Array) -> Any:
 def axes(config: ModelConfig) -> Any:
     """The `Axes` of every parameter, a tree like that of `init`."""
     # "norm", which no rule shards: the head is small.
-    head = {"kernel": Axes(("norm",), decays=True), "bias": Axes((), decays=False)}
+    scale = scaling.of_scalar_head(config)
+    head = {"kernel": Axes(("norm",), decays=True, scale=scale), "bias": Axes((), decays=False)}
     return {"trunk": transformer.axes(config), "head": head}
 
 

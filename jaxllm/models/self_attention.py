@@ -14,7 +14,7 @@ from jaxllm.models.block_cache import LayerBlocks, Rules, View, extend_and_atten
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.linear import linear
 from jaxllm.models.norm import Norm
-from jaxllm.models.parameters import constant, expand_like, matrix
+from jaxllm.models.parameters import bias, expand_like, matrix
 from jaxllm.models.rope import frequencies, rope
 from jaxllm.sharding import constrain, undo_zigzag
 
@@ -30,22 +30,22 @@ class Attention(nnx.Module):
         embed = {"embed": c.embed_dim}
         heads = {"heads": c.num_heads, "head_dim": c.head_dim}
         kv_heads = {"kv_heads": c.num_kv_heads, "head_dim": c.head_dim}
-        self.q = matrix(rngs, c.init_std, embed, heads)
-        self.k = matrix(rngs, c.init_std, embed, kv_heads)
-        self.v = matrix(rngs, c.init_std, embed, kv_heads)
-        self.out = matrix(rngs, c.residual_init_std, heads, embed)
+        self.q = matrix(rngs, c, embed, heads)
+        self.k = matrix(rngs, c, embed, kv_heads)
+        self.v = matrix(rngs, c, embed, kv_heads)
+        self.out = matrix(rngs, c, heads, embed, place="last")
         if c.bias or c.qkv_bias:
-            self.q_bias = constant(0.0, **heads)
-            self.k_bias = constant(0.0, **kv_heads)
-            self.v_bias = constant(0.0, **kv_heads)
+            self.q_bias = bias(c, heads)
+            self.k_bias = bias(c, kv_heads)
+            self.v_bias = bias(c, kv_heads)
         if c.bias:
-            self.out_bias = constant(0.0, norm=c.embed_dim)
+            self.out_bias = bias(c, {"norm": c.embed_dim}, place="last")
         if c.qk_norm == "head":
-            self.q_norm = Norm(c, head_dim=c.head_dim)
-            self.k_norm = Norm(c, head_dim=c.head_dim)
+            self.q_norm = Norm(c, {"head_dim": c.head_dim})
+            self.k_norm = Norm(c, {"head_dim": c.head_dim})
         elif c.qk_norm == "all":
-            self.q_norm = Norm(c, **heads)
-            self.k_norm = Norm(c, **kv_heads)
+            self.q_norm = Norm(c, heads)
+            self.k_norm = Norm(c, kv_heads)
 
     def __call__(
         self,
@@ -130,15 +130,15 @@ class LatentAttention(nnx.Module):
         value_heads = {"heads": c.num_heads, "head_dim": m.value_dim}
         # V2-Lite has no latent of its queries.
         if m.q_rank:
-            self.q_a = matrix(rngs, c.init_std, embed, {"latent": m.q_rank})
-            self.q_a_norm = Norm(c, latent=m.q_rank)
-            self.q_b = matrix(rngs, c.init_std, {"rank": m.q_rank}, q_heads)
+            self.q_a = matrix(rngs, c, embed, {"latent": m.q_rank})
+            self.q_a_norm = Norm(c, {"latent": m.q_rank})
+            self.q_b = matrix(rngs, c, {"rank": m.q_rank}, q_heads)
         else:
-            self.q = matrix(rngs, c.init_std, embed, q_heads)
-        self.kv_a = matrix(rngs, c.init_std, embed, {"latent": m.kv_rank + m.rope_dim})
-        self.kv_a_norm = Norm(c, latent=m.kv_rank)
-        self.kv_b = matrix(rngs, c.init_std, {"rank": m.kv_rank}, kv_heads)
-        self.out = matrix(rngs, c.residual_init_std, value_heads, embed)
+            self.q = matrix(rngs, c, embed, q_heads)
+        self.kv_a = matrix(rngs, c, embed, {"latent": m.kv_rank + m.rope_dim})
+        self.kv_a_norm = Norm(c, {"latent": m.kv_rank})
+        self.kv_b = matrix(rngs, c, {"rank": m.kv_rank}, kv_heads)
+        self.out = matrix(rngs, c, value_heads, embed, place="last")
 
     def __call__(
         self,

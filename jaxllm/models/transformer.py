@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxllm.models import lora, moe
+from jaxllm.models import lora, moe, scaling
 from jaxllm.models.attention import ATTENDED
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Block, MTPModule
@@ -49,18 +49,21 @@ class Embedding(nnx.Module):
     """Tables of token embeddings and, if they are learned, of positions."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.tokens = table(rngs, config.init_std, vocab=config.vocab_size, embed=config.embed_dim)
+        width = config.embed_dim
+        scale = scaling.of_table(config)
+        self.tokens = table(rngs, config, scale, vocab=config.vocab_size, embed=width)
         if config.position == "learned":
-            self.positions = table(
-                rngs, config.init_std, positions=config.max_length, embed=config.embed_dim
-            )
+            # They are added after the token's embedding is multiplied (`embed`).
+            scale = scale._replace(folded=1.0)
+            self.positions = table(rngs, config, scale, positions=config.max_length, embed=width)
 
 
 class Head(nnx.Module):
     """The output matrix, where it is not the embedding table."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.tokens = table(rngs, config.init_std, vocab=config.vocab_size, embed=config.embed_dim)
+        scale = scaling.of_head(config)
+        self.tokens = table(rngs, config, scale, vocab=config.vocab_size, embed=config.embed_dim)
 
 
 class FinalNorm(nnx.Module):
@@ -68,7 +71,7 @@ class FinalNorm(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         del rngs
-        self.norm = Norm(config)
+        self.norm = Norm(config, scale=scaling.of_final_norm(config))
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:

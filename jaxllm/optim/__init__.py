@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxllm.models.parameters import Axes
+from jaxllm.models.scaling import LIKE_BASE
 from jaxllm.optim.adafactor import scale_by_adafactor
 from jaxllm.optim.muon import scale_by_muon
 from jaxllm.optim.schedule_free import interpolate, schedule_free
@@ -57,11 +59,13 @@ def make_optimizer(
     Args:
       config: of the optimizer.
       num_steps: optimizer updates of the schedule.
-      axes: a tree of `models.parameters.Axes` like the trained parameters: which of them decay, which are matrices.
+      axes: a tree of `models.parameters.Axes` like the trained parameters: which of them decay, which are matrices, and how
+        they follow the model's size.
       bias_rate: step of the routers' biases, against the sign of their gradient (`models.moe.balance`); 0: none.
     """
     # Clip the gradient, scale it by Adam's moments, add the decay, and only then multiply by the learning rate.
-    scale = _scaling(config, axes)
+    config.check_scaling("optim", any(leaf.scale != LIKE_BASE for leaf in jax.tree.leaves(axes)))
+    scale = _follow_size(config, _scaling(config, axes), axes)
     if config.state_dtype != "float32":
         scale = _store_moments_as(jnp.dtype(config.state_dtype), scale)
     optimizer = optax.chain(
@@ -118,6 +122,35 @@ def _scaling(config: OptimConfig, axes: Any) -> optax.GradientTransformation:
         every, longest = config.basis_every, config.longest_basis
         matrices = scale_by_soap(config.b1, config.b2, config.eps, every, longest, own)
     return optax.partition({"matrices": matrices, "rest": adam}, labels)
+
+
+def _follow_size(
+    config: OptimConfig, optimizer: optax.GradientTransformation, axes: Any
+) -> optax.GradientTransformation:
+    """The optimizer, whose directions have the sizes that a model of this size needs (`models.scaling`).
+
+    Before weight decay, which takes the same share of every parameter per update at any size (CompleteP: the decay grows as
+    the learning rate falls; Dey et al. 2025, table 1).
+    """
+    rates = jax.tree.map(lambda leaf: _rate(config, leaf), axes)
+    # Gradients as large as the base's need the base's epsilon.
+    gradients = jax.tree.map(lambda leaf: 1.0 / leaf.scale.gradient, axes)
+    # Nothing is added where nothing changes: states and bits are those of a model without rules.
+    if all(factor == 1.0 for factor in jax.tree.leaves((rates, gradients))):
+        return optimizer
+    return optax.chain(_times(gradients), optimizer, _times(rates))
+
+
+def _rate(config: OptimConfig, axes: Axes) -> float:
+    """The factor of a parameter's learning rate."""
+    # Muon scales matrices by their own sizes (`muon._scale`).
+    if config.kind == "muon" and axes.num_inputs:
+        return axes.scale.folded
+    return axes.scale.rate
+
+
+def _times(factors: Any) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda x, f: f * x, updates, factors))
 
 
 def _descent(config: OptimConfig, num_steps: int, axes: Any) -> optax.GradientTransformation:

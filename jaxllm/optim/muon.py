@@ -60,7 +60,7 @@ def _orthogonalize(x: jax.Array, axes: Axes, scaling: str) -> jax.Array:
     def one(arrays: Arrays) -> Arrays:
         matrix = as_matrix(arrays["x"], axes)
         rows, columns = matrix.shape
-        nearest = newton_schulz(matrix) * _scale(rows, columns, scaling)
+        nearest = newton_schulz(matrix) * _scale(rows, columns, scaling, axes)
         return {"x": nearest.reshape(arrays["x"].shape)}
 
     return on_whole_matrices(one, {"x": x}, {"x": axes}, axes.num_stacked, ["x"])["x"]
@@ -80,13 +80,18 @@ def newton_schulz(x: jax.Array) -> jax.Array:
     return x.T if tall else x
 
 
-def _scale(rows: int, columns: int, scaling: str) -> float:
+def _scale(rows: float, columns: float, scaling: str, axes: Axes) -> float:
     """The factor of an orthogonal matrix that maps `rows` inputs to `columns` outputs.
 
     "rms": 0.2 sqrt(max(rows, columns)), so that its elements have a root mean square of 0.2, about as large as an update
     of AdamW: the same learning rate and weight decay do for both (Liu et al. 2025, section 2.2).
     "width": sqrt(max(1, columns / rows)) (Jordan et al. 2024).
+
+    With `model.scaling` it is that of the base's matrix, and from there the norm grows as sqrt(columns / rows) (Yang, Simon and
+    Bernstein 2023, "A spectral condition for feature learning").
     """
+    rows, columns = rows / axes.scale.inputs, columns / axes.scale.outputs
+    growth = (axes.scale.outputs / axes.scale.inputs) ** 0.5
     if scaling == "rms":
-        return 0.2 * max(rows, columns) ** 0.5
-    return max(1.0, columns / rows) ** 0.5
+        return growth * 0.2 * max(rows, columns) ** 0.5
+    return growth * max(1.0, columns / rows) ** 0.5

@@ -17,7 +17,16 @@ from jaxllm.pretrained.family_rope import read_rope, write_rope
 from jaxllm.pretrained.family_table import DEFAULTS, FAMILIES, FIELDS
 
 # Our fields that no config.json holds: an exported model is read again without them.
-_OURS_ONLY = ("preset", "dtype", "remat", "scan_unroll", "init_std")
+_OURS_ONLY = (
+    "preset",
+    "dial",
+    "tokens_per_parameter",
+    "scaling",
+    "dtype",
+    "remat",
+    "scan_unroll",
+    "init_std",
+)
 _OURS_ONLY_MOE = ("capacity_factor", "aux_coef", "bias_rate")
 
 

@@ -68,17 +68,19 @@ def pretrain(directory, kind, *flags, interrupt_at=0):
     return json.loads((directory / "pretrain" / "result.json").read_text())
 
 
-SLOWER = [pytest.param(kind, marks=pytest.mark.life) for kind in KINDS if kind != "muon"]
+# Of a base half as wide and twice as deep: parameters have their own learning rates.
+SCALED = ("--model.scaling.base-width", "16", "--model.scaling.base-depth", "2")
+SLOWER = [pytest.param(kind, (), marks=pytest.mark.life) for kind in KINDS if kind != "muon"]
 
 
-@pytest.mark.parametrize("kind", ["muon", *SLOWER])
-def test_resumed_with_the_same_bits(kind, new_run):
+@pytest.mark.parametrize(("kind", "flags"), [("muon", ()), ("adamw", SCALED), *SLOWER])
+def test_resumed_with_the_same_bits(kind, flags, new_run):
     whole, interrupted = new_run("whole"), new_run("interrupted")
-    result = pretrain(whole, kind)
+    result = pretrain(whole, kind, *flags)
     with pytest.raises(Interrupted):
-        pretrain(interrupted, kind, interrupt_at=4)
+        pretrain(interrupted, kind, *flags, interrupt_at=4)
     assert newest_checkpoint(interrupted / "pretrain")[0] == 2
-    assert pretrain(interrupted, kind)["norm"] == result["norm"]
+    assert pretrain(interrupted, kind, *flags)["norm"] == result["norm"]
     same_checkpoint(whole / "pretrain", interrupted / "pretrain")
 
 
@@ -99,16 +101,16 @@ def test_the_model_of_schedule_free_is_the_average(new_run):
 
 
 @pytest.mark.life
-@pytest.mark.parametrize("kind", ["muon", "soap"])
-def test_adapters_and_microbatches(kind, new_run):
+@pytest.mark.parametrize(("kind", "scaled"), [("muon", ()), ("soap", ()), ("adamw", SCALED)])
+def test_adapters_and_microbatches(kind, scaled, new_run):
     """A matrix's adapters a and b are matrices: both learn, although the gradient of a is 0 at first."""
     start = new_run("adapters")
-    pretrain(start, "adamw")
+    pretrain(start, "adamw", *scaled)
     flags = f"""
         --sft.lora.rank 4 --sft.num-micro 2 --sft.num-steps 4 --sft.batch-size 16 --sft.eval-every 4
         --sft.eval-batches 1 --sft.optim.kind {kind} --model.num-layers 1 --model.embed-dim 32 --model.mlp-dim 32
     """
-    cli.main(["sft", "configs/tiny.yaml", "--run-dir", str(start), *flags.split()])
+    cli.main(["sft", "configs/tiny.yaml", "--run-dir", str(start), *flags.split(), *scaled])
     step, leaves = newest_checkpoint(start / "sft")
     assert step == 4
     adapters = {name: leaf for name, leaf in leaves.items() if name.startswith("['params']")}
