@@ -171,6 +171,7 @@ def measure_ours(algorithm: str, dtype: str) -> None:
             prompts_of=lambda batch: reinforce.prompts_of_rows(
                 batch, examples, config.num_responses
             ),
+            more_prompts=None,
             score=make_scorer(spec, programs, frozen, Numbers.decode, mesh, "rewards"),
             end_responses=lambda rollout: rollout,
             ptx_rows_at=None,
@@ -212,7 +213,8 @@ def time_parts(programs, frozen, host, state, batch, spec) -> dict[str, float]:
         return result
 
     began = time.perf_counter()
-    experience, *_ = collect(run, programs, frozen, host, state, batch, key_words(0, 0))
+    key_of = lambda _: key_words(0, 0)
+    experience, *_ = collect(spec.config, run, programs, frozen, host, state, batch, key_of)
     rows = minibatch_rows(spec, 0)
     optimize(run, programs, frozen, host, state.actor, state.critic, experience, rows)
     parts["host"] = time.perf_counter() - began - sum(parts.values())
