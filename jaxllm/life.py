@@ -85,7 +85,10 @@ class Life:
     def expand(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
         """Adds the fields of pretrain that model.dial sets, where `tree` does not set them."""
         has_pretrain = any(field.name == "pretrain" for field in dataclasses.fields(cls))
-        return dial.fill(tree) if has_pretrain and (tree.get("model") or {}).get("dial") else tree
+        model = tree.get("model")
+        # Before any field is checked: a section may be anything.
+        is_set = isinstance(model, Mapping) and bool(model.get("dial"))
+        return dial.fill(tree) if has_pretrain and is_set else tree
 
     def mesh_of(self, stage: str) -> MeshConfig:
         """Returns the mesh of a stage: its override, or the common one."""

@@ -173,6 +173,8 @@ class ModelConfig:
         # Nested sections merge field by field: `moe: {aux_coef: 0.01}` keeps the preset's experts.
         base = PRESETS.get(name, {})
         position = tree.get("dial")
+        if isinstance(position, float) and position.is_integer():
+            position = int(position)  # as the field is read
         # Anything else is left to the check of the field.
         if type(position) is int and 0 < position <= LARGEST_DIAL:
             base = merge(base, dial.shape(position, merge(base, tree).get("mlp", "")))

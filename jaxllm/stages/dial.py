@@ -37,10 +37,10 @@ def fill(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
       ValueError: the tree sets what the dial cannot follow.
     """
-    given = tree.get("pretrain") or {}
+    given = {} if tree.get("pretrain") is None else tree["pretrain"]
     try:
         model = build(ModelConfig, tree.get("model") or {})
-        section = build(LanguageModelConfig, given)
+        section = build(LanguageModelConfig, given)  # refuses what is no mapping
     except InputError:
         return tree  # the config's own checks say where it is wrong
     if not model.dial:

@@ -91,6 +91,14 @@ def test_a_resolved_config_is_the_same_config():
     assert build(ModelConfig, {"dial": 6}) == life.model
 
 
+def test_the_position_is_read_as_the_field_is():
+    whole = build(Config, {"model": {"dial": 4}})
+    assert build(Config, {"model": {"dial": 4.0}, "pretrain": None}) == whole
+    for tree in ({"model": True}, {"model": {"dial": 4}, "pretrain": []}, {"model": [["dial", 4]]}):
+        with pytest.raises(InputError, match="input should be a dictionary"):
+            build(Config, tree)
+
+
 def test_configs_without_a_dial_have_no_rules():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         model = load(Config, path).model
