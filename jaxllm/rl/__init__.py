@@ -11,7 +11,7 @@ programs    the compiled programs that an update runs
 layouts     programs that run on another mesh than the stage's
 roles       the models: which are trained, which are frozen, where they come from
 planned     the same update without devices, for `jaxllm plan`
-scoring     the weighted sum of rewards; `rewards` and `numerals` hold the built-in ones
+scoring     the weighted sum of rewards; `rewards` and `numerals` hold the built-in ones, `step_rewards` those of steps
 held_out    score, divergence and KL on held-out prompts
 rollout_log rollouts.jsonl
 """

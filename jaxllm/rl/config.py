@@ -35,9 +35,10 @@ from jaxllm.optim_config import OptimConfig
 from jaxllm.runtime.config import CheckpointConfig, MeshConfig
 
 # Terms of a reward that are neither a pattern nor a function.
-BUILT_IN_TERMS = ("model", "length")
+BUILT_IN_TERMS = ("model", "model_steps", "length")
 REGEX = "regex:"
 OVERLONG = "overlong:"
+STEPS = "steps:"
 # Advantages that compare the responses to one prompt.
 COMPARING = ("rloo", "grpo", "dr_grpo")
 
@@ -65,7 +66,7 @@ class RewardSource:
     """One term of a response's score."""
 
     source: FunctionName = "model"
-    """model: the reward model's score; module:function of (prompt, response, answer); regex:PATTERN: 1 if the whole response matches; length: its tokens over max_new_tokens; overlong:N: from 0 to -1 over the last N of max_new_tokens."""
+    """model: the reward model's score; module:function of (prompt, response, answer); regex:PATTERN: 1 if the whole response matches; length: its tokens over max_new_tokens; overlong:N: from 0 to -1 over the last N of max_new_tokens. A reward for each step of a response: model_steps: the reward model's score at its end; steps:module:function of (prompt, steps, answer)."""
     weight: AnyFloat = 1.0
     """The score is the sum of weight x term; negative for a penalty."""
 
@@ -73,13 +74,19 @@ class RewardSource:
         kind, _, rest = self.source.partition(":")
         known = self.source in BUILT_IN_TERMS or (kind and rest)
         require(
-            bool(known), "source: give model, length, overlong:N, regex:PATTERN or module:function"
+            bool(known),
+            "source: give model, length, overlong:N, regex:PATTERN, module:function, model_steps or steps:module:function",
         )
 
     @property
+    def pays_steps(self) -> bool:
+        """Whether the term is a reward for each step, paid where the step ends."""
+        return self.source == "model_steps" or self.source.startswith(STEPS)
+
+    @property
     def reads_text(self) -> bool:
-        """Whether the term is computed from texts, on the host."""
-        return self.source not in BUILT_IN_TERMS and not self.source.startswith(OVERLONG)
+        """Whether the term is a number computed from texts, on the host."""
+        return self.source not in BUILT_IN_TERMS and not self.source.startswith((OVERLONG, STEPS))
 
     @property
     def name(self) -> str:
@@ -122,6 +129,8 @@ class PPOConfig:
     """Stage directory of the reward model; empty: reward."""
     rewards: tuple[RewardSource, ...] = (RewardSource(),)
     """Terms of the score: the reward model, functions, patterns, length; none: only the teachers are learned from."""
+    step_marker: str = "\n"
+    """The text that ends a step of a response; the last step ends with the response."""
     teachers: tuple[TeacherConfig, ...] = ()
     """Models to distill: the policy's distribution over each token of its own responses is moved towards theirs (GKD)."""
 
@@ -327,6 +336,12 @@ class PPOConfig:
             if name.startswith(OVERLONG):
                 self._check_buffer(name.removeprefix(OVERLONG))
 
+        require(bool(self.step_marker), "step_marker: an empty text ends no step; name one")
+        require(
+            not self.pays_steps or not (self.normalize_scores or self.score_clip),
+            "normalize_scores: it and score_clip shape the score of a whole response; set both off beside rewards of steps",
+        )
+
     def _check_buffer(self, buffer: str) -> None:
         longest = self.sampling.max_new_tokens
         require(
@@ -389,8 +404,13 @@ class PPOConfig:
 
     @property
     def has_reward_model(self) -> bool:
-        """Whether a term of the score is the reward model's."""
-        return any(source.source == "model" for source in self.rewards)
+        """Whether a term of the score, or of its steps, is the reward model's."""
+        return any(source.source in ("model", "model_steps") for source in self.rewards)
+
+    @property
+    def pays_steps(self) -> bool:
+        """Whether a term of the score is a reward for each step."""
+        return any(source.pays_steps for source in self.rewards)
 
     @property
     def num_prompts(self) -> int:

@@ -28,6 +28,7 @@ class Sampled(NamedTuple):
     rollout: Rollout
     scores: jax.Array  # float32[B], before they are shaped
     prompts: Sequence[PromptExample]  # of each response
+    steps: Any = None  # float32[B, R], the part of the scores that is paid where steps end
 
 
 def fill(
@@ -100,7 +101,7 @@ def _replace(
     for place, group in zip(places, groups, strict=False):
         rows[place] = size + group * K + np.arange(K)
     rows = rows.reshape(-1)
-    pair = (batch.rollout, batch.scores), (more.rollout, more.scores)
-    rollout, scores = exchange(pair, rows)
+    pair = [(each.rollout, each.scores, each.steps) for each in (batch, more)]
+    rollout, scores, steps = exchange(tuple(pair), rows)
     prompts = [*batch.prompts, *more.prompts]
-    return Sampled(rollout, scores, [prompts[row] for row in rows])
+    return Sampled(rollout, scores, [prompts[row] for row in rows], steps)

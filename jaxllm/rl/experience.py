@@ -10,9 +10,10 @@ three tokens of which the last one ends it:
     values                   | v1  v2  v3   .     of the state *before* each token: v1 sees p1 p2 only
     rewards                  | -k1 -k2 -k3+score  k = kl_coef * (log-prob - reference log-prob)
 
-The score of the whole response is paid at its last token; every token pays for moving away from the reference. The rest
-of this file turns that into one advantage a token: with a critic by GAE (PPO), without one by comparing the responses
-to the same prompt (RLOO, GRPO) or all of the batch (REINFORCE++).
+The score of the whole response is paid at its last token, except for rewards of steps, which are paid where the steps
+end; every token pays for moving away from the reference. The rest of this file turns that into one advantage a token:
+with a critic by GAE (PPO), without one by comparing the responses to the same prompt (RLOO, GRPO) or all of the batch
+(REINFORCE++).
 """
 
 from typing import Any, NamedTuple
@@ -84,6 +85,7 @@ def make_experience(
     values: Any,
     scores: jax.Array,
     kl_coef: jax.Array,
+    steps: Any = None,
     *,
     spec: RunSpec,
 ) -> tuple[Experience, Metrics]:
@@ -97,12 +99,20 @@ def make_experience(
       values: float32[B, R] from a separate critic; not read without one.
       scores: float32[B], one for each response.
       kl_coef: float32[].
+      steps: float32[B, R], the part of the scores that is paid where steps end; None where there is none.
     """
     config, mask = spec.config, rollout.mask
     # Recomputed rather than taken from sampling: the decoding program rounds differently from the one that learns, and
     # the probability ratio of the first minibatch should be exactly 1.
     policy = spec.logprobs(spec.policy(actor, base), rollout)
+    if steps is not None:
+        # The last token is paid what is left of the score, also of a response without an end, which has another one: were
+        # its steps not paid, a reward would depend on later tokens, which then would not learn from it.
+        steps = jnp.where(mask, steps, 0.0)
+        scores = scores - steps.sum(1)
     rewards = losses.token_rewards(scores, policy.logprob, ref_logprobs, mask, kl_coef)
+    if steps is not None:
+        rewards = rewards + steps
     if config.whiten_rewards:
         # The mean stays: shifting rewards would pay for the length of a response.
         rewards = losses.whiten(rewards, mask, center=False)
@@ -208,6 +218,12 @@ def response_values(params: Any, batch: Rollout | Experience, *, model: ModelCon
     """The critic's value float32[B, R] of the state before each response token."""
     hidden = rollouts.response_hidden(params["trunk"], batch, model)
     return scalar.read(params["head"], hidden)
+
+
+def step_scores(params: Any, rollout: Rollout, ends: jax.Array, *, model: ModelConfig) -> jax.Array:
+    """The reward model's score float32[B, R] at the tokens that end a step, bool[B, R]; 0 elsewhere."""
+    values = scalar.apply(params, model, rollout.tokens, *rollouts.row_inputs(rollout))
+    return jnp.where(ends, values[:, -ends.shape[1] :], 0.0)
 
 
 def reward_scores(params: Any, rollout: Rollout, *, model: ModelConfig) -> jax.Array:

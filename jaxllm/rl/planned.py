@@ -86,11 +86,16 @@ def planned_update(
     frozen = abstract_frozen(spec, meshes)
     record = Recorder()
 
-    def score(run: Any, rollout: Any, prompts: Any) -> tuple[Any, Metrics]:
+    def score(run: Any, rollout: Any, prompts: Any) -> tuple[Any, Any, Metrics]:
         del prompts
-        if config.has_reward_model:
+        sources = [source.source for source in config.rewards]
+        if "model" in sources:
             run(programs.reward, frozen.reward, rollout)
-        return rows_like(mesh, jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)), {}
+        if "model_steps" in sources:
+            run(programs.step_scores, frozen.reward, rollout, rollout.mask)
+        scores = jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)
+        steps = jax.ShapeDtypeStruct(rollout.mask.shape, jnp.float32) if config.pays_steps else None
+        return rows_like(mesh, scores), rows_like(mesh, steps), {}
 
     # Rows of PPO-ptx come from the host; their shapes are known without data.
     ptx_rows = None

@@ -17,7 +17,13 @@ from jaxllm.models import decode, lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim import make_optimizer
 from jaxllm.optim_config import OptimConfig
-from jaxllm.rl.experience import make_experience, response_values, reward_scores, shape_scores
+from jaxllm.rl.experience import (
+    make_experience,
+    response_values,
+    reward_scores,
+    shape_scores,
+    step_scores,
+)
 from jaxllm.rl.layouts import REPLICATED, ROWS, STAY, MeshProgram
 from jaxllm.rl.objectives import actor_loss, critic_loss, ptx_loss
 from jaxllm.rl.roles import RunSpec, StateLayouts
@@ -32,6 +38,7 @@ class UpdatePrograms(NamedTuple):
     weights: MeshProgram  # (trained, base) -> the policy's weights, on the mesh that samples
     rollout: Sampler | TrainerSampler  # (weights, prompts, key data uint32[2]) -> Rollout
     reward: MeshProgram  # (reward model, rollout) -> float32[B]
+    step_scores: MeshProgram  # (reward model, rollout, ends bool[B, R]) -> float32[B, R]
     exchange: MeshProgram  # (pair of batches, rows int32[B] of both) -> those rows
     shape_scores: MeshProgram  # (scores, finished, moments) -> (scores, moments, metrics)
     values: MeshProgram  # ((trained, base) of the critic, rollout) -> float32[B, R]
@@ -68,6 +75,15 @@ def build_programs(spec: RunSpec, meshes: Mapping[str, Any]) -> tuple[UpdateProg
             "reward",
             functools.partial(reward_scores, model=spec.reward_model),
             flops_of.headless / 3,
+        ),
+        step_scores=MeshProgram(
+            "score_steps",
+            jax.jit(functools.partial(step_scores, model=spec.reward_model)),
+            meshes["reward"],
+            mesh,
+            (STAY, ROWS, ROWS),
+            ROWS,
+            flops=flops_of.headless / 3 * tokens,
         ),
         exchange=MeshProgram("exchange", jax.jit(_exchange), mesh, mesh, (STAY, STAY)),
         shape_scores=MeshProgram(
@@ -106,7 +122,7 @@ def build_programs(spec: RunSpec, meshes: Mapping[str, Any]) -> tuple[UpdateProg
             jax.jit(functools.partial(make_experience, spec=spec)),
             mesh,
             mesh,
-            (STAY,) * 7,
+            (STAY,) * 8,
             (ROWS, STAY),
             flops=flops_of.scored / 3 * tokens,
         ),

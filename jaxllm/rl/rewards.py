@@ -16,10 +16,12 @@ import numpy as np
 from jaxllm.config import InputError
 from jaxllm.config.functions import resolve_function
 from jaxllm.rl import numerals
-from jaxllm.rl.config import REGEX, RewardSource
+from jaxllm.rl.config import REGEX, STEPS, RewardSource
 from jaxllm.rl.score_functions import check_scores, score_all
 from jaxllm.runtime.console import console
 
+# (prompts, steps of each response, answers) -> float64[its number of steps] of each response.
+StepTerms = Callable[[Sequence[str], Sequence[list[str]], Sequence[str]], list[np.ndarray]]
 # (prompts, responses, answers) -> float64[N], the terms of N responses.
 Terms = Callable[[Sequence[str], Sequence[str], Sequence[str]], np.ndarray]
 
@@ -75,6 +77,8 @@ def check_answers(sources: Sequence[RewardSource], answers: Sequence[str], field
 
 def _takes_answer(source: RewardSource, field: str) -> bool:
     """Whether a term is a user's function of prompt, response and answer."""
+    if source.source.startswith(STEPS):
+        return True
     if not source.reads_text or source.source.startswith((REGEX, f"{__name__}:")):
         return False
     return _num_parameters(resolve_function(source.source, field)) == 3
@@ -106,6 +110,28 @@ def resolve(source: RewardSource, field: str) -> Terms:
         rows = zip(prompts, responses, answers, strict=True)
         scores = [function(*row) for row in rows]
         return check_scores(scores, responses, f"{field} {source.source}")
+
+    return terms
+
+
+def resolve_steps(source: RewardSource, field: str) -> StepTerms:
+    """(prompts, steps of each response, answers) -> a reward for each step, for a source `steps:module:function`.
+
+    Raises:
+        InputError: the function does not exist or takes other parameters.
+    """
+    function = resolve_function(source.source.removeprefix(STEPS), field)
+    count = _num_parameters(function)
+    if count != 3:
+        takes = f"takes {count} parameters; a reward of steps takes prompt, steps, answer"
+        raise InputError(f"{field} {source.source!r}: {takes}")
+
+    def terms(
+        prompts: Sequence[str], steps: Sequence[list[str]], answers: Sequence[str]
+    ) -> list[np.ndarray]:
+        rows = zip(prompts, steps, answers, strict=True)
+        name = f"{field} {source.source}"
+        return [check_scores(function(*row), row[1], name, "step") for row in rows]
 
     return terms
 

@@ -163,7 +163,7 @@ def _load_teachers(
     for teacher in config.teachers:
         source = workspace.source(teacher.stage_dir, "ppo", stage)
         # Before it is loaded: a wrong teacher should not take minutes to find.
-        _check_vocabulary(workspace, f"{stage}.teachers", source, model)
+        check_vocabulary(workspace, f"{stage}.teachers", source, model)
         # Straight onto its own mesh, which may be the only one that it fits.
         with jax.set_mesh(mesh):
             params, teacher_model = load_model(source, mesh)
@@ -172,7 +172,7 @@ def _load_teachers(
     return tuple(loaded), tuple(models)
 
 
-def _check_vocabulary(workspace: Workspace, field: str, source: str, model: ModelConfig) -> None:
+def check_vocabulary(workspace: Workspace, field: str, source: str, model: ModelConfig) -> None:
     """Raises InputError where the tokens of the model in a stage directory are not those of `model`."""
     vocab_size = read_model_card(source)[0].vocab_size
     tokenizer = load_tokenizer(local_folder(source) / "tokenizer")

@@ -36,8 +36,10 @@ def score_all(function: Annotator, prompts: Sequence[str], responses: Sequence[s
     return check_scores(scores, responses, f"annotator {name}")
 
 
-def check_scores(scores: Any, responses: Sequence[str], name: str) -> np.ndarray:
-    """The scores of N responses as float64[N]; name: the function, for errors.
+def check_scores(
+    scores: Any, responses: Sequence[str], name: str, noun: str = "response"
+) -> np.ndarray:
+    """The scores of N responses as float64[N]; name: the function, noun: what a response is, for errors.
 
     Raises:
         InputError: they are not N finite numbers.
@@ -47,17 +49,17 @@ def check_scores(scores: Any, responses: Sequence[str], name: str) -> np.ndarray
         values = list(scores)
     except TypeError:
         returned = f"returned {_shown(scores)} instead of {len(responses)} scores"
-        raise InputError(f"{name}: {returned}; return one number for each response") from None
+        raise InputError(f"{name}: {returned}; return one number for each {noun}") from None
     if len(values) != len(responses):
-        returned = f"returned {len(values)} scores for {len(responses)} responses"
-        raise InputError(f"{name}: {returned}; return one number for each response")
+        returned = f"returned {len(values)} scores for {len(responses)} {noun}s"
+        raise InputError(f"{name}: {returned}; return one number for each {noun}")
     checked = np.zeros(len(values), np.float64)
     for i, response in enumerate(responses):
-        checked[i] = _score(values[i], response, name)
+        checked[i] = _score(values[i], response, name, noun)
     return checked
 
 
-def _score(score: Any, response: str, name: str) -> float:
+def _score(score: Any, response: str, name: str, noun: str) -> float:
     """One score as a float; a bool, a NumPy or JAX number and an array of one number are accepted."""
     try:
         # float() would read a number from a text.
@@ -67,7 +69,7 @@ def _score(score: Any, response: str, name: str) -> float:
     # False for NaN as well.
     if abs(value) <= _LARGEST:
         return value
-    scored = f"scored {_shown(score)} for the response {response[:_LONGEST_SHOWN]!r}"
+    scored = f"scored {_shown(score)} for the {noun} {response[:_LONGEST_SHOWN]!r}"
     raise InputError(f"{name}: {scored}; a score must be a finite number")
 
 

@@ -12,7 +12,7 @@ from jaxllm.data.messages import prompt_text
 from jaxllm.engine import rollouts
 from jaxllm.engine.rollouts import Rollout, cut_at_strings
 from jaxllm.losses import Metrics
-from jaxllm.rl import rewards
+from jaxllm.rl import rewards, step_rewards
 from jaxllm.rl.config import OVERLONG
 from jaxllm.rl.programs import UpdatePrograms
 from jaxllm.rl.roles import FrozenModels, RunSpec
@@ -38,12 +38,14 @@ def make_scorer(
     Raises:
       InputError: where a source is not a function that can be imported.
     """
-    sources = spec.config.rewards
+    config = spec.config
+    sources = config.rewards
     names = rewards.metric_names(sources)
     text_terms = {}
     for source in sources:
         if source.reads_text:
             text_terms[source] = rewards.resolve(source, field)
+    score_steps = step_rewards.make_scorer(spec, programs, frozen, decode, mesh, field)
     # A fraction of the longest response, so that the weight means the same for any length.
     length = jax.jit(lambda mask: mask.astype(jnp.float32).mean(1))
     too_long = jax.jit(overlong, static_argnums=1)
@@ -66,10 +68,12 @@ def make_scorer(
 
     def score(
         run: RunProgram, rollout: Rollout, prompts: Sequence[PromptExample]
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[jax.Array, Any, Metrics]:
         terms = score_texts(rollout, prompts)
+        step_terms = score_steps(run, rollout, prompts)
         # Summed in the order of the config: floating-point addition depends on it.
-        total, metrics = jnp.zeros(rollout.finished.shape), {}
+        total, metrics = jnp.zeros_like(rollout.finished, jnp.float32), {}
+        steps: Any = jnp.zeros_like(rollout.mask, jnp.float32) if config.pays_steps else None
         for source, name in zip(sources, names, strict=True):
             if source.source == "model":
                 term = run(programs.reward, frozen.reward, rollout)
@@ -77,11 +81,14 @@ def make_scorer(
                 term = length(rollout.mask)
             elif source.source.startswith(OVERLONG):
                 term = too_long(rollout.mask, int(source.source.removeprefix(OVERLONG)))
+            elif source.pays_steps:
+                term = step_terms[source].sum(1)
+                steps = steps + source.weight * step_terms[source]
             else:
                 term = terms[source]
             total = total + source.weight * term
             metrics[f"reward_{name}"] = (term.sum(), jnp.float32(len(prompts)))
-        return total, metrics
+        return total, steps, metrics
 
     return score
 

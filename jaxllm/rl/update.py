@@ -26,8 +26,9 @@ from jaxllm.train import TrainState
 
 # (program, *arguments, **resident arguments) -> its results
 RunProgram = Callable[..., Any]
-# (run, rollout, prompts of its rows) -> (scores float32[B] before they are shaped, the mean of each term)
-Scorer = Callable[[RunProgram, Rollout, Sequence[PromptExample]], tuple[jax.Array, Metrics]]
+# (run, rollout, prompts of its rows) -> (scores float32[B] before they are shaped, the part of them that is paid where steps
+# end float32[B, R] or None, the mean of each term)
+Scorer = Callable[[RunProgram, Rollout, Sequence[PromptExample]], tuple[jax.Array, Any, Metrics]]
 
 
 def call(program: MeshProgram, *arguments: Any, **resident: Any) -> Any:
@@ -79,8 +80,8 @@ def collect(
         rollout = host.end_responses(run(programs.rollout, weights, token_rows, key_data))
         prompts = host.prompts_of(batch)
         # Scored after stop strings are cut: a reward must not see text that the response does not have.
-        raw_scores, metrics = host.score(run, rollout, prompts)
-        return Sampled(rollout, raw_scores, prompts), metrics
+        raw_scores, steps, metrics = host.score(run, rollout, prompts)
+        return Sampled(rollout, raw_scores, prompts, steps), metrics
 
     sampled, reward_metrics = sample(batch, key_of(0))
     more_prompts = host.more_prompts
@@ -93,7 +94,7 @@ def collect(
             functools.partial(run, programs.exchange),
             config,
         )
-    rollout, raw_scores, prompts = sampled
+    rollout, raw_scores, prompts, steps = sampled
     scores, moments, score_metrics = run(
         programs.shape_scores, raw_scores, rollout.finished, state.moments
     )
@@ -104,7 +105,7 @@ def collect(
     # Under the policy as it started, at the same temperature, so that equal policies have a KL of 0.
     ref_logprobs = run(programs.reference, frozen.ref, rollout)
     experience, metrics = run(
-        programs.experience, *actor, rollout, ref_logprobs, values, scores, state.kl_coef
+        programs.experience, *actor, rollout, ref_logprobs, values, scores, state.kl_coef, steps
     )
     experience = experience._replace(
         teacher_hidden=teacher_hidden(run, programs, frozen, rollout),

@@ -19,7 +19,7 @@ from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig, preset
 from jaxllm.plan import flops, gpus, hlo, measure, planning
 from jaxllm.plan.kept import compare_with_measured
-from jaxllm.rl.config import DISTILL, RoleMesh, TeacherConfig
+from jaxllm.rl.config import DISTILL, PPOConfig, RewardSource, RoleMesh, TeacherConfig
 from jaxllm.rl.planned import planned_update
 from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.mesh import make_mesh
@@ -320,6 +320,19 @@ def test_a_teacher_is_planned_with_the_size_of_the_model_that_is_there(tmp_path)
         program = two[name]
         with jax.set_mesh(program.mesh):
             program.run.lower(*program.arguments, **program.keywords)
+
+
+def test_a_reward_model_that_scores_steps_is_planned():
+    policy = ModelConfig(vocab_size=256, max_length=256, **SHAPE)
+    config = PPOConfig(batch_size=32, rewards=(RewardSource("model_steps"),))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    programs, held = planned_update(mesh, "ppo", config, policy, seed=0)
+    named = {program.name: program for program in programs}
+    assert "score" not in named and "reward" in held
+    assert named["score_steps"].flops == named["values"].flops
+    with jax.set_mesh(mesh):
+        for name in ("score_steps", "experience"):
+            named[name].run.lower(*named[name].arguments, **named[name].keywords)
 
 
 @pytest.mark.usefixtures("no_compiler_for_gpus")

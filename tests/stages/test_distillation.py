@@ -10,17 +10,22 @@ mean. All of it, with its figures:
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
+from jaxllm.config import InputError
 from jaxllm.engine.config import SamplingConfig
+from jaxllm.model_store import write_model_card
 from jaxllm.models import transformer
+from jaxllm.models.config import ModelConfig
 from jaxllm.optim_config import OptimConfig
-from jaxllm.rl import distillation, layouts, update
+from jaxllm.rl import distillation, layouts, roles, update
 from jaxllm.rl.config import DISTILL, RewardSource, RoleMesh, TeacherConfig
 from jaxllm.rl.experience import Experience
 from jaxllm.rl.objectives import actor_loss
@@ -299,3 +304,21 @@ def test_one_device_and_eight_with_teachers_laid_out_otherwise_make_the_same_upd
 def test_what_makes_no_sense_is_one_line(more, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(DISTILL, **more)
+
+
+def test_a_teacher_whose_tokens_mean_something_else_is_refused(tmp_path, monkeypatch):
+    policy = ModelConfig(vocab_size=300, max_length=16)
+    tokenizer = lambda name: SimpleNamespace(fingerprint=name)
+    workspace = SimpleNamespace(tokenizer=lambda: tokenizer("ours"))
+    for vocab_size, name in ((300, "ours"), (300, "theirs"), (310, "ours")):
+        model = dataclasses.replace(policy, vocab_size=vocab_size)
+        write_model_card(epath.Path(tmp_path), model, "policy", ("params",))
+        monkeypatch.setattr(roles, "load_tokenizer", lambda path, name=name: tokenizer(name))
+        check = functools.partial(
+            roles.check_vocabulary, workspace, "ppo.teachers", str(tmp_path), policy
+        )
+        if (vocab_size, name) == (300, "ours"):
+            check()
+            continue
+        with pytest.raises(InputError, match=r"ppo\.teachers: .* another tokenizer or vocabulary"):
+            check()

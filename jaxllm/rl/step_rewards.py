@@ -1,0 +1,120 @@
+"""Rewards of steps: a response is cut into steps at a marker, and each step is paid where it ends.
+
+With the marker "\\n", and the token ids a b e of "2+2", "=4\\n" and "so 4":
+
+    steps   "2+2=4\\n"   "so 4"
+    ends    . 1 1                   and with the token that ends the response:  . 1 . 1
+
+Shapes: B rows, R response positions.
+"""
+
+import bisect
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from jaxllm.data.loader import PromptExample
+from jaxllm.data.messages import prompt_text
+from jaxllm.engine import rollouts
+from jaxllm.engine.rollouts import Rollout
+from jaxllm.rl import rewards
+from jaxllm.rl.config import RewardSource
+from jaxllm.rl.programs import UpdatePrograms
+from jaxllm.rl.roles import FrozenModels, RunSpec
+from jaxllm.rl.update import RunProgram
+from jaxllm.runtime.transfer import fetch
+from jaxllm.sharding import activation
+
+# (run, rollout, prompts of its rows) -> {source: float32[B, R]}
+StepScorer = Callable[[RunProgram, Rollout, Sequence[PromptExample]], dict[RewardSource, jax.Array]]
+
+
+def split(text: str, marker: str) -> list[str]:
+    """The steps of a response, each with the marker that ends it; one, perhaps empty, at least."""
+    pieces = text.split(marker)
+    steps = [piece + marker for piece in pieces[:-1]]
+    # What follows the last marker is a step too, unless it is nothing.
+    return [*steps, pieces[-1]] if pieces[-1] or not steps else steps
+
+
+def ends_of(
+    ids: Sequence[int], length: int, marker: str, decode: Callable[[Sequence[int]], str]
+) -> list[int]:
+    """The position of the token that ends each step: the one that completes its marker, or the response's last.
+
+    Args:
+      ids: tokens of the response, without the one that ends it.
+      length: tokens of the response, with it.
+    """
+
+    def markers(count: int) -> int:
+        return decode(ids[:count]).count(marker)
+
+    places = []
+    for number, step in enumerate(split(decode(ids), marker), 1):
+        if step.endswith(marker):
+            # The number of markers in a prefix grows with it, so that its first n is found by bisection.
+            count = bisect.bisect_left(range(len(ids) + 1), number, key=markers)
+            places.append(count - 1)
+        else:
+            places.append(length - 1)
+    return places
+
+
+def make_scorer(
+    spec: RunSpec,
+    programs: UpdatePrograms,
+    frozen: FrozenModels,
+    decode: Callable[[Sequence[int]], str],
+    mesh: jax.sharding.Mesh,
+    field: str,
+) -> StepScorer:
+    """A function that gives the rewards of steps, each at the token that ends its step; arguments as in `scoring`.
+
+    Raises:
+      InputError: where a source is not a function that can be imported.
+    """
+    sources = [source for source in spec.config.rewards if source.pays_steps]
+    functions = {
+        source: rewards.resolve_steps(source, field)
+        for source in sources
+        if source.source != "model_steps"
+    }
+    marker = spec.config.step_marker
+
+    def score(
+        run: RunProgram, rollout: Rollout, prompts: Sequence[PromptExample]
+    ) -> dict[RewardSource, jax.Array]:
+        if not sources:
+            return {}
+        # Fetched by all processes together, since every process cuts and scores every text.
+        fetched = fetch(rollout)
+        responses = [each.ids for each in rollouts.completions(fetched, spec.stop_ids)]
+        lengths = np.asarray(fetched.mask).sum(1)
+        ends = [
+            ends_of(ids, int(length), marker, decode)
+            for ids, length in zip(responses, lengths, strict=True)
+        ]
+        steps = [split(decode(ids), marker) for ids in responses]
+        asked = [prompt_text(prompt.messages) for prompt in prompts]
+        answers = [prompt.answer for prompt in prompts]
+        rows = activation(mesh, "batch")
+        terms = {}
+        for source in sources:
+            placed = np.zeros(fetched.mask.shape, np.float32)
+            if source in functions:
+                values = functions[source](asked, steps, answers)
+            else:
+                values = [np.ones(len(places)) for places in ends]
+            for row, (places, paid) in enumerate(zip(ends, values, strict=True)):
+                for place, reward in zip(places, paid, strict=True):
+                    # Two steps may end with one token, which is then paid for both.
+                    placed[row, place] += reward
+            terms[source] = jax.device_put(placed, rows)
+            if source not in functions:
+                at_ends = jax.device_put(placed > 0, rows)
+                terms[source] = run(programs.step_scores, frozen.reward, rollout, at_ends)
+        return terms
+
+    return score
