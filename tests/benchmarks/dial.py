@@ -1,8 +1,8 @@
 """Where the best learning rate is at 1, 2 and 4 times the width and the depth, with the rules of `model.scaling` and without.
 
-    python tests/benchmarks/dial.py --out runs/dial                                96 runs of 600 steps; a day of one core
-    python tests/benchmarks/dial.py --out runs/small --width 32 --steps 100 --batch-size 8 --length 64 \\
-        --rates -9,-8,-7,-6,-5,-4,-3 --sizes 1x1,4x1,1x4                           35 short runs
+    python tests/benchmarks/dial.py --out runs/dial                                88 runs of 600 steps; hours
+    python tests/benchmarks/dial.py --out runs/small --width 32 --steps 400 --batch-size 8 --length 64 \\
+        --held-out 2 --rates=-9,-8,-7,-6,-5,-4,-3 --sizes 1x1,4x1,1x4              35 short runs, 10 minutes of 2 cores
 
 The text is the quickstart's, in a package of the extra [demo]. Learning rates are powers of 2. A size AxB is A times as wide
 and B times as deep as the base. At 1x1 the rules change nothing, so it is run once. Runs are appended to OUT/losses.jsonl;
@@ -54,7 +54,7 @@ class Text:
             # Rare characters are spelled in bytes: a small vocabulary keeps the layers in view.
             flags = [f"--tokenizer.vocab-size={args.vocab}", "--tokenizer.character-coverage=0.98"]
             cli.main(["tokenizer", CONFIG, "--run-dir", str(out), *flags])
-        self.tokenizer = load_tokenizer(out / "tokenizer")
+        self.tokenizer = load_tokenizer(out / "tokenizer" / "tokenizer")
         data = load(Config, CONFIG).pretrain.data
         rows = {
             split: load_rows(data, "document", split, self.tokenizer, args.length, out / "cache")
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=16, help="rows")
     parser.add_argument("--length", type=int, default=96, help="tokens of a row")
-    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--vocab", type=int, default=3072)
     parser.add_argument("--held-out", type=int, default=8, help="batches of 64 rows to measure")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=0, help="begin no run after; 0: no limit")
