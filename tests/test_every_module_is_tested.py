@@ -138,6 +138,7 @@ TESTED_IN = {
     "rl/config.py": "tests/stages/test_ppo.py",
     "rl/distillation.py": "tests/stages/test_distillation.py",
     "rl/dynamic_sampling.py": "tests/stages/test_objectives.py",
+    "rl/reward_config.py": "tests/rl/test_rewards.py",
     "rl/experience.py": "tests/stages/test_ppo.py",
     "rl/held_out.py": "tests/stages/test_ppo.py",
     "rl/layouts.py": "tests/stages/test_ppo.py",

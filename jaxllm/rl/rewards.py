@@ -16,7 +16,7 @@ import numpy as np
 from jaxllm.config import InputError
 from jaxllm.config.functions import resolve_function
 from jaxllm.rl import numerals
-from jaxllm.rl.config import REGEX, STEPS, RewardSource
+from jaxllm.rl.reward_config import REGEX, STEPS, RewardSource
 from jaxllm.rl.score_functions import check_scores, score_all
 from jaxllm.runtime.console import console
 

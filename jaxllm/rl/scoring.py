@@ -13,8 +13,8 @@ from jaxllm.engine import rollouts
 from jaxllm.engine.rollouts import Rollout, cut_at_strings
 from jaxllm.losses import Metrics
 from jaxllm.rl import rewards, step_rewards
-from jaxllm.rl.config import OVERLONG
 from jaxllm.rl.programs import UpdatePrograms
+from jaxllm.rl.reward_config import OVERLONG
 from jaxllm.rl.roles import FrozenModels, RunSpec
 from jaxllm.rl.update import RunProgram, Scorer
 from jaxllm.runtime.transfer import fetch

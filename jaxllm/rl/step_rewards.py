@@ -19,8 +19,8 @@ from jaxllm.data.messages import prompt_text
 from jaxllm.engine import rollouts
 from jaxllm.engine.rollouts import Rollout
 from jaxllm.rl import rewards
-from jaxllm.rl.config import RewardSource
 from jaxllm.rl.programs import UpdatePrograms
+from jaxllm.rl.reward_config import RewardSource
 from jaxllm.rl.roles import FrozenModels, RunSpec
 from jaxllm.rl.update import RunProgram
 from jaxllm.runtime.transfer import fetch

@@ -117,9 +117,10 @@ def measure_ours(algorithm: str, dtype: str) -> None:
     from jaxllm.engine.config import SamplingConfig
     from jaxllm.models import transformer
     from jaxllm.models.config import preset
-    from jaxllm.rl.config import GRPO, PPOConfig, RewardSource
+    from jaxllm.rl.config import GRPO, PPOConfig
     from jaxllm.rl.layouts import role_meshes
     from jaxllm.rl.programs import build_programs
+    from jaxllm.rl.reward_config import RewardSource
     from jaxllm.rl.roles import FrozenModels, RunSpec, initial_critic, initial_state
     from jaxllm.rl.scoring import make_scorer
     from jaxllm.rl.update import HostWork, make_step

@@ -19,8 +19,9 @@ from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig, preset
 from jaxllm.plan import flops, gpus, hlo, measure, planning
 from jaxllm.plan.kept import compare_with_measured
-from jaxllm.rl.config import DISTILL, PPOConfig, RewardSource, RoleMesh, TeacherConfig
+from jaxllm.rl.config import DISTILL, PPOConfig, RoleMesh, TeacherConfig
 from jaxllm.rl.planned import planned_update
+from jaxllm.rl.reward_config import RewardSource
 from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.mesh import make_mesh
 from jaxllm.stages import language_model

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from jaxllm.config import InputError
 from jaxllm.rl import numerals, rewards
-from jaxllm.rl.config import PPOConfig, RewardSource
+from jaxllm.rl.config import PPOConfig
+from jaxllm.rl.reward_config import RewardSource
 from jaxllm.rl.score_functions import check_scores
 
 

@@ -20,8 +20,9 @@ from jaxllm.engine.rollouts import Rollout
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl import rewards, step_rewards
-from jaxllm.rl.config import PPOConfig, RewardSource
+from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.experience import make_experience, step_scores
+from jaxllm.rl.reward_config import RewardSource
 from tests.stages import worlds
 from tests.stages.test_proofs import QUICK, within
 

@@ -26,9 +26,10 @@ from jaxllm.models import transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.optim_config import OptimConfig
 from jaxllm.rl import distillation, layouts, roles, update
-from jaxllm.rl.config import DISTILL, RewardSource, RoleMesh, TeacherConfig
+from jaxllm.rl.config import DISTILL, RoleMesh, TeacherConfig
 from jaxllm.rl.experience import Experience
 from jaxllm.rl.objectives import actor_loss
+from jaxllm.rl.reward_config import RewardSource
 from jaxllm.runtime.mesh import make_mesh
 from tests.stages import worlds
 from tests.stages.fixed_points import Table, total_variation

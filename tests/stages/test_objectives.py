@@ -23,8 +23,9 @@ from jaxllm.engine.config import SamplingConfig
 from jaxllm.life import Config
 from jaxllm.optim_config import OptimConfig
 from jaxllm.rl import dynamic_sampling
-from jaxllm.rl.config import PPOConfig, RewardSource
+from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.layouts import STAY, MeshProgram
+from jaxllm.rl.reward_config import RewardSource
 from jaxllm.rl.scoring import overlong
 from jaxllm.runtime.config import MeshConfig
 from jaxllm.runtime.mesh import make_mesh

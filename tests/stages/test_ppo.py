@@ -19,11 +19,12 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.parts_config import LoRAConfig
 from jaxllm.optim_config import OptimConfig
 from jaxllm.rl import layouts
-from jaxllm.rl.config import PPOConfig, RewardSource, RoleMesh
+from jaxllm.rl.config import PPOConfig, RoleMesh
 from jaxllm.rl.experience import make_experience, response_values, reward_scores, shape_scores
 from jaxllm.rl.held_out import make_evaluation
 from jaxllm.rl.objectives import actor_loss
 from jaxllm.rl.programs import build_programs
+from jaxllm.rl.reward_config import RewardSource
 from jaxllm.rl.roles import FrozenModels, initial_state, split_trainable, with_value_head
 from jaxllm.rl.scoring import make_scorer
 from jaxllm.rl.update import minibatch_rows

@@ -18,7 +18,8 @@ from jaxllm import losses, output_layer
 from jaxllm.engine.config import SamplingConfig
 from jaxllm.optim_config import OptimConfig
 from jaxllm.rl import programs
-from jaxllm.rl.config import PPOConfig, RewardSource
+from jaxllm.rl.config import PPOConfig
+from jaxllm.rl.reward_config import RewardSource
 from tests.stages import worlds
 
 pytestmark = pytest.mark.usefixtures("compiled_well")
