@@ -52,6 +52,7 @@ class Responses(NamedTuple):
     logprobs: Array  # float32[B, K]: log policy(response), summed over its tokens
     lengths: Array  # float32[B, K]: its tokens, the end of turn included
     ranks: Array  # int32[B, K] as in `losses.pairwise`: 1 is best, 0 is no such response
+    labels: Array  # int32[B, K]: 1 desirable, -1 undesirable, 0 not given
     ref_logprobs: Array | None = (
         None  # float32[B, K]: the reference's; None: the objective has no reference
     )
@@ -132,26 +133,32 @@ def kto(responses: Responses, config: Coefficients) -> Loss:
     """Kahneman-Tversky optimization of single responses (Ethayarajh et al. 2024, eq. 8); log-ratios r are sums.
 
     A desirable response loses weight_D * (1 - sigmoid(beta * (r - z))), an undesirable one
-    weight_U * (1 - sigmoid(beta * (z - r))), `desirability` says which is which. The reference point z is
+    weight_U * (1 - sigmoid(beta * (z - r))). Labels say which is which, or else `desirability`. The reference point z is
     max(0, responses.kl), through which no gradient flows. It belongs to a microbatch, over all devices: its number of
     prompts is part of the objective.
     """
     assert responses.kl is not None
-    label = desirability(responses.ranks).astype(jnp.float32)
+    label = labels_of(responses).astype(jnp.float32)
     point = jax.lax.stop_gradient(jnp.maximum(responses.kl, 0.0))
     # 1 - sigmoid(x) = sigmoid(-x). Labels are +1 and -1.
     lost = jax.nn.sigmoid(config.beta * label * (point - _log_ratios(responses)))
     weights = jnp.where(label > 0, config.kto_desirable_weight, config.kto_undesirable_weight)
-    labelled = jnp.abs(label)
+    labeled = jnp.abs(label)
     rewards = log_ratio_reward(responses, config)
     desirable = (label > 0).astype(jnp.float32).sum()
     metrics = {
         **losses.ranking_metrics(rewards, responses.ranks),
         "reference_point": (point, jnp.ones(())),
-        "desirable": (desirable, labelled.sum()),
+        "desirable": (desirable, labeled.sum()),
     }
-    sums = (labelled * weights * lost).sum(1)
-    return losses.per_prompt_loss(sums, labelled.sum(1), config.weighting == "prompt", metrics)
+    sums = (labeled * weights * lost).sum(1)
+    return losses.per_prompt_loss(sums, labeled.sum(1), config.weighting == "prompt", metrics)
+
+
+def labels_of(responses: Responses) -> Array:
+    """Labels int32[B, K]: the given ones of a prompt, or `desirability` where none is given."""
+    given = (responses.labels != 0).any(1, keepdims=True)
+    return jnp.where(given, responses.labels, desirability(responses.ranks))
 
 
 def desirability(ranks: Array) -> Array:

@@ -39,6 +39,7 @@ def responses_of(name, logprobs, ref_logprobs, lengths, ranks):
         single(logprobs),
         single(lengths),
         jnp.asarray(ranks, jnp.int32),
+        jnp.zeros(np.shape(ranks), jnp.int32),
         single(ref_logprobs) if objective.has_reference else None,
         kl=jnp.float32(KL) if objective.needs_kl else None,
     )
@@ -172,6 +173,22 @@ def test_odds_are_exact_where_a_probability_is_almost_one():
     found = preference_losses.odds_reward(responses, CONFIGS["orpo"])
     want = np.array([-1e-5, -12.0]) - np.log(-np.expm1([-1e-5, -12.0]))
     np.testing.assert_allclose(found[0], want, rtol=1e-6)
+
+
+def test_given_labels_of_a_prompt_replace_those_of_its_ranks():
+    arrays = [x[:, :2] for x in example(6)[:3]]
+    ranks = np.array([[1, 2], [2, 1], [1, 0], [0, 0]])
+    labels = np.array([[-1, 1], [0, 0], [-1, 0], [0, 0]])
+    responses = responses_of("kto", *arrays, ranks)._replace(labels=jnp.asarray(labels, jnp.int32))
+    total, weight, metrics = preference_losses.kto(responses, CONFIGS["kto"])
+    # Ranks with which the oracle finds the labels; a single response needs a better one, which costs nothing by itself.
+    costs = [
+        costs_of_prompt("kto", *(x[0] for x in arrays[:3]), [2, 1]),
+        costs_of_prompt("kto", *(x[1] for x in arrays[:3]), [2, 1]),
+        costs_of_prompt("kto", *(x[2] for x in arrays[:3]), [2, 1])[:1],
+    ]
+    np.testing.assert_allclose((total, weight), (sum(map(np.mean, costs)), 3), rtol=2e-5)
+    np.testing.assert_allclose(metrics["desirable"], (2, 5))
 
 
 def test_desirable_beats_more_than_it_is_beaten_by():

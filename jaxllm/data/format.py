@@ -22,7 +22,14 @@ from jaxllm.config import InputError
 from jaxllm.data.config import DataConfig, Source
 from jaxllm.data.messages import as_json, message_text, question
 from jaxllm.data.records import Record, spelled
-from jaxllm.data.schema import Messages, check_messages, check_ranking, check_tools
+from jaxllm.data.schema import (
+    Messages,
+    Ranking,
+    check_label,
+    check_messages,
+    check_ranking,
+    check_tools,
+)
 from jaxllm.data.sources import digest
 from jaxllm.data.templates import fill
 from jaxllm.tokenizers.trained import Tokenizer
@@ -43,6 +50,7 @@ class Example(NamedTuple):
     answer: str = ""  # what a verifiable reward compares with
     annotator: str = ""  # who ranked
     tools: Sequence[Any] = ()  # of a chat: descriptions of the functions that may be called
+    labels: tuple[bool, ...] = ()  # whether each response is desirable, if the record says so
 
     def content(self) -> str:
         """A JSON text that is equal for duplicates: where an example comes from is not part of it."""
@@ -52,6 +60,8 @@ class Example(NamedTuple):
         fields: list[Any] = [self.text, self.messages]
         if self.responses:
             fields += [self.responses, self.ranks, self.scores, self.annotator]
+        if self.labels:
+            fields.append(self.labels)
         if self.tools:
             fields.append(self.tools)
         return as_json(fields)
@@ -161,19 +171,40 @@ def make_example(kind: str, source: Source, record: Record, index: int = 0) -> E
         return example._replace(tools=tools)
     if kind == "prompt":
         return example._replace(answer=_answer(source, record))
-    responses, ranks, scores = check_ranking(fields, origin)
+    ranking: Any = _ranking(source, record)
     return example._replace(
-        responses=responses,
-        ranks=ranks,
-        scores=tuple(scores),
+        responses=ranking["responses"],
+        ranks=ranking["ranks"],
+        scores=tuple(ranking["scores"]),
+        labels=tuple(ranking["labels"]),
         annotator=spelled(fields.get("annotator", ""), origin),
     )
+
+
+def _ranking(source: Source, record: Record) -> Ranking:
+    """The ranking of a record: of its "responses", or of its reply, which has a "label"."""
+    fields = record.fields
+    if "responses" in fields or "label" not in fields:
+        return check_ranking(fields, record.origin)
+    label = check_label(fields["label"], record.origin)
+    reply = _reply(source, record)
+    if not reply:
+        raise InputError(
+            f'{record.origin}: has a "label" without a reply; give "response", or messages that end '
+            "with the assistant's"
+        )
+    return check_ranking({"responses": [reply], "labels": [label]}, record.origin)
 
 
 def _answer(source: Source, record: Record) -> str:
     """The right answer of a prompt: the record's `answer`, or else its reply, or else nothing."""
     if "answer" in record.fields:
         return spelled(record.fields["answer"], record.origin)
+    return _reply(source, record)
+
+
+def _reply(source: Source, record: Record) -> str:
+    """The assistant's reply in a record, or nothing."""
     if source.prompt:
         return fill(source.response, record)
     messages = record.fields.get("messages")

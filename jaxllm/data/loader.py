@@ -38,6 +38,7 @@ class RankedExample(NamedTuple):
     prompt_length: int  # tokens that all rows begin with
     scores: tuple[float, ...] = ()  # empty: only ranked
     annotator: str = ""
+    labels: tuple[bool, ...] = ()  # whether each is desirable by itself; empty: only ranked
 
 
 # --- rows of text
@@ -293,16 +294,18 @@ def _encode_ranked(
         cut_rows.append(ids[: min(length, end_of_turn)])
     # All rows begin with it; what follows is the reply.
     prompt, _ = example.encode(tokenizer, reply=True)
-    return RankedExample(cut_rows, example.ranks, len(prompt), example.scores, example.annotator)
+    return RankedExample(
+        cut_rows, example.ranks, len(prompt), example.scores, example.annotator, example.labels
+    )
 
 
 def make_ranked_batch_at(
     ranked: Sequence[RankedExample], *, batch_size: int, seed: int, sharding: Sharding
 ) -> BatchAt:
-    """step -> {tokens, segment_ids: int32[B, K, T], loss_mask: bool[B, K, T], ranks: int32[B, K], scores: float32[B, K]}.
+    """step -> {tokens, segment_ids: int32[B, K, T], loss_mask: bool[B, K, T], ranks, labels: int32[B, K], scores: float32[B, K]}.
 
-    loss_mask is True on a reply's tokens. Rank 0 is no response: K is the largest number of responses. A prompt of 2
-    tokens and replies of 3 and 1, T is 6 here:
+    loss_mask is True on a reply's tokens. Rank 0 is no response: K is the largest number of responses. Labels are 1
+    (desirable), -1 or 0 (not given). A prompt of 2 tokens and replies of 3 and 1, T is 6 here:
 
         segment_ids  1 1 1 1 1 0      loss_mask  . . x x x .
                      1 1 1 0 0 0                 . . x . . .
@@ -334,8 +337,10 @@ def _ranked_row(ranked: Sequence[RankedExample]) -> Callable[[int], Row]:
         segment_ids = np.zeros((num_responses, length), np.int32)
         ranks = np.zeros(num_responses, np.int32)
         scores = np.zeros(num_responses, np.float32)
+        labels = np.zeros(num_responses, np.int32)
         ranks[: len(example.ranks)] = example.ranks
         scores[: len(example.scores)] = example.scores
+        labels[: len(example.labels)] = np.where(example.labels, 1, -1)
         for k, ids in enumerate(example.rows):
             tokens[k, : len(ids)] = ids
             segment_ids[k, : len(ids)] = 1
@@ -346,6 +351,7 @@ def _ranked_row(ranked: Sequence[RankedExample]) -> Callable[[int], Row]:
             "loss_mask": (segment_ids > 0) & is_reply,
             "ranks": ranks,
             "scores": scores,
+            "labels": labels,
         }
 
     return row

@@ -35,20 +35,22 @@ class Message(TypedDict, total=False):
 
 @pydantic.with_config(_STRICT)
 class Ranking(TypedDict, total=False):
-    """Responses to a prompt, and their ranks or scores, one for each."""
+    """Responses to a prompt, and their ranks, scores or labels, one for each."""
 
-    responses: Required[Annotated[list[str], MinLen(2)]]
+    responses: Required[Annotated[list[str], MinLen(1)]]
     ranks: list[Annotated[int, Ge(1), Le(2**31 - 1)]]  # 1 is the best, equal ranks are a tie
     scores: list[Annotated[int | float, Ge(-_LARGEST), Le(_LARGEST)]]
+    labels: list[bool]  # whether each is desirable by itself
 
 
 _MESSAGES = pydantic.TypeAdapter(list[Message])
 _TOOLS = pydantic.TypeAdapter(list[dict[str, Any]], config=_STRICT)
 _RANKING = pydantic.TypeAdapter(Ranking)
+_LABEL = pydantic.TypeAdapter(bool, config=pydantic.ConfigDict(strict=True))
 _MESSAGE_NEEDS = f"a message needs a role ({', '.join(get_args(Role))}) and content (a string)"
 _RANKING_NEEDS = (
     'a ranking needs "responses", a list of at least 2 strings, and for each of them one of "ranks" '
-    '(integers, 1 is the best) or "scores" (finite numbers)'
+    '(integers, 1 is the best), "scores" (finite numbers) or "labels" (true or false; 1 response is enough)'
 )
 
 
@@ -85,24 +87,37 @@ def check_tools(tools: Any, origin: str) -> list[dict[str, Any]]:
     return _checked(_TOOLS, tools, origin, "tools are a list of objects", "tools")
 
 
-def check_ranking(
-    fields: Mapping[str, Any], origin: str
-) -> tuple[list[str], list[int], list[float]]:
-    """Returns a record's responses, ranks, which follow from scores if not given, and scores, [] if it has none.
+def check_ranking(fields: Mapping[str, Any], origin: str) -> Ranking:
+    """Returns a record's ranking with all fields of `Ranking`: [] for scores and labels that it does not have.
+
+    Ranks that are not given follow from scores, or else from labels.
 
     Raises:
-        InputError: a field has the wrong type, or there is not one rank or score for each response.
+        InputError: a field has the wrong type, or there is not one rank, score or label for each response.
     """
     ranking: Any = _checked(_RANKING, dict(fields), origin, _RANKING_NEEDS)
     responses = ranking["responses"]
     scores = ranking.get("scores", [])
-    ranks = ranking.get("ranks") or _ranks_of(scores)
-    # Absent scores are as good as one for each.
-    for name, values in (("scores", ranking.get("scores", responses)), ("ranks", ranks)):
+    labels = ranking.get("labels", [])
+    if len(responses) < 2 and not labels:
+        raise InputError(f"{origin}: {len(responses)} response without a label; {_RANKING_NEEDS}")
+    ranks = ranking.get("ranks") or _ranks_of(scores or labels)
+    # Absent scores and labels are as good as one for each.
+    given = {
+        "scores": ranking.get("scores", responses),
+        "labels": ranking.get("labels", responses),
+        "ranks": ranks,
+    }
+    for name, values in given.items():
         if len(values) != len(responses):
             counts = f"{len(values)} {name} for {len(responses)} responses"
             raise InputError(f"{origin}: {counts}; {_RANKING_NEEDS}")
-    return responses, ranks, scores
+    return {"responses": responses, "ranks": ranks, "scores": scores, "labels": labels}
+
+
+def check_label(label: Any, origin: str) -> bool:
+    """Returns whether a single response is desirable. Raises InputError if the label is neither true nor false."""
+    return _checked(_LABEL, label, origin, "a label is true (desirable) or false", "label")
 
 
 def _checked(
@@ -130,7 +145,7 @@ def _is_empty_reply(message: Mapping[str, Any]) -> bool:
     )
 
 
-def _ranks_of(scores: Sequence[float]) -> list[int]:
+def _ranks_of(scores: Sequence[float | bool]) -> list[int]:
     """1 + the number of better scores: equal scores are a tie."""
     # The index of the first equal score is the number of better ones.
     best_first = sorted(scores, reverse=True)

@@ -103,6 +103,14 @@ def win_rate(scores: np.ndarray, baseline: np.ndarray) -> float:
     return float((wins + 0.5 * ties).mean())
 
 
+def share_above(higher: Sequence[float], lower: Sequence[float]) -> float:
+    """Share of pairs, one of each list, in which the first is larger; an equal pair counts half (area under the ROC)."""
+    ordered = np.sort(lower)
+    # Those below, and those below or equal: their mean counts an equal one half.
+    below = np.searchsorted(ordered, higher, "left") + np.searchsorted(ordered, higher, "right")
+    return float(below.mean() / (2 * len(ordered)))
+
+
 def pair_margins(scores: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     """r_better - r_worse of every pair that is not tied, [pairs], prompt by prompt.
 

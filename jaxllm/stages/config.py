@@ -250,14 +250,14 @@ class DPOConfig(PreferenceConfig):
         Literal["dpo", "plackett_luce", "ipo", "kto", "orpo", "simpo"],
         BeforeValidator(_current_loss),
     ] = "dpo"
-    """dpo, ipo and simpo compare pairs, plackett_luce the whole order; kto judges each response by itself; orpo compares
-    pairs and imitates the better one. orpo and simpo have no reference."""
+    """dpo, ipo and simpo compare pairs, plackett_luce the whole order; kto judges each response by itself, by its label if
+    the record has labels; orpo compares pairs and imitates the better one. orpo and simpo have no reference."""
     # Ethayarajh et al. 2024, section 4: both are 1 unless data are unbalanced.
     kto_desirable_weight: PositiveFloat = 1.0
-    """kto: weight of a response that beats more of the prompt's responses than beat it (lambda_D); with unbalanced data
-    such that, summed over responses, desirable ones weigh 1 to 1.5 times as much as undesirable ones."""
+    """kto: weight of a desirable response, labeled so or better than more of the prompt's responses than are better
+    (lambda_D); with unbalanced data such that, summed over responses, desirable ones weigh 1 to 1.5 times as much."""
     kto_undesirable_weight: PositiveFloat = 1.0
-    """kto: weight of a response that is beaten by more than it beats (lambda_U)."""
+    """kto: weight of an undesirable response (lambda_U)."""
     # Hong et al. 2024: 0.1 for Mistral (7B).
     orpo_coef: PositiveFloat = 0.1
     """orpo: weight of the odds ratio beside imitation (lambda)."""

@@ -95,7 +95,8 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         if step == num_steps and jax.process_index() == 0:
             report = response_scores.breakdown(scores, ranks, rankings["held_out"])
             write_json(directory / "held_out.json", report)
-        return {f"eval/{name}": value for name, value in held_out_metrics(scores, ranks).items()}
+        found = held_out_metrics(scores, ranks, rankings["held_out"])
+        return {f"eval/{name}": value for name, value in found.items()}
 
     def finalize(state: train.TrainState) -> train.TrainState:
         scores, ranks = score_split(state.params, rankings["train"])
@@ -117,7 +118,8 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         settings=config,
         work=Work(tokens, flops, peak_flops(mesh)),
         evaluate=evaluate,
-        best="eval/accuracy",  # the loss rises with overconfidence while the order still improves
+        # Of accuracies: the loss rises with overconfidence while the order still improves.
+        best=_best_metric(rankings["held_out"]),
         lower_is_better=False,
         # An implicit reward is a difference of log-probabilities, which has no bias to shift.
         finalize=None if is_dpo else finalize,
@@ -167,10 +169,10 @@ def _load_rankings(
     # Held-out rankings need scores too, but may all be ties: they are only measured.
     if config.loss == "regression":
         _check_scores(stage, [*rankings["train"], *rankings["held_out"]])
+    elif isinstance(config, DPOConfig) and config.loss == "kto":
+        _check_labels(stage, config, rankings["train"])
     else:
         _check_preferences(stage, rankings["train"])
-    if isinstance(config, DPOConfig) and config.loss == "kto":
-        _print_balance(stage, config, rankings["train"])
     num_train = len(rankings["train"])
     num_held_out = len(rankings["held_out"])
     console.print(f"{stage}: {num_train} training and {num_held_out} held-out prompts")
@@ -196,18 +198,33 @@ def _check_preferences(stage: str, examples: Sequence[RankedExample]) -> None:
         )
 
 
-def _print_balance(stage: str, config: DPOConfig, examples: Sequence[RankedExample]) -> None:
+def _check_labels(stage: str, config: DPOConfig, examples: Sequence[RankedExample]) -> None:
     """Says how much desirable and undesirable responses weigh, since KTO's weights depend on it."""
-    labels = []
+    labels: list[int] = []
     for example in examples:
+        if example.labels:
+            labels += np.where(example.labels, 1, -1).tolist()
+            continue
         better = np.subtract.outer(example.ranks, example.ranks) < 0  # [K, K]: i is better than j
         labels += np.sign(better.sum(1) - better.sum(0)).tolist()
     good, bad = labels.count(1), labels.count(-1)
+    if not (good and bad):
+        raise InputError(
+            f"{stage}.data: {good} training responses are desirable and {bad} are undesirable; kto "
+            "needs both: give labels, or rankings that prefer a response"
+        )
     ratio = config.kto_desirable_weight * good / (config.kto_undesirable_weight * bad)
     console.print(
         f"{stage}: {good} desirable and {bad} undesirable responses, weighted {ratio:.2f} to 1 "
         "(1 to 1.5 is advised: Ethayarajh et al. 2024, eq. 9)"
     )
+
+
+def _best_metric(examples: Sequence[RankedExample]) -> str:
+    """By which the best checkpoint is found: of pairs of a prompt's responses, or of labels where there is no pair."""
+    has_pairs = any(len(set(example.ranks)) > 1 for example in examples)
+    labels = {label for example in examples for label in example.labels}
+    return "eval/accuracy" if has_pairs or len(labels) < 2 else "eval/label_accuracy"
 
 
 def _program(
@@ -346,6 +363,7 @@ def plan(
         "segment_ids": jax.ShapeDtypeStruct(rows, jnp.int32),
         "loss_mask": jax.ShapeDtypeStruct(rows, jnp.bool_),
         "ranks": jax.ShapeDtypeStruct(rows[:2], jnp.int32),
+        "labels": jax.ShapeDtypeStruct(rows[:2], jnp.int32),
         "scores": jax.ShapeDtypeStruct(rows[:2], jnp.float32),
     }
     policy = place_params(mesh, transformer.abstract(model), transformer.axes(model))

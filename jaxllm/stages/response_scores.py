@@ -44,7 +44,7 @@ def policy_responses(
 
     Args:
       params: trainable parameters of the policy, all or its adapters.
-      batch: {tokens, segment_ids int32[B, K, T], loss_mask bool[B, K, T], ranks int32[B, K]}.
+      batch: {tokens, segment_ids int32[B, K, T], loss_mask bool[B, K, T], ranks, labels int32[B, K]}.
       base: frozen parameters under adapters, or {}.
       model: config of both.
       ref: parameters of the reference policy; None: the objective has none.
@@ -56,7 +56,7 @@ def policy_responses(
         ref_logprobs = jax.lax.stop_gradient(reply_logprobs(ref, batch, model))
     # Every token of a reply is a target: the prompt before it has at least one token.
     lengths = batch["loss_mask"].astype(jnp.float32).sum(2)
-    return Responses(logprobs, lengths, batch["ranks"], ref_logprobs)
+    return Responses(logprobs, lengths, batch["ranks"], batch["labels"], ref_logprobs)
 
 
 def reply_logprobs(params: Any, batch: Any, model: ModelConfig) -> jax.Array:
@@ -165,12 +165,16 @@ def score_split(
     return np.concatenate(fetch(scores))[:count], np.concatenate(fetch(ranks))[:count]
 
 
-def held_out_metrics(scores: np.ndarray, ranks: np.ndarray) -> dict[str, float]:
+def held_out_metrics(
+    scores: np.ndarray, ranks: np.ndarray, examples: Sequence[RankedExample] = ()
+) -> dict[str, float]:
     """Pairwise loss, pairwise and top-1 accuracy, calibration error, and the number of pairs.
 
     Args:
       scores: float32[N, K].
       ranks: int32[N, K], 1 = best, equal = tie, 0 = absent.
+      examples: what is scored; if labels of both kinds are given, label_accuracy is the share of all pairs of a
+        desirable and an undesirable response, of whatever prompts, in which the desirable one scores higher.
     """
     # Always the plain pairwise loss, so that runs with different training losses can be compared.
     _, _, sums = losses.pairwise(jnp.array(scores), jnp.array(ranks))
@@ -184,7 +188,21 @@ def held_out_metrics(scores: np.ndarray, ranks: np.ndarray) -> dict[str, float]:
         "top1_accuracy": means["top1"],
         "calibration_error": measures.calibration_error(margins),
         "pairs": float(len(margins)),
+        **_label_accuracy(scores, examples),
     }
+
+
+def _label_accuracy(scores: np.ndarray, examples: Sequence[RankedExample]) -> dict[str, float]:
+    """{"label_accuracy": ...} of scores [N, K] of N examples, or {} without labels of both kinds."""
+    good: list[float] = []
+    bad: list[float] = []
+    for row, example in zip(scores[: len(examples)], examples, strict=True):
+        labels = example.labels
+        for score, is_good in zip(row[: len(labels)], labels, strict=True):
+            (good if is_good else bad).append(float(score))
+    if not (good and bad):
+        return {}
+    return {"label_accuracy": measures.share_above(good, bad)}
 
 
 def breakdown(

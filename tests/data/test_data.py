@@ -150,6 +150,26 @@ def test_conversations_rankings_and_given_splits(tmp_path):
     assert (ranked.responses, ranked.ranks) == (["x", "y", "z"], [1, 2, 2])
 
 
+def test_labels_of_several_responses_and_of_a_single_reply(tmp_path):
+    spoken = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no"}]
+    lines = [
+        {"prompt": "p", "responses": ["x", "y", "z"], "labels": [False, True, False]},
+        {"prompt": "p", "response": "yes", "label": True},
+        {"messages": spoken, "label": False},
+    ]
+    path = write(tmp_path / "r.jsonl", "\n".join(map(json.dumps, lines)))
+    several, yes, no = examples(data(Source(path), held_out_fraction=0.0), "ranked", "train")
+    assert (several.ranks, several.labels) == ([2, 1, 2], (False, True, False))
+    assert (yes.responses, yes.ranks, yes.labels) == (["yes"], [1], (True,))
+    assert (no.responses, no.messages, no.labels) == (["no"], spoken[:1], (False,))
+    # Opposite labels of one response are two examples.
+    assert yes.content() != yes._replace(labels=(False,)).content()
+    path = write(tmp_path / "t.jsonl", json.dumps(lines[1]))
+    template = Source(path, prompt="{prompt}?", response="{response}!")
+    (filled,) = examples(data(template, held_out_fraction=0.0), "ranked", "train")
+    assert (filled.messages[0]["content"], filled.responses) == ("p?", ["yes!"])
+
+
 def test_shuffled_is_fixed_and_mixes(tmp_path):
     found = list(examples(data(Source(review_file(tmp_path))), "document", "train"))
     assert shuffled(found) == shuffled(reversed(found)) != found

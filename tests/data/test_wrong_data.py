@@ -151,6 +151,20 @@ REFUSED = [
         "responses.1: must be",
     ),
     ("ranked", {"prompt": "q", "responses": None, "ranks": [1, 2]}, {}, "responses: is missing"),
+    ("ranked", {"prompt": "q", "responses": ["a"], "ranks": [1]}, {}, "1 response without a label"),
+    (
+        "ranked",
+        {"prompt": "q", "responses": ["a", "b"], "labels": [True]},
+        {},
+        "1 labels for 2 responses",
+    ),
+    (
+        "ranked",
+        {"prompt": "q", "response": "a", "label": "good"},
+        {},
+        "label: must be a valid boolean",
+    ),
+    ("ranked", {"prompt": "q", "label": True}, {}, 'has a "label" without a reply'),
     (
         "ranked",
         {"prompt": "q", "responses": ["a", "b"], "ranks": None},

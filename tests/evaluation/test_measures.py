@@ -25,6 +25,14 @@ def test_accuracy_needs_the_whole_answer_and_knows_the_majority():
     assert numbers == {"accuracy": 0.5, "majority": 0.75, "examples": 4.0}
 
 
+def test_share_above_counts_every_pair_and_equal_ones_half():
+    rng = np.random.default_rng(0)
+    higher, lower = rng.integers(0, 6, 40), rng.integers(0, 5, 30)
+    pairs = [(x > y) + 0.5 * (x == y) for x in higher for y in lower]
+    assert e.share_above(higher, lower) == pytest.approx(np.mean(pairs))
+    assert e.share_above([1.0], [1.0, 0.0, 2.0, 3.0]) == (1 + 0.5) / 4
+
+
 def test_distinct_counts_bigrams_over_all_responses():
     assert e.distinct([[1, 2, 3], [1, 2, 4], [5]]) == 3 / 4
     assert e.distinct([[7, 7, 7, 7]]) == 1 / 3

@@ -22,11 +22,14 @@ class PreferenceWorld:
 
     Of any two responses i is then ranked above j with probability 1 / (1 + exp(u_j - u_i)), whichever others there are:
     all pairs of a ranking have the probabilities of Bradley and Terry.
+
+    labeled: instead of rankings there are single responses, each desirable with probability 1 / (1 + exp(-u)).
     """
 
     def __init__(
-        self, config: DPOConfig, seed: int, vocab=3, length=3, layers=1, scale=0.7, K=0, count=64
-    ):
+        self, config: DPOConfig, seed: int, vocab=3, length=3, layers=1, scale=0.7, K=0, count=64,
+        labeled=False,
+    ):  # fmt: skip
         self.config = config
         self.seed = seed
         self.mesh = make_mesh(MeshConfig())
@@ -47,18 +50,32 @@ class PreferenceWorld:
             noisy = utility[chosen] + rng.gumbel(size=chosen.shape)
             self.choices.append(chosen)
             self.ranks.append(1 + (-noisy).argsort(1).argsort(1))
+        self.labels = []  # of each prompt, if there are any: bool[count, K]
+        if labeled:
+            odds = [
+                np.exp(u[chosen]) for u, chosen in zip(self.utilities, self.choices, strict=True)
+            ]
+            self.labels = [rng.random(x.shape) < x / (1 + x) for x in odds]
         shardings = param_shardings(
             self.mesh, transformer.abstract(self.model), transformer.axes(self.model)
         )
         self.ref = jax.device_put(transformer.init(self.model, jax.random.key(seed)), shardings)
 
     def examples(self) -> list[RankedExample]:
-        """The rankings, prompts in turn."""
+        """The rankings, prompts in turn; or the labeled responses, one by one."""
         made = []
         for index in range(len(self.choices[0])):
-            for prompt, choices, ranks in zip(PROMPTS, self.choices, self.ranks, strict=True):
-                rows = [[*prompt, *self.space.rows[i]] for i in choices[index]]
-                made.append(RankedExample(rows, ranks[index].tolist(), len(prompt)))
+            for number, prompt in enumerate(PROMPTS):
+                rows = [[*prompt, *self.space.rows[i]] for i in self.choices[number][index]]
+                if self.labels:
+                    labels = zip(rows, self.labels[number][index].tolist(), strict=True)
+                    made += [
+                        RankedExample([row], [1], len(prompt), labels=(label,))
+                        for row, label in labels
+                    ]
+                else:
+                    ranks = self.ranks[number][index].tolist()
+                    made.append(RankedExample(rows, ranks, len(prompt)))
         return made
 
     def train(self):

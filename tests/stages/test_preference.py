@@ -61,6 +61,7 @@ def batch():
         "segment_ids": (positions < lengths).astype(np.int32),
         "loss_mask": (positions >= prompt_lengths) & (positions < lengths),
         "ranks": np.array([[2, 1, 3], [1, 1, 2]], np.int32),
+        "labels": np.zeros((B, K), np.int32),
     }
 
 
@@ -188,6 +189,72 @@ def test_a_step_on_eight_devices_is_that_of_one(name, policy, reference):
     assert results[0]["grad_norm"] > 1e-4
     for key, value in results[0].items():
         np.testing.assert_allclose(value, results[1][key], rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+def labeled(labels):
+    return [RankedExample([[1, 2]], [1], 1, labels=(label,)) for label in labels]
+
+
+def test_accuracy_over_labels_is_over_all_prompts():
+    scores = np.array([[0.1, 9.0], [0.3, 9.0], [0.2, 9.0]])
+    ranks = np.array([[1, 0], [1, 0], [1, 0]])
+    found = response_scores.held_out_metrics(scores, ranks, labeled([False, True, True]))
+    assert (found["label_accuracy"], found["pairs"]) == (1.0, 0.0)
+    found = response_scores.held_out_metrics(scores, ranks, labeled([True, True, False]))
+    assert found["label_accuracy"] == 0.5
+    # One kind alone has no pair.
+    assert "label_accuracy" not in response_scores.held_out_metrics(
+        scores, ranks, labeled([True] * 3)
+    )
+
+
+def test_the_best_checkpoint_goes_by_pairs_or_else_by_labels():
+    assert preference._best_metric(labeled([True, False])) == "eval/label_accuracy"
+    assert preference._best_metric(labeled([True])) == "eval/accuracy"
+    pair = RankedExample([[1, 2], [1, 3]], [1, 2], 1)
+    assert preference._best_metric([*labeled([True, False]), pair]) == "eval/accuracy"
+
+
+def test_labels_of_one_kind_are_refused(tiny_run, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        kto_of_labels(tiny_run, tmp_path, monkeypatch, lambda number: True)
+    assert "responses are desirable and 0 are undesirable; kto needs both" in spoken(capsys)
+
+
+def test_kto_learns_labels_of_single_responses(tiny_run, tmp_path, monkeypatch, capsys):
+    result = kto_of_labels(tiny_run, tmp_path, monkeypatch, lambda number: number % 2 == 0)
+    assert "desirable and" in spoken(capsys)
+    assert result["label_accuracy"] > 0.9
+    assert result["pairs"] == 0
+
+
+def kto_of_labels(tiny_run, tmp_path, monkeypatch, label):
+    """The result of stage dpo on responses one by one: "good" for even prompts and "bad" for odd ones."""
+    monkeypatch.chdir(ROOT)
+    for stage in ("tokenizer", "sft"):
+        shutil.copytree(tiny_run / stage, tmp_path / stage)
+    lines = [
+        {
+            "prompt": f"Number {number}?",
+            "response": ("good", "bad")[number % 2],
+            "label": label(number),
+            "split": ("train", "held_out")[number % 5 == 0],
+        }
+        for number in range(80)
+    ]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "kto.yaml").write_text(
+        f"extends: {ROOT}/configs/tiny.yaml\ndpo: {{data: {{sources: [{{path: {tmp_path}/labels.jsonl}}]}}}}"
+    )
+    flags = """
+        --dpo.loss kto --dpo.batch-size 16 --dpo.num-steps 12 --dpo.eval-every 6 --dpo.optim.learning-rate 1e-3
+    """
+    cli.main(["dpo", str(tmp_path / "kto.yaml"), "--run-dir", str(tmp_path), *flags.split()])
+    return json.loads((tmp_path / "dpo" / "result.json").read_text())
+
+
+def spoken(capsys):
+    return " ".join(capsys.readouterr().err.split())
 
 
 def test_distance_is_in_scores_and_in_ranks_where_there_are_none():

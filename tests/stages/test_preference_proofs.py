@@ -72,6 +72,11 @@ def preferences(world, index):
 def labels(world, index):
     """(desirable, undesirable) float64[N]: the share of the labelled responses of prompt `index` that are y, and are so."""
     good, bad = np.zeros((2, len(world.lengths)))
+    if world.labels:
+        chosen, is_good = world.choices[index], world.labels[index]
+        np.add.at(good, chosen[is_good], 1)
+        np.add.at(bad, chosen[~is_good], 1)
+        return good / chosen.size, bad / chosen.size
     for chosen, ranks in zip(world.choices[index], world.ranks[index], strict=True):
         middle = (len(ranks) + 1) / 2
         good[chosen[ranks < middle]] += 1
@@ -269,6 +274,13 @@ def longer(config):
 @pytest.mark.parametrize("name", ["orpo", pytest.param("kto", marks=pytest.mark.life)])
 def test_objectives_with_and_without_reference_reach_their_fixed_points(name):
     assert reached(CONFIGS[name]) <= LIMIT
+
+
+@pytest.mark.life
+def test_single_labeled_responses_lead_kto_to_its_fixed_point():
+    # Many responses to a batch: with few, gradients of rare labels are large and rare, which Adam makes too small.
+    config = dataclasses.replace(CONFIGS["kto"], kto_desirable_weight=20.0, batch_size=1024)
+    assert reached(config, name="kto, single responses", labeled=True) <= LIMIT
 
 
 @pytest.mark.slow
