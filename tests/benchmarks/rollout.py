@@ -5,7 +5,7 @@
 A 14M-parameter decoder (d 384, 6 layers, 6 heads, vocabulary 8,192), temperature 1. Prints
 
 - new tokens/s for 64 prompts of 8 to 32 tokens with 128 tokens each, and the ratio to the peer's, which must draw the
-  same greedy tokens (float32);
+  same greedy tokens (float32): in turns, the fastest of five;
 - new tokens/s for 512 prompts whose responses have 8 to 512 tokens (lognormal), against the same requests in batches of
   64 that wait for their longest;
 - seconds to the first token of a short prompt while 64 others decode.
@@ -43,9 +43,10 @@ MODEL = ModelConfig(
     mlp_dim=1024,
     dtype="float32",
 )
-NEW, ROUNDS, SLOTS = 128, 3, 64
+NEW, ROUNDS, SLOTS = 128, 5, 64
 
-# Runs in the other interpreter: reads the weights and prompts, writes its greedy tokens and speed.
+# Runs in the other interpreter: reads the weights and prompts, writes its greedy tokens, and samples once for each line
+# that it reads.
 PEER = """
 import json, sys, time
 import numpy as np, torch, transformers
@@ -62,14 +63,12 @@ ids, mask = torch.tensor(data["tokens"]).long(), torch.tensor(data["mask"]).long
 def run(**more):
     with torch.no_grad():
         return model.generate(ids, attention_mask=mask, max_new_tokens=128, min_new_tokens=128, **more)
-greedy = run(do_sample=False)[:, ids.shape[1]:].numpy()
-seconds = []
-for _ in range(int(sys.argv[3])):
+np.save(sys.argv[1] + "/greedy.npy", run(do_sample=False)[:, ids.shape[1]:].numpy())
+versions = f"transformers {transformers.__version__} (torch {torch.__version__})"
+for line in sys.stdin:
     began = time.perf_counter()
     run(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    seconds.append(time.perf_counter() - began)
-np.save(sys.argv[1] + "/greedy.npy", greedy)
-print(json.dumps({"seconds": min(seconds), "torch": torch.__version__, "transformers": transformers.__version__}))
+    print(json.dumps({"seconds": time.perf_counter() - began, "versions": versions}), flush=True)
 """
 
 
@@ -120,14 +119,16 @@ def drawn(engine: Engine, requests: list[Request]) -> list[list[int]]:
     return [[draw.id for draw in found[i].draws] for i in range(len(requests))]
 
 
-def fastest(run, rounds: int = ROUNDS) -> float:
-    """Seconds of the fastest of some rounds, after one that compiles."""
-    seconds = []
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[1:])
+def seconds_of(run) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def fastest(run) -> float:
+    """Seconds of a run, after one that compiles."""
+    run()
+    return seconds_of(run)
 
 
 def long_tails(params, mesh, dtype: str) -> tuple[float, float]:
@@ -142,8 +143,8 @@ def long_tails(params, mesh, dtype: str) -> tuple[float, float]:
             drawn(engine, requests[begin : begin + SLOTS])
 
     tokens = lengths.sum()
-    together = fastest(lambda: drawn(engine, requests), 1)
-    return tokens / together, tokens / fastest(batches, 1)
+    together = fastest(lambda: drawn(engine, requests))
+    return tokens / together, tokens / fastest(batches)
 
 
 def first_token(params, mesh, dtype: str) -> float:
@@ -171,17 +172,56 @@ def prompts_of(rng, count: int) -> list[list[int]]:
     return [rng.integers(3, 8192, n).tolist() for n in rng.integers(8, 33, count)]
 
 
-def peer_speed(python: str, params, prompts, greedy: list[list[int]]) -> tuple[float, str]:
-    """The peer's new tokens/s in float32, and its versions; prints how many greedy tokens are the same."""
-    tokens, mask = left_pad(prompts, 32, 0)
-    with tempfile.TemporaryDirectory() as folder:
+class Peer:
+    """The peer in a process of its own; it waits for its turns."""
+
+    def __init__(self, python: str, folder: str, params, prompts):
+        tokens, mask = left_pad(prompts, 32, 0)
         np.savez(f"{folder}/in.npz", tokens=tokens, mask=mask, **peer_weights(params))
-        command = [python, "-c", PEER, folder, str(os.cpu_count()), str(ROUNDS)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found = json.loads(output.splitlines()[-1])
-        same = (np.load(Path(folder) / "greedy.npy") == np.array(greedy)).mean()
-    print(f"greedy tokens that are the same: {same:.1%}")
-    return SLOTS * NEW / found["seconds"], f"{found['transformers']} (torch {found['torch']})"
+        self.greedy = Path(folder) / "greedy.npy"
+        self.versions = ""
+        self.process = subprocess.Popen(
+            [python, "-c", PEER, folder, str(os.cpu_count())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def seconds(self) -> float:
+        """Of one run in float32."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        found = json.loads(self.process.stdout.readline())
+        self.versions = found["versions"]
+        return found["seconds"]
+
+
+def against_peer(python: str, params, mesh, engines: dict[str, Engine], prompts) -> None:
+    """Prints everyone's new tokens/s, in turns, and the ratios."""
+    requests = requests_for(prompts, [NEW] * SLOTS)
+    turns = {
+        name: lambda e=engine: seconds_of(lambda: drawn(e, requests))
+        for name, engine in engines.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        peer = Peer(python, folder, params, prompts) if python else None
+        if peer:
+            turns["peer"] = peer.seconds
+        # The first turn compiles.
+        rounds = [{name: turn() for name, turn in turns.items()} for _ in range(ROUNDS + 1)]
+        if peer:
+            peer.process.stdin.close()
+            peer.process.wait()
+            greedy = engine_for(params, mesh, "float32", 160)
+            ours = drawn(greedy, requests_for(prompts, [NEW] * SLOTS, 0.0))
+            same = (np.load(peer.greedy) == np.array(ours)).mean()
+            print(
+                f"the peer is {peer.versions}, in float32; {same:.1%} of its greedy tokens are the same"
+            )
+    speed = {name: SLOTS * NEW / min(each[name] for each in rounds[1:]) for name in turns}
+    for name, found in speed.items():
+        ratio = f", {found / speed['peer']:.2f} times the peer" if peer else ""
+        print(f"{name}: {found:,.0f} new tokens/s{ratio}", flush=True)
 
 
 def main() -> None:
@@ -198,21 +238,10 @@ def main() -> None:
             lambda: transformer.init(MODEL, jax.random.key(0)), out_shardings=replicated(mesh)
         )()
         prompts = prompts_of(np.random.default_rng(0), SLOTS)
-        speed = {}
-        for dtype in ("float32", "bfloat16"):
-            engine = engine_for(params, mesh, dtype, 160)
-            requests = requests_for(prompts, [NEW] * SLOTS)
-            speed[dtype] = SLOTS * NEW / fastest(lambda e=engine, r=requests: drawn(e, r))
-            print(f"{dtype}: {speed[dtype]:,.0f} new tokens/s", flush=True)
-        if args.peer:
-            greedy = drawn(
-                engine_for(params, mesh, "float32", 160), requests_for(prompts, [NEW] * SLOTS, 0.0)
-            )
-            peer, versions = peer_speed(args.peer, params, prompts, greedy)
-            print(f"transformers {versions}: {peer:,.0f} new tokens/s in float32")
-            for dtype, found in speed.items():
-                print(f"ratio in {dtype}: {found / peer:.2f}")
-        for dtype in speed:
+        dtypes = ("float32", "bfloat16")
+        engines = {dtype: engine_for(params, mesh, dtype, 160) for dtype in dtypes}
+        against_peer(args.peer, params, mesh, engines, prompts)
+        for dtype in dtypes:
             together, batches = long_tails(params, mesh, dtype)
             print(
                 f"{dtype}, long tails: {together:,.0f} new tokens/s, {batches:,.0f} in batches of {SLOTS}: "
