@@ -53,7 +53,6 @@ TESTED_IN = {
     "serve/command.py": "tests/serve/test_pages.py",
     "serve/completions.py": "tests/serve/test_serve.py",
     "serve/config.py": "tests/config/test_ranges.py",
-    "serve/driver.py": "tests/serve/test_serve.py",
     "serve/endpoint.py": "tests/serve/test_serve.py",
     "serve/generation.py": "tests/serve/test_serve.py",
     "serve/logprobs.py": "tests/serve/test_serve.py",

@@ -207,9 +207,8 @@ class Drawing:
 
     async def __aexit__(self, *_: Any) -> None:
         self._driver.release(len(self._requests))
-        self._driver.not_at_end(self._refuse)
         # In the thread, after the requests were submitted.
-        self._driver.send(lambda: self._driver.cancel(self._keys), lambda: None)
+        self._driver.send(self._leave, lambda: None)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         """Yields (number of the request, event) until all requests have ended.
@@ -245,6 +244,10 @@ class Drawing:
             self._tell(error)
             return
         self._driver.at_end(self._refuse)
+
+    def _leave(self) -> None:
+        self._driver.cancel(self._keys)
+        self._driver.not_at_end(self._refuse)
 
     def _teller(self, i: int) -> Callable[[Event], None]:
         return lambda event: self._tell((i, event))
