@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxllm.output_layer import TokenStats
+from jaxllm.soft_targets import SoftStats
 
 Pair = tuple[Array, Array]  # (sum, weight), each float32[]
 Metrics = dict[str, Pair]
@@ -32,15 +33,24 @@ def next_token_targets(
     loss_mask: bool[B, T], True where a token may be a target. Returns (int32[B, T], bool[B, T]).
     """
 
-    def shift(x: Array) -> Array:
-        return jnp.pad(x[:, distance:], ((0, 0), (0, distance)))
-
     # The zeros that are shifted in are padding, so the last positions of a row predict nothing.
-    mask = (shift(segment_ids) == segment_ids) & (segment_ids > 0) & shift(loss_mask)
-    return shift(tokens), mask
+    is_same = shift(segment_ids, distance) == segment_ids
+    mask = is_same & (segment_ids > 0) & shift(loss_mask, distance)
+    return shift(tokens, distance), mask
 
 
-def language_model(stats: TokenStats, mask: Array, z_loss_coef: float = 0.0) -> Loss:
+def shift(x: Array, distance: int = 1) -> Array:
+    """What belongs to tokens, [B, T, ...], moved to the positions that predict them; zeros at the end."""
+    moved = x[:, distance:]
+    return jnp.pad(moved, ((0, 0), (0, distance), *[(0, 0)] * (x.ndim - 2)))
+
+
+def unshift(x: Array) -> Array:
+    """What belongs to positions, [B, T, ...], moved to the tokens that they predict; zeros at the beginning."""
+    return jnp.pad(x[:, :-1], ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))
+
+
+def language_model(stats: TokenStats | SoftStats, mask: Array, z_loss_coef: float = 0.0) -> Loss:
     """Next-token cross entropy, plus z_loss_coef * logsumexp^2 (PaLM, Chowdhery et al. 2022, section 5).
 
     stats: of the targets, float32[B, T]; mask: bool[B, T], True where there is a target.
@@ -54,6 +64,18 @@ def language_model(stats: TokenStats, mask: Array, z_loss_coef: float = 0.0) -> 
     if z_loss_coef:
         metrics["z_loss"] = (z_loss_coef * z, count)
     return nats + z_loss_coef * z, count, metrics
+
+
+def soft_targets(stats: SoftStats, mask: Array, share: float, z_loss_coef: float = 0.0) -> Loss:
+    """`language_model` whose cross entropy gives way, by this share, to the divergence from a teacher's soft targets.
+
+    stats: of the targets, float32[B, T]; mask: bool[B, T], True where there is a target.
+    """
+    total, count, metrics = language_model(stats, mask, z_loss_coef)
+    nats, _ = metrics["loss"]
+    divergence = (stats.divergence * mask.astype(jnp.float32)).sum()
+    total = total + share * (divergence - nats)
+    return total, count, {**metrics, "divergence": (divergence, count)}
 
 
 def pairwise(

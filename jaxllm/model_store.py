@@ -14,12 +14,14 @@ import jax
 from etils import epath
 
 from jaxllm.config import InputError, build, to_tree
+from jaxllm.data.cache import key_of
 from jaxllm.models import lora, scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.parts_config import LoRAConfig
 from jaxllm.pretrained.safetensors_files import read_imported
 from jaxllm.runtime import checkpoint
 from jaxllm.runtime.files import is_remote, read_json, write_json
+from jaxllm.runtime.seal import read_seal
 from jaxllm.runtime.store.working import local_folder
 from jaxllm.sharding import place_params
 from jaxllm.tokenizers.published import load_tokenizer
@@ -98,13 +100,11 @@ def load_model(
     family = _FAMILIES[kind]
     # With adapters, the checkpoint holds them and nothing of the base.
     shapes, axes = lora.trained(adapters, family.abstract(model), family.axes(model))
-    # A finished stage names the checkpoint that is its result; an unfinished one has a newest checkpoint.
-    finished = read_json(stage_dir / "result.json") or {}
     params = checkpoint.load_params(
         stage_dir,
         place_params(mesh, shapes, axes),
         record["path"],
-        finished.get("checkpoint"),
+        _result_step(stage_dir),
         read_imported=read_imported,
     )
     if adapters.rank:
@@ -115,11 +115,36 @@ def load_model(
     return params, model
 
 
+def weights_key(stage_dir: epath.PathLike) -> str:
+    """A name for a model in a stage directory: for its config and the values of its weights, wherever they are stored.
+
+    Raises:
+        InputError: the directory holds no model, or none of its checkpoints is complete.
+    """
+    stage_dir = local_folder(stage_dir)
+    _, record = read_model_card(stage_dir)
+    seal = read_seal(checkpoint.newest(stage_dir, _result_step(stage_dir)))
+    # Of an imported model no digests are taken; its files have hashes.
+    values = checkpoint.digests_below(seal["digests"], record["path"]) or seal["files"]
+    base = weights_key(_base_dir(stage_dir, record["base"])) if "base" in record else ""
+    return key_of(record["model"], record.get("adapters"), values, base)
+
+
+def _result_step(stage_dir: epath.Path) -> int | None:
+    """The checkpoint that is the result of a finished stage; None: an unfinished one has a newest checkpoint."""
+    return (read_json(stage_dir / "result.json") or {}).get("checkpoint")
+
+
+def _base_dir(stage_dir: epath.Path, base: str) -> str:
+    """The stage directory that a model card calls `base`."""
+    return base if is_remote(base) else os.path.normpath(stage_dir / base)
+
+
 def _load_base(
     stage_dir: epath.Path, base: str, mesh: jax.sharding.Mesh, loaded: dict[str, Any]
 ) -> Any:
     """Parameters of the policy that adapters belong to, its own adapters merged."""
-    source = base if is_remote(base) else os.path.normpath(stage_dir / base)
+    source = _base_dir(stage_dir, base)
     # PPO's reward model is loaded after the reference model, often its base: one copy serves both.
     for path, params in loaded.items():
         if os.path.normpath(path) == source:

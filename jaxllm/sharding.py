@@ -133,8 +133,12 @@ def constrain_residual(x: jax.Array) -> jax.Array:
 
 def constrain_scored(x: jax.Array) -> jax.Array:
     """Shard the input [B, T, D] of the output layer; `pipeline` splits its rows too if their number is divisible."""
-    divisible = x.shape[0] % shards("scored") == 0
-    return constrain(x, "scored" if divisible else "batch", "seq", "embed")
+    return constrain(x, scored_rows(x.shape[0]), "seq", "embed")
+
+
+def scored_rows(num_rows: int) -> str:
+    """The logical axis of so many rows in the output layer."""
+    return "scored" if num_rows % shards("scored") == 0 else "batch"
 
 
 def on_each_device(

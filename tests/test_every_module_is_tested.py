@@ -96,6 +96,7 @@ TESTED_IN = {
     "data/deduplication.py": "tests/data/test_store.py",
     "data/mixture.py": "tests/data/test_loader.py",
     "data/rows.py": "tests/data/test_loader.py",
+    "data/soft_targets.py": "tests/stages/test_teacher.py",
     "data/schema.py": "tests/data/test_wrong_data.py",
     "data/tokenization.py": "tests/data/test_store.py",
     "data/units.py": "tests/data/test_store.py",

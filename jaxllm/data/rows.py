@@ -11,6 +11,7 @@ from jaxllm.config import InputError
 from jaxllm.data.cache import ArrayFile, get_or_build, key_of
 from jaxllm.data.config import DataConfig
 from jaxllm.data.packing import Row, best_fit, build_row, concat_and_split
+from jaxllm.data.soft_targets import KeptTargets
 from jaxllm.data.store import Examples, Tokens
 from jaxllm.data.units import EXAMPLE
 from jaxllm.tokenizers.trained import Tokenizer
@@ -36,6 +37,7 @@ class Rows(NamedTuple):
     fingerprint: str  # of the contents, the tokenizer, the split and the length
     epochs: float = 1.0  # passes over these rows in one pass over the mixture
     phases: tuple[tuple[int, float], ...] = ()  # (step, weight from that step on)
+    kept: KeptTargets | None = None  # of a teacher
 
     @property
     def num_rows(self) -> int:
@@ -44,6 +46,8 @@ class Rows(NamedTuple):
 
     def row(self, index: int) -> Row:
         """Reads row `index`: {tokens, segment_ids, positions: int32[T], loss_mask: bool[T]} (see `packing`).
+
+        With a teacher also {teacher_ids, teacher_logprobs}, [T, K] each (see `soft_targets`).
 
         Documents of 5 and 3 tokens in rows of 4; row 1 begins with example 0 at offset 3:
 
@@ -64,7 +68,8 @@ class Rows(NamedTuple):
         # What does not fit of the last document is in the next row.
         sizes[-1] -= max(0, sizes.sum() - self.length)
         tokens, mask = self.tokens.read(starts, sizes)
-        return build_row(tokens, mask, sizes, self.length, self.pad_id)
+        row = build_row(tokens, mask, sizes, self.length, self.pad_id)
+        return row | self.kept.row(index, row["loss_mask"]) if self.kept else row
 
 
 def pack_rows(

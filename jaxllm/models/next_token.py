@@ -9,12 +9,16 @@ from jaxllm import losses, output_layer
 from jaxllm.models import lora, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.sharding import rows_like
+from jaxllm.soft_targets import SoftStats, SoftTargets, soft_stats, top_tokens
 
 
 def planned_rows(
-    mesh: jax.sharding.Mesh, batch_size: int, length: int
+    mesh: jax.sharding.Mesh, batch_size: int, length: int, top_k: int = 0
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of packed rows as shapes with their shardings: {name: [batch_size, length]}."""
+    """A batch of packed rows as shapes with their shardings: {name: [batch_size, length]}.
+
+    top_k: tokens kept of a teacher, which are the last dimension of two more arrays; 0: there is none.
+    """
     types = {
         "tokens": jnp.int32,
         "segment_ids": jnp.int32,
@@ -24,7 +28,23 @@ def planned_rows(
     shapes = {
         name: jax.ShapeDtypeStruct((batch_size, length), dtype) for name, dtype in types.items()
     }
+    if top_k:
+        of_teacher = {"teacher_ids": jnp.int32, "teacher_logprobs": jnp.float32}
+        for name, dtype in of_teacher.items():
+            shapes[name] = jax.ShapeDtypeStruct((batch_size, length, top_k), dtype)
     return rows_like(mesh, shapes)
+
+
+def soft_targets(params: Any, batch: Any, *, model: ModelConfig, top_k: int) -> SoftTargets:
+    """What a decoder thinks of every token given those before it, beside the token itself: [B, T, K] each.
+
+    batch: {tokens, segment_ids, positions int32[B, T]}. Garbage where a token is no target.
+    """
+    states = transformer.apply(
+        params, model, batch["tokens"], batch["segment_ids"], batch["positions"]
+    )
+    kept = top_tokens(states, transformer.head(params), top_k, cap=model.logit_softcap)
+    return SoftTargets(losses.unshift(kept.ids), losses.unshift(kept.logprobs))
 
 
 def loss(
@@ -36,17 +56,22 @@ def loss(
     model: ModelConfig,
     z_loss_coef: float = 0.0,
     mtp_coef: float = 0.0,
+    teacher_weight: float = 1.0,
 ) -> losses.Loss:
     """Next-token loss of packed rows, with the terms that the model's routers and MTP modules add.
 
+    Where the batch has a teacher's soft targets, the divergence from them takes the place of a share of the loss.
+
     Args:
       params: the trained parameters.
-      batch: {tokens, segment_ids, positions int32[B, T], loss_mask bool[B, T]}.
+      batch: {tokens, segment_ids, positions int32[B, T], loss_mask bool[B, T]}; with a teacher also {teacher_ids int32,
+        teacher_logprobs float32}, [B, T, K] each, beside the tokens that it predicts.
       key: unused; there is no dropout.
       base: the frozen parameters under adapters; {} where `params` are all (`lora.join`).
       model: config of the decoder.
       z_loss_coef: of `losses.language_model`.
-      mtp_coef: weight of the mean loss over the MTP modules (DeepSeek-V3, eq. 25).
+      mtp_coef: weight of the mean loss over the MTP modules (DeepSeek-V3, eq. 25), which have no teacher.
+      teacher_weight: that share (`losses.soft_targets`).
 
     Returns:
       (sum over targets, number of targets, metrics).
@@ -57,8 +82,12 @@ def loss(
     hidden, load = transformer.apply_routed(params, model, tokens, segment_ids, batch["positions"])
     targets, mask = losses.next_token_targets(tokens, segment_ids, batch["loss_mask"])
     # At every position, also those without a target: the mask removes them from the sums.
-    stats = _score(params, model, hidden, targets)
-    total, weight, metrics = losses.language_model(stats, mask, z_loss_coef)
+    if "teacher_ids" in batch:
+        stats = _score_with_teacher(params, model, hidden, targets, batch)
+        total, weight, metrics = losses.soft_targets(stats, mask, teacher_weight, z_loss_coef)
+    else:
+        stats = _score(params, model, hidden, targets)
+        total, weight, metrics = losses.language_model(stats, mask, z_loss_coef)
     if load:
         # Terms that are means over tokens are scaled by the weight, since the total is a sum over targets.
         balance, routing = transformer.routing_loss(params["layers"], model, load)
@@ -108,3 +137,12 @@ def _score(
     return output_layer.token_logprobs(
         hidden, transformer.head(params), targets, cap=model.logit_softcap
     )
+
+
+def _score_with_teacher(
+    params: Any, model: ModelConfig, hidden: jax.Array, targets: jax.Array, batch: Any
+) -> SoftStats:
+    """As `_score`, with the divergence from the soft targets of a batch."""
+    kept = SoftTargets(losses.shift(batch["teacher_ids"]), losses.shift(batch["teacher_logprobs"]))
+    head = transformer.head(params)
+    return soft_stats(hidden, head, targets, kept, cap=model.logit_softcap)

@@ -356,7 +356,7 @@ def restore(
         return read_imported(Path(step_dir), record, abstract, path), record
     # Digests do not depend on the sharding: those taken on another mesh must be equal.
     state = _read_arrays(step_dir, abstract, path)
-    wrong = digest.differing(_digests_below(seal["digests"], path), digest.digests(state))
+    wrong = digest.differing(digests_below(seal["digests"], path), digest.digests(state))
     if wrong:
         raise Damaged(
             step_dir, f"the values of {', '.join(wrong[:3])} are not those that were saved"
@@ -415,7 +415,7 @@ def _restore_arg(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
     return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
-def _digests_below(digests: digest.Digests, path: Sequence[str]) -> digest.Digests:
+def digests_below(digests: digest.Digests, path: Sequence[str]) -> digest.Digests:
     """The digests of the subtree at `path`: for ("params",), {"params.w": d, "step": e} -> {"w": d}."""
     if not path:
         return digests

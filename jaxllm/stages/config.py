@@ -18,6 +18,7 @@ from jaxllm.config.ranges import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PositiveProportion,
     Proportion,
     ProportionBelowOne,
     Seed,
@@ -95,8 +96,24 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class KeptTeacher:
+    """A model that looks at the training data once; what it finds likely at every target is kept and learned from."""
+
+    stage_dir: str = ""
+    """Stage directory of the teacher, whose tokenizer must be the student's; empty: none."""
+    # Chosen: what is kept of a target is then 192 or 256 bytes.
+    top_k: PositiveInt = 32
+    """Tokens kept of every target, the likeliest; all others count together as one."""
+    weight: PositiveProportion = 1.0
+    """Share of the divergence from the teacher in the loss; the rest is the usual loss."""
+
+
+@dataclasses.dataclass(frozen=True)
 class LanguageModelConfig(TrainingConfig):
     """Training on next tokens."""
+
+    teacher: KeptTeacher = KeptTeacher()
+    """Learn a teacher's distribution over each target."""
 
     z_loss_coef: NonNegativeFloat = 0.0
     """Coefficient of logsumexp^2 (PaLM)."""

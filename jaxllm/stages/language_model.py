@@ -33,7 +33,7 @@ from jaxllm.optim import learning_rate
 from jaxllm.runtime import tree_shapes
 from jaxllm.runtime.console import console
 from jaxllm.sharding import activation, param_shardings, place_params, replicated
-from jaxllm.stages import training
+from jaxllm.stages import teacher, training
 from jaxllm.stages.config import LanguageModelConfig
 from jaxllm.workspace import Workspace
 
@@ -51,6 +51,8 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
     training.check_batch(config, mesh, stage)  # before the data, whose preparation may take hours
     length = model.row_length(config.length, f"{stage}.length")
     rows = _load_rows(workspace, stage, config, length)
+    if config.teacher.stage_dir:
+        rows = teacher.with_soft_targets(workspace, stage, config, model, rows)
     num_steps = training.count_steps(config, epoch_rows(rows["train"]), stage)
     _print_plan(stage, rows, model, num_steps, config.batch_size)
 
@@ -74,6 +76,8 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         return layout.init(make(base, key))
 
     sharding = activation(mesh, "batch", None)
+    # A student that comes closer to its teacher may come no closer to the text.
+    best = "eval/divergence" if config.teacher.stage_dir else "eval/bits_per_byte"
     # Work counts every position of the rows, padding included: that is what the devices compute.
     tokens = config.batch_size * length
     flops = transformer.flops_per_token(model, length) * tokens
@@ -89,10 +93,10 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         settings=config,
         work=Work(tokens, flops, peak_flops(mesh)),
         evaluate=_evaluation(config, model, rows["held_out"], sharding, num_steps, base),
-        best="eval/bits_per_byte",
+        best=best,
         result=functools.partial(_result, model, num_steps, tokens),
         schedules={"train/learning_rate": learning_rate(config.optim, num_steps)},
-        shown=("loss", "eval/bits_per_byte"),
+        shown=("loss", "divergence", best) if config.teacher.stage_dir else ("loss", best),
     )
 
 
@@ -162,7 +166,7 @@ def _evaluation(
     num_steps: int,
     base: Any,
 ) -> Callable[[int, train.TrainState], dict[str, float]]:
-    """(step, state) -> nats per target token and bits per UTF-8 byte on held-out rows."""
+    """(step, state) -> nats per target token and bits per UTF-8 byte on held-out rows, and a teacher's divergence."""
     # base is an argument here too, for the same reason as in the step. The key is None: no dropout.
     measure = jax.jit(
         lambda params, batch, base: next_token.loss(params, batch, None, base, model=model)[2]
@@ -177,10 +181,13 @@ def _evaluation(
         batches = epoch_batches(
             rows, batch_size=config.batch_size, sharding=sharding, max_batches=limit
         )
-        nats = measures.run(functools.partial(measure, base=base), state.params, batches)["loss"]
+        found = measures.run(functools.partial(measure, base=base), state.params, batches)
+        nats = found["loss"]
+        of_teacher = {"eval/divergence": found["divergence"]} if "divergence" in found else {}
         return {
             "eval/loss": nats,
             "eval/bits_per_byte": measures.bits_per_byte(nats, num_tokens, num_bytes),
+            **of_teacher,
         }
 
     return evaluate
@@ -219,7 +226,11 @@ def program(
     base: the frozen parameters under adapters, or {}. The mesh may be a planned one.
     """
     loss = functools.partial(
-        next_token.loss, model=model, z_loss_coef=config.z_loss_coef, mtp_coef=config.mtp_coef
+        next_token.loss,
+        model=model,
+        z_loss_coef=config.z_loss_coef,
+        mtp_coef=config.mtp_coef,
+        teacher_weight=config.teacher.weight,
     )
     return training.make_step(
         config,
@@ -240,7 +251,8 @@ def programs(
     # Without num_steps the data decides, which is not read here; the number changes a schedule, not a shape.
     step, layout = program(mesh, config, model, max(config.num_steps, 1), seed)
     length = model.row_length(config.length, f"{stage}.length")
-    batch = next_token.planned_rows(mesh, config.batch_size, length)
+    top_k = config.teacher.top_k if config.teacher.stage_dir else 0
+    batch = next_token.planned_rows(mesh, config.batch_size, length, top_k)
     params = place_params(mesh, transformer.abstract(model), transformer.axes(model))
     base = lora.place_frozen(config.lora, params, replicated(mesh))
     flops = transformer.flops_per_token(model, length) * math.prod((config.batch_size, length))
@@ -254,6 +266,7 @@ def plan(
     """`programs` of a stage of this config."""
     config: LanguageModelConfig = getattr(life, stage)
     training.check_batch(config, mesh, stage)
+    teacher.check_top_k(config, life.model, stage)
     return programs(mesh, stage, config, life.model, life.seed)
 
 
