@@ -111,7 +111,10 @@ def rows_fingerprint(mixture: Mixture) -> str:
 
 
 def make_batch_at(mixture: Mixture, *, batch_size: int, seed: int, sharding: Sharding) -> BatchAt:
-    """step -> {tokens, segment_ids, positions: int32[B, T], loss_mask: bool[B, T]}; see `mixture` for the order."""
+    """step -> {tokens, segment_ids, positions: int32[B, T], loss_mask: bool[B, T]}; see `mixture` for the order.
+
+    With a teacher's soft targets also {teacher_ids: int32[B, T, K], teacher_logprobs: float32[B, T, K]}.
+    """
     sizes = [rows.num_rows for rows, _ in mixture]
     order = make_order(sizes, intervals(mixture, batch_size), seed)
 

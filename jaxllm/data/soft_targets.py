@@ -8,8 +8,8 @@ is cut goes on where it was:
         kept                     [targets, K] of (id, log-probability)
     cache/teacher-KEY-00001/     the next ones
 
-Ids take as few bytes as the vocabulary allows. Log-probabilities are float32: half of it would be wrong by up to 2^-11 of
-itself, which is more than the probability of all other tokens where a teacher is sure.
+Ids take as few bytes as the vocabulary allows. Log-probabilities are float32. In float16 each would be off by up to 2^-11 of
+itself; the probability of all other tokens is 1 minus their sum, and where a teacher is sure it is smaller than that error.
 """
 
 import functools

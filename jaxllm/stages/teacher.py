@@ -66,12 +66,7 @@ def with_soft_targets(
       Stopped: after a signal, between two parts.
     """
     check_top_k(config, model, stage)
-    source = workspace.source(config.teacher.stage_dir, "", stage)
-    field = f"{stage}.teacher.stage_dir"
-    check_vocabulary(workspace, field, source, model)
-    # Before it is loaded: a wrong teacher should not take minutes to find.
-    context, _ = read_model_card(source)
-    context.row_length(rows["train"][0][0].length, f"{field}: {source}")
+    source = _source(workspace, stage, config, model, rows["train"][0][0].length)
     weights = weights_key(source)
     top_k = config.teacher.top_k
     cache = Path(workspace.run_dir / "cache")
@@ -93,6 +88,19 @@ def with_soft_targets(
     return found
 
 
+def _source(
+    workspace: Workspace, stage: str, config: LanguageModelConfig, model: ModelConfig, length: int
+) -> str:
+    """The teacher's stage directory, if it can read the student's rows of `length` tokens."""
+    field = f"{stage}.teacher.stage_dir"
+    source = workspace.source(config.teacher.stage_dir, "", stage)
+    # Before it is loaded: a wrong teacher should not take minutes to find.
+    check_vocabulary(workspace, field, source, model)
+    its_model, _ = read_model_card(source)
+    its_model.row_length(length, f"{field}: {source}")
+    return source
+
+
 def _missing(parts: list[_Part]) -> list[_Part]:
     """The parts that one process or another lacks: all of them take part in computing them."""
     here = [index for index, part in enumerate(parts) if not part.kept.has(part.number)]
@@ -100,6 +108,7 @@ def _missing(parts: list[_Part]) -> list[_Part]:
 
 
 def _print_size(stage: str, source: str, parts: list[_Part], missing: list[_Part]) -> None:
+    """Print how much is kept; the pass, which follows, may take hours."""
     num_targets = 0
     size = 0
     for part in parts:
@@ -146,6 +155,7 @@ def _keep(
 
 
 def _keep_part(workspace: Workspace, part: _Part, program: Any, batch_size: int) -> None:
+    """Computes the soft targets of a part and writes them; program: a batch -> `next_token.soft_targets`."""
     numbers = part.kept.numbers(part.number)
     sharding = activation(workspace.mesh, "batch", None)
     counts = []
