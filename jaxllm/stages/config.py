@@ -114,7 +114,6 @@ class LanguageModelConfig(TrainingConfig):
 
     teacher: KeptTeacher = KeptTeacher()
     """Learn a teacher's distribution over each target."""
-
     z_loss_coef: NonNegativeFloat = 0.0
     """Coefficient of logsumexp^2 (PaLM)."""
     mtp_coef: NonNegativeFloat = 0.3
