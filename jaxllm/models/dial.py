@@ -15,6 +15,9 @@ _HEAD_DIM = 64
 _MLP_RATIO = {"gelu": 4}
 _GATED_MLP_RATIO = 3
 _BASE_DEPTH = 4
+# Of the base: 1 / sqrt(width). A narrower base that starts at 0.02 stays worse at every width and learning rate
+# (tests/RESULTS.md, "One learning rate at any size").
+_INIT_STD = (_WIDTH_PER_LAYER * _BASE_DEPTH) ** -0.5
 
 
 def shape(dial: int, mlp: str) -> Mapping[str, Any]:
@@ -27,5 +30,6 @@ def shape(dial: int, mlp: str) -> Mapping[str, Any]:
         "num_kv_heads": width // _HEAD_DIM,
         "head_dim": _HEAD_DIM,
         "mlp_dim": _MLP_RATIO.get(mlp, _GATED_MLP_RATIO) * width,
+        "init_std": _INIT_STD,
         "scaling": {"base_width": _WIDTH_PER_LAYER * _BASE_DEPTH, "base_depth": _BASE_DEPTH},
     }

@@ -34,6 +34,7 @@ def test_one_number_sets_shape_tokens_batch_and_optimizer(position):
     assert model.num_heads * 64 == model.num_kv_heads * 64 == model.embed_dim
     assert (model.head_dim, model.mlp_dim) == (64, 192 * position)
     assert model.scaling == ScalingConfig(256, 4)
+    assert model.init_std == 1 / 16
 
     parameters = in_matrices(model)
     row = model.max_length
