@@ -28,11 +28,10 @@ from jax import Array
 
 from jaxllm.output_layer import (
     Softmax,
+    back_in_blocks,
     cut,
     cut_ids,
     logits_of,
-    of_product,
-    of_softcap,
     softmax_in_blocks,
 )
 from jaxllm.sharding import constrain_scored
@@ -144,20 +143,14 @@ def _backward(how: _How, residuals: Any, gradient: Array) -> tuple[_Model, None]
     student, teacher, normalizers, slope_sum = residuals
     hidden, head = student
 
-    def back(d_hidden: Array, block: Any) -> tuple[Array, Array]:
+    def of_block(block: Any) -> tuple[Array, Array]:
         s, t = _logits(student, teacher, block, how)
         _, slope = _term(s, t, normalizers, how)
         probability = jnp.exp(s - normalizers[0][..., None])
-        d_logits = (slope - probability * slope_sum[..., None]) * gradient[..., None]
-        d_logits = of_softcap(d_logits / how.student.temperature, s, how.student)
-        more, d_weights = of_product(d_logits.astype(hidden.dtype), hidden, block[0])
-        return constrain_scored(d_hidden + more), d_weights
+        return (slope - probability * slope_sum[..., None]) * gradient[..., None], s
 
-    _, join = jax.vjp(lambda head: cut(head, how.student), head)
-    # In float32, since it is a sum over blocks.
-    zero = jnp.zeros(hidden.shape, jnp.float32)
-    d_hidden, d_blocks = jax.lax.scan(back, zero, _blocks(student, teacher, how))
-    return (d_hidden.astype(hidden.dtype), join(d_blocks)[0]), None
+    _, *beside = _blocks(student, teacher, how)
+    return back_in_blocks(of_block, hidden, head, tuple(beside), how.student), None
 
 
 _divergence.defvjp(_forward, _backward)

@@ -13,6 +13,7 @@ through every reduction, in float32, and writes arrays of the size of the logits
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -145,20 +146,13 @@ def _backward(softmax: Softmax, residuals: Any, gradient: TokenStats) -> tuple[A
         d_hidden, d_head = _of_probabilities(p, hidden, head, targets, softmax, gradient)
         return d_hidden.astype(hidden.dtype), d_head, None
 
-    def score(d_hidden: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
+    def of_block(block: tuple[Array, Array]) -> tuple[Array, Array]:
         weights, ids = block
         logits = logits_of(hidden, weights, ids, head.shape[0], softmax)
         log_p = logits - stats.logsumexp[..., None]
-        d_logits = _of_softmax(log_p, _is_target(ids, targets), stats, gradient)
-        d_logits = of_softcap(d_logits / softmax.temperature, logits, softmax)
-        more, d_weights = of_product(d_logits.astype(hidden.dtype), hidden, weights)
-        return constrain_scored(d_hidden + more), d_weights
+        return _of_softmax(log_p, _is_target(ids, targets), stats, gradient), logits
 
-    # In float32, since it is a sum over blocks.
-    zero = jnp.zeros(hidden.shape, jnp.float32)
-    blocks, join = jax.vjp(lambda head: cut(head, softmax), head)
-    d_hidden, d_blocks = jax.lax.scan(score, zero, (blocks, cut_ids(softmax)))
-    return d_hidden.astype(hidden.dtype), join(d_blocks)[0], None
+    return *back_in_blocks(of_block, hidden, head, (cut_ids(softmax),), softmax), None
 
 
 _token_stats.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -213,6 +207,34 @@ def _of_softmax(log_p: Array, is_target: Array, stats: TokenStats, gradient: Tok
         # 0 log 0 = 0: log p of padding is about -1e30, not -inf.
         d_logits = d_logits - p * (log_p + stats.entropy[..., None]) * gradient.entropy[..., None]
     return d_logits + jnp.where(is_target, d_logprob, 0.0)
+
+
+def back_in_blocks(
+    of_block: Callable[[Any], tuple[Array, Array]],
+    hidden: Array,
+    head: Array,
+    beside: tuple[Array, ...],
+    softmax: Softmax,
+) -> tuple[Array, Array]:
+    """Gradients of hidden [B, T, D] and head [V, D], from those of logits that are made again block by block.
+
+    Args:
+      of_block: (weights of a block, *its parts of `beside`) -> (gradient of its logits, the logits), float32[B, T, V / count]
+        each. The logits are those of `logits_of`, and so is what the gradient is taken by.
+      beside: arrays [count, ...].
+    """
+
+    def back(d_hidden: Array, block: Any) -> tuple[Array, Array]:
+        d_logits, logits = of_block(block)
+        d_logits = of_softcap(d_logits / softmax.temperature, logits, softmax)
+        more, d_weights = of_product(d_logits.astype(hidden.dtype), hidden, block[0])
+        return constrain_scored(d_hidden + more), d_weights
+
+    # In float32, since it is a sum over blocks.
+    zero = jnp.zeros(hidden.shape, jnp.float32)
+    blocks, join = jax.vjp(lambda head: cut(head, softmax), head)
+    d_hidden, d_blocks = jax.lax.scan(back, zero, (blocks, *beside))
+    return d_hidden.astype(hidden.dtype), join(d_blocks)[0]
 
 
 def of_softcap(d_logits: Array, logits: Array, softmax: Softmax) -> Array:

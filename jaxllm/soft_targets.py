@@ -29,11 +29,10 @@ from jax import Array
 
 from jaxllm.output_layer import (
     Softmax,
+    back_in_blocks,
     cut,
     cut_ids,
     logits_of,
-    of_product,
-    of_softcap,
     softmax_in_blocks,
 )
 from jaxllm.sharding import (
@@ -184,21 +183,15 @@ def _backward(
     of_each = -gradient.divergence[..., None] * probabilities
     of_each = jnp.concatenate([of_each, gradient.logprob[..., None]], axis=-1)
 
-    def back(d_hidden: Array, block: Any) -> tuple[Array, Array]:
+    def of_block(block: Any) -> tuple[Array, Array]:
         columns, logits, others = _logits(hidden, head, targets, kept, block, softmax)
         share = jnp.exp(others - of_others[..., None])
         d_logits = of_all[..., None] * jnp.exp(logits - logsumexp[..., None])
         d_logits = d_logits - (gradient.divergence * remainder)[..., None] * share
-        d_logits = _add(d_logits, columns, of_each)
-        d_logits = of_softcap(d_logits, logits, softmax)
-        more, d_weights = of_product(d_logits.astype(hidden.dtype), hidden, block[0])
-        return constrain_scored(d_hidden + more), d_weights
+        return _add(d_logits, columns, of_each), logits
 
-    _, join = jax.vjp(lambda head: cut(head, softmax), head)
-    # In float32, since it is a sum over blocks.
-    zero = jnp.zeros(hidden.shape, jnp.float32)
-    d_hidden, d_blocks = jax.lax.scan(back, zero, _blocks(head, softmax))
-    return d_hidden.astype(hidden.dtype), join(d_blocks)[0], None, None
+    _, *beside = _blocks(head, softmax)
+    return *back_in_blocks(of_block, hidden, head, tuple(beside), softmax), None, None
 
 
 _soft_stats.defvjp(_forward, _backward)

@@ -199,7 +199,11 @@ def _check_preferences(stage: str, examples: Sequence[RankedExample]) -> None:
 
 
 def _check_labels(stage: str, config: DPOConfig, examples: Sequence[RankedExample]) -> None:
-    """Says how much desirable and undesirable responses weigh, since KTO's weights depend on it."""
+    """Says how much desirable and undesirable responses weigh, since KTO's weights depend on it.
+
+    Raises:
+      InputError: there are none of one kind.
+    """
     labels: list[int] = []
     for example in examples:
         if example.labels:

@@ -1,6 +1,6 @@
 """Where the best learning rate is at 1 and 4 times the width and the depth, with the rules of `model.scaling` and without.
 
-    python tests/benchmarks/dial.py --out runs/dial                                25 runs of 500 steps; 45 minutes of a core
+    python tests/benchmarks/dial.py --out runs/dial                                25 runs of 500 steps; about an hour of a core
     python tests/benchmarks/dial.py --out runs/small --width 32 --steps 400 --batch-size 8 --length 64 \\
         --held-out 2 --rates=-9,-8,-7,-6,-5,-4,-3 --sizes 1x1,4x1,1x4              35 short runs, 10 minutes of 2 cores
 
