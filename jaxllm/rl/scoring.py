@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.data.loader import PromptExample
-from jaxllm.data.messages import prompt_text
-from jaxllm.engine import rollouts
 from jaxllm.engine.rollouts import Rollout, cut_at_strings
 from jaxllm.losses import Metrics
 from jaxllm.rl import rewards, step_rewards
 from jaxllm.rl.programs import UpdatePrograms
+from jaxllm.rl.responses import Responses, read_responses
 from jaxllm.rl.reward_config import OVERLONG
 from jaxllm.rl.roles import FrozenModels, RunSpec
 from jaxllm.rl.update import RunProgram, Scorer
@@ -38,42 +37,36 @@ def make_scorer(
     Raises:
       InputError: where a source is not a function that can be imported.
     """
-    config = spec.config
-    sources = config.rewards
+    sources = spec.config.rewards
     names = rewards.metric_names(sources)
-    text_terms = {}
-    for source in sources:
-        if source.reads_text:
-            text_terms[source] = rewards.resolve(source, field)
+    functions = {source: rewards.resolve(source, field) for source in sources if source.reads_text}
+    pays_steps = spec.config.pays_steps
     score_steps = step_rewards.make_scorer(spec, programs, frozen, decode, mesh, field)
     # A fraction of the longest response, so that the weight means the same for any length.
     length = jax.jit(lambda mask: mask.astype(jnp.float32).mean(1))
     too_long = jax.jit(overlong, static_argnums=1)
+    rows = activation(mesh, "batch")
 
-    def score_texts(rollout: Rollout, prompts: Sequence[PromptExample]) -> dict[Any, jax.Array]:
+    def score_texts(responses: Responses) -> dict[Any, jax.Array]:
         """The terms that are functions of text, computed on the host."""
-        if not text_terms:
-            return {}
-        # Fetched by all processes together, since every process scores every text.
-        completions = rollouts.completions(fetch(rollout), spec.stop_ids)
-        texts = [decode(completion.ids) for completion in completions]
-        questions = [prompt_text(prompt.messages) for prompt in prompts]
-        answers = [prompt.answer for prompt in prompts]
-        rows = activation(mesh, "batch")
         terms = {}
-        for source, term in text_terms.items():
-            scores = term(questions, texts, answers).astype(np.float32)
-            terms[source] = jax.device_put(scores, rows)
+        for source, function in functions.items():
+            scores = function(responses.prompts, responses.texts, responses.answers)
+            terms[source] = jax.device_put(scores.astype(np.float32), rows)
         return terms
 
     def score(
         run: RunProgram, rollout: Rollout, prompts: Sequence[PromptExample]
     ) -> tuple[jax.Array, Any, Metrics]:
-        terms = score_texts(rollout, prompts)
-        step_terms = score_steps(run, rollout, prompts)
+        text_terms: dict[Any, jax.Array] = {}
+        step_terms: dict[Any, jax.Array] = {}
+        if functions or pays_steps:
+            responses = read_responses(rollout, prompts, spec.stop_ids, decode)
+            text_terms = score_texts(responses)
+            step_terms = score_steps(run, rollout, responses)
         # Summed in the order of the config: floating-point addition depends on it.
         total, metrics = jnp.zeros_like(rollout.finished, jnp.float32), {}
-        steps: Any = jnp.zeros_like(rollout.mask, jnp.float32) if config.pays_steps else None
+        steps: Any = jnp.zeros_like(rollout.mask, jnp.float32) if pays_steps else None
         for source, name in zip(sources, names, strict=True):
             if source.source == "model":
                 term = run(programs.reward, frozen.reward, rollout)
@@ -85,7 +78,7 @@ def make_scorer(
                 term = step_terms[source].sum(1)
                 steps = steps + source.weight * step_terms[source]
             else:
-                term = terms[source]
+                term = text_terms[source]
             total = total + source.weight * term
             metrics[f"reward_{name}"] = (term.sum(), jnp.float32(len(prompts)))
         return total, steps, metrics

@@ -14,20 +14,17 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from jaxllm.data.loader import PromptExample
-from jaxllm.data.messages import prompt_text
-from jaxllm.engine import rollouts
 from jaxllm.engine.rollouts import Rollout
 from jaxllm.rl import rewards
 from jaxllm.rl.programs import UpdatePrograms
+from jaxllm.rl.responses import Responses
 from jaxllm.rl.reward_config import RewardSource
 from jaxllm.rl.roles import FrozenModels, RunSpec
 from jaxllm.rl.update import RunProgram
-from jaxllm.runtime.transfer import fetch
 from jaxllm.sharding import activation
 
-# (run, rollout, prompts of its rows) -> {source: float32[B, R]}
-StepScorer = Callable[[RunProgram, Rollout, Sequence[PromptExample]], dict[RewardSource, jax.Array]]
+# (run, rollout, its responses) -> {source: float32[B, R]}
+StepScorer = Callable[[RunProgram, Rollout, Responses], dict[RewardSource, jax.Array]]
 
 
 def split(text: str, marker: str) -> list[str]:
@@ -51,15 +48,15 @@ def ends_of(
     def markers(count: int) -> int:
         return decode(ids[:count]).count(marker)
 
-    places = []
+    positions = []
     for number, step in enumerate(split(decode(ids), marker), 1):
         if step.endswith(marker):
             # The number of markers in a prefix grows with it, so that its first n is found by bisection.
             count = bisect.bisect_left(range(len(ids) + 1), number, key=markers)
-            places.append(count - 1)
+            positions.append(count - 1)
         else:
-            places.append(length - 1)
-    return places
+            positions.append(length - 1)
+    return positions
 
 
 def make_scorer(
@@ -82,39 +79,37 @@ def make_scorer(
         if source.source != "model_steps"
     }
     marker = spec.config.step_marker
+    rows = activation(mesh, "batch")
 
     def score(
-        run: RunProgram, rollout: Rollout, prompts: Sequence[PromptExample]
+        run: RunProgram, rollout: Rollout, responses: Responses
     ) -> dict[RewardSource, jax.Array]:
-        if not sources:
-            return {}
-        # Fetched by all processes together, since every process cuts and scores every text.
-        fetched = fetch(rollout)
-        responses = [each.ids for each in rollouts.completions(fetched, spec.stop_ids)]
-        lengths = np.asarray(fetched.mask).sum(1)
+        steps = [split(text, marker) for text in responses.texts]
         ends = [
             ends_of(ids, int(length), marker, decode)
-            for ids, length in zip(responses, lengths, strict=True)
+            for ids, length in zip(responses.ids, responses.lengths, strict=True)
         ]
-        steps = [split(decode(ids), marker) for ids in responses]
-        asked = [prompt_text(prompt.messages) for prompt in prompts]
-        answers = [prompt.answer for prompt in prompts]
-        rows = activation(mesh, "batch")
         terms = {}
         for source in sources:
-            placed = np.zeros(fetched.mask.shape, np.float32)
             if source in functions:
-                values = functions[source](asked, steps, answers)
+                values = functions[source](responses.prompts, steps, responses.answers)
+                terms[source] = jax.device_put(_at_ends(ends, values, rollout.mask.shape), rows)
             else:
-                values = [np.ones(len(places)) for places in ends]
-            for row, (places, paid) in enumerate(zip(ends, values, strict=True)):
-                for place, reward in zip(places, paid, strict=True):
-                    # Two steps may end with one token, which is then paid for both.
-                    placed[row, place] += reward
-            terms[source] = jax.device_put(placed, rows)
-            if source not in functions:
-                at_ends = jax.device_put(placed > 0, rows)
+                ones = [np.ones(len(positions)) for positions in ends]
+                at_ends = jax.device_put(_at_ends(ends, ones, rollout.mask.shape) > 0, rows)
                 terms[source] = run(programs.step_scores, frozen.reward, rollout, at_ends)
         return terms
 
     return score
+
+
+def _at_ends(
+    ends: Sequence[Sequence[int]], values: Sequence[np.ndarray], shape: tuple[int, ...]
+) -> np.ndarray:
+    """float32[B, R] with the values of each row's steps at the positions where they end, and 0 elsewhere."""
+    placed = np.zeros(shape, np.float32)
+    for row, (positions, paid) in enumerate(zip(ends, values, strict=True)):
+        for position, reward in zip(positions, paid, strict=True):
+            # Two steps may end with one token, which is then paid for both.
+            placed[row, position] += reward
+    return placed
