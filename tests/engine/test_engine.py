@@ -137,7 +137,7 @@ def test_every_row_is_the_same_on_any_mesh(name, mesh):
     assert engine.num_used_blocks == 0
 
 
-@pytest.mark.parametrize("name", ["windowed", "latent"])
+@pytest.mark.parametrize("name", ["windowed", pytest.param("latent", marks=pytest.mark.life)])
 def test_layers_in_a_loop_draw_what_single_ones_draw(name, monkeypatch):
     # As on a TPU, where the cache of several layers is one array.
     model = MODELS[name]

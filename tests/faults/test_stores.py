@@ -33,7 +33,11 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "kind, processes",
-    [("gs", 1), ("s3", 1), pytest.param("gs", 2, marks=pytest.mark.life)],
+    [
+        ("gs", 1),
+        pytest.param("s3", 1, marks=pytest.mark.life),
+        pytest.param("gs", 2, marks=pytest.mark.life),
+    ],
 )
 def test_a_life_in_a_store_goes_on_without_its_machines(tmp_path, whole, kind, processes):
     """Of several processes one loses its disk: what it held is in the store, and what the others hold is not fetched."""

@@ -118,7 +118,7 @@ def reached(config, name):
     [
         pytest.param(ONE, "reverse_kl", marks=slow, id="one teacher, reverse_kl"),
         pytest.param(ONE, "forward_kl", marks=slow, id="one teacher, forward_kl"),
-        pytest.param(ONE, "jsd", id="one teacher, jsd"),
+        pytest.param(ONE, "jsd", id="one teacher, jsd", marks=pytest.mark.life),
         pytest.param(TWO, "reverse_kl", id="two teachers, reverse_kl"),
         pytest.param(TWO, "forward_kl", id="two teachers, forward_kl"),
     ],
