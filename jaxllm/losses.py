@@ -168,6 +168,12 @@ def better_pairs(ranks: Array) -> Array:
     return exists & (ranks[:, :, None] < ranks[:, None, :])
 
 
+def last_tokens(mask: Array) -> Array:
+    """bool[B, R]: True at the last token of each row; mask: bool[B, R], True up to and including it."""
+    # A token is the last one if it counts and the next one does not.
+    return mask & ~jnp.concatenate([mask[:, 1:], jnp.zeros_like(mask[:, :1])], axis=1)
+
+
 def token_rewards(
     scores: Array, logprobs: Array, ref_logprobs: Array, mask: Array, kl_coef: Array | float
 ) -> Array:
@@ -181,8 +187,7 @@ def token_rewards(
     scores: float32[B]; logprobs of the policy and of the reference: float32[B, R]; mask: bool[B, R], True up to and
     including the end token. Returns float32[B, R].
     """
-    # A token is the last one if it counts and the next one does not.
-    last = mask & ~jnp.concatenate([mask[:, 1:], jnp.zeros_like(mask[:, :1])], axis=1)
+    last = last_tokens(mask)
     kl = jnp.where(mask, kl_k1(logprobs - ref_logprobs), 0.0)
     return jnp.where(last, scores[:, None], 0.0) - kl_coef * kl
 

@@ -6,6 +6,7 @@ An objective is made of independent parts, each a field of `rl.config.PPOConfig`
     PPO           gae            token     clip       token      Schulman et al. 2017, eq. 7
     RLOO          rloo           token     clip       token      Ahmadian et al. 2024, eq. 8
     GRPO          grpo           token     clip       response   Shao et al. 2024, eq. 3
+    GRPO of steps grpo_steps     token     clip       response   Shao et al. 2024, section 4.1.3
     Dr. GRPO      dr_grpo        token     clip       constant   Liu et al. 2025, "Understanding R1-Zero-like training"
     DAPO          grpo           token     clip       token      Yu et al. 2025, eq. 8; sampling_rounds, overlong:N
     GSPO          grpo           sequence  clip       response   Zheng et al. 2025, eq. 5 and 7
@@ -35,7 +36,7 @@ def group_advantages(scores: Array, kind: str) -> Array:
     "dr_grpo": minus the mean of all, so that easy and hard prompts weigh what they differ (Liu et al. 2025).
     """
     K = scores.shape[1]
-    # Equal scores teach nothing. Their mean may round, and what is left would be divided by its own size.
+    # Equal scores teach nothing. Their mean may be rounded, and what is left would be divided by its own size.
     differ = scores.max(1, keepdims=True) > scores.min(1, keepdims=True)
     centered = jnp.where(differ, scores - scores.mean(1, keepdims=True), 0.0)
     if kind == "rloo":
@@ -59,6 +60,34 @@ def rewards_to_go(rewards: Array, mask: Array, num_responses: int) -> Array:
         by_prompt = to_go[:, 0].reshape(-1, num_responses)
         to_go = to_go - by_prompt.mean(1).repeat(num_responses)[:, None]
     return jnp.where(mask, to_go, 0.0)
+
+
+def step_advantages(rewards: Array, ends: Array, num_responses: int) -> Array:
+    """Advantages from rewards of steps, normalized within a prompt's responses (Shao et al. 2024, section 4.1.3).
+
+    All steps of the K responses to a prompt are one group: each step's reward loses the group's mean and is divided by
+    its population standard deviation. The advantage of a token is the sum over its own step and all later ones.
+
+    Args:
+      rewards: float32[B, R], read where a step ends; rows of one prompt are adjacent.
+      ends: bool[B, R], True where a step ends; nothing beyond a response's last token.
+      num_responses: K.
+
+    Returns:
+      float32[B, R], 0 after the last step's end.
+    """
+    by_prompt = rewards.reshape(-1, num_responses * rewards.shape[1])
+    of_step = ends.reshape(by_prompt.shape)
+    # As in `group_advantages`: equal rewards teach nothing, and their mean may be rounded.
+    highest = by_prompt.max(1, keepdims=True, where=of_step, initial=-jnp.inf)
+    lowest = by_prompt.min(1, keepdims=True, where=of_step, initial=jnp.inf)
+    counts = of_step & (highest > lowest)
+    number = jnp.maximum(counts.astype(jnp.float32).sum(1, keepdims=True), 1.0)
+    mean = jnp.where(counts, by_prompt, 0.0).sum(1, keepdims=True) / number
+    centered = jnp.where(counts, by_prompt - mean, 0.0)
+    std = jnp.sqrt(jnp.square(centered).sum(1, keepdims=True) / number)
+    normalized = (centered / (std + 1e-6)).reshape(rewards.shape)
+    return jax.lax.cumsum(normalized, axis=1, reverse=True)
 
 
 # --- Ratios: how far the policy has moved since it sampled, as log-ratios float32[B, R].

@@ -163,6 +163,36 @@ def test_rewards_to_go_equal_the_oracle(K):
         np.testing.assert_allclose(found[b, t], want, rtol=1e-4, atol=1e-5)
 
 
+def normalized(values):
+    """Float64; what has no spread is 0."""
+    if len(set(values)) < 2:
+        return [0.0] * len(values)
+    return (values - np.mean(values)) / (np.std(values) + 1e-6)
+
+
+@SEEDS
+@pytest.mark.parametrize("K", [2, 3])
+def test_advantages_of_steps_equal_the_oracle(K, seed):
+    rng = np.random.default_rng(seed)
+    mask = random_mask(rng, 4 * K, 8)
+    ends = mask & (rng.random(mask.shape) < 0.7)
+    rewards = rng.normal(size=mask.shape)
+    # Of one prompt all steps are worth the same, in a number whose mean is rounded; another has no step at all.
+    rewards[K : 2 * K] = 0.1
+    ends[3 * K :] = False
+    found = policy_losses.step_advantages(
+        jnp.array(with_garbage(rng, rewards, ends)), jnp.array(ends), K
+    )
+    for prompt in range(4):
+        rows = range(prompt * K, prompt * K + K)
+        steps = [(b, t) for b in rows for t in np.flatnonzero(ends[b])]
+        values = dict(zip(steps, normalized([rewards[step] for step in steps]), strict=True))
+        for b, t in itertools.product(rows, range(8)):
+            want = sum(value for (row, end), value in values.items() if row == b and end >= t)
+            np.testing.assert_allclose(found[b, t], want, rtol=1e-4, atol=1e-5)
+    assert not np.any(found[K : 2 * K]) and np.any(found)
+
+
 @SEEDS
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_truncated_weights_and_their_metrics_equal_the_oracle(level, seed):

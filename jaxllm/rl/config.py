@@ -95,8 +95,8 @@ class PPOConfig:
     """Models to distill: the policy's distribution over each token of its own responses is moved towards theirs (GKD)."""
 
     # --- The size of an update.
-    advantages: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_pp"] = "gae"
-    """gae: from a critic (PPO); without one: rloo, grpo, dr_grpo: from a prompt's other responses; reinforce_pp: normalized over the batch."""
+    advantages: Literal["gae", "rloo", "grpo", "dr_grpo", "grpo_steps", "reinforce_pp"] = "gae"
+    """gae: from a critic (PPO); without one: rloo, grpo, dr_grpo: from a prompt's other responses; grpo_steps: from the rewards of steps of a prompt's responses; reinforce_pp: normalized over the batch."""
     num_responses: PositiveInt = 1
     """Responses sampled for each prompt."""
     num_steps: PositiveInt = 100
@@ -246,7 +246,7 @@ class PPOConfig:
             f"num_responses: {self.num_responses} does not divide batch_size {self.batch_size}",
         )
         require(
-            self.advantages not in COMPARING or self.num_responses > 1,
+            self.advantages not in (*COMPARING, "grpo_steps") or self.num_responses > 1,
             f"num_responses: {self.advantages} needs at least 2 responses to each prompt",
         )
         require(
@@ -265,6 +265,14 @@ class PPOConfig:
         require(
             self.ratio == "token" or self.advantages in COMPARING,
             f"ratio: sequence needs one advantage per response; set advantages to one of {', '.join(COMPARING)}",
+        )
+        require(
+            self.advantages != "grpo_steps" or self.pays_steps,
+            "advantages: grpo_steps compares rewards of steps, and rewards names none; add model_steps or steps:module:function",
+        )
+        require(
+            self.advantages != "grpo_steps" or not self.kl_coef,
+            "kl_coef: grpo_steps compares what is paid where steps end, and this KL is paid at every token; set 0 and use kl_loss_coef",
         )
         require(
             self.loss_mean == "token" or not self.shares_trunk,
@@ -371,6 +379,11 @@ class PPOConfig:
     def pays_steps(self) -> bool:
         """Whether a term of the score is a reward for each step."""
         return any(source.pays_steps for source in self.rewards)
+
+    @property
+    def scores_responses(self) -> bool:
+        """Whether a term of the score is of the whole response."""
+        return any(not source.pays_steps for source in self.rewards)
 
     @property
     def num_prompts(self) -> int:

@@ -19,6 +19,7 @@ from jaxllm.data.loader import PromptExample
 from jaxllm.engine.rollouts import Rollout
 from jaxllm.losses import Metrics
 from jaxllm.rl.config import PPOConfig
+from jaxllm.rl.experience import StepRewards
 from jaxllm.runtime.transfer import fetch
 
 
@@ -28,7 +29,7 @@ class Sampled(NamedTuple):
     rollout: Rollout
     scores: jax.Array  # float32[B], before they are shaped
     prompts: Sequence[PromptExample]  # of each response
-    steps: Any = None  # float32[B, R], the part of the scores that is paid where steps end
+    steps: StepRewards | None = None  # the part of the scores that is paid where steps end
 
 
 def fill(

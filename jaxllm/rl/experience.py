@@ -31,6 +31,13 @@ from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.roles import RunSpec
 
 
+class StepRewards(NamedTuple):
+    """The part of the scores that is paid where steps end."""
+
+    paid: jax.Array  # float32[B, R]; 0 where no step ends
+    ends: jax.Array  # bool[B, R]
+
+
 class Experience(NamedTuple):
     """A batch of B responses of at most R tokens to prompts of at most P tokens; padding is masked."""
 
@@ -99,7 +106,7 @@ def make_experience(
       values: float32[B, R] from a separate critic; not read without one.
       scores: float32[B], one for each response.
       kl_coef: float32[].
-      steps: float32[B, R], the part of the scores that is paid where steps end; None where there is none.
+      steps: the part of the scores that is paid where steps end, a `StepRewards`; None where there is none.
     """
     config, mask = spec.config, rollout.mask
     # Recomputed rather than taken from sampling: the decoding program rounds differently from the one that learns, and
@@ -108,11 +115,11 @@ def make_experience(
     if steps is not None:
         # The last token is paid what is left of the score, also of a response without an end, which has another one: were
         # its steps not paid, a reward would depend on later tokens, which then would not learn from it.
-        steps = jnp.where(mask, steps, 0.0)
-        scores = scores - steps.sum(1)
+        steps = StepRewards(jnp.where(mask, steps.paid, 0.0), steps.ends & mask)
+        scores = scores - steps.paid.sum(1)
     rewards = losses.token_rewards(scores, policy.logprob, ref_logprobs, mask, kl_coef)
     if steps is not None:
-        rewards = rewards + steps
+        rewards = rewards + steps.paid
     if config.whiten_rewards:
         # The mean stays: shifting rewards would pay for the length of a response.
         rewards = losses.whiten(rewards, mask, center=False)
@@ -126,7 +133,7 @@ def make_experience(
     else:
         advantages = values = returns = jnp.zeros_like(rewards)
         if config.rewards:
-            advantages = _compare_responses(rewards, mask, config)
+            advantages = _compare_responses(rewards, steps, mask, config)
 
     metrics = rollout_metrics(rollout, policy, ref_logprobs, advantages)
     if config.has_values:
@@ -157,12 +164,20 @@ def make_experience(
     return experience, metrics
 
 
-def _compare_responses(rewards: jax.Array, mask: jax.Array, config: PPOConfig) -> jax.Array:
+def _compare_responses(
+    rewards: jax.Array, steps: Any, mask: jax.Array, config: PPOConfig
+) -> jax.Array:
     """Advantages float32[B, R] from the other responses to the same prompt.
 
     Rows of one prompt are adjacent: with two responses to each, rows 0 and 1 answer prompt 0, rows 2 and 3 prompt 1.
-    Every token of a response has the advantage of the whole response; in REINFORCE++, of what follows.
+    Every token of a response has the advantage of the whole response; in REINFORCE++ and in GRPO of steps, of what follows.
     """
+    if config.advantages == "grpo_steps":
+        ends = steps.ends
+        if config.scores_responses:
+            # What the whole response is paid counts like one more step, which ends with it.
+            ends = ends | losses.last_tokens(mask)
+        return policy_losses.step_advantages(rewards, ends, config.num_responses)
     if config.advantages == "reinforce_pp":
         return policy_losses.rewards_to_go(rewards, mask, config.num_responses)
     by_prompt = rewards.sum(1).reshape(-1, config.num_responses)

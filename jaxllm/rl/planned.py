@@ -1,7 +1,7 @@
 """An update without devices: which programs it runs, how often, and on what. For `jaxllm plan`."""
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxllm.model_store import read_model_card
 from jaxllm.models import next_token
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl.config import PPOConfig
+from jaxllm.rl.experience import StepRewards
 from jaxllm.rl.layouts import MeshProgram, role_meshes, travel
 from jaxllm.rl.programs import build_programs
 from jaxllm.rl.roles import RunSpec, abstract_frozen, abstract_state, check_lengths
@@ -94,7 +95,12 @@ def planned_update(
         if "model_steps" in sources:
             run(programs.step_scores, frozen.reward, rollout, rollout.mask)
         scores = jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)
-        steps = jax.ShapeDtypeStruct(rollout.mask.shape, jnp.float32) if config.pays_steps else None
+        shape = rollout.mask.shape
+        steps: Any = None
+        if config.pays_steps:
+            paid = jax.ShapeDtypeStruct(shape, jnp.float32)
+            ends = jax.ShapeDtypeStruct(shape, jnp.bool)
+            steps = StepRewards(cast(Any, paid), cast(Any, ends))
         return rows_like(mesh, scores), rows_like(mesh, steps), {}
 
     # Rows of PPO-ptx come from the host; their shapes are known without data.

@@ -1,7 +1,7 @@
 """The score of a response: the weighted sum of the configured reward terms."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxllm.data.loader import PromptExample
 from jaxllm.engine.rollouts import Rollout, cut_at_strings
 from jaxllm.losses import Metrics
 from jaxllm.rl import rewards, step_rewards
+from jaxllm.rl.experience import StepRewards
 from jaxllm.rl.programs import UpdatePrograms
 from jaxllm.rl.responses import Responses, read_responses
 from jaxllm.rl.reward_config import OVERLONG
@@ -60,13 +61,16 @@ def make_scorer(
     ) -> tuple[jax.Array, Any, Metrics]:
         text_terms: dict[Any, jax.Array] = {}
         step_terms: dict[Any, jax.Array] = {}
+        steps = None
         if functions or pays_steps:
             responses = read_responses(rollout, prompts, spec.stop_ids, decode)
             text_terms = score_texts(responses)
-            step_terms = score_steps(run, rollout, responses)
+            if pays_steps:
+                step_terms, ends = score_steps(run, rollout, responses)
+                paid = sum(source.weight * term for source, term in step_terms.items())
+                steps = StepRewards(cast(jax.Array, paid), ends)
         # Summed in the order of the config: floating-point addition depends on it.
         total, metrics = jnp.zeros_like(rollout.finished, jnp.float32), {}
-        steps: Any = jnp.zeros_like(rollout.mask, jnp.float32) if pays_steps else None
         for source, name in zip(sources, names, strict=True):
             if source.source == "model":
                 term = run(programs.reward, frozen.reward, rollout)
@@ -76,7 +80,6 @@ def make_scorer(
                 term = too_long(rollout.mask, int(source.source.removeprefix(OVERLONG)))
             elif source.pays_steps:
                 term = step_terms[source].sum(1)
-                steps = steps + source.weight * step_terms[source]
             else:
                 term = text_terms[source]
             total = total + source.weight * term

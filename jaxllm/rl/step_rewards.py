@@ -23,8 +23,10 @@ from jaxllm.rl.roles import FrozenModels, RunSpec
 from jaxllm.rl.update import RunProgram
 from jaxllm.sharding import activation
 
-# (run, rollout, its responses) -> {source: float32[B, R]}
-StepScorer = Callable[[RunProgram, Rollout, Responses], dict[RewardSource, jax.Array]]
+# (run, rollout, its responses) -> ({source: rewards float32[B, R]}, whether a step ends bool[B, R])
+StepScorer = Callable[
+    [RunProgram, Rollout, Responses], tuple[dict[RewardSource, jax.Array], jax.Array]
+]
 
 
 def split(text: str, marker: str) -> list[str]:
@@ -83,22 +85,23 @@ def make_scorer(
 
     def score(
         run: RunProgram, rollout: Rollout, responses: Responses
-    ) -> dict[RewardSource, jax.Array]:
+    ) -> tuple[dict[RewardSource, jax.Array], jax.Array]:
         steps = [split(text, marker) for text in responses.texts]
         ends = [
             ends_of(ids, int(length), marker, decode)
             for ids, length in zip(responses.ids, responses.lengths, strict=True)
         ]
+        shape = rollout.mask.shape
+        ones = [np.ones(len(positions)) for positions in ends]
+        at_ends = jax.device_put(_at_ends(ends, ones, shape) > 0, rows)
         terms = {}
         for source in sources:
             if source in functions:
                 values = functions[source](responses.prompts, steps, responses.answers)
-                terms[source] = jax.device_put(_at_ends(ends, values, rollout.mask.shape), rows)
+                terms[source] = jax.device_put(_at_ends(ends, values, shape), rows)
             else:
-                ones = [np.ones(len(positions)) for positions in ends]
-                at_ends = jax.device_put(_at_ends(ends, ones, rollout.mask.shape) > 0, rows)
                 terms[source] = run(programs.step_scores, frozen.reward, rollout, at_ends)
-        return terms
+        return terms, at_ends
 
     return score
 

@@ -18,7 +18,7 @@ from jaxllm.engine.rollouts import Rollout
 from jaxllm.losses import Metrics
 from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.dynamic_sampling import Sampled, fill
-from jaxllm.rl.experience import Experience
+from jaxllm.rl.experience import Experience, StepRewards
 from jaxllm.rl.layouts import MeshProgram
 from jaxllm.rl.programs import UpdatePrograms
 from jaxllm.rl.roles import FrozenModels, PPOState, RunSpec
@@ -27,8 +27,11 @@ from jaxllm.train import TrainState
 # (program, *arguments, **resident arguments) -> its results
 RunProgram = Callable[..., Any]
 # (run, rollout, prompts of its rows) -> (scores float32[B] before they are shaped, the part of them that is paid where steps
-# end float32[B, R] or None, the mean of each term)
-Scorer = Callable[[RunProgram, Rollout, Sequence[PromptExample]], tuple[jax.Array, Any, Metrics]]
+# end, the mean of each term)
+Scorer = Callable[
+    [RunProgram, Rollout, Sequence[PromptExample]],
+    tuple[jax.Array, StepRewards | None, Metrics],
+]
 
 
 def call(program: MeshProgram, *arguments: Any, **resident: Any) -> Any:

@@ -8,24 +8,32 @@ the tokens that earn it. With its figures:
 """
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.config import InputError
+from jaxllm import policy_losses
+from jaxllm.config import InputError, load
 from jaxllm.engine.config import SamplingConfig
 from jaxllm.engine.rollouts import Rollout
+from jaxllm.life import Config
 from jaxllm.models import scalar, transformer
 from jaxllm.models.config import ModelConfig
 from jaxllm.rl import rewards, step_rewards
 from jaxllm.rl.config import PPOConfig
-from jaxllm.rl.experience import make_experience, step_scores
+from jaxllm.rl.experience import StepRewards, make_experience, step_scores
 from jaxllm.rl.reward_config import RewardSource
-from tests.stages import worlds
+from jaxllm.runtime.config import MeshConfig
+from jaxllm.runtime.mesh import make_mesh
+from jaxllm.stages import reinforce
+from tests.stages import test_objectives, worlds
+from tests.stages.fixed_points import Table
 from tests.stages.test_proofs import QUICK, within
 
+ROOT = Path(__file__).parent.parent.parent
 MARKER = "c"
 OF_STEPS = "steps:tests.rl.test_step_rewards:paid_by_step"
 
@@ -113,13 +121,66 @@ def test_a_token_learns_from_the_rewards_of_its_own_step_and_later_ones():
         {},
         rollout,
         *arrays,
-        jnp.array(steps, jnp.float32),
+        StepRewards(jnp.array(steps, jnp.float32), jnp.array(steps != 0)),
         spec=worlds.run_spec(config, model),
     )
     token_rewards = paid.copy()
     token_rewards[np.arange(4), lengths - 1] += scores - paid.sum(1)
     want = np.where(mask, token_rewards[:, ::-1].cumsum(1)[:, ::-1], 0.0)
     np.testing.assert_allclose(experience.returns, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("of_response", [False, True])
+def test_grpo_of_steps_compares_steps_and_what_the_whole_response_is_paid(of_response):
+    """Two responses to a prompt; the first ends after its last step, so that its last token ends none."""
+    model = ModelConfig(
+        vocab_size=6, max_length=8, num_layers=1, embed_dim=8, num_heads=2, dtype="float32"
+    )
+    whole = (RewardSource("length"),) if of_response else ()
+    config = PPOConfig(
+        rewards=(RewardSource(OF_STEPS), *whole),
+        advantages="grpo_steps",
+        num_responses=2,
+        batch_size=2,
+        num_minibatches=1,
+        kl_coef=0.0,
+        missing_end_score=-3.0,
+        whiten_advantages=False,
+        sampling=SamplingConfig(4),
+    )
+    rollout = Rollout(
+        tokens=jnp.array([[2, 3, 3, 3, 1], [2, 3, 3, 1, 0]], jnp.int32),
+        prompt_mask=jnp.ones((2, 1), bool),
+        mask=jnp.array([[True] * 4, [True] * 3 + [False]]),
+        logprobs=jnp.zeros((2, 4)),
+        finished=jnp.ones(2, bool),
+    )
+    paid = jnp.array([[0.0, 1.0, 0.5, 0.0], [-2.0, 0.0, 0.25, 9.0]])
+    ends = jnp.array([[False, True, True, False], [True, False, True, True]])
+    scores = jnp.array([1.5, -1.75])
+    if of_response:
+        scores = scores + jnp.array([4.0, 3.0])
+    experience, _ = make_experience(
+        transformer.init(model, jax.random.key(0)),
+        {},
+        rollout,
+        jnp.zeros((2, 4)),
+        {},
+        scores,
+        jnp.zeros(()),
+        StepRewards(paid, ends),
+        spec=worlds.run_spec(config, model),
+    )
+    # The score of the first response is one more step of it; that of the second is paid where its last step ends.
+    values = [1.0, 0.5, 4.0, -2.0, 3.25] if of_response else [1.0, 0.5, -2.0, 0.25]
+    values = (np.array(values) - np.mean(values)) / np.std(values)
+    if of_response:
+        a, b, c, d, e = values
+        want = [[a + b + c, a + b + c, b + c, c], [d + e, e, e, 0.0]]
+    else:
+        a, b, d, e = values
+        want = [[a + b, a + b, b, 0.0], [d + e, e, e, 0.0]]
+    np.testing.assert_allclose(experience.advantages, want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_reward_model_is_read_at_the_ends_of_steps():
@@ -147,6 +208,18 @@ def test_a_reward_model_is_read_at_the_ends_of_steps():
             np.testing.assert_allclose(found[row, place], want, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "stage"), [("steps", "ppo"), ("grpo_steps", "grpo")])
+def test_the_small_configs_are_planned_with_the_reward_model_read_at_ends_of_steps(name, stage):
+    life = load(Config, ROOT / "configs" / "objectives" / f"{name}.yaml")
+    # A run takes the size from its tokenizer.
+    life = dataclasses.replace(life, model=dataclasses.replace(life.model, vocab_size=276))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:8])
+    programs, held = reinforce.plan(mesh, life, stage)
+    times = {program.name: program.times for program in programs}
+    assert times["score_steps"] == 1 and ("score" in times) == (name == "steps")
+    assert "reward" in held and ("critic" in held) == (stage == "ppo")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -167,6 +240,14 @@ def test_settings_that_make_no_sense_are_one_line():
             PPOConfig(rewards=steps, **more)
     with pytest.raises(ValueError, match="step_marker: "):
         PPOConfig(step_marker="")
+    groups = {"advantages": "grpo_steps", "num_responses": 2}
+    for more, message in (
+        ({"kl_coef": 0.0}, "advantages: grpo_steps compares rewards of steps, and rewards names"),
+        ({"rewards": steps}, "kl_coef: grpo_steps compares what is paid where steps end"),
+        ({"rewards": steps, "num_responses": 1}, "num_responses: grpo_steps needs at least 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PPOConfig(**(groups | more))
     with pytest.raises(ValueError, match="source: give model"):
         RewardSource("steps:")
 
@@ -194,6 +275,100 @@ def distance(note):
 @pytest.mark.usefixtures("compiled_well")
 def test_the_optimum_is_that_of_the_sum():
     assert within(distance("no mistake"))
+
+
+# --- GRPO of steps: its own fixed point.
+
+GROUPS = dataclasses.replace(
+    test_objectives.BASE,
+    rewards=(RewardSource(OF_STEPS),),
+    advantages="grpo_steps",
+    num_responses=2,
+    num_steps=800,
+    batch_size=512,
+    kl_loss_coef=1.0,
+    step_marker=MARKER,
+)
+
+
+def step_rewards_of(space, prompt):
+    """(rewards float64[N, R], where steps end bool[N, R]) of all responses of a world, counted by hand."""
+    marker = worlds.LETTERS.decode(range(6)).index(MARKER)
+    ends = space.mask & (space.tokens == marker)
+    paid = np.zeros(ends.shape)
+    for n, (text, length) in enumerate(zip(space.texts, space.mask.sum(1), strict=True)):
+        if not text.endswith(MARKER):
+            ends[n, length - 1] = True
+        steps = [step + MARKER for step in text.split(MARKER)[:-1]]
+        if not text.endswith(MARKER):
+            steps.append(text.split(MARKER)[-1])
+        paid[n, ends[n]] = paid_by_step(prompt, steps, "")
+        if not space.finished[n]:
+            paid[n, length - 1] += GROUPS.missing_end_score - paid[n].sum()
+    return paid, ends
+
+
+def compared(paid, ends):
+    """The advantages float64[N, N, R] of response n beside response m."""
+    N, R = paid.shape
+    advantages = np.zeros((N, N, R))
+    for n in range(N):
+        for m in range(N):
+            values = np.concatenate([paid[n, ends[n]], paid[m, ends[m]]])
+            normalized = (paid[n] - values.mean()) / (values.std() + 1e-6)
+            normalized = np.where(ends[n] & (np.ptp(values) > 0), normalized, 0.0)
+            advantages[n, m] = normalized[::-1].cumsum()[::-1]
+    return advantages
+
+
+def beside_each_other(prompt, space):
+    """The expected advantage float64[N, R], for two responses to a prompt."""
+    advantages = compared(*step_rewards_of(space, prompt))
+    return lambda policy, sampler: np.einsum("nmt,m->nt", advantages, sampler.probs)
+
+
+def grpo_of_steps(note):
+    """Total variation to the fixed point, the larger of the two prompts'."""
+    objective = test_objectives.Objective(GROUPS)
+    world = test_objectives.make_world(objective)
+    table, points = Table(world.space), []
+    for prompt in worlds.PROMPTS:
+        text = worlds.LETTERS.decode(prompt)
+        points.append(
+            table.rest(
+                test_objectives.probs(world, world.ref, prompt),
+                beside_each_other(text, world.space),
+                kl_loss_coef=GROUPS.kl_loss_coef,
+                kl_loss=GROUPS.kl_loss,
+                loss_mean=GROUPS.loss_mean,
+            )
+        )
+    start = test_objectives.worst(world, world.ref, points)
+    end = test_objectives.worst(world, world.train(), points)
+    print(f"\nGRPO of steps, {note}: total variation {start:.3f} -> {end:.4f}", flush=True)
+    assert start > 0.15  # there was something to learn
+    return end
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_well")
+def test_grpo_of_steps_reaches_its_own_fixed_point():
+    assert grpo_of_steps("no mistake") <= test_objectives.LIMIT
+
+
+def _of_its_own_step_only(rewards, ends, num_responses):
+    to_go = _right_advantages(rewards, ends, num_responses)
+    return to_go - jnp.pad(to_go[:, 1:], ((0, 0), (0, 1)))
+
+
+_right_advantages = policy_losses.step_advantages
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_well")
+def test_without_the_rewards_of_later_steps_the_fixed_point_is_missed(monkeypatch):
+    monkeypatch.setattr(policy_losses, "step_advantages", _of_its_own_step_only)
+    assert not grpo_of_steps("the end of each step alone") <= test_objectives.LIMIT
 
 
 def _at_once(ids, length, marker, decode):
