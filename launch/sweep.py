@@ -3,8 +3,9 @@
     python launch/sweep.py configs/tiny.yaml --stages tokenizer pretrain --jobs 2 \\
         --grid pretrain.optim.learning-rate=1e-3,3e-3 --grid model.num-layers=1,2,4
     python launch/sweep.py ... --slurm='--partition=gpu --gpus-per-node=8 --time=4:00:00'
+    python launch/sweep.py ... --runs gs://BUCKET/sweep
 
-A point's run directory is OUT/FIELD=VALUE,... Running it again skips finished points and resumes interrupted ones;
+A point's run directory is RUNS/FIELD=VALUE,... Running it again skips finished points and resumes interrupted ones;
 a failed one is named, and the exit code is then 1. OUT gets table.csv, table.md and plot.png. If the model's size varies
 and the metric is a loss, L = E + A / N^alpha is fitted to the best loss of each size.
 """
@@ -28,6 +29,7 @@ import tyro
 from sweep_plot import plot
 
 from jaxllm.config import InputError, build, load, merge, parse_overrides, read_yaml, tyro_cli
+from jaxllm.scaling.runs import read_result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +45,11 @@ class Sweep:
     metric: str = "loss"
     """Number of the result to plot."""
     out: str = ""
-    """Where the runs go; empty: runs/sweep-CONFIG."""
+    """Folder of tables, logs and the plot; empty: runs/sweep-CONFIG."""
+    runs: str = ""
+    """Folder of the run directories, also in a store (gs://BUCKET/PATH, s3://BUCKET/PATH); empty: that of --out."""
     jobs: int = 1
-    """Runs at a time; on a CPU give each its share: --options='--cpu-devices 1'."""
+    """Runs at a time. On Linux each has its own share of the processor's cores."""
     options: str = ""
     """More options of jaxllm run, for all points: --options='--OPTION VALUE ...'"""
     slurm: str = "no"
@@ -56,7 +60,10 @@ class Point(NamedTuple):
     """One combination of values."""
 
     values: dict[str, str]
-    directory: Path
+    directory: str
+    """Of the run: a path, or a URL in a store."""
+    log: Path
+    """What it prints, if it runs here."""
     command: list[str]
     """Arguments of jaxllm run."""
 
@@ -68,8 +75,11 @@ def main(arguments: Sequence[str]) -> int:
     check(sweep, grid)
     out = Path(sweep.out or f"runs/sweep-{Path(sweep.config).stem}")
     points = make_points(sweep, grid, out)
-    left = [point for point in points if not result(point, sweep)]
-    print(f"{len(points)} points, {len(points) - len(left)} of them finished, in {out}", flush=True)
+    left = [point for point in points if not read_result(point.directory, sweep.stages[-1])]
+    where = sweep.runs or out
+    print(
+        f"{len(points)} points, {len(points) - len(left)} of them finished, in {where}", flush=True
+    )
     codes = on_slurm(sweep, left, out) if sweep.slurm != "no" else here(sweep, left)
     rows = [row(point, sweep, codes.get(point.directory)) for point in points]
     write_tables(rows, sweep, grid, out)
@@ -105,6 +115,8 @@ def check(sweep: Sweep, grid: dict[str, list[str]]) -> None:
 
     if not grid:
         raise InputError("--grid: give at least one, as model.num-layers=2,4")
+    if "://" in sweep.out:
+        raise InputError("--out: tables and logs go to a local folder; name the store with --runs")
     if sweep.jobs < 1:
         raise InputError("--jobs: must be at least 1")
     if sweep.slurm != "no" and not shutil.which("sbatch"):
@@ -138,44 +150,74 @@ def make_points(sweep: Sweep, grid: dict[str, list[str]], out: Path) -> list[Poi
     points = []
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
-        directory = out / ",".join(f"{field}={value}" for field, value in values.items())
+        name = ",".join(f"{field}={value}" for field, value in values.items())
+        directory = f"{sweep.runs.rstrip('/') or out}/{name}"
         flags = [flag(field, value) for field, value in values.items()]
-        command = [sweep.config, "--run-dir", str(directory), *flags, *shlex.split(sweep.options)]
-        points.append(Point(values, directory, [*command, "--stages", *sweep.stages]))
+        command = [sweep.config, "--run-dir", directory, *flags, *shlex.split(sweep.options)]
+        log = out / f"{name}.log"
+        points.append(Point(values, directory, log, [*command, "--stages", *sweep.stages]))
     return points
 
 
-def result(point: Point, sweep: Sweep) -> dict[str, Any] | None:
-    path = point.directory / sweep.stages[-1] / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def here(sweep: Sweep, points: Sequence[Point]) -> dict[Path, int]:
+def here(sweep: Sweep, points: Sequence[Point]) -> dict[str, int]:
     """Run the points on this machine, `jobs` at a time; their exit codes. Stopped, it stops them, and they save."""
-    waiting, running, codes = list(points), {}, {}
+    waiting, codes = list(points), {}
+    shares = shares_of_cores(sweep.jobs)
+    # (point, its process) by the share of the cores that it has.
+    running: dict[int, tuple[Point, subprocess.Popen]] = {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
-            while waiting and len(running) < sweep.jobs:
-                point = waiting.pop(0)
-                point.directory.parent.mkdir(parents=True, exist_ok=True)
-                with open(f"{point.directory}.log", "ab") as log:
-                    command = [sys.executable, "-m", "jaxllm", "run", *point.command]
-                    running[point.directory] = subprocess.Popen(command, stdout=log, stderr=log)
+            for number, cores in enumerate(shares):
+                if waiting and number not in running:
+                    point = waiting.pop(0)
+                    running[number] = point, start(point, cores)
             time.sleep(0.2)
-            for directory in [d for d, process in running.items() if process.poll() is not None]:
-                codes[directory] = running.pop(directory).returncode
-                print(f"{directory.name}: ended with status {codes[directory]}", flush=True)
+            for number, (point, process) in [*running.items()]:
+                if process.poll() is not None:
+                    del running[number]
+                    codes[point.directory] = process.returncode
+                    print(f"{point.log.stem}: ended with status {process.returncode}", flush=True)
     except KeyboardInterrupt:
-        for process in running.values():
+        for _, process in running.values():
             process.terminate()
-        for process in running.values():
+        for _, process in running.values():
             process.wait()
         raise
     return codes
 
 
-def on_slurm(sweep: Sweep, points: Sequence[Point], out: Path) -> dict[Path, int]:
+def shares_of_cores(jobs: int) -> list[set[int]]:
+    """The cores of each job, which does not share them: XLA's threads of two runs on the same cores wait for each other.
+
+    Jobs beyond the number of cores share; where a process cannot be bound to cores, the sets are empty.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return [set() for _ in range(jobs)]
+    cores = sorted(os.sched_getaffinity(0))
+    # Neighbors, which often share a cache.
+    bounds = [number * len(cores) // jobs for number in range(jobs + 1)]
+    shares = [{*cores[begin:end]} for begin, end in itertools.pairwise(bounds)]
+    return [share or {cores[number % len(cores)]} for number, share in enumerate(shares)]
+
+
+def start(point: Point, cores: set[int]) -> subprocess.Popen:
+    """A run of the point, bound to these cores, whose output is added to its log."""
+    point.log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "jaxllm", "run", *point.command]
+    before = os.sched_getaffinity(0) if cores else set()
+    if cores:
+        # A process has the cores of the one that starts it.
+        os.sched_setaffinity(0, cores)
+    try:
+        with point.log.open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log)
+    finally:
+        if cores:
+            os.sched_setaffinity(0, before)
+
+
+def on_slurm(sweep: Sweep, points: Sequence[Point], out: Path) -> dict[str, int]:
     """Run the points as tasks of an array job, each of which resumes by itself, and wait for all of them."""
     if points:
         out.mkdir(parents=True, exist_ok=True)
@@ -195,15 +237,13 @@ def on_slurm(sweep: Sweep, points: Sequence[Point], out: Path) -> dict[Path, int
 
 def row(point: Point, sweep: Sweep, code: int | None) -> dict[str, Any]:
     """A line of the table: values, how it ended, and every number of the result."""
-    found = result(point, sweep) or {}
+    found = read_result(point.directory, sweep.stages[-1]) or {}
     numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
     if found and sweep.metric not in numbers:
         raise InputError(f"--metric {sweep.metric}: {sweep.stages[-1]} gives {', '.join(numbers)}")
     status = "finished" if found else f"failed with status {code}" if code else "not finished"
-    log = (
-        f"{point.directory}.log" if sweep.slurm == "no" else f"{point.directory.parent}/slurm-*.log"
-    )
-    return {**point.values, "status": status, "log": log, **numbers}
+    log = point.log if sweep.slurm == "no" else point.log.parent / "slurm-*.log"
+    return {**point.values, "status": status, "log": str(log), **numbers}
 
 
 def write_tables(

@@ -72,7 +72,7 @@ def report_of(
         "intervals": {
             name: _interval([getattr(each, name) for each in samples]) for name in law._fields
         },
-        "runs": [{"directory": str(run.directory), **run.point._asdict()} for run in fitted],
+        "runs": [{"directory": run.directory, **run.point._asdict()} for run in fitted],
         "relative_error": float(np.sqrt(np.mean(np.square(errors)))),
         "held_out": [_prediction(run, law, samples) for run in held_out],
         "for_flops": budgets(args.flops, lambda each: each.best_for_flops),
@@ -86,7 +86,7 @@ def _prediction(run: Run, law: Law, samples: Sequence[Law]) -> dict[str, Any]:
     N, D, measured = run.point
     predicted = law.loss(N, D)
     return {
-        "directory": str(run.directory),
+        "directory": run.directory,
         **run.point._asdict(),
         "predicted": predicted,
         "interval": _interval([each.loss(N, D) for each in samples]),

@@ -24,7 +24,7 @@ class FitScalingArgs:
     """Fit L = E + A / N^alpha + B / D^beta to finished runs, and say what larger ones will reach and cost."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
-    """Run directories, or folders of them, such as a sweep's. Of runs alike in size and tokens the best counts."""
+    """Run directories, or folders of them, such as a sweep's, on a disk or in a store (gs://, s3://). Of runs alike in size and tokens the best counts."""
     stage: str = "pretrain"
     """Whose results are read: a stage that trains on tokens."""
     metric: str = "loss"

@@ -1,12 +1,14 @@
-"""Reads what finished runs say of size, tokens and loss."""
+"""Reads what finished runs say of size, tokens and loss, on a disk or in a store."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxllm.config import InputError
+from jaxllm.runtime.files import is_remote
+from jaxllm.runtime.store.objects import Store
 from jaxllm.scaling.law import Point
 
 # Units that depend on the tokenizer.
@@ -16,7 +18,8 @@ _PER_TOKEN = ("loss", "train_loss")
 class Run(NamedTuple):
     """A finished run."""
 
-    directory: Path
+    directory: str
+    """Its path, or its URL in a store."""
     point: Point
 
 
@@ -26,49 +29,70 @@ def read_runs(given: Sequence[str], stage: str, metric: str) -> list[Run]:
     Raises:
         InputError: a directory has no finished run, or the losses of two runs cannot be compared.
     """
-    directories = [run for directory in given for run in _find(Path(directory), stage)]
+    directories = [run for directory in given for run in _find(directory, stage)]
     if metric in _PER_TOKEN:
         _check_tokenizers(directories, stage, metric)
     best: dict[tuple[float, float], Run] = {}
     for directory in dict.fromkeys(directories):
-        run = Run(directory, _read(directory / stage / "result.json", metric))
+        run = Run(directory, _read(directory, stage, metric))
         kept = best.setdefault(run.point[:2], run)
         if run.point.loss < kept.point.loss:
             best[run.point[:2]] = run
     return sorted(best.values(), key=lambda run: run.point)
 
 
-def _find(directory: Path, stage: str) -> list[Path]:
+def read_result(directory: str, stage: str) -> dict[str, Any] | None:
+    """The result of a run's stage; None as long as it has none. The directory may be in a store."""
+    if is_remote(directory):
+        content = Store(directory).read(f"{stage}/result.json")
+    else:
+        path = Path(directory) / stage / "result.json"
+        content = path.read_bytes() if path.is_file() else None
+    return None if content is None else json.loads(content)
+
+
+def _find(directory: str, stage: str) -> list[str]:
     """The run itself, or those one level below."""
-    if (directory / stage / "result.json").is_file():
+    if read_result(directory, stage) is not None:
         return [directory]
-    found = sorted(path.parent.parent for path in directory.glob(f"*/{stage}/result.json"))
-    if not found:
+    if is_remote(directory):
+        names = _folders_in_store(Store(directory), stage)
+    else:
+        paths = Path(directory).glob(f"*/{stage}/result.json")
+        names = [path.parent.parent.name for path in paths]
+    if not names:
         raise InputError(
             f"{directory}: has no {stage}/result.json, and none of its folders has one; "
             "name run directories whose stage is finished, or the folder of a sweep"
         )
-    return found
+    return [f"{directory.rstrip('/')}/{name}" for name in sorted(names)]
 
 
-def _read(path: Path, metric: str) -> Point:
-    result = json.loads(path.read_text())
+def _folders_in_store(store: Store, stage: str) -> list[str]:
+    """Folders of runs whose stage is finished."""
+    ending = f"/{stage}/result.json"
+    folders = [name.removesuffix(ending) for name in store.list() if name.endswith(ending)]
+    return [folder for folder in folders if "/" not in folder]
+
+
+def _read(directory: str, stage: str, metric: str) -> Point:
+    result = read_result(directory, stage) or {}
     numbers = []
     for name in ("parameters", "tokens", metric):
         value = result.get(name)
         if not isinstance(value, int | float) or not value > 0:
+            place = f"{directory}/{stage}/result.json"
             known = ", ".join(key for key, each in result.items() if isinstance(each, int | float))
-            raise InputError(f"{path}: {name} is {value}, not a positive number; it has {known}")
+            raise InputError(f"{place}: {name} is {value}, not a positive number; it has {known}")
         numbers.append(float(value))
     return Point(*numbers)
 
 
-def _check_tokenizers(directories: Sequence[Path], stage: str, metric: str) -> None:
+def _check_tokenizers(directories: Sequence[str], stage: str, metric: str) -> None:
     """Raises InputError if two runs count tokens differently."""
-    first: dict[str, Path] = {}
+    first: dict[str, str] = {}
     for directory in directories:
-        digest = _digest(directory / stage / "tokenizer")
-        first.setdefault(digest, directory)
+        first.setdefault(_digest(f"{directory}/{stage}/tokenizer"), directory)
     if len(first) > 1:
         one, other, *_ = first.values()
         raise InputError(
@@ -77,8 +101,19 @@ def _check_tokenizers(directories: Sequence[Path], stage: str, metric: str) -> N
         )
 
 
-def _digest(folder: Path) -> str:
+def _digest(folder: str) -> str:
+    """SHA-256 of the names and contents of a folder's files."""
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    for name, content in sorted(_contents(folder).items()):
+        digest.update(name.encode() + b"\0" + content)
     return digest.hexdigest()
+
+
+def _contents(folder: str) -> dict[str, bytes]:
+    """Every file below a folder, by its name there."""
+    if is_remote(folder):
+        store = Store(folder)
+        return {name: store.read(name) or b"" for name in store.list()}
+    root = Path(folder)
+    files = [path for path in root.rglob("*") if path.is_file()]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}

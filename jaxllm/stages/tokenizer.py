@@ -1,6 +1,5 @@
 """The tokenizer stage: train SentencePiece on the training split, measure compression on the held-out split."""
 
-import os
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from jaxllm.data.store import load_texts
 from jaxllm.runtime.console import console
+from jaxllm.runtime.hardware import num_cores
 from jaxllm.runtime.store.working import local_folder
 from jaxllm.stages.config import TokenizerConfig
 from jaxllm.tokenizers.published import load_tokenizer
@@ -59,7 +59,7 @@ def _train(config: TokenizerConfig, target: epath.Path, cache: epath.Path) -> di
         vocab_size=config.vocab_size,
         model_type=config.model_type,
         character_coverage=config.character_coverage,
-        num_threads=config.num_threads or os.cpu_count() or 1,
+        num_threads=config.num_threads or num_cores(),
     )
     tokenizer.save(target, {"model_type": config.model_type, **sample})
     # On held-out text, since a vocabulary fits the text that it was trained on best.

@@ -1,6 +1,8 @@
 """A sweep runs every point once, goes on with what is left, and gathers; a law is recovered from its own points."""
 
 import csv
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 
 from jaxllm.config import InputError
+from jaxllm.runtime.store.objects import Store
 from tests.conftest import ROOT
+from tests.emulators import SERVERS, in_environment
 
 sys.path.insert(0, str(ROOT / "launch"))
 import sweep
@@ -95,6 +99,10 @@ def test_a_failed_point_is_named_and_the_next_start_runs_only_what_is_left(
         (["--grid", "model.num-layers=2,0"], "num_layers"),
         (["--grid", "seed=1,2", "--stages", "pretrian"], "pretrian"),
         (["--grid", "seed=1,2", "--jobs", "0"], "--jobs: must be at least 1"),
+        (
+            ["--grid", "seed=1,2", "--out", "gs://b/x"],
+            "--out: tables and logs go to a local folder",
+        ),
         ([], "grid"),
     ],
 )
@@ -102,6 +110,47 @@ def test_what_the_config_would_refuse_is_refused_before_anything_runs(tmp_path, 
     with pytest.raises(InputError, match=message) as error:
         sweep.main([str(ROOT / "configs/tiny.yaml"), "--out", str(tmp_path), *arguments])
     assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3, 5, 8])
+def test_jobs_share_no_core_as_long_as_there_are_enough(jobs, monkeypatch):
+    cores = {0, 2, 3, 7, 8}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    shares = sweep.shares_of_cores(jobs)
+    assert len(shares) == jobs and all(shares) and set().union(*shares) == cores
+    sizes = [len(share) for share in shares]
+    if jobs <= len(cores):
+        assert sum(sizes) == len(cores) and max(sizes) - min(sizes) <= 1
+    else:
+        assert sizes == [1] * jobs
+
+
+def test_a_run_is_bound_to_its_cores_and_the_sweep_is_not(tmp_path, monkeypatch):
+    (tmp_path / "python").write_text(
+        f"#!{sys.executable}\nimport os\nprint(os.sched_getaffinity(0))\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    cores = os.sched_getaffinity(0)
+    first = {min(cores)}
+    point = sweep.Point({}, str(tmp_path / "run"), tmp_path / "run.log", [])
+    assert sweep.start(point, first).wait() == 0
+    assert point.log.read_text() == f"{first}\n" and os.sched_getaffinity(0) == cores
+
+
+def test_runs_in_a_store_are_found_and_not_run_again(tmp_path, monkeypatch, capsys):
+    with SERVERS["s3"](tmp_path) as emulator, in_environment(emulator):
+        url = f"{emulator.url}/sweep"
+        for layers in (1, 2):
+            result = {"parameters": 1000 * layers, "loss": 3.0 / layers}
+            name = f"model.num-layers={layers}/pretrain/result.json"
+            Store(url).write(name, json.dumps(result).encode())
+        monkeypatch.setattr(subprocess, "Popen", None)
+        arguments = [str(ROOT / "configs/tiny.yaml"), "--out", str(tmp_path / "out"), "--runs", url]
+        assert sweep.main([*arguments, "--grid", "model.num-layers=1,2"]) == 0
+    assert f"2 points, 2 of them finished, in {url}" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+    assert [row["loss"] for row in rows] == ["3.0", "1.5"]
 
 
 def test_a_law_is_recovered():
@@ -127,7 +176,7 @@ def test_a_real_sweep_of_six_points(tmp_path):
         "--grid",
         "model.embed-dim=16,32,64",
     ]
-    command += ["--jobs", "2", "--options=--cpu-devices 1"]
+    command += ["--jobs", "2"]
     cut = subprocess.Popen(command, cwd=ROOT)
     while not any("pretrain 5/60" in log.read_text() for log in tmp_path.glob("out/*.log")):
         time.sleep(0.2)

@@ -5,10 +5,13 @@ import json
 import pytest
 
 from jaxllm.config import InputError
+from jaxllm.runtime.store.objects import Store
 from jaxllm.scaling.command import command
 from jaxllm.scaling.config import FitScalingArgs
 from jaxllm.scaling.law import Law
+from jaxllm.scaling.runs import read_result
 from tests.conftest import jaxllm
+from tests.emulators import SERVERS, in_environment
 
 TRUE = Law(E=1.2, A=90.0, B=300.0, alpha=0.3, beta=0.35)
 SIZES = (100_000, 400_000, 1_600_000, 6_400_000)
@@ -63,6 +66,32 @@ def test_runs_may_be_named_one_by_one_and_the_best_of_equals_counts(sweep, tmp_p
     assert "worse" not in str(runs)
     [better] = [run for run in runs if run["directory"].endswith("better")]
     assert better["loss"] == 1.25
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_runs_in_a_store_say_what_they_say_on_a_disk(kind, sweep, tmp_path, capsys):
+    on_disk = report_of(capsys, sweep)
+    with SERVERS[kind](tmp_path) as emulator, in_environment(emulator):
+        url = f"{emulator.url}/sweep"
+        store = Store(url)
+        for file in (path for path in sweep.rglob("*") if path.is_file()):
+            store.upload(file, file.relative_to(sweep).as_posix())
+        # A run below a folder of runs is none of them.
+        store.write("deeper/1/pretrain/result.json", b"{}")
+        in_store = report_of(capsys, url)
+        assert json.dumps(in_store).replace(url, str(sweep)) == json.dumps(on_disk)
+        one = f"{url}/{SIZES[0]},{TOKENS[0]}"
+        assert read_result(one, "pretrain") == read_result(
+            f"{sweep}/{one.rpartition('/')[2]}", "pretrain"
+        )
+        with pytest.raises(InputError, match="1 runs of 1 sizes"):
+            report_of(capsys, one, hold_out=0)
+        with pytest.raises(InputError, match=f"{url}/nothing: has no pretrain/result.json"):
+            report_of(capsys, f"{url}/nothing")
+        # Another tokenizer in one of them is found there, too.
+        store.write(f"{SIZES[0]},{TOKENS[0]}/pretrain/tokenizer/tokenizer.model", b"two")
+        with pytest.raises(InputError, match="have different tokenizers"):
+            report_of(capsys, url)
 
 
 def test_budgets_in_device_hours(sweep, tmp_path, capsys):
