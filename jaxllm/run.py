@@ -40,6 +40,9 @@ from jaxllm.stages import Stage, microbatches
 from jaxllm.train import Training
 from jaxllm.workspace import Workspace
 
+# Fields of a stage, or of a section in it, that name a model.
+_MODEL_FIELDS = ("init_from", "reward_from", "stage_dir")
+
 
 def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
     """Runs these stages in order. A finished stage is skipped; an interrupted one resumes.
@@ -78,19 +81,35 @@ def run_stages(config: Config, config_path: str, wanted: Sequence[str]) -> None:
 
 def _with_pinned_models(config: Config, wanted: Sequence[str]) -> Config:
     """The config with models on hubs by names that always mean the same files, for every process the same."""
-    for stage in wanted:
-        section = getattr(config, stage)
-        source = getattr(section, "init_from", "")
-        if not is_on_hub(source):
-            continue
-        # Importing models takes a tenth of a second, and few runs begin from a hub.
-        from jaxllm.pretrained import hub_stages
+    sections = {stage: _with_pinned_fields(getattr(config, stage)) for stage in wanted}
+    return dataclasses.replace(config, **sections)
 
-        # Branches move: process 0 says what they are at.
-        name = on_all(lambda source=source: hub_stages.pinned(source))
-        section = dataclasses.replace(section, init_from=gather_json(name)[0])
-        config = dataclasses.replace(config, **{stage: section})
-    return config
+
+def _with_pinned_fields(section: Any) -> Any:
+    """A section of the config, or a tuple of sections, whose fields that name models name them for good."""
+    if isinstance(section, tuple):
+        return tuple(_with_pinned_fields(each) for each in section)
+    if not dataclasses.is_dataclass(section) or isinstance(section, type):
+        return section
+    changed = {}
+    for field in dataclasses.fields(section):
+        before = getattr(section, field.name)
+        pin = _pinned if field.name in _MODEL_FIELDS else _with_pinned_fields
+        after = pin(before)
+        if after != before:
+            changed[field.name] = after
+    return dataclasses.replace(section, **changed) if changed else section
+
+
+def _pinned(source: str) -> str:
+    """The name of a stage directory; of a model on a hub, with what its branch is at now."""
+    if not is_on_hub(source):
+        return source
+    # Importing models takes a tenth of a second, and few runs begin from a hub.
+    from jaxllm.pretrained import hub_stages
+
+    # Branches move: process 0 says what they are at.
+    return gather_json(on_all(lambda: hub_stages.pinned(source)))[0]
 
 
 def _open_workspace(

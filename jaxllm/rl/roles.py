@@ -179,7 +179,7 @@ def check_vocabulary(workspace: Workspace, field: str, source: str, model: Model
     same = tokenizer.fingerprint == workspace.tokenizer().fingerprint
     if not same or vocab_size != model.vocab_size:
         raise InputError(
-            f"{field}: {source} has another tokenizer or vocabulary than the policy; "
+            f"{field}: {source} has another tokenizer or vocabulary than the model that learns; "
             "name a teacher whose tokens mean the same"
         )
 

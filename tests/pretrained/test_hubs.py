@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
+from jaxllm import config, run
 from jaxllm.config import InputError
+from jaxllm.life import Config
+from jaxllm.pretrained import hub_stages
 from jaxllm.runtime.hubs import names
 from tests.conftest import ROOT
 from tests.fake_hub import COMMIT, Hub, serve
@@ -207,6 +210,35 @@ pretrain:
     # Again without the network: everything is here.
     code, log = command(hub, tmp_path, *words, HF_HUB_OFFLINE="1", **environment)
     assert code == 0 and "Nothing to do" in log, log
+
+
+def test_every_model_of_a_stage_is_named_for_good(monkeypatch):
+    """Policy, reward model and teachers; a name that is none of a hub stays."""
+    monkeypatch.setattr(hub_stages, "pinned", lambda source: f"{source}@commit")
+    hub = "hf://org/"
+    life = config.build(
+        Config,
+        {
+            "sft": {"teacher": {"stage_dir": f"{hub}large"}},
+            "ppo": {
+                "init_from": f"{hub}policy",
+                "reward_from": f"{hub}reward",
+                "teachers": [{"stage_dir": "runs/a/sft"}, {"stage_dir": f"{hub}b", "weight": 2.0}],
+            },
+        },
+        name="test",
+    )
+    found = run._with_pinned_models(life, ["sft", "ppo"])
+    assert found.sft.teacher.stage_dir == f"{hub}large@commit"
+    assert (found.ppo.init_from, found.ppo.reward_from) == (
+        f"{hub}policy@commit",
+        f"{hub}reward@commit",
+    )
+    assert [each.stage_dir for each in found.ppo.teachers] == ["runs/a/sft", f"{hub}b@commit"]
+    assert found.ppo.teachers[1].weight == 2.0
+    # Nothing else has changed, and a stage that does not run keeps its names.
+    assert found.ppo.sampling == life.ppo.sampling and found.grpo is life.grpo
+    assert run._with_pinned_models(life, ["sft"]).ppo == life.ppo
 
 
 def test_a_model_is_exported_to_a_hub_with_a_card(hub, tmp_path):
