@@ -12,7 +12,7 @@ from jaxllm.serve.metrics import Metrics
 from jaxllm.serve.ratings import Ratings
 from jaxllm.serve.served import Found, find, load, load_tokenizers
 from jaxllm.web.guard import Rules
-from jaxllm.web.server import address_of, bind, check_key, serve
+from jaxllm.web.server import address_of, bind, check_key, public_address, serve, with_key
 
 
 def command(args: ServeArgs) -> None:
@@ -32,11 +32,11 @@ def command(args: ServeArgs) -> None:
         endpoint = Endpoint(served, driver, Metrics(), args.timeout, tokenizers)
         rules = Rules(args.host, api_key, args.allowed_hosts, args.max_body_kib * 1024)
         app = make_app(endpoint, rules, found.runs, _ratings(found))
-        address = address_of(bound)
-        link = f"{address}/#key={api_key}" if api_key else f"{address}/"
+        address = public_address(bound)
+        page = with_key("/", api_key)
         names = ", ".join(found.stages) or "no model yet"
-        console.print(f"serve: {names} at {address}/v1; pages at {link}", soft_wrap=True)
-        serve(app, bound, browse=link if args.browser else "")
+        console.print(f"serve: {names} at {address}/v1; pages at {address}{page}", soft_wrap=True)
+        serve(app, bound, browse=f"{address_of(bound)}{page}" if args.browser else "")
 
 
 def _ratings(found: Found) -> Ratings | None:

@@ -9,12 +9,10 @@ Requests may be sent again after a lost connection: the same answer is recorded 
 
 import collections
 import json
-import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -32,7 +30,7 @@ from jaxllm.runtime.console import console
 from jaxllm.web import pages
 from jaxllm.web.errors import ApiError, show_error
 from jaxllm.web.guard import Guard, Rules
-from jaxllm.web.server import address_of, bind, check_key, serve
+from jaxllm.web.server import address_of, bind, check_key, public_address, serve, with_key
 
 _LONGEST_NOTE = 4000
 # Answers of which a person's pace is the median.
@@ -299,9 +297,9 @@ def rank_in_browser(
         raise InputError(str(error).replace("--", "--rank.", 1)) from None
     # Whoever follows the link at once waits until the server answers.
     bound.listen()
-    page = f"/rank#key={quote(api_key, safe='')}" if api_key else "/rank"
+    page = with_key("/rank", api_key)
     console.print(
-        f"rank: {answers.remaining} answers needed; people give them at {_public_address(bound)}{page}\n"
+        f"rank: {answers.remaining} answers needed; people give them at {public_address(bound)}{page}\n"
         "rank: every answer is saved at once; Ctrl-C stops, and the same command resumes",
         soft_wrap=True,
     )
@@ -318,11 +316,3 @@ def rank_in_browser(
         raise ranking.failure
     if answers.remaining:
         raise cut(answers)
-
-
-def _public_address(bound: socket.socket) -> str:
-    """The address as other machines take it."""
-    host, port = bound.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
-        return f"http://{socket.gethostname()}:{port}"
-    return address_of(bound)

@@ -6,6 +6,7 @@ import socket
 import webbrowser
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 import uvicorn
 
@@ -44,6 +45,19 @@ def address_of(bound: socket.socket) -> str:
     host, port = bound.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     return f"http://{'localhost' if host in ('0.0.0.0', '::') else name}:{port}"
+
+
+def public_address(bound: socket.socket) -> str:
+    """The address as other machines take it, where they can: http://HOSTNAME:8000."""
+    host, port = bound.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        return f"http://{socket.gethostname()}:{port}"
+    return address_of(bound)
+
+
+def with_key(page: str, api_key: str) -> str:
+    """A page's address with the key in its fragment, which browsers do not send; api_key "": there is none."""
+    return f"{page}#key={quote(api_key, safe='')}" if api_key else page
 
 
 def serve(

@@ -6,6 +6,7 @@ import math
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import parse_qs
 
 import httpx
 import jax
@@ -19,6 +20,7 @@ from jaxllm.engine.config import SamplingConfig
 from jaxllm.engine.responses import complete
 from jaxllm.models import transformer
 from jaxllm.web.guard import Rules
+from jaxllm.web.server import bind, public_address, with_key
 from tests.serve import small_server
 
 
@@ -437,6 +439,20 @@ def test_the_key_is_needed_for_data_and_not_for_pages():
             )
             assert get(path, Authorization="Bearer secret") == 200
         assert get("/chat") == get("/health") == 200
+
+
+@pytest.mark.parametrize("key", ["secret", "a+b/c==", "50%#&x y", "钥匙"])
+def test_a_link_has_the_key_as_it_is_read_from_it(key):
+    """Pages read it with URLSearchParams, to which "+" is a space; base64 has it."""
+    page, _, fragment = with_key("/rank", key).partition("#")
+    assert page == "/rank" and parse_qs(fragment) == {"key": [key]}
+    assert with_key("/", "") == "/"
+
+
+def test_others_are_told_the_name_of_the_machine():
+    for host, name in (("127.0.0.1", "127.0.0.1"), ("0.0.0.0", socket.gethostname())):
+        with bind(host, 0) as bound:
+            assert public_address(bound) == f"http://{name}:{bound.getsockname()[1]}"
 
 
 def test_pages_of_others_and_wrong_names_are_refused(server):
