@@ -92,7 +92,7 @@ def make_experience(
     values: Any,
     scores: jax.Array,
     kl_coef: jax.Array,
-    steps: Any = None,
+    steps: StepRewards | None = None,
     *,
     spec: RunSpec,
 ) -> tuple[Experience, Metrics]:
@@ -106,50 +106,25 @@ def make_experience(
       values: float32[B, R] from a separate critic; not read without one.
       scores: float32[B], one for each response.
       kl_coef: float32[].
-      steps: the part of the scores that is paid where steps end, a `StepRewards`; None where there is none.
+      steps: the part of the scores that is paid where steps end; None where there is none.
     """
     config, mask = spec.config, rollout.mask
     # Recomputed rather than taken from sampling: the decoding program rounds differently from the one that learns, and
     # the probability ratio of the first minibatch should be exactly 1.
     policy = spec.logprobs(spec.policy(actor, base), rollout)
-    if steps is not None:
-        # The last token is paid what is left of the score, also of a response without an end, which has another one: were
-        # its steps not paid, a reward would depend on later tokens, which then would not learn from it.
-        steps = StepRewards(jnp.where(mask, steps.paid, 0.0), steps.ends & mask)
-        scores = scores - steps.paid.sum(1)
-    rewards = losses.token_rewards(scores, policy.logprob, ref_logprobs, mask, kl_coef)
-    if steps is not None:
-        rewards = rewards + steps.paid
-    if config.whiten_rewards:
-        # The mean stays: shifting rewards would pay for the length of a response.
-        rewards = losses.whiten(rewards, mask, center=False)
-
-    if config.has_values:
-        if config.shares_trunk:
-            values = response_values(lora.join(base, actor), rollout, model=spec.reward_model)
-        advantages, returns = losses.gae(
-            rewards, values, mask, discount=config.discount, lam=config.gae_lambda
-        )
-    else:
-        advantages = values = returns = jnp.zeros_like(rewards)
-        if config.rewards:
-            advantages = _compare_responses(rewards, steps, mask, config)
+    rewards = _rewards(scores, steps, policy.logprob, ref_logprobs, mask, kl_coef, config)
+    if config.shares_trunk:
+        values = response_values(lora.join(base, actor), rollout, model=spec.reward_model)
+    elif not config.has_values:
+        values = jnp.zeros_like(rewards)
+    advantages, returns = _advantages(rewards, values, steps, mask, config)
 
     metrics = rollout_metrics(rollout, policy, ref_logprobs, advantages)
     if config.has_values:
         metrics |= value_metrics(values, returns, mask)
     if config.normalizes_advantages:
         advantages = losses.whiten(advantages, mask)
-    weights = None
-    if config.sampler_correction != "off":
-        weights, weight_metrics = policy_losses.truncated_weights(
-            policy.logprob,
-            rollout.logprobs,
-            mask,
-            level=config.sampler_correction,
-            cap=config.sampler_cap,
-        )
-        metrics |= weight_metrics
+    weights, weight_metrics = _sampler_weights(policy.logprob, rollout, config)
     experience = Experience(
         tokens=rollout.tokens,
         prompt_mask=rollout.prompt_mask,
@@ -161,7 +136,63 @@ def make_experience(
         returns=returns,
         sampler_weights=weights,
     )
-    return experience, metrics
+    return experience, metrics | weight_metrics
+
+
+def _rewards(
+    scores: jax.Array,
+    steps: StepRewards | None,
+    logprobs: jax.Array,
+    ref_logprobs: jax.Array,
+    mask: jax.Array,
+    kl_coef: jax.Array,
+    config: PPOConfig,
+) -> jax.Array:
+    """What each token is paid, float32[B, R]: the KL, the rewards of steps, and the rest of the score at the end."""
+    if steps is None:
+        rewards = losses.token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
+    else:
+        # The last token is paid what is left of the score, also of a response without an end, which has another one: were
+        # its steps not paid, a reward would depend on later tokens, which then would not learn from it.
+        paid = jnp.where(mask, steps.paid, 0.0)
+        rest = scores - paid.sum(1)
+        rewards = losses.token_rewards(rest, logprobs, ref_logprobs, mask, kl_coef) + paid
+    if config.whiten_rewards:
+        # The mean stays: shifting rewards would pay for the length of a response.
+        rewards = losses.whiten(rewards, mask, center=False)
+    return rewards
+
+
+def _sampler_weights(
+    logprobs: jax.Array, rollout: Rollout, config: PPOConfig
+) -> tuple[jax.Array | None, Metrics]:
+    """(weights float32[B, R] that correct for the sampler, their metrics); None where that is off."""
+    if config.sampler_correction == "off":
+        return None, {}
+    return policy_losses.truncated_weights(
+        logprobs,
+        rollout.logprobs,
+        rollout.mask,
+        level=config.sampler_correction,
+        cap=config.sampler_cap,
+    )
+
+
+def _advantages(
+    rewards: jax.Array,
+    values: jax.Array,
+    steps: StepRewards | None,
+    mask: jax.Array,
+    config: PPOConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """(advantages, returns), float32[B, R] each; returns are zero without a critic, and both where nothing is rewarded."""
+    if config.has_values:
+        discount, lam = config.discount, config.gae_lambda
+        return losses.gae(rewards, values, mask, discount=discount, lam=lam)
+    zeros = jnp.zeros_like(rewards)
+    if not config.rewards:
+        return zeros, zeros
+    return _compare_responses(rewards, steps, mask, config), zeros
 
 
 def _compare_responses(
@@ -173,7 +204,7 @@ def _compare_responses(
     Every token of a response has the advantage of the whole response; in REINFORCE++ and in GRPO of steps, of what follows.
     """
     if config.advantages == "grpo_steps":
-        ends = steps.ends
+        ends = steps.ends & mask
         if config.scores_responses:
             # What the whole response is paid counts like one more step, which ends with it.
             ends = ends | losses.last_tokens(mask)

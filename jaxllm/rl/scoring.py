@@ -1,7 +1,7 @@
 """The score of a response: the weighted sum of the configured reward terms."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,14 @@ from jaxllm.rl import rewards, step_rewards
 from jaxllm.rl.experience import StepRewards
 from jaxllm.rl.programs import UpdatePrograms
 from jaxllm.rl.responses import Responses, read_responses
-from jaxllm.rl.reward_config import OVERLONG
+from jaxllm.rl.reward_config import OVERLONG, RewardSource
 from jaxllm.rl.roles import FrozenModels, RunSpec
 from jaxllm.rl.update import RunProgram, Scorer
 from jaxllm.runtime.transfer import fetch
 from jaxllm.sharding import activation
+
+# Of each source, float32[B].
+Terms = dict[RewardSource, jax.Array]
 
 
 def make_scorer(
@@ -40,51 +43,70 @@ def make_scorer(
     """
     sources = spec.config.rewards
     names = rewards.metric_names(sources)
-    functions = {source: rewards.resolve(source, field) for source in sources if source.reads_text}
     pays_steps = spec.config.pays_steps
+    score_texts = _text_scorer(sources, activation(mesh, "batch"), field)
     score_steps = step_rewards.make_scorer(spec, programs, frozen, decode, mesh, field)
-    # A fraction of the longest response, so that the weight means the same for any length.
-    length = jax.jit(lambda mask: mask.astype(jnp.float32).mean(1))
-    too_long = jax.jit(overlong, static_argnums=1)
-    rows = activation(mesh, "batch")
+    score_arrays = _array_scorer(sources, programs, frozen)
+    reads_text = pays_steps or any(source.reads_text for source in sources)
 
-    def score_texts(responses: Responses) -> dict[Any, jax.Array]:
-        """The terms that are functions of text, computed on the host."""
+    def score(
+        run: RunProgram, rollout: Rollout, prompts: Sequence[PromptExample]
+    ) -> tuple[jax.Array, StepRewards | None, Metrics]:
+        terms = score_arrays(run, rollout)
+        steps = None
+        if reads_text:
+            responses = read_responses(rollout, prompts, spec.stop_ids, decode)
+            terms |= score_texts(responses)
+            if pays_steps:
+                of_steps, ends = score_steps(run, rollout, responses)
+                terms |= {source: paid.sum(1) for source, paid in of_steps.items()}
+                paid = sum(source.weight * paid for source, paid in of_steps.items())
+                steps = StepRewards(cast(jax.Array, paid), ends)
+        # Summed in the order of the config: floating-point addition depends on it.
+        total, metrics = jnp.zeros_like(rollout.finished, jnp.float32), {}
+        for source, name in zip(sources, names, strict=True):
+            total = total + source.weight * terms[source]
+            metrics[f"reward_{name}"] = (terms[source].sum(), jnp.float32(len(prompts)))
+        return total, steps, metrics
+
+    return score
+
+
+def _text_scorer(
+    sources: Sequence[RewardSource], rows: jax.sharding.NamedSharding, field: str
+) -> Callable[[Responses], Terms]:
+    """The terms that are functions of text, computed on the host."""
+    functions = {source: rewards.resolve(source, field) for source in sources if source.reads_text}
+
+    def score(responses: Responses) -> Terms:
         terms = {}
         for source, function in functions.items():
             scores = function(responses.prompts, responses.texts, responses.answers)
             terms[source] = jax.device_put(scores.astype(np.float32), rows)
         return terms
 
-    def score(
-        run: RunProgram, rollout: Rollout, prompts: Sequence[PromptExample]
-    ) -> tuple[jax.Array, Any, Metrics]:
-        text_terms: dict[Any, jax.Array] = {}
-        step_terms: dict[Any, jax.Array] = {}
-        steps = None
-        if functions or pays_steps:
-            responses = read_responses(rollout, prompts, spec.stop_ids, decode)
-            text_terms = score_texts(responses)
-            if pays_steps:
-                step_terms, ends = score_steps(run, rollout, responses)
-                paid = sum(source.weight * term for source, term in step_terms.items())
-                steps = StepRewards(cast(jax.Array, paid), ends)
-        # Summed in the order of the config: floating-point addition depends on it.
-        total, metrics = jnp.zeros_like(rollout.finished, jnp.float32), {}
-        for source, name in zip(sources, names, strict=True):
+    return score
+
+
+def _array_scorer(
+    sources: Sequence[RewardSource], programs: UpdatePrograms, frozen: FrozenModels
+) -> Callable[[RunProgram, Rollout], Terms]:
+    """The terms that are computed where the responses are: by the reward model, and from lengths."""
+    # A fraction of the longest response, so that the weight means the same for any length.
+    length = jax.jit(lambda mask: mask.astype(jnp.float32).mean(1))
+    too_long = jax.jit(overlong, static_argnums=1)
+
+    def score(run: RunProgram, rollout: Rollout) -> Terms:
+        terms = {}
+        for source in sources:
             if source.source == "model":
-                term = run(programs.reward, frozen.reward, rollout)
+                terms[source] = run(programs.reward, frozen.reward, rollout)
             elif source.source == "length":
-                term = length(rollout.mask)
+                terms[source] = length(rollout.mask)
             elif source.source.startswith(OVERLONG):
-                term = too_long(rollout.mask, int(source.source.removeprefix(OVERLONG)))
-            elif source.pays_steps:
-                term = step_terms[source].sum(1)
-            else:
-                term = text_terms[source]
-            total = total + source.weight * term
-            metrics[f"reward_{name}"] = (term.sum(), jnp.float32(len(prompts)))
-        return total, steps, metrics
+                buffer = int(source.source.removeprefix(OVERLONG))
+                terms[source] = too_long(rollout.mask, buffer)
+        return terms
 
     return score
 

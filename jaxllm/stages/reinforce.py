@@ -23,7 +23,7 @@ from jaxllm.model_store import write_model_card
 from jaxllm.optim import learning_rate
 from jaxllm.rl import planned, rewards
 from jaxllm.rl.config import PPOConfig
-from jaxllm.rl.held_out import make_evaluation
+from jaxllm.rl.held_out import HeldOut
 from jaxllm.rl.layouts import role_meshes
 from jaxllm.rl.programs import build_programs
 from jaxllm.rl.roles import PPOState, RunSpec, abstract_state, initial_state, load_models
@@ -72,7 +72,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         num_steps=config.num_steps,
         settings=config,
         work=Work(config.batch_size * config.sampling.max_new_tokens),
-        evaluate=make_evaluation(
+        evaluate=HeldOut(
             spec, programs, frozen, score, prompts["held_out"], tokenizer.decode, mesh
         ),
         best="eval/score" if config.rewards else "eval/divergence",

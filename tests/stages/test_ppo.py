@@ -21,7 +21,7 @@ from jaxllm.optim_config import OptimConfig
 from jaxllm.rl import layouts
 from jaxllm.rl.config import PPOConfig, RoleMesh
 from jaxllm.rl.experience import make_experience, response_values, reward_scores, shape_scores
-from jaxllm.rl.held_out import make_evaluation
+from jaxllm.rl.held_out import HeldOut
 from jaxllm.rl.objectives import actor_loss
 from jaxllm.rl.programs import build_programs
 from jaxllm.rl.reward_config import RewardSource
@@ -510,7 +510,7 @@ def test_evaluation_in_other_layouts_finds_the_same(world):
                 jax.tree.map(jnp.copy, world["critic"]),
             )
             score = make_scorer(made, programs, roles, LETTERS.decode, mesh, "rewards")
-            evaluate = make_evaluation(made, programs, roles, score, prompts, LETTERS.decode, mesh)
+            evaluate = HeldOut(made, programs, roles, score, prompts, LETTERS.decode, mesh)
             found.append(evaluate(0, state))
     assert found[0]["eval/kl"] > 0.1
     assert found[0] == pytest.approx(found[1], rel=1e-4)
