@@ -3,6 +3,7 @@
     python launch/sweep.py configs/tiny.yaml --stages tokenizer pretrain --jobs 2 \\
         --grid pretrain.optim.learning-rate=1e-3,3e-3 --grid model.num-layers=1,2,4
     python launch/sweep.py ... --slurm='--partition=gpu --gpus-per-node=8 --time=4:00:00'
+    python launch/sweep.py ... --grid model.embed-dim+model.mlp-dim=64+192,128+384
     python launch/sweep.py ... --runs gs://BUCKET/sweep
 
 A point's run directory is RUNS/FIELD=VALUE,... Running it again skips finished points and resumes interrupted ones;
@@ -39,7 +40,7 @@ class Sweep:
     config: Annotated[str, tyro.conf.Positional]
     """Config file."""
     grid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """FIELD=VALUE,VALUE,...; given several times: all combinations."""
+    """FIELD=VALUE,VALUE,...; given several times: all combinations. FIELD+FIELD=VALUE+VALUE,... sets fields together."""
     stages: tuple[str, ...] = ("tokenizer", "pretrain")
     """Stages to run; the last one's result is gathered."""
     metric: str = "loss"
@@ -54,6 +55,14 @@ class Sweep:
     """More options of jaxllm run, for all points: --options='--OPTION VALUE ...'"""
     slurm: str = "no"
     """Run the points as an array job with these options of sbatch (--slurm=''), and wait for it."""
+
+
+class Axis(NamedTuple):
+    """Fields that are set together, and their values."""
+
+    fields: list[str]
+    values: list[list[str]]
+    """For each step along the axis one value of each field."""
 
 
 class Point(NamedTuple):
@@ -71,7 +80,7 @@ class Point(NamedTuple):
 def main(arguments: Sequence[str]) -> int:
     """Run what is not finished, then gather; the exit code."""
     sweep = tyro_cli(Sweep, arguments, "sweep")
-    grid = dict(read_axis(text) for text in sweep.grid)
+    grid = [read_axis(text) for text in sweep.grid]
     check(sweep, grid)
     out = Path(sweep.out or f"runs/sweep-{Path(sweep.config).stem}")
     points = make_points(sweep, grid, out)
@@ -85,7 +94,9 @@ def main(arguments: Sequence[str]) -> int:
     write_tables(rows, sweep, grid, out)
     finished = [one for one in rows if one["status"] == "finished"]
     if finished:
-        said = plot(finished, [*grid], sweep.metric, out / "plot.png")
+        # Of fields that are set together, one says which point it is.
+        fields = [axis.fields[0] for axis in grid]
+        said = plot(finished, fields, sweep.metric, out / "plot.png")
         print("\n".join([*said, f"{out}/table.csv, table.md, plot.png"]), flush=True)
     for one in rows:
         if one not in finished:
@@ -93,12 +104,31 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if len(finished) == len(rows) else 1
 
 
-def read_axis(text: str) -> tuple[str, list[str]]:
-    field, _, values = text.partition("=")
-    many = values.split(",")
-    if not field or not all(many) or len({*many}) < len(many):
+def read_axis(text: str) -> Axis:
+    """FIELD=VALUE,VALUE,... or FIELD+FIELD=VALUE+VALUE,VALUE+VALUE,..."""
+    names, _, points = text.partition("=")
+    fields = names.split("+")
+    # A "+" in the value of a single field is part of a number, as in 1e+3.
+    values = [point.split("+") if len(fields) > 1 else [point] for point in points.split(",")]
+    complete = all(fields) and all(all(each) for each in values)
+    if not complete or len({*map(tuple, values)}) < len(values):
         raise InputError(f"--grid {text}: must be FIELD=VALUE,VALUE,... with different values")
-    return field, many
+    for each in values:
+        if len(each) != len(fields):
+            given = f"{'+'.join(each)} has {len(each)} values for {len(fields)} fields"
+            raise InputError(f"--grid {text}: {given}; give one for each, joined by +")
+    return Axis(fields, values)
+
+
+def combinations(grid: Sequence[Axis]) -> list[dict[str, str]]:
+    """{field: value} of every point, in the order of the grid."""
+    points = []
+    for combination in itertools.product(*(axis.values for axis in grid)):
+        point: dict[str, str] = {}
+        for axis, values in zip(grid, combination, strict=True):
+            point |= zip(axis.fields, values, strict=True)
+        points.append(point)
+    return points
 
 
 def flag(field: str, value: str) -> str:
@@ -109,12 +139,16 @@ def flag(field: str, value: str) -> str:
     return f"--{section}{dot}{'no-' * (value == 'false')}{name}"
 
 
-def check(sweep: Sweep, grid: dict[str, list[str]]) -> None:
+def check(sweep: Sweep, grid: Sequence[Axis]) -> None:
     """Refuse what the config would refuse in any point, before anything runs."""
     from jaxllm.life import Config
 
     if not grid:
         raise InputError("--grid: give at least one, as model.num-layers=2,4")
+    fields = [field for axis in grid for field in axis.fields]
+    for field in fields:
+        if fields.count(field) > 1:
+            raise InputError(f"--grid {field}: is given twice; give all of its values at once")
     if "://" in sweep.out:
         raise InputError("--out: tables and logs go to a local folder; name the store with --runs")
     if sweep.jobs < 1:
@@ -127,9 +161,9 @@ def check(sweep: Sweep, grid: dict[str, list[str]]) -> None:
         tree = merge(
             tree, parse_overrides(Config, base, shlex.split(sweep.options), "sweep --options")
         )
-    for combination in itertools.product(*grid.values()):
+    for values in combinations(grid):
         point = tree | {"stages": [*sweep.stages]}
-        for field, value in zip(grid, combination, strict=True):
+        for field, value in values.items():
             point = merge(point, nested(field, value))
         build(Config, point, name="sweep")
 
@@ -146,10 +180,9 @@ def nested(field: str, value: str) -> dict[str, Any]:
     return tree
 
 
-def make_points(sweep: Sweep, grid: dict[str, list[str]], out: Path) -> list[Point]:
+def make_points(sweep: Sweep, grid: Sequence[Axis], out: Path) -> list[Point]:
     points = []
-    for combination in itertools.product(*grid.values()):
-        values = dict(zip(grid, combination, strict=True))
+    for values in combinations(grid):
         name = ",".join(f"{field}={value}" for field, value in values.items())
         directory = f"{sweep.runs.rstrip('/') or out}/{name}"
         flags = [flag(field, value) for field, value in values.items()]
@@ -246,9 +279,7 @@ def row(point: Point, sweep: Sweep, code: int | None) -> dict[str, Any]:
     return {**point.values, "status": status, "log": str(log), **numbers}
 
 
-def write_tables(
-    rows: list[dict[str, Any]], sweep: Sweep, grid: dict[str, list[str]], out: Path
-) -> None:
+def write_tables(rows: list[dict[str, Any]], sweep: Sweep, grid: Sequence[Axis], out: Path) -> None:
     """table.csv with everything, table.md (also printed) with what one looks at."""
     out.mkdir(parents=True, exist_ok=True)
     columns = dict.fromkeys(name for one in rows for name in one)
@@ -256,7 +287,8 @@ def write_tables(
         writer = csv.DictWriter(file, [*columns])
         writer.writeheader()
         writer.writerows(rows)
-    shown = dict.fromkeys([*grid, "status", sweep.metric, "parameters", "tokens", "wall_seconds"])
+    fields = [field for axis in grid for field in axis.fields]
+    shown = dict.fromkeys([*fields, "status", sweep.metric, "parameters", "tokens", "wall_seconds"])
     shown = [name for name in shown if name in columns]
     text = lambda value: f"{value:,.5g}" if isinstance(value, float) else str(value)
     lines = [

@@ -98,6 +98,9 @@ def test_a_failed_point_is_named_and_the_next_start_runs_only_what_is_left(
         (["--grid", "model.num-layers=1,two"], "two"),
         (["--grid", "model.num-layers=2,0"], "num_layers"),
         (["--grid", "seed=1,2", "--stages", "pretrian"], "pretrian"),
+        (["--grid", "seed=1,2", "--grid", "seed=3"], "--grid seed: is given twice"),
+        (["--grid", "seed+name=1+a,2"], "2 has 1 values for 2 fields"),
+        (["--grid", "seed+name=1+a,1+a"], "must be FIELD=VALUE,VALUE"),
         (["--grid", "seed=1,2", "--jobs", "0"], "--jobs: must be at least 1"),
         (
             ["--grid", "seed=1,2", "--out", "gs://b/x"],
@@ -110,6 +113,29 @@ def test_what_the_config_would_refuse_is_refused_before_anything_runs(tmp_path, 
     with pytest.raises(InputError, match=message) as error:
         sweep.main([str(ROOT / "configs/tiny.yaml"), "--out", str(tmp_path), *arguments])
     assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]
+
+
+def test_fields_that_are_set_together_are_one_axis(tmp_path):
+    """Against a list by hand; 1e+3 is one number."""
+    texts = ("model.embed-dim+model.mlp-dim=64+192,128+384", "pretrain.optim.weight-decay=0,1e+0")
+    grid = [sweep.read_axis(text) for text in texts]
+    asked = sweep.Sweep(str(ROOT / "configs/tiny.yaml"))
+    sweep.check(asked, grid)
+    points = sweep.make_points(asked, grid, tmp_path)
+    wanted = [
+        ("64", "192", "0"),
+        ("64", "192", "1e+0"),
+        ("128", "384", "0"),
+        ("128", "384", "1e+0"),
+    ]
+    fields = ("model.embed-dim", "model.mlp-dim", "pretrain.optim.weight-decay")
+    assert [point.values for point in points] == [
+        dict(zip(fields, each, strict=True)) for each in wanted
+    ]
+    assert "--model.mlp-dim=384" in points[2].command
+    assert points[2].directory.endswith(
+        "model.embed-dim=128,model.mlp-dim=384,pretrain.optim.weight-decay=0"
+    )
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 3, 5, 8])
