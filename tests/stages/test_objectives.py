@@ -101,24 +101,33 @@ def changed(**more):
 
 
 GSPO = changed(ratio="sequence", loss_mean="response", num_minibatches=2)
-REINFORCE_PP = changed(advantages="reinforce_pp", num_responses=4, kl_loss_coef=1.0)
+# Advantages that are divided by their own deviation grow as a policy becomes sure: at 3e-3 one collapsed in another world.
+REINFORCE_PP = changed(
+    advantages="reinforce_pp",
+    num_responses=4,
+    kl_loss_coef=1.0,
+    num_steps=500,
+    batch_size=512,
+    actor=dataclasses.replace(BASE.actor, learning_rate=1e-3),
+)
 TIES = {"reward_digits": 0, "reward_scale": 1.0}  # rewards are integers, and often equal
 DROPPING = changed(num_responses=2, sampling_rounds=6, kl_loss_coef=1.5)
-CORRECTED = changed(sampler_correction="sequence", sampler_cap=20.0)
+# In some worlds 250 updates of 256 responses end beside a fixed point that these reach.
 LONGER = {"num_steps": 800, "batch_size": 512}
+CORRECTED = changed(sampler_correction="sequence", sampler_cap=20.0, **LONGER)
 OBJECTIVES = {
     "gspo": Objective(dataclasses.replace(GSPO, kl_loss_coef=0.5, batch_size=512)),
     # Closer, so that a mean over tokens, whose fixed point is not far, shows.
     "gspo, longer": Objective(dataclasses.replace(GSPO, **LONGER)),
-    "cispo": Objective(changed(surrogate="cispo", clip_low=1.0, num_minibatches=2)),
+    "cispo": Objective(changed(surrogate="cispo", clip_low=1.0, num_minibatches=2, **LONGER)),
     "dr_grpo": Objective(
-        changed(advantages="dr_grpo", num_responses=2, loss_mean="constant"), shrunk
+        changed(advantages="dr_grpo", num_responses=2, loss_mean="constant", **LONGER), shrunk
     ),
     "reinforce_pp": Objective(REINFORCE_PP),
     "dropping": Objective(DROPPING, world=TIES),
     "corrected by response": Objective(CORRECTED, sharpness=0.5),
     "corrected by token": Objective(
-        dataclasses.replace(CORRECTED, sampler_correction="token", **LONGER), sharpness=0.5
+        dataclasses.replace(CORRECTED, sampler_correction="token"), sharpness=0.5
     ),
     "not corrected": Objective(changed(**LONGER), sharpness=0.5),
     # As published, with two responses to a prompt: noise that takes longer to still.
@@ -249,23 +258,29 @@ def reached(name: str, note: str = "", seed: int = 0) -> float:
 
 @compiled_well
 @pytest.mark.parametrize(
-    "name",
+    ("name", "seed"),
     [
-        pytest.param("gspo", marks=pytest.mark.life),
-        pytest.param("gspo, longer", marks=slow),
-        pytest.param("cispo", marks=slow),
-        pytest.param("dr_grpo", marks=slow),
-        pytest.param("reinforce_pp", marks=pytest.mark.life),
-        pytest.param("dropping", marks=pytest.mark.life),
-        pytest.param("corrected by response", marks=pytest.mark.life),
-        pytest.param("corrected by token", marks=slow),
-        pytest.param("not corrected", marks=slow),
-        pytest.param("grpo", marks=slow),
-        pytest.param("dapo", marks=slow),
+        pytest.param("gspo", 0, marks=pytest.mark.life),
+        pytest.param("gspo", 1, marks=slow),
+        pytest.param("gspo, longer", 0, marks=slow),
+        pytest.param("cispo", 0, marks=slow),
+        pytest.param("cispo", 1, marks=slow),
+        pytest.param("dr_grpo", 0, marks=slow),
+        pytest.param("dr_grpo", 1, marks=slow),
+        pytest.param("reinforce_pp", 0, marks=slow),
+        pytest.param("reinforce_pp", 1, marks=slow),
+        pytest.param("dropping", 0, marks=pytest.mark.life),
+        pytest.param("dropping", 1, marks=slow),
+        pytest.param("corrected by response", 0, marks=slow),
+        pytest.param("corrected by response", 1, marks=slow),
+        pytest.param("corrected by token", 0, marks=slow),
+        pytest.param("not corrected", 0, marks=slow),
+        pytest.param("grpo", 0, marks=slow),
+        pytest.param("dapo", 0, marks=slow),
     ],
 )
-def test_an_objective_reaches_its_own_fixed_point(name):
-    assert reached(name) <= LIMIT
+def test_an_objective_reaches_its_own_fixed_point(name, seed):
+    assert reached(name, seed=seed) <= LIMIT
 
 
 def test_fixed_points_that_have_a_formula_are_those():
