@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types and tests, from an empty machine with Python 3.12. Each tier contains the one before it:
-#   bash launch/test.sh [any option of pytest]           units and one life; 8 minutes on 2 cores
+#   bash launch/test.sh [any option of pytest]           units and one life; 15 to 25 minutes on 2 cores
 #   bash launch/test.sh --life [any option of pytest]    and whole lives, several processes, more meshes and variants
 #   bash launch/test.sh --slow [any option of pytest]    everything
 set -euo pipefail
