@@ -139,13 +139,17 @@ def flag(field: str, value: str) -> str:
     return f"--{section}{dot}{'no-' * (value == 'false')}{name}"
 
 
+def fields_of(grid: Sequence[Axis]) -> list[str]:
+    return [field for axis in grid for field in axis.fields]
+
+
 def check(sweep: Sweep, grid: Sequence[Axis]) -> None:
     """Refuse what the config would refuse in any point, before anything runs."""
     from jaxllm.life import Config
 
     if not grid:
         raise InputError("--grid: give at least one, as model.num-layers=2,4")
-    fields = [field for axis in grid for field in axis.fields]
+    fields = fields_of(grid)
     for field in fields:
         if fields.count(field) > 1:
             raise InputError(f"--grid {field}: is given twice; give all of its values at once")
@@ -287,8 +291,9 @@ def write_tables(rows: list[dict[str, Any]], sweep: Sweep, grid: Sequence[Axis],
         writer = csv.DictWriter(file, [*columns])
         writer.writeheader()
         writer.writerows(rows)
-    fields = [field for axis in grid for field in axis.fields]
-    shown = dict.fromkeys([*fields, "status", sweep.metric, "parameters", "tokens", "wall_seconds"])
+    shown = dict.fromkeys(
+        [*fields_of(grid), "status", sweep.metric, "parameters", "tokens", "wall_seconds"]
+    )
     shown = [name for name in shown if name in columns]
     text = lambda value: f"{value:,.5g}" if isinstance(value, float) else str(value)
     lines = [

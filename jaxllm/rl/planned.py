@@ -1,7 +1,7 @@
 """An update without devices: which programs it runs, how often, and on what. For `jaxllm plan`."""
 
 import os
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,12 +95,10 @@ def planned_update(
         if "model_steps" in sources:
             run(programs.step_scores, frozen.reward, rollout, rollout.mask)
         scores = jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)
-        shape = rollout.mask.shape
-        steps: Any = None
+        steps = None
         if config.pays_steps:
-            paid = jax.ShapeDtypeStruct(shape, jnp.float32)
-            ends = jax.ShapeDtypeStruct(shape, jnp.bool)
-            steps = StepRewards(cast(Any, paid), cast(Any, ends))
+            of_mask = lambda mask: StepRewards(mask.astype(jnp.float32), mask)
+            steps = jax.eval_shape(of_mask, rollout.mask)
         return rows_like(mesh, scores), rows_like(mesh, steps), {}
 
     # Rows of PPO-ptx come from the host; their shapes are known without data.

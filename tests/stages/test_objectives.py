@@ -101,7 +101,7 @@ def changed(**more):
 
 
 GSPO = changed(ratio="sequence", loss_mean="response", num_minibatches=2)
-# Advantages that are divided by their own deviation grow as a policy becomes sure: at 3e-3 one collapsed in another world.
+# Advantages that are divided by their own deviation grow as a policy becomes sure: at 3e-3 one ended far away in another world.
 REINFORCE_PP = changed(
     advantages="reinforce_pp",
     num_responses=4,
@@ -256,29 +256,19 @@ def reached(name: str, note: str = "", seed: int = 0) -> float:
     return end
 
 
+IN_TWO_WORLDS = ("gspo", "cispo", "dr_grpo", "reinforce_pp", "dropping", "corrected by response")
+
+
+def proofs():
+    """(objective, seed of the world); the quickest of them are in the tier `life`."""
+    for name in OBJECTIVES:
+        for seed in (0, 1) if name in IN_TWO_WORLDS else (0,):
+            quick = name in ("gspo", "dropping") and seed == 0
+            yield pytest.param(name, seed, marks=pytest.mark.life if quick else slow)
+
+
 @compiled_well
-@pytest.mark.parametrize(
-    ("name", "seed"),
-    [
-        pytest.param("gspo", 0, marks=pytest.mark.life),
-        pytest.param("gspo", 1, marks=slow),
-        pytest.param("gspo, longer", 0, marks=slow),
-        pytest.param("cispo", 0, marks=slow),
-        pytest.param("cispo", 1, marks=slow),
-        pytest.param("dr_grpo", 0, marks=slow),
-        pytest.param("dr_grpo", 1, marks=slow),
-        pytest.param("reinforce_pp", 0, marks=slow),
-        pytest.param("reinforce_pp", 1, marks=slow),
-        pytest.param("dropping", 0, marks=pytest.mark.life),
-        pytest.param("dropping", 1, marks=slow),
-        pytest.param("corrected by response", 0, marks=slow),
-        pytest.param("corrected by response", 1, marks=slow),
-        pytest.param("corrected by token", 0, marks=slow),
-        pytest.param("not corrected", 0, marks=slow),
-        pytest.param("grpo", 0, marks=slow),
-        pytest.param("dapo", 0, marks=slow),
-    ],
-)
+@pytest.mark.parametrize(("name", "seed"), [*proofs()])
 def test_an_objective_reaches_its_own_fixed_point(name, seed):
     assert reached(name, seed=seed) <= LIMIT
 
