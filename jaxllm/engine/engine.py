@@ -222,7 +222,8 @@ class Engine:
     ) -> Drawn:
         block = self._geometry.settings.block
         chunks = inputs.chunks_of(plans, level.chunks, level.rows, block, width)
-        rows = self._rows_of(starting, level.rows, self._width_for([]))
+        # A row that starts has as many blocks as its last chunk's row.
+        rows = self._rows_of(starting, level.rows, width)
         run = programs.compiled(programs.prefill, self._compiled_for(starting), self.mesh)
         drawn, self._cache = run(
             self._params,

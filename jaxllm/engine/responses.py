@@ -62,7 +62,8 @@ def complete(
     batch_size = batch_size or max(len(prompts), 1)
     keys = row_key_words(jax.random.key(seed), np.arange(len(prompts), dtype=np.int32), num_samples)
     requests = requests_for(prompts, keys, sampling, stop_ids, num_samples)
-    running = engine_for(params, config, mesh, requests[: batch_size * num_samples], engine)
+    # Prompts of all batches: the longest one may be in any of them.
+    running = engine_for(params, config, mesh, requests, engine, batch_size * num_samples)
     for begin in range(start, len(prompts), batch_size):
         batch = requests[begin * num_samples : (begin + batch_size) * num_samples]
         # A batch is drawn as if there were no other: so it is the same after a restart.
@@ -150,13 +151,15 @@ def engine_for(
     mesh: jax.sharding.Mesh,
     requests: Sequence[Request],
     settings: EngineConfig | None = None,
+    most_together: int = 0,
 ) -> Engine:
-    """An engine that is no larger than these requests need."""
+    """An engine that is no larger than these requests need; most_together: how many are in it at a time, 0: all."""
     settings = settings or EngineConfig()
     longest = max(
         (len(request.prompt) + request.sampling.max_new_tokens for request in requests), default=1
     )
-    settings = settings.for_rows(len(requests), batch_shards(mesh))
+    rows = min(most_together or len(requests), len(requests))
+    settings = settings.for_rows(rows, batch_shards(mesh))
     return Engine(params, config, mesh, longest=longest, settings=settings)
 
 

@@ -103,6 +103,18 @@ def llama():
     return transformer.init(LLAMA, jax.random.key(0))
 
 
+@pytest.mark.parametrize("any_rules", [False, True])
+def test_prompts_of_many_blocks_are_those_of_the_reference(llama, any_rules):
+    # Tables have room for 16 blocks, or for 46: a prompt takes up to 43.
+    settings = dataclasses.replace(TIGHT, block=2, slots=4, prefill_blocks=24)
+    prompts = [*prompts_of(5, 3), *([7 + i % 30 for i in range(n)] for n in (86, 33, 32, 31))]
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    engine = Engine(llama, LLAMA, mesh, longest=92, settings=settings, any_rules=any_rules)
+    sampling = SamplingConfig(6)
+    found = texts(engine, requests_of(prompts, sampling, num_samples=2))
+    check(found, expected(LLAMA, llama, prompts, sampling, num_samples=2))
+
+
 @pytest.mark.parametrize(
     "name", ["llama", *(pytest.param(n, marks=pytest.mark.life) for n in list(MODELS)[1:])]
 )
@@ -330,7 +342,8 @@ def test_programs_are_compiled_for_kinds_of_rules(llama, any_rules):
 def test_an_engine_for_any_rules_compiles_nothing_once_it_is_prepared(llama):
     """Loads from one row to all slots, prompts of all lengths, all kinds of rules."""
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    settings = dataclasses.replace(TIGHT, slots=16)
+    # Tables have room for 16 blocks, or for 32.
+    settings = dataclasses.replace(TIGHT, slots=16, block=2)
     engine = Engine(llama, LLAMA, mesh, longest=64, settings=settings, any_rules=True)
     engine.prepare()
     kinds = [
@@ -342,7 +355,7 @@ def test_an_engine_for_any_rules_compiles_nothing_once_it_is_prepared(llama):
     compiled = num_compiled(engine)
     for count in (1, 2, 16, 40, 3, 1):
         requests = []
-        for i, prompt in enumerate(prompts_of(seed=count, count=count)):
+        for i, prompt in enumerate(prompts_of(seed=count, count=count, longest=50)):
             [request] = requests_of([prompt], kinds[i % 4], num_alternatives=i % 3)
             requests.append(request)
         drawn = texts(engine, requests)

@@ -120,6 +120,14 @@ def test_any_number_of_prompts_is_answered_in_order(mesh):
     assert whole == parts
 
 
+def test_the_longest_prompt_may_be_in_a_later_batch(mesh):
+    params = transformer.init(LLAMA, jax.random.key(0))
+    prompts = [[8], [14, 15], [20], list(range(3, 3 + LLAMA.max_length - FIVE.max_new_tokens))]
+    parts = completions(params, mesh, prompts, batch_size=2)
+    assert parts == completions(params, mesh, prompts)
+    assert completions(params, mesh, prompts, batch_size=2, start=2) == parts[2:]
+
+
 def test_resuming_in_the_middle_gives_the_same_completions(mesh):
     params = transformer.init(LLAMA, jax.random.key(0))
     prompts = [PROMPTS[i % 8] for i in range(19)]
