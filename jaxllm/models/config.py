@@ -206,6 +206,14 @@ class ModelConfig:
         return length or self.max_length
 
     @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the tables of the vocabulary, those of the output included, and of learned positions."""
+        rows = self.vocab_size if self.tie_embeddings else 2 * self.vocab_size
+        if self.position == "learned":
+            rows += self.max_length
+        return rows * self.embed_dim
+
+    @property
     def recomputes(self) -> bool:
         """Whether the backward pass recomputes whole blocks, possibly except for attention."""
         return self.remat in ("attention", "full", "offload")

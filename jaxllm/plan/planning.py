@@ -128,6 +128,7 @@ def _sizes(config: Config, stage: str, mesh: Any, held: Mapping[str, Any]) -> di
         "devices": mesh.size,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "parameters": transformer.num_params(config.model),
+        "embedding_parameters": config.model.embedding_parameters,
         "tokens_per_step": estimate.tokens_per_step(config, stage),
         "parameter_bytes_per_device": bytes_of([params, frozen]),
         "optimizer_bytes_per_device": bytes_of([state.opt_state for state in trained]),

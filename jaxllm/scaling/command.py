@@ -13,7 +13,7 @@ from rich.table import Table
 from jaxllm.config import InputError
 from jaxllm.scaling import law as laws
 from jaxllm.scaling.config import FitScalingArgs
-from jaxllm.scaling.law import Budget, Law
+from jaxllm.scaling.law import FORMS, Budget, Law
 from jaxllm.scaling.picture import draw
 from jaxllm.scaling.runs import Run, read_runs
 
@@ -27,14 +27,15 @@ def command(args: FitScalingArgs) -> None:
     Raises:
         InputError: the runs do not tell a law, or no model reaches a target.
     """
-    runs = read_runs(args.runs, args.stage, args.metric)
+    runs = read_runs(args.runs, args.stage, args.metric, FORMS[args.form].counts_embeddings)
     fitted, held_out = split(runs, args.hold_out)
     try:
-        law = laws.fit([run.point for run in fitted])
+        law = laws.fit([run.point for run in fitted], args.form)
     except ValueError as error:
         where = f" ({args.hold_out} held out)" if args.hold_out else ""
         raise InputError(f"{args.runs[0]}: {error}{where}") from None
-    samples = laws.bootstrap([run.point for run in fitted], law, args.samples, args.seed)
+    points = [run.point for run in fitted]
+    samples = laws.bootstrap(points, law, args.samples, args.seed, args.form)
     report = report_of(args, fitted, held_out, law, samples)
     if args.out:
         _write(Path(args.out), report, fitted, held_out, law, args.metric)
@@ -60,20 +61,22 @@ def report_of(
     samples: Sequence[Law],
 ) -> dict[str, Any]:
     """Everything that is said, as plain JSON types. Intervals are [low, high]."""
-    errors = [law.loss(*run.point[:2]) / run.point.loss - 1 for run in fitted]
-    rate = _flops_per_second(args.plan) if args.plan else None
+    counts_embeddings = FORMS[args.form].counts_embeddings
+    rate = _flops_per_second(args.plan, counts_embeddings) if args.plan else None
 
     def budgets(values: Sequence[float], of: Callable[[Law], Callable[[float], Budget]]) -> Any:
         return [_budget(of, law, samples, value, rate) for value in values]
 
     return {
         "metric": args.metric,
+        "form": args.form,
+        "counts_embeddings": counts_embeddings,
         "law": law._asdict(),
         "intervals": {
             name: _interval([getattr(each, name) for each in samples]) for name in law._fields
         },
         "runs": [{"directory": run.directory, **run.point._asdict()} for run in fitted],
-        "relative_error": float(np.sqrt(np.mean(np.square(errors)))),
+        "relative_error": laws.relative_error(law, [run.point for run in fitted]),
         "held_out": [_prediction(run, law, samples) for run in held_out],
         "for_flops": budgets(args.flops, lambda each: each.best_for_flops),
         "for_target": budgets(args.target, lambda each: each.best_for_loss),
@@ -125,12 +128,15 @@ def _interval(values: Sequence[float]) -> list[float | None]:
     return [float(each) if np.isfinite(each) else None for each in (low, high)]
 
 
-def _flops_per_second(path: str) -> float:
+def _flops_per_second(path: str, counts_embeddings: bool) -> float:
     """6 N D per second of one device, by a plan."""
     try:
         plan = json.loads(Path(path).read_text())
         tokens = plan["predicted_tokens_per_second"]
-        return 6 * plan["parameters"] * tokens / plan["devices"]
+        parameters = plan["parameters"]
+        if not counts_embeddings:
+            parameters -= plan["embedding_parameters"]
+        return 6 * parameters * tokens / plan["devices"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(
             f"--plan {path}: is not what `jaxllm plan --json` prints ({error})"
@@ -158,14 +164,19 @@ def show(report: dict[str, Any], args: FitScalingArgs) -> None:
     console = Console(soft_wrap=True)
     law, runs = report["law"], report["runs"]
     sizes = sorted({run["parameters"] for run in runs})
+    counted = "parameters" if report["counts_embeddings"] else "parameters without embeddings"
     console.print(
-        f"{report['metric']} = {law['E']:.4g} + {law['A']:.4g} / N^{law['alpha']:.3g} "
-        f"+ {law['B']:.4g} / D^{law['beta']:.3g}",
-        f"from {len(runs)} runs of {len(sizes)} sizes, {_short(sizes[0])} to {_short(sizes[-1])} parameters; "
+        f"{report['metric']} = {FORMS[args.form].text.format(**law)}",
+        f"from {len(runs)} runs of {len(sizes)} sizes, {_short(sizes[0])} to {_short(sizes[-1])} {counted}; "
         f"off by {report['relative_error']:.2%}",
         sep="\n",
     )
-    console.print("90% of samples: " + ", ".join(_intervals_of(report["intervals"])))
+    free = {
+        name: interval
+        for name, interval in report["intervals"].items()
+        if name not in FORMS[args.form].fixed
+    }
+    console.print("90% of samples: " + ", ".join(_intervals_of(free)))
     if report["held_out"]:
         console.print(_held_out_table(report["held_out"]))
     beyond = max(run["parameters"] * run["tokens"] for run in runs) * 6

@@ -1,7 +1,7 @@
 """The options of `jaxllm fit-scaling`."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from annotated_types import Gt, Le
@@ -15,16 +15,20 @@ from jaxllm.config.ranges import (
     Seed,
 )
 
+FormName = Literal["chinchilla", "kaplan"]
+
 # Other numbers of configs end at 1e12.
 Flops = Annotated[float, NOT_BOOL, FINITE, Gt(0), Le(1e35)]
 
 
 @dataclasses.dataclass(frozen=True)
 class FitScalingArgs:
-    """Fit L = E + A / N^alpha + B / D^beta to finished runs, and say what larger ones will reach and cost."""
+    """Fit a scaling law to finished runs, and say what larger ones will reach and cost."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
     """Run directories, or folders of them, such as a sweep's, on a disk or in a store (gs://, s3://). Of runs alike in size and tokens the best counts."""
+    form: FormName = "chinchilla"
+    """chinchilla: L = E + A / N^alpha + B / D^beta, N all parameters. kaplan: L = (A / N^alpha + B / D)^power, N without embeddings; it knows that larger models gain more from tokens, as they do in short runs."""
     stage: str = "pretrain"
     """Whose results are read: a stage that trains on tokens."""
     metric: str = "loss"

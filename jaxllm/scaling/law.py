@@ -1,19 +1,29 @@
-"""The scaling law of Hoffmann et al. 2022: loss as a function of parameters N and training tokens D.
+"""Scaling laws: loss as a function of parameters N and training tokens D.
 
-    L(N, D) = E + A / N^alpha + B / D^beta        (section 3.3, eq. 2)
+    L(N, D) = E + (A / N^alpha + B / D^beta)^power
 
-It is fitted as there: in logarithms, with a Huber loss that single bad runs do not dominate, by L-BFGS from many starts
-(eq. 3). The starts are not a grid over five numbers but over two: for given exponents the law is linear in E, A and B, whose
-best values are found at once.
+Two published laws are forms of it, in each of which some of the six numbers are fixed:
+
+    chinchilla    power = 1: what a model lacks in size and what it lacks in tokens add up (Hoffmann et al. 2022, section
+                  3.3, eq. 2).
+    kaplan        E = 0, beta = 1: more tokens gain a larger model more (Kaplan et al. 2020, eq. 1.5, where alpha is
+                  alpha_N / alpha_D, power is alpha_D, and A and B are N_c^alpha and D_c). N does not count embeddings
+                  (section 1.3).
+
+Both are fitted as the first was: in logarithms, with a Huber loss that single bad runs do not dominate, by L-BFGS from many
+starts (Hoffmann et al. 2022, eq. 3). The starts are not a grid over all numbers but over two exponents: given those, the law
+is linear in the others, whose best values are found at once.
 
 Shapes: n runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize, nnls
+
+from jaxllm.scaling.config import FormName
 
 # Residuals of log L beyond this count linearly (Hoffmann et al. 2022, section 3.3).
 HUBER = 1e-3
@@ -34,20 +44,25 @@ class Point(NamedTuple):
 
 
 class Law(NamedTuple):
-    """L(N, D) = E + A / N^alpha + B / D^beta."""
+    """L(N, D) = E + (A / N^alpha + B / D^beta)^power."""
 
     E: float
     A: float
     B: float
     alpha: float
     beta: float
+    power: float = 1.0
 
     def loss(self, parameters: Any, tokens: Any) -> Any:
         """The loss of models of these sizes, trained on so many tokens; numbers or arrays."""
-        return self.E + self.A * parameters**-self.alpha + self.B * tokens**-self.beta
+        lacking = self.A * parameters**-self.alpha + self.B * tokens**-self.beta
+        return self.E + lacking**self.power
 
     def best_for_flops(self, flops: float) -> "Budget":
-        """The split of 6 N D = flops with the least loss (Hoffmann et al. 2022, eq. 4)."""
+        """The split of 6 N D = flops with the least loss (Hoffmann et al. 2022, eq. 4).
+
+        The power does not matter for it: less of its base is less of the loss.
+        """
         total = self.alpha + self.beta
         ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / total)
         parameters = ratio * (flops / 6) ** (self.beta / total)
@@ -57,7 +72,7 @@ class Law(NamedTuple):
         """The least FLOPs that reach a loss.
 
         Where 6 N D is least, one percent more of N gains as much as one percent more of D: alpha A / N^alpha = beta B / D^beta.
-        With their sum, loss - E, both are known.
+        With their sum, which the loss tells, both are known.
 
         Raises:
             ValueError: no model reaches it.
@@ -65,9 +80,10 @@ class Law(NamedTuple):
         rest = loss - self.E
         if rest <= 0:
             raise ValueError(f"a loss of {loss:g} is not above E = {self.E:.4g}")
+        lacking = rest ** (1 / self.power)
         total = self.alpha + self.beta
-        parameters = (self.A * total / (rest * self.beta)) ** (1 / self.alpha)
-        tokens = (self.B * total / (rest * self.alpha)) ** (1 / self.beta)
+        parameters = (self.A * total / (lacking * self.beta)) ** (1 / self.alpha)
+        tokens = (self.B * total / (lacking * self.alpha)) ** (1 / self.beta)
         return self._budget(parameters, tokens)
 
     def _budget(self, parameters: float, tokens: float) -> "Budget":
@@ -83,20 +99,63 @@ class Budget(NamedTuple):
     loss: float
 
 
-def fit(points: Sequence[Point]) -> Law:
-    """The law that fits best.
+class Form(NamedTuple):
+    """A law with some of its numbers fixed."""
+
+    fixed: dict[str, float]
+    exponents: Callable[[float, float], dict[str, float]]
+    """The law's free exponents from a place in the grid of starts."""
+    counts_embeddings: bool
+    """Whether N does."""
+    text: str
+    """The law in its numbers, for `str.format`."""
+
+    @property
+    def bounds(self) -> list[tuple[float, float | None]]:
+        """Of a vector (`_to_vector`)."""
+        free = [(_NOTHING, None)] * 3 + [(1e-3, 5.0)] * 3
+        vector = _to_vector(self.with_fixed(Law(*[1.0] * len(Law._fields))))
+        return [
+            (value, value) if name in self.fixed else bound
+            for name, value, bound in zip(Law._fields, vector, free, strict=True)
+        ]
+
+    def with_fixed(self, law: Law) -> Law:
+        return law._replace(**self.fixed)
+
+
+FORMS: dict[FormName, Form] = {
+    "chinchilla": Form(
+        {"power": 1.0},
+        lambda x, y: {"alpha": x, "beta": y},
+        counts_embeddings=True,
+        text="{E:.4g} + {A:.4g} / N^{alpha:.3g} + {B:.4g} / D^{beta:.3g}",
+    ),
+    "kaplan": Form(
+        {"E": 0.0, "beta": 1.0},
+        lambda x, y: {"alpha": x, "power": y},
+        counts_embeddings=False,
+        text="({A:.4g} / N^{alpha:.3g} + {B:.4g} / D)^{power:.3g}",
+    ),
+}
+
+
+def fit(points: Sequence[Point], form: FormName = "chinchilla") -> Law:
+    """The law of this form that fits best.
 
     Raises:
         ValueError: fewer than five points, or not three sizes and three numbers of tokens.
     """
     check(points)
-    return _best(points, [])
+    return _best(points, FORMS[form], [])
 
 
-def bootstrap(points: Sequence[Point], law: Law, count: int, seed: int) -> list[Law]:
+def bootstrap(
+    points: Sequence[Point], law: Law, count: int, seed: int, form: FormName = "chinchilla"
+) -> list[Law]:
     """Laws of `count` samples of the points with replacement (Efron 1979), each found from `law` and other starts.
 
-    Samples that do not tell all five numbers are drawn again.
+    Samples that do not tell all numbers are drawn again.
     """
     rng = np.random.default_rng(seed)
     laws: list[Law] = []
@@ -104,12 +163,18 @@ def bootstrap(points: Sequence[Point], law: Law, count: int, seed: int) -> list[
         sample = [points[i] for i in rng.integers(0, len(points), len(points))]
         if not _tells(sample):
             continue
-        laws.append(_best(sample, [law]))
+        laws.append(_best(sample, FORMS[form], [law]))
     return laws
 
 
+def relative_error(law: Law, points: Sequence[Point]) -> float:
+    """The root mean square of its errors, in parts of the losses."""
+    N, D, L = np.array(points, np.float64).T
+    return float(np.sqrt(np.mean((law.loss(N, D) / L - 1) ** 2)))
+
+
 def check(points: Sequence[Point]) -> None:
-    """Raises ValueError if the points do not tell the law's five numbers."""
+    """Raises ValueError if the points do not tell the law's numbers."""
     if not _tells(points):
         sizes, lengths = ({point[i] for point in points} for i in (0, 1))
         raise ValueError(
@@ -123,15 +188,14 @@ def _tells(points: Sequence[Point]) -> bool:
     return len(different) >= 5 and all(len({point[i] for point in different}) >= 3 for i in (0, 1))
 
 
-def _best(points: Sequence[Point], near: Sequence[Law]) -> Law:
+def _best(points: Sequence[Point], form: Form, near: Sequence[Law]) -> Law:
     """The best law that L-BFGS finds from the laws `near` and the best starts of a grid."""
     N, D, L = np.array(points, np.float64).T
     # Around the middle of all runs exponents and scales hardly depend on each other: L-BFGS needs few steps.
     middle = np.exp(np.log(N).mean()), np.exp(np.log(D).mean())
     N, D = N / middle[0], D / middle[1]
-    starts = _starts(N, D, L)[: 1 if near else _NUM_STARTS]
+    starts = _starts(N, D, L, form)[: 1 if near else _NUM_STARTS]
     starts += [_to_vector(_moved(law, *middle)) for law in near]
-    bounds = [(_NOTHING, None)] * 3 + [(1e-3, 5.0)] * 2
     found = [
         minimize(
             objective,
@@ -139,13 +203,13 @@ def _best(points: Sequence[Point], near: Sequence[Law]) -> Law:
             (np.log(N), np.log(D), np.log(L)),
             method="L-BFGS-B",
             jac=True,
-            bounds=bounds,
+            bounds=form.bounds,
         )
         for start in starts
     ]
     vector = min(found, key=lambda result: result.fun).x
     law = _moved(Law(*np.exp(vector[:3]), *vector[3:]), 1 / middle[0], 1 / middle[1])
-    return Law(*map(float, law))
+    return form.with_fixed(Law(*map(float, law)))
 
 
 def _moved(law: Law, n: float, d: float) -> Law:
@@ -153,36 +217,58 @@ def _moved(law: Law, n: float, d: float) -> Law:
     return law._replace(A=law.A * n**-law.alpha, B=law.B * d**-law.beta)
 
 
-def _starts(N: np.ndarray, D: np.ndarray, L: np.ndarray) -> list[np.ndarray]:
-    """Vectors (log E, log A, log B, alpha, beta) of the best exponents of a grid, best first."""
-    found = []
-    for alpha in _EXPONENTS:
-        for beta in _EXPONENTS:
-            columns = np.stack([np.ones_like(N), N**-alpha, D**-beta], axis=1)
-            # Relative residuals, which are those of the logarithm.
-            (E, A, B), error = nnls(columns / L[:, None], np.ones_like(L))
-            found.append((error, _to_vector(Law(E, A, B, alpha, beta))))
+def _starts(N: np.ndarray, D: np.ndarray, L: np.ndarray, form: Form) -> list[np.ndarray]:
+    """Vectors of the laws with the best exponents of a grid, best first."""
+    found = [(_sum_of_squares(law, N, D, L), _to_vector(law)) for law in _grid(N, D, L, form)]
     found.sort(key=lambda pair: pair[0])
     return [start for _, start in found[:_NUM_STARTS]]
+
+
+def _grid(N: np.ndarray, D: np.ndarray, L: np.ndarray, form: Form) -> Iterator[Law]:
+    """For each pair of exponents the best law that has them."""
+    for x in _EXPONENTS:
+        for y in _EXPONENTS:
+            law = form.with_fixed(Law(1.0, 0.0, 0.0, 0.0, 0.0))._replace(**form.exponents(x, y))
+            # A form has either E or a power, so this is linear in E, A and B.
+            lacking = L ** (1 / law.power)
+            columns = np.stack([np.full_like(N, law.E), N**-law.alpha, D**-law.beta], axis=1)
+            # Relative residuals, which are those of the logarithm.
+            (E, A, B), _ = nnls(columns / lacking[:, None], np.ones_like(L))
+            yield law._replace(E=E * law.E, A=A, B=B)
+
+
+def _sum_of_squares(law: Law, N: np.ndarray, D: np.ndarray, L: np.ndarray) -> float:
+    """Of relative residuals."""
+    return float(np.sum((law.loss(N, D) / L - 1) ** 2))
 
 
 def objective(
     vector: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_l: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """(the Huber loss of log L, its gradient [5]) of (log E, log A, log B, alpha, beta); logarithms float64[n]."""
-    e, a, b, alpha, beta = vector
-    terms = np.stack([np.full_like(log_n, e), a - alpha * log_n, b - beta * log_d])
-    log_law = np.logaddexp.reduce(terms)
+    """(the Huber loss of log L, its gradient [6]) of (log E, log A, log B, alpha, beta, power); logarithms float64[n]."""
+    e, a, b, alpha, beta, power = vector
+    terms = np.stack([a - alpha * log_n, b - beta * log_d])
+    lacking = np.logaddexp(*terms)
+    log_law = np.logaddexp(e, power * lacking)
     residual = log_law - log_l
     size = np.abs(residual)
     value = np.where(size < HUBER, 0.5 * residual**2, HUBER * (size - 0.5 * HUBER))
     # Scaled: L-BFGS stops at changes of the value that are small next to 1.
     slope = np.clip(residual, -HUBER, HUBER) / HUBER**2
-    shares = np.exp(terms - log_law) * slope
-    gradient = [*shares.sum(1), -(shares[1] * log_n).sum(), -(shares[2] * log_d).sum()]
+    share = np.exp(power * lacking - log_law) * slope
+    of_n, of_d = power * share * np.exp(terms - lacking)
+    gradient = [
+        (np.exp(e - log_law) * slope).sum(),
+        of_n.sum(),
+        of_d.sum(),
+        -(of_n * log_n).sum(),
+        -(of_d * log_d).sum(),
+        (share * lacking).sum(),
+    ]
     return float(value.sum() / HUBER**2), np.array(gradient)
 
 
 def _to_vector(law: Law) -> np.ndarray:
+    """(log E, log A, log B, alpha, beta, power)."""
     scales = np.log(np.maximum(law[:3], np.exp(_NOTHING)))
-    return np.array([*scales, law.alpha, law.beta])
+    return np.array([*scales, *law[3:]])

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxllm.config import InputError
+from jaxllm.config import InputError, build
+from jaxllm.models.config import ModelConfig
 from jaxllm.runtime.files import is_remote
 from jaxllm.runtime.store.objects import Store
 from jaxllm.scaling.law import Point
@@ -23,8 +24,12 @@ class Run(NamedTuple):
     point: Point
 
 
-def read_runs(given: Sequence[str], stage: str, metric: str) -> list[Run]:
+def read_runs(
+    given: Sequence[str], stage: str, metric: str, counts_embeddings: bool = True
+) -> list[Run]:
     """The runs below these directories, by size and tokens; of runs alike in both the best.
+
+    counts_embeddings: whether their parameters count those of the embeddings.
 
     Raises:
         InputError: a directory has no finished run, or the losses of two runs cannot be compared.
@@ -34,7 +39,7 @@ def read_runs(given: Sequence[str], stage: str, metric: str) -> list[Run]:
         _check_tokenizers(directories, stage, metric)
     best: dict[tuple[float, float], Run] = {}
     for directory in dict.fromkeys(directories):
-        run = Run(directory, _read(directory, stage, metric))
+        run = Run(directory, _read(directory, stage, metric, counts_embeddings))
         kept = best.setdefault(run.point[:2], run)
         if run.point.loss < kept.point.loss:
             best[run.point[:2]] = run
@@ -43,10 +48,15 @@ def read_runs(given: Sequence[str], stage: str, metric: str) -> list[Run]:
 
 def read_result(directory: str, stage: str) -> dict[str, Any] | None:
     """The result of a run's stage; None as long as it has none. The directory may be in a store."""
+    return _read_json(directory, f"{stage}/result.json")
+
+
+def _read_json(directory: str, name: str) -> dict[str, Any] | None:
+    """A file of a run; None if there is none."""
     if is_remote(directory):
-        content = Store(directory).read(f"{stage}/result.json")
+        content = Store(directory).read(name)
     else:
-        path = Path(directory) / stage / "result.json"
+        path = Path(directory) / name
         content = path.read_bytes() if path.is_file() else None
     return None if content is None else json.loads(content)
 
@@ -75,7 +85,7 @@ def _folders_in_store(store: Store, stage: str) -> list[str]:
     return [folder for folder in folders if "/" not in folder]
 
 
-def _read(directory: str, stage: str, metric: str) -> Point:
+def _read(directory: str, stage: str, metric: str, counts_embeddings: bool) -> Point:
     result = read_result(directory, stage) or {}
     numbers = []
     for name in ("parameters", "tokens", metric):
@@ -85,7 +95,21 @@ def _read(directory: str, stage: str, metric: str) -> Point:
             known = ", ".join(key for key, each in result.items() if isinstance(each, int | float))
             raise InputError(f"{place}: {name} is {value}, not a positive number; it has {known}")
         numbers.append(float(value))
-    return Point(*numbers)
+    point = Point(*numbers)
+    if counts_embeddings:
+        return point
+    return point._replace(parameters=point.parameters - _embedding_parameters(directory, stage))
+
+
+def _embedding_parameters(directory: str, stage: str) -> int:
+    name = f"{stage}/model.json"
+    record = _read_json(directory, name)
+    if record is None:
+        raise InputError(
+            f"{directory}/{name}: is missing, and only it tells which parameters are embeddings; "
+            "use --form chinchilla, which counts all"
+        )
+    return build(ModelConfig, record["model"], name=f"{directory}/{name}").embedding_parameters
 
 
 def _check_tokenizers(directories: Sequence[str], stage: str, metric: str) -> None:

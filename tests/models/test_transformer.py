@@ -139,6 +139,17 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(model):
     np.testing.assert_allclose(low.astype(jnp.float32), high, atol=0.15)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama3-8b", "qwen3-0.6b"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_the_tables(name, tied):
+    model = preset(name, tie_embeddings=tied)
+    tree = transformer.abstract(model)
+    tables = [
+        leaf.size for part in ("embed", "head") for leaf in jax.tree.leaves(tree.get(part, {}))
+    ]
+    assert model.embedding_parameters == sum(tables)
+
+
 def test_flops_agree_with_six_per_matrix_parameter():
     model = preset("llama3-8b")
     matrices = transformer.num_params(model) - model.vocab_size * model.embed_dim

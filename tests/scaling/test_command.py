@@ -14,6 +14,7 @@ from tests.conftest import jaxllm
 from tests.emulators import SERVERS, in_environment
 
 TRUE = Law(E=1.2, A=90.0, B=300.0, alpha=0.3, beta=0.35)
+EMBEDDINGS = 80_000  # parameters of them, in every run
 SIZES = (100_000, 400_000, 1_600_000, 6_400_000)
 TOKENS = (10**7, 10**8, 10**9)
 
@@ -25,6 +26,8 @@ def write_run(directory, parameters, tokens, loss=None, tokenizer="one"):
     loss = TRUE.loss(parameters, tokens) if loss is None else loss
     result = {"parameters": parameters, "tokens": tokens, "loss": loss, "bits_per_byte": loss / 3}
     (stage / "result.json").write_text(json.dumps({**result, "name": "x"}))
+    model = {"vocab_size": EMBEDDINGS // 8, "embed_dim": 8, "num_heads": 1, "num_kv_heads": 1}
+    (stage / "model.json").write_text(json.dumps({"kind": "policy", "model": model}))
 
 
 @pytest.fixture
@@ -94,6 +97,35 @@ def test_runs_in_a_store_say_what_they_say_on_a_disk(kind, sweep, tmp_path, caps
             report_of(capsys, url)
 
 
+def test_one_form_counts_no_embeddings(sweep, tmp_path, capsys):
+    true = Law(E=0.0, A=3e5, B=2e6, alpha=0.6, beta=1.0, power=0.2)
+    for size in SIZES:
+        for tokens in TOKENS:
+            path = sweep / f"{size},{tokens}" / "pretrain" / "result.json"
+            loss = true.loss(size - EMBEDDINGS, tokens)
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"loss": loss}))
+    plan = {
+        "predicted_tokens_per_second": 1000.0, "parameters": 10**6, "embedding_parameters": 4 * 10**5, "devices": 4,
+    }  # fmt: skip
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    options = {"form": "kaplan", "flops": (1e18,), "plan": str(tmp_path / "plan.json")}
+    report = report_of(capsys, sweep, **options)
+    assert [run["parameters"] for run in report["runs"][::3]] == [20_000, 320_000, 1_520_000]
+    assert report["law"] == pytest.approx(true._asdict(), rel=0.02)
+    assert all(abs(run["error"]) < 1e-4 for run in report["held_out"])
+    assert report["form"] == "kaplan" and not report["counts_embeddings"]
+    [split] = report["for_flops"]
+    # 1000 tokens of 600,000 parameters a second on 4 devices: 0.9e9 FLOP/s each.
+    assert split["device_hours"] == pytest.approx(1e18 / 0.9e9 / 3600)
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"embedding_parameters": None}))
+    with pytest.raises(InputError, match="is not what `jaxllm plan --json` prints"):
+        report_of(capsys, sweep, **options)
+    (sweep / f"{SIZES[1]},{TOKENS[1]}" / "pretrain" / "model.json").unlink()
+    with pytest.raises(InputError, match=r"model\.json: is missing.*use --form chinchilla"):
+        report_of(capsys, sweep, form="kaplan")
+    assert report_of(capsys, sweep)["runs"][0]["parameters"] == SIZES[0]
+
+
 def test_budgets_in_device_hours(sweep, tmp_path, capsys):
     plan = {"predicted_tokens_per_second": 1000.0, "parameters": 10**6, "devices": 4}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
@@ -119,6 +151,11 @@ def test_tables_and_files_for_people(sweep, tmp_path):
         assert words in text
     assert (out / "law.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "law.json").read_text())["held_out"]
+    process = jaxllm("fit-scaling", str(sweep), "--samples", "5", "--form", "kaplan")
+    text, log = process.communicate(timeout=120)
+    assert process.returncode == 0, log
+    assert "20k to 1.52M parameters without embeddings" in text and " / D)^" in text
+    assert "power" in text and "beta" not in text
 
 
 @pytest.mark.parametrize(
