@@ -15,8 +15,8 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.rl.config import PPOConfig
 from jaxllm.rl.experience import StepRewards
 from jaxllm.rl.layouts import MeshProgram, role_meshes, travel
-from jaxllm.rl.programs import build_programs
-from jaxllm.rl.roles import RunSpec, abstract_frozen, abstract_state, check_lengths
+from jaxllm.rl.programs import UpdatePrograms, build_programs
+from jaxllm.rl.roles import FrozenModels, RunSpec, abstract_frozen, abstract_state, check_lengths
 from jaxllm.rl.sampler import Sampler
 from jaxllm.rl.trainer_sampler import TrainerSampler
 from jaxllm.rl.update import HostWork, collect, minibatch_rows, optimize
@@ -86,6 +86,35 @@ def planned_update(
     state = abstract_state(layouts, config, mesh)
     frozen = abstract_frozen(spec, meshes)
     record = Recorder()
+    host = _planned_host(mesh, config, model, programs, frozen)
+    # On the host in a run, and therefore without a sharding.
+    key_words = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    experience, _, _ = collect(
+        config,
+        record,
+        programs,
+        frozen,
+        host,
+        state,
+        _prompts(config, mesh),
+        lambda _: key_words,
+    )
+    # All updates have minibatches of the same size, so the first stands for every one.
+    rows = minibatch_rows(spec, 0)
+    optimize(record, programs, frozen, host, state.actor, state.critic, experience, rows)
+    # What stays in memory between programs, whichever of them is running.
+    held = {"policy": state.actor, "critic": state.critic, "ema": state.ema, **frozen._asdict()}
+    return record.programs(), {role: tree for role, tree in held.items() if jax.tree.leaves(tree)}
+
+
+def _planned_host(
+    mesh: jax.sharding.Mesh,
+    config: PPOConfig,
+    model: ModelConfig,
+    programs: UpdatePrograms,
+    frozen: FrozenModels,
+) -> HostWork:
+    """What the host does in an update, of which only the programs that it runs and the shapes that it makes matter."""
 
     def score(run: Any, rollout: Any, prompts: Any) -> tuple[Any, Any, Metrics]:
         del prompts
@@ -106,7 +135,7 @@ def planned_update(
     if config.ptx.coef:
         length = config.ptx.length or model.max_length
         ptx_rows = next_token.planned_rows(mesh, config.ptx.batch_size, length)
-    host = HostWork(
+    return HostWork(
         prompts_of=lambda _: (),
         # One round of sampling: how many an update needs depends on the scores.
         more_prompts=None,
@@ -116,24 +145,6 @@ def planned_update(
         ends_early=lambda _: False,
         log=None,
     )
-    # On the host in a run, and therefore without a sharding.
-    key_words = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    experience, _, _ = collect(
-        config,
-        record,
-        programs,
-        frozen,
-        host,
-        state,
-        _prompts(config, mesh),
-        lambda _: key_words,
-    )
-    # All updates have minibatches of the same size, so the first stands for every one.
-    rows = minibatch_rows(spec, 0)
-    optimize(record, programs, frozen, host, state.actor, state.critic, experience, rows)
-    # What stays in memory between programs, whichever of them is running.
-    held = {"policy": state.actor, "critic": state.critic, "ema": state.ema, **frozen._asdict()}
-    return record.programs(), {role: tree for role, tree in held.items() if jax.tree.leaves(tree)}
 
 
 def _planned_teacher(stage_dir: str, policy: ModelConfig) -> ModelConfig:

@@ -58,79 +58,80 @@ def build_programs(spec: RunSpec, meshes: Mapping[str, Any]) -> tuple[UpdateProg
     critic_step, critic = None, None
     if spec.config.has_critic:
         critic_step, critic = _critic_step(spec, mesh, meshes["critic"])
-    tokens = _num_tokens(spec)
-    flops_of = _FlopsPerToken(spec)
-
-    def judge(name: str, role: str, function: Callable[..., jax.Array], flops: float):
-        """A program of (parameters on the role's mesh, rollout) with a row of results for each response."""
-        return MeshProgram(
-            name, jax.jit(function), meshes[role], mesh, (STAY, ROWS), ROWS, flops=flops * tokens
-        )
-
     programs = UpdatePrograms(
         weights=weights,
         rollout=rollout,
-        reward=judge(
-            "score",
-            "reward",
-            functools.partial(reward_scores, model=spec.reward_model),
-            flops_of.headless / 3,
-        ),
-        step_scores=MeshProgram(
-            "score_steps",
-            jax.jit(functools.partial(step_scores, model=spec.reward_model)),
-            meshes["reward"],
-            mesh,
-            (STAY, ROWS, ROWS),
-            ROWS,
-            flops=flops_of.headless / 3 * tokens,
-        ),
-        exchange=MeshProgram("exchange", jax.jit(_exchange), mesh, mesh, (STAY, STAY)),
-        shape_scores=MeshProgram(
-            "shape_scores",
-            jax.jit(functools.partial(shape_scores, config=spec.config)),
-            mesh,
-            mesh,
-            (STAY, STAY, STAY),
-            (ROWS, STAY, STAY),
-        ),
-        values=judge(
-            "values",
-            "critic",
-            lambda critic, rollout: response_values(
-                lora.join(critic[1], critic[0]), rollout, model=spec.reward_model
-            ),
-            flops_of.headless / 3,
-        ),
-        reference=judge(
-            "reference",
-            "reference",
-            lambda ref, rollout: spec.logprobs(ref, rollout).logprob,
-            flops_of.scored / 3,
-        ),
-        teachers=tuple(
-            judge(
-                "teacher" if number == 1 else f"teacher_{number}",
-                "teacher",
-                functools.partial(rollouts.response_hidden, config=model),
-                flops_of.forward(model, scored=False),
-            )
-            for number, model in enumerate(spec.teachers, 1)
-        ),
-        experience=MeshProgram(
-            "experience",
-            jax.jit(functools.partial(make_experience, spec=spec)),
-            mesh,
-            mesh,
-            (STAY,) * 8,
-            (ROWS, STAY),
-            flops=flops_of.scored / 3 * tokens,
-        ),
-        take=MeshProgram("take", jax.jit(_take), mesh, mesh, (STAY, STAY), ROWS),
+        **_judges(spec, meshes),
+        **_stage_programs(spec, mesh),
         actor_step=actor_step,
         critic_step=critic_step,
     )
     return programs, StateLayouts(actor, critic, meshes["critic"])
+
+
+def _judges(spec: RunSpec, meshes: Mapping[str, Any]) -> dict[str, Any]:
+    """Programs of models that judge rollouts, by their field of `UpdatePrograms`.
+
+    Each takes parameters on the mesh of its role, and returns a row of results for each response.
+    """
+    tokens = _num_tokens(spec)
+    per_token = _FlopsPerToken(spec)
+
+    def judge(
+        name: str, role: str, function: Callable[..., jax.Array], flops: float, num_inputs: int = 1
+    ) -> MeshProgram:
+        """A program of (parameters, rollout) or of a further array of rows."""
+        arguments = (STAY, *[ROWS] * num_inputs)
+        run = jax.jit(function)
+        return MeshProgram(
+            name, run, meshes[role], meshes["policy"], arguments, ROWS, flops=flops * tokens
+        )
+
+    def values(critic: Any, rollout: rollouts.Rollout) -> jax.Array:
+        trained, base = critic
+        return response_values(lora.join(base, trained), rollout, model=spec.reward_model)
+
+    def reference(params: Any, rollout: rollouts.Rollout) -> jax.Array:
+        return spec.logprobs(params, rollout).logprob
+
+    score = functools.partial(reward_scores, model=spec.reward_model)
+    score_steps = functools.partial(step_scores, model=spec.reward_model)
+    teachers = [
+        judge(
+            "teacher" if number == 1 else f"teacher_{number}",
+            "teacher",
+            functools.partial(rollouts.response_hidden, config=model),
+            per_token.forward(model, scored=False),
+        )
+        for number, model in enumerate(spec.teachers, 1)
+    ]
+    return {
+        "reward": judge("score", "reward", score, per_token.headless / 3),
+        "step_scores": judge("score_steps", "reward", score_steps, per_token.headless / 3, 2),
+        "values": judge("values", "critic", values, per_token.headless / 3),
+        "reference": judge("reference", "reference", reference, per_token.scored / 3),
+        "teachers": tuple(teachers),
+    }
+
+
+def _stage_programs(spec: RunSpec, mesh: Any) -> dict[str, Any]:
+    """Programs that work on the stage's own mesh, by their field of `UpdatePrograms`."""
+
+    def program(
+        name: str, function: Callable[..., Any], num_inputs: int, results: Any, flops: float = 0.0
+    ) -> MeshProgram:
+        run = jax.jit(function)
+        return MeshProgram(name, run, mesh, mesh, (STAY,) * num_inputs, results, flops=flops)
+
+    shape = functools.partial(shape_scores, config=spec.config)
+    experience = functools.partial(make_experience, spec=spec)
+    flops = _FlopsPerToken(spec).scored / 3 * _num_tokens(spec)
+    return {
+        "exchange": program("exchange", _exchange, 2, STAY),
+        "shape_scores": program("shape_scores", shape, 3, (ROWS, STAY, STAY)),
+        "experience": program("experience", experience, 8, (ROWS, STAY), flops),
+        "take": program("take", _take, 2, ROWS),
+    }
 
 
 def _take(experience: Any, rows: jax.Array) -> Any:

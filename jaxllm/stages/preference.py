@@ -89,15 +89,6 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         )
         return layout.init(make(policy if stays else _load_policy(source, mesh)))
 
-    def evaluate(step: int, state: train.TrainState) -> dict[str, float]:
-        scores, ranks = score_split(state.params, rankings["held_out"])
-        # Here rather than in `result`, since `finalize` rescales the scores after the last step.
-        if step == num_steps and jax.process_index() == 0:
-            report = response_scores.breakdown(scores, ranks, rankings["held_out"])
-            write_json(directory / "held_out.json", report)
-        found = held_out_metrics(scores, ranks, rankings["held_out"])
-        return {f"eval/{name}": value for name, value in found.items()}
-
     def finalize(state: train.TrainState) -> train.TrainState:
         scores, ranks = score_split(state.params, rankings["train"])
         return response_scores.normalize_scores(state, scores[ranks > 0], config.normalize)
@@ -117,7 +108,7 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         num_steps=num_steps,
         settings=config,
         work=Work(tokens, flops, peak_flops(mesh)),
-        evaluate=evaluate,
+        evaluate=_evaluation(directory, rankings["held_out"], score_split, num_steps),
         # Of accuracies: the loss rises with overconfidence while the order still improves.
         best=_best_metric(rankings["held_out"]),
         lower_is_better=False,
@@ -127,6 +118,26 @@ def build(workspace: Workspace, life: Any, stage: str) -> train.Training:
         shown=("loss", "accuracy", "eval/accuracy"),
         result=functools.partial(_result, directory, num_steps),
     )
+
+
+def _evaluation(
+    directory: epath.Path,
+    examples: Sequence[RankedExample],
+    score_split: Callable[..., tuple[np.ndarray, np.ndarray]],
+    num_steps: int,
+) -> Callable[[int, train.TrainState], dict[str, float]]:
+    """(step, state) -> metrics of held-out rankings; those of the last step are also in held_out.json, by kind."""
+
+    def evaluate(step: int, state: train.TrainState) -> dict[str, float]:
+        scores, ranks = score_split(state.params, examples)
+        # Here rather than in `_result`: a stage may rescale the scores after the last step.
+        if step == num_steps and jax.process_index() == 0:
+            report = response_scores.breakdown(scores, ranks, examples)
+            write_json(directory / "held_out.json", report)
+        found = held_out_metrics(scores, ranks, examples)
+        return {f"eval/{name}": value for name, value in found.items()}
+
+    return evaluate
 
 
 def _result(
