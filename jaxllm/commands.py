@@ -263,10 +263,24 @@ def plan(args: Sequence[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    options = _parse("plan", args)
+    own, overrides = _split_overrides(args)
+    options = _parse("plan", own)
     from jaxllm.plan import planning
 
-    planning.command(options, load(_config_class(), find_config(options.config)))
+    planning.command(options, read_config("plan", [options.config, *overrides]))
+
+
+def _split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(a tool's own arguments, flags that override fields of a config): only names of the latter have a dot."""
+    own: list[str] = []
+    overrides: list[str] = []
+    kind = own
+    for arg in args:
+        if arg.startswith("--"):
+            kind = overrides if "." in arg.split("=")[0] else own
+        # A value belongs to the flag before it.
+        kind.append(arg)
+    return own, overrides
 
 
 def run_harness(args: Sequence[str]) -> None:

@@ -337,6 +337,18 @@ def test_a_reward_model_that_scores_steps_is_planned():
 
 
 @pytest.mark.usefixtures("no_compiler_for_gpus")
+def test_flags_override_the_config_as_they_do_for_a_stage(tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"model": SMALL, "mesh": {"data": 8}}))
+    flags = ["--pretrain.batch-size=64", "--mesh.data", "2", "--mesh.fsdp", "4", "--json"]
+    main(["plan", str(config), "--model.max-length", "32", "--topology", "h100:8", *flags])
+    report = json.loads(capsys.readouterr().out)
+    assert report["mesh"] == {"data": 2, "fsdp": 4}
+    assert report["tokens_per_step"] == 64 * 32
+    assert report["embedding_parameters"] == SMALL["vocab_size"] * SMALL["embed_dim"]
+
+
+@pytest.mark.usefixtures("no_compiler_for_gpus")
 def test_a_kept_plan_stands_beside_what_is_measured(tmp_path):
     shown = compare_with_measured(None, [])
     assert shown == {}
@@ -397,6 +409,8 @@ def test_a_slice_that_does_not_exist_is_one_line(tmp_path):
         ({}, ["--topology", "v9:2x2"], "kinds: v4, v5e, v5p, v6e, tpu7x, a100"),
         ({}, ["--topology", "v5e:2x2", "--stage", "rank"], "known: pretrain, sft, reward"),
         ({"vocab_size": 0}, ["--topology", "v5e:2x2"], "model.vocab_size"),
+        ({}, ["--topology", "v5e:2x2", "--model.depth", "3"], "--model.depth"),
+        ({}, ["--topology", "v5e:2x2", "--pretrain.batch-size", "x"], "--pretrain.batch-size"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(tmp_path, capsys, model, arguments, message):
