@@ -169,8 +169,7 @@ def bootstrap(
 
 def relative_error(law: Law, points: Sequence[Point]) -> float:
     """The root mean square of its errors, in parts of the losses."""
-    N, D, L = np.array(points, np.float64).T
-    return float(np.sqrt(np.mean((law.loss(N, D) / L - 1) ** 2)))
+    return _relative_error(law, *np.array(points, np.float64).T)
 
 
 def check(points: Sequence[Point]) -> None:
@@ -219,7 +218,8 @@ def _moved(law: Law, n: float, d: float) -> Law:
 
 def _starts(N: np.ndarray, D: np.ndarray, L: np.ndarray, form: Form) -> list[np.ndarray]:
     """Vectors of the laws with the best exponents of a grid, best first."""
-    found = [(_sum_of_squares(law, N, D, L), _to_vector(law)) for law in _grid(N, D, L, form)]
+    laws = _grid(N, D, L, form)
+    found = [(_relative_error(law, N, D, L), _to_vector(law)) for law in laws]
     found.sort(key=lambda pair: pair[0])
     return [start for _, start in found[:_NUM_STARTS]]
 
@@ -237,9 +237,8 @@ def _grid(N: np.ndarray, D: np.ndarray, L: np.ndarray, form: Form) -> Iterator[L
             yield law._replace(E=E * law.E, A=A, B=B)
 
 
-def _sum_of_squares(law: Law, N: np.ndarray, D: np.ndarray, L: np.ndarray) -> float:
-    """Of relative residuals."""
-    return float(np.sum((law.loss(N, D) / L - 1) ** 2))
+def _relative_error(law: Law, N: np.ndarray, D: np.ndarray, L: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((law.loss(N, D) / L - 1) ** 2)))
 
 
 def objective(
