@@ -222,7 +222,7 @@ class Engine:
     ) -> Drawn:
         block = self._geometry.settings.block
         chunks = inputs.chunks_of(plans, level.chunks, level.rows, block, width)
-        # A row that starts has as many blocks as its last chunk's row.
+        # A row that starts has its last chunk here, or the prompt of a row that has: `width` holds its table.
         rows = self._rows_of(starting, level.rows, width)
         run = programs.compiled(programs.prefill, self._compiled_for(starting), self.mesh)
         drawn, self._cache = run(

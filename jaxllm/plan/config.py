@@ -10,8 +10,8 @@ from jaxllm.config.ranges import PositiveInt
 
 @dataclasses.dataclass(frozen=True)
 class PlanArgs:
-    """Compile a stage's step for TPUs or GPUs that are not there: whether it fits, and what it costs. Flags such as
-    --model.remat full override fields of the config, as they do for a stage."""
+    """Compile a stage's step for TPUs or GPUs that are not there: whether it fits, and what it costs. Flags with a
+    section, such as --model.remat full, override fields of the config."""
 
     config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
     """Config file. It must set model.vocab_size, or a preset."""

@@ -17,7 +17,8 @@ is linear in the others, whose best values are found at once.
 Shapes: n runs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,12 +104,15 @@ class Form(NamedTuple):
     """A law with some of its numbers fixed."""
 
     fixed: dict[str, float]
-    exponents: Callable[[float, float], dict[str, float]]
-    """The law's free exponents from a place in the grid of starts."""
     counts_embeddings: bool
     """Whether N does."""
     text: str
     """The law in its numbers, for `str.format`."""
+
+    @property
+    def exponents(self) -> list[str]:
+        """Those that are free: two of three."""
+        return [name for name in ("alpha", "beta", "power") if name not in self.fixed]
 
     @property
     def bounds(self) -> list[tuple[float, float | None]]:
@@ -127,13 +131,11 @@ class Form(NamedTuple):
 FORMS: dict[FormName, Form] = {
     "chinchilla": Form(
         {"power": 1.0},
-        lambda x, y: {"alpha": x, "beta": y},
         counts_embeddings=True,
         text="{E:.4g} + {A:.4g} / N^{alpha:.3g} + {B:.4g} / D^{beta:.3g}",
     ),
     "kaplan": Form(
         {"E": 0.0, "beta": 1.0},
-        lambda x, y: {"alpha": x, "power": y},
         counts_embeddings=False,
         text="({A:.4g} / N^{alpha:.3g} + {B:.4g} / D)^{power:.3g}",
     ),
@@ -226,15 +228,15 @@ def _starts(N: np.ndarray, D: np.ndarray, L: np.ndarray, form: Form) -> list[np.
 
 def _grid(N: np.ndarray, D: np.ndarray, L: np.ndarray, form: Form) -> Iterator[Law]:
     """For each pair of exponents the best law that has them."""
-    for x in _EXPONENTS:
-        for y in _EXPONENTS:
-            law = form.with_fixed(Law(1.0, 0.0, 0.0, 0.0, 0.0))._replace(**form.exponents(x, y))
-            # A form has either E or a power, so this is linear in E, A and B.
-            lacking = L ** (1 / law.power)
-            columns = np.stack([np.full_like(N, law.E), N**-law.alpha, D**-law.beta], axis=1)
-            # Relative residuals, which are those of the logarithm.
-            (E, A, B), _ = nnls(columns / lacking[:, None], np.ones_like(L))
-            yield law._replace(E=E * law.E, A=A, B=B)
+    for exponents in itertools.product(_EXPONENTS, repeat=2):
+        chosen = dict(zip(form.exponents, exponents, strict=True))
+        law = form.with_fixed(Law(1.0, 0.0, 0.0, 0.0, 0.0))._replace(**chosen)
+        # A form has either E or a power, so this is linear in E, A and B.
+        lacking = L ** (1 / law.power)
+        columns = np.stack([np.full_like(N, law.E), N**-law.alpha, D**-law.beta], axis=1)
+        # Relative residuals, which are those of the logarithm.
+        (E, A, B), _ = nnls(columns / lacking[:, None], np.ones_like(L))
+        yield law._replace(E=E * law.E, A=A, B=B)
 
 
 def _relative_error(law: Law, N: np.ndarray, D: np.ndarray, L: np.ndarray) -> float:
